@@ -1,0 +1,363 @@
+"""Checkpoints of a run: orbax writes the arrays, a manifest beside them says what is true.
+
+    <directory>/20/state/...        the arrays, as orbax stores them (one logical array, whatever the mesh)
+    <directory>/20/manifest.json    sha256 and size of every file, shape and dtype of every leaf, meta, loss
+
+A step is valid when its manifest says so. The manifest is written before orbax renames the finished
+directory into place, so that a kill at any moment leaves either no step or a whole one.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+MANIFEST = "manifest.json"
+TRASH = "deleted-"
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints in one directory; every process calls every method, process 0 decides what is valid."""
+
+    def __init__(self, directory: str | Path, keep_last: int = 2, keep_best: int = 1):
+        if "://" in str(directory):
+            raise ValueError(
+                f"checkpoints need a mounted file system, not the URL {directory}: mount the bucket"
+            )
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(
+                f"keep_last={keep_last} and keep_best={keep_best} would delete every checkpoint: "
+                "keep_last must be at least 1 and keep_best at least 0"
+            )
+        self.directory = Path(directory).absolute()
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self._manager: ocp.CheckpointManager | None = None  # made by the first save: readers leave no trace
+        self._saving: dict | None = None  # the manifest of the save under way, still without its files
+        self._rejected: set[int] = set()  # steps whose bytes did not match
+
+    def save(self, step: int, state: Any, meta: dict, loss: float | None = None) -> None:
+        """Starts saving a snapshot of `state` and the JSON `meta`; `loss` (lower is better) ranks keep-best.
+
+        Raises ValueError where a valid step of this number exists, or `meta` is not JSON.
+        """
+        self.wait()
+        self._make_room(step)
+        leaves = _leaves(state)
+        ranked = None if loss is None or not math.isfinite(loss) else float(loss)
+        described = {name: _describe(leaf) for name, leaf in leaves.items()}
+        self._saving = {"step": step, "loss": ranked, "meta": _plain(meta), "leaves": described}
+        if self._manager is None:
+            self._manager = self._make_manager()
+        arrays = ocp.args.StandardSave(_nest(leaves))
+        self._manager.save(step, args=ocp.args.Composite(state=arrays), force=True)
+
+    def wait(self) -> None:
+        """Blocks until the save under way is on disk, raises its error if any, then deletes old steps."""
+        if self._manager is None or self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._rejected.discard(self._saving["step"])
+        finally:
+            self._saving = None
+        if jax.process_index() == 0:
+            self._collect_garbage()
+        _meet("old checkpoints deleted")
+
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first: manifest and file sizes are right (restore hashes the bytes)."""
+        return [step for step in self._present() if self._is_valid(step)]
+
+    def empty(self) -> bool:
+        """Whether nothing was ever committed here: a fresh start loses nothing."""
+        return not self._present()
+
+    def best(self) -> int | None:
+        """The valid step with the lowest loss (of equals the newest), None where no step has a loss."""
+        ranked = self._ranked(self.steps())
+        return ranked[0] if ranked else None
+
+    def restore(self, abstract_state: Any = None, step: int | None = None) -> tuple[Any, dict, int]:
+        """The state, meta and number of a step, by default of the newest valid one.
+
+        `abstract_state` is a pytree of `jax.ShapeDtypeStruct` with shardings on any mesh; without it the
+        state comes as nested dicts of numpy arrays. ValueError where no step is valid or a leaf differs.
+        """
+        self.wait()
+        step = self._choose(step)
+        manifest = _read_manifest(self.directory / str(step))
+        if abstract_state is None:
+            wanted = {name: np.empty(shape, dtype) for name, (shape, dtype) in manifest["leaves"].items()}
+            restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+        else:
+            wanted = _leaves(abstract_state)
+            _check_leaves(self.directory / str(step), manifest["leaves"], wanted)
+            restore_args = {name: _restore_args(leaf) for name, leaf in wanted.items()}
+        with ocp.PyTreeCheckpointer() as reader:
+            request = ocp.args.PyTreeRestore(_nest(wanted), restore_args=_nest(restore_args))
+            state = reader.restore(self.directory / str(step) / "state", args=request)
+        if abstract_state is not None:
+            found = _leaves(state)
+            treedef = jax.tree.structure(abstract_state)
+            state = jax.tree.unflatten(treedef, [found[name] for name in wanted])
+        return state, manifest["meta"], step
+
+    def close(self) -> None:
+        """Finishes the save under way and releases orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
+                self._manager = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # ---- which steps are there
+
+    def _present(self) -> list[int]:
+        """Committed steps, valid or not, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def _is_valid(self, step: int) -> bool:
+        return step not in self._rejected and _problem(self.directory / str(step), hashes=False) is None
+
+    def _ranked(self, steps: list[int]) -> list[int]:
+        """Those of `steps` that have a loss, best first."""
+        losses = {step: _read_manifest(self.directory / str(step))["loss"] for step in steps}
+        return sorted((s for s in steps if losses[s] is not None), key=lambda s: (losses[s], -s))
+
+    def _choose(self, step: int | None) -> int:
+        """The step to restore, verified by process 0 and the same on every process."""
+        failure = "process 0 found no valid checkpoint: read its message"
+
+        def choose() -> int:
+            nonlocal failure
+            chosen, failure = self._newest_valid(step)
+            return chosen
+
+        chosen = _from_process_0(choose)
+        if chosen < 0:
+            raise ValueError(failure)
+        return chosen
+
+    def _newest_valid(self, asked: int | None) -> tuple[int, str]:
+        """(step, "") or (-1, what is wrong); older steps are tried only where none was asked for."""
+        present = self._present()
+        if not present:
+            return -1, f"there is no checkpoint in {self.directory}: train first, or give another directory"
+        if asked is not None and asked not in present:
+            return -1, f"there is no step {asked} in {self.directory}: ask for one of {present}"
+        problem = None
+        for step in [asked] if asked is not None else reversed(present):
+            problem = _problem(self.directory / str(step))
+            if problem is None:
+                return step, ""
+            self._rejected.add(step)
+            if asked is None:
+                log.warning("skipping checkpoint %s: %s", self.directory / str(step), problem)
+        if asked is not None:
+            return (
+                -1,
+                f"checkpoint {self.directory / str(asked)} is damaged ({problem}): ask for another step",
+            )
+        return -1, (
+            f"no checkpoint in {self.directory} is valid (the oldest: {problem}): "
+            "restore the directory from a copy, or delete it to start anew"
+        )
+
+    # ---- how steps come and go
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, told to delete nothing but the torn remains of killed saves."""
+        if jax.process_index() == 0:
+            for remains in self.directory.glob(f"{TRASH}*"):
+                shutil.rmtree(remains, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
+        return ocp.CheckpointManager(self.directory, options=options, item_names=("state",))
+
+    def _write_manifest(self) -> None:
+        """Completes the step under way; orbax calls it on process 0, before it commits the directory."""
+        assert self._saving is not None
+        step = self._saving["step"]
+        unfinished = sorted(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        directory = unfinished[-1] if unfinished else self.directory / str(step)  # no rename on object stores
+        files = sorted(path for path in (directory / "state").rglob("*") if path.is_file())
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(_sha256, files))
+        sums = {
+            str(path.relative_to(directory)): [path.stat().st_size, digest]
+            for path, digest in zip(files, hashes, strict=True)
+        }
+        manifest = {**self._saving, "files": sums}
+        written = directory / f"{MANIFEST}.part"
+        written.write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+        written.rename(directory / MANIFEST)
+
+    def _make_room(self, step: int) -> None:
+        """Refuses a step that is validly there; removes an invalid one of the same number."""
+        path = self.directory / str(step)
+        if not _from_process_0(lambda: int(path.exists())):
+            return
+        if _from_process_0(lambda: int(_problem(path) is None)):
+            raise ValueError(
+                f"step {step} is already saved in {self.directory}: resume from the newest step, "
+                "or give another directory"
+            )
+        if jax.process_index() == 0:
+            self._delete(step)
+        _meet("damaged checkpoint deleted")
+        if self._manager is not None:
+            self._manager.reload()
+
+    def _collect_garbage(self) -> None:
+        """Keeps the last and the best steps, and damaged ones newer than every valid one."""
+        valid = self.steps()
+        kept = {*valid[-self.keep_last :], *self._ranked(valid)[: self.keep_best]}
+        for step in self._present():
+            if valid and step < valid[-1] and step not in kept:
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """Renames first: a kill halfway through leaves nothing that could be taken for a step."""
+        remains = self.directory / f"{TRASH}{step}"
+        shutil.rmtree(remains, ignore_errors=True)
+        (self.directory / str(step)).rename(remains)
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+# ---- a manifest: what a step should be
+
+
+def _problem(directory: Path, hashes: bool = True) -> str | None:
+    """What is wrong with a step's files, as a phrase; None where they are what the manifest says."""
+    try:
+        files = _read_manifest(directory)["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so the save was not finished"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, _) in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if not hashes:
+        return None
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(_sha256, [directory / name for name in files])
+        wrong = [name for name, digest in zip(files, found, strict=True) if digest != files[name][1]]
+    return f"the bytes of {wrong[0]} do not match its checksum" if wrong else None
+
+
+def _read_manifest(directory: Path) -> dict:
+    """The manifest of a step; ValueError where it does not match its own checksum."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    if manifest.pop("sha256") != _digest(manifest):
+        raise ValueError(f"{directory / MANIFEST} does not match its checksum")
+    return manifest
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(meta: dict) -> dict:
+    """`meta` as JSON gives it back (tuples become lists); ValueError for what JSON cannot hold."""
+    try:
+        return json.loads(json.dumps(meta, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"meta of a checkpoint must be JSON ({error}): give plain numbers, strings, lists"
+        ) from None
+
+
+# ---- a state: any pytree, stored under the names of its leaves
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by name ("opt_state/0/mu/embed"), in the order of the pytree."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts, as orbax stores them: {"a/b": x} becomes {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        folder = tree
+        for part in folders:
+            folder = folder.setdefault(part, {})
+        folder[last] = leaf
+    return tree
+
+
+def _describe(leaf: Any) -> list:
+    """[shape, dtype] of an array or a ShapeDtypeStruct."""
+    return [list(np.shape(leaf)), str(leaf.dtype)]
+
+
+def _check_leaves(path: Path, stored: dict[str, list], wanted: dict[str, Any]) -> None:
+    """Raises ValueError for the first leaf that differs (orbax would cast or ignore it in silence)."""
+    for name in [*wanted, *stored]:
+        found = stored.get(name)
+        needed = _describe(wanted[name]) if name in wanted else None
+        if found != needed:
+            raise ValueError(
+                f"checkpoint {path} holds {name} as {_show(found)} and the model needs {_show(needed)}: "
+                "restore it with the config it was trained with"
+            )
+
+
+def _show(description: list | None) -> str:
+    if description is None:
+        return "nothing"
+    shape, dtype = description
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
+    """Where a leaf goes: its sharding, or the first device."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
+
+
+def _from_process_0(ask: Callable[[], int]) -> int:
+    """What process 0 answers, on every process."""
+    answer = ask() if jax.process_index() == 0 else 0
+    if jax.process_count() == 1:
+        return answer
+    return int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
+
+
+def _meet(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

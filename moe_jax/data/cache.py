@@ -1,0 +1,82 @@
+"""Folders on disk that are either whole or absent, and whose files are checked before they are believed."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def default_directory() -> pathlib.Path:
+    """Where data is kept: $MOE_JAX_DATA, or ~/.cache/moe_jax."""
+    return pathlib.Path(os.environ.get("MOE_JAX_DATA") or pathlib.Path.home() / ".cache" / "moe_jax")
+
+
+def ensure(folder: pathlib.Path, make: Callable[[pathlib.Path], dict[str, Any]]) -> None:
+    """Makes `folder` unless it is there: `make` fills an empty folder and returns facts for its manifest."""
+    if (folder / MANIFEST).exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        facts = make(unfinished)
+        manifest = {
+            "facts": facts,
+            "sha256": {name: _sha256(unfinished / name) for name in _files(unfinished)},
+        }
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _move(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """The facts of a folder made by `ensure`; ValueError if any file is not as it was written."""
+    manifest = read_manifest(folder)
+    for name, expected in manifest["sha256"].items():
+        path = folder / name
+        if not path.is_file() or _sha256(path) != expected:
+            raise _damaged(path, folder)
+    return manifest["facts"]
+
+
+def facts(folder: pathlib.Path) -> dict[str, Any]:
+    """The facts of a folder made by `ensure`, without reading its other files."""
+    return read_manifest(folder)["facts"]
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return {"facts": manifest["facts"], "sha256": manifest["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _damaged(folder / MANIFEST, folder) from None
+
+
+def _move(unfinished: pathlib.Path, folder: pathlib.Path) -> None:
+    # Renaming onto a full folder fails: then another process was faster, and its work is as good.
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).exists():
+            raise ValueError(
+                f"{folder} is not empty and has no {MANIFEST}: delete it, and it is made anew"
+            ) from None
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: pathlib.Path, folder: pathlib.Path) -> ValueError:
+    return ValueError(f"{path} is damaged or missing: delete the folder {folder}, and it is made anew")

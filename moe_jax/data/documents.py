@@ -1,0 +1,73 @@
+"""What every source of text gives: documents with a domain, split by content into train and held-out."""
+
+import hashlib
+import pathlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+Split = Literal["train", "held_out"]
+HELD_OUT = 0.05  # share of the documents
+
+
+class Document(NamedTuple):
+    """UTF-8 text, and the number of its domain in `source.domains`."""
+
+    text: bytes
+    domain: int
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A frozen dataclass that names some text; `directory` is where it may keep what it makes of it."""
+
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+
+    def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]: ...
+
+    def fingerprint(self, directory: pathlib.Path) -> str: ...
+
+
+def decoded(data: bytes) -> str | None:
+    """The text in `data`, or None for what is not text: not UTF-8, NUL bytes, nothing but space."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return text if text.strip() and "\0" not in text else None
+
+
+def pieces(text: str, limit: int) -> Iterator[str]:
+    """Cuts `text` after the last line that ends within `limit` characters, again and again."""
+    while len(text) > limit:
+        cut = text.rfind("\n", 0, limit) + 1 or limit
+        yield text[:cut]
+        text = text[cut:]
+    if text:
+        yield text
+
+
+def digest(text: bytes) -> str:
+    """The sha256 that decides a document's split."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def is_held_out(digest: str) -> bool:
+    """Whether a document of this digest is held out; it depends on nothing else in the data set."""
+    return int(digest[:8], 16) < HELD_OUT * 2**32
+
+
+def held_out(digests: Collection[str]) -> set[str]:
+    """The held-out documents of one domain: chosen by digest; neither none nor all of two or more."""
+    if len(set(digests)) < 2:
+        return set()
+    chosen = {digest for digest in digests if is_held_out(digest)}
+    return (chosen or {min(digests)}) - {max(digests)}  # the last is chosen only if all are
+
+
+def fingerprint(parts: Iterable[str]) -> str:
+    """One sha256 over strings, in order."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little") + part.encode())
+    return total.hexdigest()

@@ -1,0 +1,155 @@
+"""Text of one's own: a folder of files, or any text data set of TensorFlow Datasets."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from moe_jax.data.documents import (
+    Document,
+    Split,
+    decoded,
+    digest,
+    fingerprint,
+    held_out,
+    is_held_out,
+    pieces,
+)
+
+LONGEST = 2**16  # characters of a document
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The UTF-8 text files below a folder; its subfolders are the domains, and it is one itself."""
+
+    path: str
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the subfolders that hold text (and the folder's own name, if it does)."""
+        return tuple(self._texts())
+
+    def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]:
+        """Files, long ones in pieces, without duplicates, domains mixed."""
+        chosen: dict[str, Document] = {}
+        for domain, texts in enumerate(self._texts().values()):
+            kept = held_out(texts) if split == "held_out" else set(texts) - held_out(texts)
+            chosen |= {key: Document(texts[key], domain) for key in kept}
+        for key in sorted(chosen):
+            yield chosen[key]
+
+    def fingerprint(self, directory: pathlib.Path) -> str:
+        """A sha256 of the domains and the texts."""
+        return fingerprint(
+            f"{domain} {key}" for domain, texts in self._texts().items() for key in sorted(texts)
+        )
+
+    def _texts(self) -> dict[str, dict[str, bytes]]:
+        """Of each domain: its documents by digest; ValueError if there are none."""
+        root = pathlib.Path(self.path).expanduser().resolve()
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"Folder(path={self.path!r}): there is no such folder, give one of text files"
+            )
+        found: dict[str, dict[str, bytes]] = {}
+        seen: set[str] = set()
+        for path in sorted(root.rglob("*")):
+            names = path.relative_to(root).parts
+            if any(name.startswith(".") for name in names) or not path.is_file():
+                continue
+            domain = names[0] if len(names) > 1 else root.name
+            texts = [piece.encode() for piece in pieces(decoded(path.read_bytes()) or "", LONGEST)]
+            new = {digest(text): text for text in texts if digest(text) not in seen}
+            if new:
+                seen |= set(new)
+                found.setdefault(domain, {}).update(new)
+        if not found:
+            raise ValueError(
+                f"Folder(path={self.path!r}) holds no UTF-8 text file: put some there, or in subfolders"
+            )
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A data set of TensorFlow Datasets, by name: one domain, its feature `text`, its split `held_out`."""
+
+    name: str
+    text: str = "text"
+    held_out: str = "validation"  # where there is no such split, documents of `train` are chosen by digest
+    data_dir: str | None = None  # of TFDS; None is its own default
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]:
+        """The examples that have text, in the order of the data set."""
+        builder = self._builder()
+        shared = self.held_out not in builder.info.splits
+        records = self._open(builder, self.held_out if split == "held_out" and not shared else "train")
+        for i in range(len(records)):
+            text = records[i][self.text]
+            if text and (not shared or is_held_out(digest(text)) == (split == "held_out")):
+                yield Document(text, 0)
+
+    def fingerprint(self, directory: pathlib.Path) -> str:
+        """A sha256 of what TFDS knows about the data set: version, features, and the size of every shard."""
+        info = self._builder().info
+        splits = (
+            f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(info.splits.items())
+        )
+        return fingerprint([str(self), info.full_name, str(info.features), *splits])
+
+    def _builder(self) -> tfds.core.DatasetBuilder:
+        """The prepared data set, downloaded if need be; ValueError says what is missing."""
+        try:
+            builder = tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record")
+        except tfds.core.DatasetNotFoundError:
+            raise ValueError(
+                f"{self}: TFDS knows no such data set, and none is prepared in data_dir"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{self}: {str(error).splitlines()[0]}") from None
+        except ImportError as error:
+            raise ValueError(f"{self} {_what_to_install(error)}") from None
+        except OSError as error:
+            reason = f"({type(error).__name__})"
+            raise ValueError(
+                f"{self} could not be downloaded {reason}: prepare it elsewhere, set data_dir"
+            ) from None
+        self._check(builder)
+        return builder
+
+    def _check(self, builder: tfds.core.DatasetBuilder) -> None:
+        features, splits = sorted(builder.info.features), sorted(builder.info.splits)
+        if "train" not in splits:
+            raise ValueError(f"{self} has the splits {splits}: one named train is needed")
+        if self.text not in features or not isinstance(builder.info.features[self.text], tfds.features.Text):
+            raise ValueError(f"{self} has the features {features}: set text to one that holds text")
+
+    def _open(self, builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
+        try:
+            records = builder.as_data_source(split=split)
+        except NotImplementedError:
+            found = builder.info.file_format
+            raise ValueError(
+                f'{self} is prepared as {found}: prepare it with file_format="array_record"'
+            ) from None
+        declared = builder.info.splits[split].num_examples
+        if len(records) != declared:
+            raise ValueError(
+                f"{self} holds {len(records)} of {declared} records in {split}: prepare it again"
+            )
+        return records
+
+
+def _what_to_install(error: ImportError) -> str:
+    if "tensorflow" in str(error):
+        return "needs TensorFlow to be prepared: pip install moe_jax[tensorflow]"
+    return f"cannot be prepared here ({str(error).splitlines()[0]}): install what is missing"

@@ -1,0 +1,13 @@
+"""Dispatchers: (x_GSD, routing, experts, params, shard) -> (y_GSD, kept_GSK). One line here registers one.
+
+`experts` is a function (params, x, groups) -> y. A dispatcher with `parallel` works with experts spread over
+shards; `accepts` names the routings it takes.
+"""
+
+from moe_jax.dispatch.einsum import Einsum
+from moe_jax.dispatch.scatter import Scatter
+from moe_jax.dispatch.sort import Sort
+
+DISPATCHERS = (Einsum, Scatter, Sort)
+
+__all__ = ["DISPATCHERS", "Einsum", "Scatter", "Sort"]

@@ -1,0 +1,80 @@
+"""Evaluation on the held-out split: dropless, with the capacity-limited loss beside it."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moe_jax.core.routing import Stats, describe
+from moe_jax.data import Batch
+from moe_jax.models import LM, LMConfig
+from moe_jax.models.lm import cross_entropy
+
+
+class Sums(NamedTuple):
+    """What an evaluation adds up over batches; divided only at the end."""
+
+    nats_Z: Float[Array, "Z"]  # by domain
+    targets_Z: Float[Array, "Z"]
+    nats_capacity: Float[Array, ""]
+    stats: Stats | None
+    stats_capacity: Stats | None
+
+
+def evaluation_step(cfg: LMConfig, domains: int, params: Any, batch: Batch) -> Sums:
+    """The sums of one batch."""
+    mask_BL = batch.loss_mask_BL
+
+    def run(cfg: LMConfig):
+        logits_BLV, aux = LM(cfg).apply({"params": params}, batch.tokens_BL, batch.segment_BL, batch.position_BL)
+        nats_BL = jnp.where(mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)
+        return nats_BL, None if aux is None else aux.stats
+
+    nats_BL, stats = run(cfg.dropless())
+    capacity_BL, stats_capacity = (nats_BL, None) if cfg.dropless() == cfg else run(cfg)
+    by_domain = jax.nn.one_hot(batch.domain_B, domains)
+    return Sums(
+        nats_Z=nats_BL.sum(1) @ by_domain,
+        targets_Z=mask_BL.sum(1).astype(jnp.float32) @ by_domain,
+        nats_capacity=capacity_BL.sum(),
+        stats=stats,
+        stats_capacity=stats_capacity,
+    )
+
+
+def evaluate(
+    step: Callable[[Any, Batch], Sums], params: Any, batches: Iterable[Batch], domains: tuple[str, ...]
+) -> dict[str, Any]:
+    """Held-out losses in nats per token, by domain too, and the routing of the dropless pass."""
+    total: Sums | None = None
+    for batch in batches:
+        sums = jax.device_get(step(params, batch))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    if total is None or not (targets := float(total.targets_Z.sum())):
+        raise ValueError("The held-out split has no windows to evaluate on; give it more text.")
+    record: dict[str, Any] = {"loss": float(total.nats_Z.sum()) / targets}
+    if total.stats_capacity is not None:
+        record["loss_capacity"] = float(total.nats_capacity) / targets
+        record["drop_rate_capacity"] = drop_rate(total.stats_capacity)
+    record["loss_by_domain"] = {
+        name: float(nats / n)
+        for name, nats, n in zip(domains, total.nats_Z, total.targets_Z, strict=True)
+        if n
+    }
+    if total.stats is not None:
+        record["moe"] = jax.tree.map(lambda a: np.asarray(a).tolist(), describe(total.stats))
+    return record
+
+
+def drop_rate(stats: Stats) -> float:
+    """Dropped choices as a fraction of all, over all layers."""
+    return float(1 - np.sum(stats.kept) / max(np.sum(stats.choices_E), 1))
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """What compression the loss amounts to."""
+    return nats_per_token / bytes_per_token / math.log(2)

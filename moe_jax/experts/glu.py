@@ -1,0 +1,28 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from jaxtyping import Array, Float
+
+from moe_jax.core.activation import activation
+from moe_jax.core.groups import Groups
+
+
+@dataclasses.dataclass(frozen=True)
+class GLU:
+    """Gated linear unit (arXiv:2002.05202): SwiGLU with activation "silu", GEGLU with "gelu"."""
+
+    F: int
+    activation: str = "silu"
+    params: ClassVar = ("gate_EDF", "up_EDF", "down_EFD")
+
+    def __post_init__(self):
+        activation(self.activation)
+        if self.F < 1:
+            raise ValueError(f"GLU(F={self.F}) has no hidden units; set F >= 1.")
+
+    def __call__(
+        self, params: Mapping[str, Array], x: Float[Array, "... D"], groups: Groups
+    ) -> Float[Array, "... D"]:
+        gate = activation(self.activation)(groups.matmul(x, params["gate_EDF"]))
+        return groups.matmul(gate * groups.matmul(x, params["up_EDF"]), params["down_EFD"])

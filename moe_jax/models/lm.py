@@ -1,0 +1,165 @@
+"""A decoder-only language model with GLaM's interleaved dense and sparse layers (arXiv:2112.06905)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe_jax.core import dims
+from moe_jax.experts import GLU
+from moe_jax.models.blocks import POSITIONS, Attention, FeedForward, RMSNorm, attention_mask
+from moe_jax.models.layout import sparse_layers, stacks
+from moe_jax.moe import Aux, MoE, MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A language model.
+
+    V, D, N, H, A: vocabulary, width, layers, heads, width of a head.
+    ffn: the feed-forward part of dense layers.
+    moe: that of the layers which `layout` chooses: a MoEConfig, or an expert alone in a dense twin.
+    causal: with False, routing whose slots depend on later tokens is allowed (attention is always causal).
+    """
+
+    V: int
+    D: int
+    N: int
+    H: int
+    A: int
+    ffn: Any = GLU(F=1024, activation="gelu")
+    moe: Any = None
+    layout: str = "every 2"
+    position: str = "rotary"
+    tied: bool = True
+    remat: bool = True
+    dtype: str = "float32"
+    init_scale: float = 1.0
+    causal: bool = True
+
+    def __post_init__(self):
+        for name in "VDNHA":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of the model must be positive.")
+        if self.position not in POSITIONS:
+            raise ValueError(f"position={self.position!r} is unknown; use one of {', '.join(POSITIONS)}.")
+        if self.position == "rotary" and self.A % 2:
+            raise ValueError(f"Rotary positions need heads of even width, but A={self.A}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; use 'float32' or 'bfloat16'.")
+        if any(self.sparse) and self.moe is None:
+            raise ValueError(f"layout={self.layout!r} has sparse layers, but moe is None; set moe or layout='none'.")
+        if self.causal and isinstance(self.moe, MoEConfig) and not self.moe.causal:
+            raise ValueError(
+                f"Slot priority {self.moe.dispatch.priority!r} lets later tokens take earlier ones' slots; in a "
+                "language model use 'token-major', or say causal=False."
+            )
+
+    @property
+    def sparse(self) -> tuple[bool, ...]:
+        """For each layer, whether `moe` stands in it."""
+        return sparse_layers(self.layout, self.N)
+
+    def dropless(self) -> "LMConfig":
+        """The same model without a limit to what an expert takes."""
+        if not isinstance(self.moe, MoEConfig):
+            return self
+        return dataclasses.replace(self, moe=self.moe.dropless())
+
+    def dense_twin(self) -> "LMConfig":
+        """The dense model with the same active matrix multiplications per token, up to the router's.
+
+        Every MoE becomes one expert of K times the hidden width, plus the shared one's.
+        """
+        moe = self.moe
+        if not isinstance(moe, MoEConfig):
+            return self
+        if moe.shared is not None and dataclasses.replace(moe.shared, F=1) != dataclasses.replace(moe.experts, F=1):
+            raise ValueError(f"The shared expert {moe.shared} is of another kind than {moe.experts}; no single twin.")
+        F = moe.router.K * moe.experts.F + (moe.shared.F if moe.shared is not None else 0)
+        return dataclasses.replace(self, moe=dataclasses.replace(moe.experts, F=F))
+
+
+class LM(nn.Module):
+    """Logits, and what the MoE layers report, stacked over them in order (None without MoE layers)."""
+
+    cfg: LMConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        segment_BL: Int[Array, "B L"] | None = None,
+        position_BL: Int[Array, "B L"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B L V"], Aux | None]:
+        """segment_BL: documents packed into a row, 0 is padding. Without a key nothing is random."""
+        cfg = self.cfg
+        if segment_BL is None:
+            segment_BL = jnp.ones_like(tokens_BL)
+        if position_BL is None:
+            position_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        embed_VD = dims.param(self, "embed_VD", vars(cfg), nn.initializers.normal(cfg.D**-0.5))
+        x_BLD = embed_VD[tokens_BL].astype(cfg.dtype) * cfg.D**0.5
+        shared = (attention_mask(segment_BL), position_BL, segment_BL > 0)
+        reports = []
+        for i, (block, n) in enumerate(stacks(cfg.sparse)):
+            keys_N = None if key is None else jax.random.split(jax.random.fold_in(key, i), n)
+            Stack = nn.scan(
+                nn.remat(Block, prevent_cse=False) if cfg.remat else Block,
+                length=n,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+            )
+            x_BLD, report = Stack(cfg, block, name=f"stack_{i}")(x_BLD, keys_N, shared)
+            if report is not None:  # [n, MoE layers in the block, ...] -> [layers, ...]
+                reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
+        x_BLD = RMSNorm(name="norm")(x_BLD)
+        if cfg.tied:
+            head_DV = embed_VD.T
+        else:
+            head_DV = dims.param(self, "head_DV", vars(cfg), dims.kernel_init("DV"))
+        logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, head_DV.astype(cfg.dtype)).astype(jnp.float32)
+        return logits_BLV, jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports) if reports else None
+
+
+class Block(nn.Module):
+    """The layers that a stack repeats: attention, then a dense or a sparse feed-forward, in each."""
+
+    cfg: LMConfig
+    sparse: tuple[bool, ...]
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        key: Key[Array, ""] | None,
+        shared: tuple[Bool[Array, "B L L"], Int[Array, "B L"], Bool[Array, "B L"]],
+    ) -> tuple[Float[Array, "B L D"], Aux | None]:
+        cfg, (mask_BLL, position_BL, real_BL) = self.cfg, shared
+        reports = []
+        for i, sparse in enumerate(self.sparse):
+            attention = Attention(cfg.H, cfg.A, cfg.position, cfg.init_scale, name=f"attention_{i}")
+            x_BLD += attention(RMSNorm(name=f"norm_attention_{i}")(x_BLD), mask_BLL, position_BL)
+            h_BLD = RMSNorm(name=f"norm_ffn_{i}")(x_BLD)
+            if sparse and isinstance(cfg.moe, MoEConfig):
+                layer_key = None if key is None else jax.random.fold_in(key, i)
+                y_BLD, aux = MoE(cfg.moe, name=f"moe_{i}")(h_BLD, real_BL, layer_key)
+                reports.append(aux)
+            else:
+                ffn = cfg.moe if sparse else cfg.ffn
+                y_BLD = FeedForward(ffn, cfg.init_scale, name=f"ffn_{i}")(h_BLD)
+            x_BLD += y_BLD
+        return x_BLD, jax.tree.map(lambda *xs: jnp.stack(xs), *reports) if reports else None
+
+
+def cross_entropy(
+    logits_BLV: Float[Array, "B L V"], target_BL: Int[Array, "B L"]
+) -> Float[Array, "B L"]:
+    """Nats per token, in float32."""
+    right_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BLV, axis=-1) - right_BL

@@ -1,0 +1,138 @@
+"""Optimizers and learning-rate schedules, as components around optax."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Linear warm-up over `warmup` steps to `peak`, then constant."""
+
+    peak: float
+    warmup: int = 0
+
+    def __call__(self, steps: int) -> optax.Schedule:
+        return _warm(self, optax.constant_schedule(self.peak))
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSqrt:
+    """Linear warm-up to `peak`, then peak * sqrt(warmup / step) (T5's schedule)."""
+
+    peak: float
+    warmup: int = 100
+
+    def __call__(self, steps: int) -> optax.Schedule:
+        return _warm(self, lambda step: self.peak * (self.warmup / (step + self.warmup)) ** 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up to `peak`, then half a cosine down to floor * peak at the last step (arXiv:1608.03983)."""
+
+    peak: float
+    warmup: int = 0
+    floor: float = 0.1
+
+    def __call__(self, steps: int) -> optax.Schedule:
+        return _warm(self, optax.cosine_decay_schedule(self.peak, max(steps - self.warmup, 1), self.floor))
+
+
+@dataclasses.dataclass(frozen=True)
+class WSD:
+    """Warm-up, stable, decay: linearly down to floor * peak over the last `decay` steps (arXiv:2404.06395)."""
+
+    peak: float
+    warmup: int = 0
+    decay: int = 0
+    floor: float = 0.0
+
+    def __call__(self, steps: int) -> optax.Schedule:
+        stable = steps - self.warmup - self.decay
+        down = optax.linear_schedule(self.peak, self.peak * self.floor, self.decay, stable)
+        return _warm(self, down if self.decay else optax.constant_schedule(self.peak))
+
+
+def _warm(schedule: Any, after: optax.Schedule) -> optax.Schedule:
+    """From peak / warmup at step 0 to peak, then `after`, counted from there."""
+    if schedule.warmup < 1:
+        return after
+    rise = optax.linear_schedule(schedule.peak / schedule.warmup, schedule.peak, schedule.warmup - 1)
+    return optax.join_schedules([rise, after], [schedule.warmup])
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """arXiv:1711.05101."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
+        return optax.adamw(
+            rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """arXiv:1804.04235: second moments of matrices are kept as row and column sums.
+
+    Updates are scaled by their parameter's size where `relative`; decay is the exponent of 1 - t^-decay.
+    """
+
+    decay: float = 0.8
+    momentum: float | None = None
+    relative: bool = True
+    weight_decay: float = 0.0
+    smallest: int = 128  # matrices with a smaller side are not factored
+
+    def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
+        return optax.adafactor(
+            rate,
+            min_dim_size_to_factor=self.smallest,
+            decay_rate=self.decay,
+            momentum=self.momentum,
+            multiply_by_parameter_scale=self.relative,
+            weight_decay_rate=self.weight_decay or None,
+            weight_decay_mask=decayed,
+        )
+
+
+SCHEDULES = (Constant, InverseSqrt, Cosine, WSD)
+OPTIMIZERS = (AdamW, Adafactor)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """clip: largest norm of all gradients together, None for no limit.
+
+    no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, embeddings.
+    """
+
+    optimizer: Any = AdamW()
+    schedule: Any = Cosine(peak=1e-3, warmup=100)
+    clip: float | None = 1.0
+    no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH")
+
+    def __post_init__(self):
+        object.__setattr__(self, "no_decay", tuple(self.no_decay))
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip={self.clip} would stop all gradients; use a positive norm, or None.")
+
+    def build(self, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The gradient transformation for a run of this many steps, and its learning rate by step."""
+        rate = self.schedule(steps)
+        tx = self.optimizer(rate, self.decayed)
+        return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
+
+    def decayed(self, params: Any) -> Any:
+        """A tree of booleans: which parameters weight decay acts on."""
+        return jax.tree.map_with_path(
+            lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params
+        )

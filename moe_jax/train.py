@@ -1,0 +1,293 @@
+"""Training, top to bottom: state, step, program, loop."""
+
+import pathlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Experiment
+from moe_jax.core import dims
+from moe_jax.core.routing import Stats
+from moe_jax.core.shard import RULES, make_mesh
+from moe_jax.data import Batch, batches, default_directory, evaluation_batches, prepare
+from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, evaluation_step
+from moe_jax.models import LM
+from moe_jax.models.lm import cross_entropy
+from moe_jax.moe import Aux, MoEConfig
+
+
+class State(NamedTuple):
+    """All that training changes; its step is also the position in the data."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    skipped: Int[Array, ""]  # steps without an update, for a loss or gradient that was not finite
+    skipped_in_a_row: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one step. Losses are means over the step's targets."""
+
+    loss: Float[Array, ""]  # nats per token
+    aux_loss: Float[Array, ""]  # mean over MoE layers, coefficients included
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    targets: Float[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    stats: Stats | None  # of the routing, by layer
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row were not finite."""
+
+
+# ---------------------------------------------------------------- one step
+
+
+def init(exp: Experiment, tx: optax.GradientTransformation) -> State:
+    """The state before the first step, from the experiment's seed."""
+    tokens_BL = jnp.zeros((1, exp.data.L), jnp.int32)
+    params = LM(exp.model).init(jax.random.key(exp.seed), tokens_BL)["params"]
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, tx.init(params), zero, zero)
+
+
+def train_step(
+    exp: Experiment, tx: optax.GradientTransformation, rate: optax.Schedule, state: State, batch: Batch
+) -> tuple[State, Metrics]:
+    """One update from one batch, in `accumulate` pieces; none if anything is not finite."""
+    A = exp.data.accumulate
+    targets = jnp.maximum(batch.loss_mask_BL.sum(dtype=jnp.float32), 1)
+    key = jax.random.fold_in(jax.random.key(exp.seed + 1), state.step)
+
+    def objective(params, piece: Batch, key):
+        logits_BLV, aux = LM(exp.model).apply(
+            {"params": params}, piece.tokens_BL, piece.segment_BL, piece.position_BL, key
+        )
+        nats_BL = jnp.where(piece.loss_mask_BL, cross_entropy(logits_BLV, piece.target_BL), 0)
+        loss, aux_loss = nats_BL.sum() / targets, jnp.zeros(()) if aux is None else aux.loss.mean() / A
+        return loss + aux_loss, (loss, aux_loss, None if aux is None else aux.stats)
+
+    def backward(piece: Batch, key):
+        return jax.grad(objective, has_aux=True)(state.params, piece, key)
+
+    if A == 1:
+        grads, (loss, aux_loss, stats) = backward(batch, key)
+    else:
+        pieces, keys_A = jax.tree.map(partial(interleave, A), batch), jax.random.split(key, A)
+        grads, (loss, aux_loss, stats) = _sum_over(backward, pieces, keys_A)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss + aux_loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = state.skipped + ~finite
+    in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    learning_rate = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
+    metrics = Metrics(loss, aux_loss, grad_norm, learning_rate, targets, skipped, in_a_row, stats)
+    return State(state.step + 1, params, opt_state, skipped, in_a_row), metrics
+
+
+def interleave(A: int, x_B: Array) -> Array:
+    """[B, ...] -> [A, B/A, ...], every A-th row to a piece, so that rows stay on their device."""
+    return x_B.reshape(-1, A, *x_B.shape[1:]).swapaxes(0, 1)
+
+
+def _sum_over(f, pieces: Any, keys_A: Array) -> Any:
+    """The sum of f over pieces, computed one after another."""
+    first = jax.tree.map(lambda x: x[0], (pieces, keys_A))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *first))
+    add = partial(jax.tree.map, jnp.add)
+    return jax.lax.scan(lambda total, piece: (add(total, f(*piece)), None), zeros, (pieces, keys_A))[0]
+
+
+# ---------------------------------------------------------------- on a mesh
+
+
+class Program:
+    """The compiled functions of an experiment, and where their arrays lie."""
+
+    def __init__(self, exp: Experiment, domains: int = 1):
+        self.mesh = make_mesh(**dict(exp.mesh))
+        tx, rate = exp.optim.build(exp.run.steps)
+        make = partial(init, exp, tx)
+        self.shardings = dims.shardings(jax.eval_shape(make), self.mesh, RULES)
+        self.rows = NamedSharding(self.mesh, dims.spec("B", RULES))
+        everywhere = NamedSharding(self.mesh, dims.spec("", RULES))
+        self._init = jax.jit(make, out_shardings=self.shardings)
+        self._step = jax.jit(
+            partial(train_step, exp, tx, rate), donate_argnums=0, out_shardings=(self.shardings, everywhere)
+        )
+        self._evaluate = jax.jit(partial(evaluation_step, exp.model, domains), out_shardings=everywhere)
+
+    def init(self) -> State:
+        with jax.set_mesh(self.mesh):
+            return self._init()
+
+    def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The state given is consumed."""
+        with jax.set_mesh(self.mesh):
+            return self._step(state, self.place(batch))
+
+    def evaluate(self, params: Any, batch: Batch) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self._evaluate(params, self.place(batch))
+
+    def place(self, batch: Batch) -> Batch:
+        """This process's rows of a batch, as part of the global one."""
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, self.rows), batch)
+
+    def abstract_state(self) -> State:
+        """Shapes and shardings of the state, to restore it into."""
+        shapes = jax.eval_shape(self._init)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
+        )
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(
+    exp: Experiment, workdir: pathlib.Path | None = None, data_dir: pathlib.Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Trains, and yields a record when it starts, every `log_every` steps, at every evaluation, and at the end.
+
+    With a workdir, checkpoints are kept there, and training goes on from the newest valid one.
+    TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient.
+    """
+    run, data = exp.run, exp.data
+    windows, held_out = prepare(data.source, data.tokenizer, data.L, data_dir or default_directory())
+    program = Program(exp, len(windows.domains))
+    checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
+    state, seconds = restore(checkpoints, program)
+    step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
+    process = {"process": jax.process_index(), "processes": jax.process_count()}
+
+    def evaluation() -> dict[str, Any]:
+        chosen = evaluation_batches(held_out, data.B, run.eval_windows, **process)
+        record = evaluate(program.evaluate, state.params, chosen, held_out.domains)
+        for name in ("", "_capacity"):
+            if "loss" + name in record:
+                record["bits_per_byte" + name] = bits_per_byte(record["loss" + name], held_out.bytes_per_token)
+        if "moe" in record:
+            record["moe"] = {"layer": tally.layers, **record["moe"]}
+        return {"kind": "eval", "step": step, "seconds": tally.seconds(), **record}
+
+    def save(loss: float | None = None) -> None:
+        if checkpoints is not None and step not in checkpoints.steps():
+            checkpoints.save(step, state, {"seconds": tally.seconds(), "experiment": exp.to_json()}, loss)
+
+    try:
+        yield {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
+        late: Metrics | None = None  # fetched while the next step runs
+        for batch in batches(windows, data.B, exp.seed, step, **process):
+            if step >= run.steps:
+                break
+            state, metrics = program.step(state, batch)
+            if late is not None:
+                tally.add(late)
+            step, late = step + 1, metrics
+            due = {what for what, n in run.intervals.items() if step % n == 0 or step == run.steps}
+            if due:
+                tally.add(late)
+                late = None
+            if "log" in due:
+                yield tally.record(step)
+            held_out_record = evaluation() if "eval" in due else None
+            if "save" in due:
+                save(held_out_record["loss"] if held_out_record else None)
+            if held_out_record:
+                yield held_out_record
+            if tally.skipped_in_a_row >= run.max_bad_steps:
+                state = state._replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))
+                save()
+                raise TrainingDiverged(
+                    f"{tally.skipped_in_a_row} steps in a row had no finite loss or gradient; stopped at step {step}, "
+                    f"its parameters are the last good ones{f' and saved in {workdir}' if workdir else ''}: go on "
+                    "with a lower learning rate, or look at the data."
+                )
+        yield {"kind": "end", "step": step, "seconds": tally.seconds()}
+    finally:
+        if checkpoints is not None:
+            checkpoints.close()
+
+
+def restore(checkpoints: Checkpoints | None, program: Program) -> tuple[State, float]:
+    """The newest valid state and the seconds it took; the initial one where there is none."""
+    if checkpoints is None or checkpoints.empty():
+        return program.init(), 0.0
+    state, meta, _ = checkpoints.restore(program.abstract_state())
+    return state, meta["seconds"]
+
+
+class Tally:
+    """Adds up steps until they are logged: sums first, then ratios."""
+
+    def __init__(self, exp: Experiment, bytes_per_token: float, seconds: float):
+        self.bytes_per_token = bytes_per_token
+        self.start = time.monotonic() - seconds
+        self.skipped_in_a_row = 0
+        is_moe = isinstance(exp.model.moe, MoEConfig)
+        self.layers = [i for i, sparse in enumerate(exp.model.sparse) if sparse] if is_moe else []
+        self.clear()
+
+    def clear(self) -> None:
+        self.last: Metrics | None = None
+        self.nats = self.targets = 0.0
+        self.stats: Stats | None = None
+        self.since = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the run began, interruptions left out."""
+        return time.monotonic() - self.start
+
+    def add(self, metrics: Metrics) -> None:
+        """Waits for a step and adds it."""
+        self.last = last = jax.device_get(metrics)
+        self.skipped_in_a_row = int(last.skipped_in_a_row)
+        if self.skipped_in_a_row == 0:
+            self.nats += float(last.loss * last.targets)
+            self.targets += float(last.targets)
+        if last.stats is not None:
+            self.stats = last.stats if self.stats is None else jax.tree.map(np.add, self.stats, last.stats)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What has been added up since the last record."""
+        assert self.last is not None
+        loss = self.nats / self.targets if self.targets else float("nan")
+        record = {
+            "kind": "train",
+            "step": step,
+            "seconds": self.seconds(),
+            "loss": loss,
+            "bits_per_byte": bits_per_byte(loss, self.bytes_per_token),
+            "aux_loss": float(self.last.aux_loss),
+            "grad_norm": float(self.last.grad_norm),
+            "learning_rate": float(self.last.learning_rate),
+            "tokens_per_second": self.targets / (time.monotonic() - self.since),
+            "skipped": int(self.last.skipped),
+        }
+        if self.stats is not None:
+            moe = jax.tree.map(lambda a: np.asarray(a).tolist(), Aux(self.last.aux_loss, self.stats).metrics)
+            record |= {
+                "drop_rate": drop_rate(self.stats),
+                "load_max_over_mean": float(np.mean(moe["load_max_over_mean"])),
+                "moe": {"layer": self.layers, **moe},
+            }
+        self.clear()
+        return record

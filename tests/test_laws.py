@@ -1,0 +1,214 @@
+"""The laws of the layer: one model on every mesh, causality, replicas, padding, nothing dropped in silence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.core.routing import TokenChoice, queue
+from moe_jax.dispatch import Einsum, Scatter, Sort
+from moe_jax.experts import MLP
+from moe_jax.moe import MoE, MoEConfig
+from moe_jax.routers import Switch, Top2, TopK
+from tests import oracle
+from tests.cases import B, D, L, LAYERS, MESHES, ON_MESH, RATE, SCENARIOS
+from tests.cases import close, compiled, context, noise, normal, run, scenario
+
+ids = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v)  # noqa: E731
+
+
+def doubles(tree):
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+@functools.cache
+def truth(name, what) -> oracle.Result:
+    params, batch = scenario(name, what)
+    return oracle.layer(LAYERS[name], doubles(params), doubles(batch.x), batch.mask, noise(name, batch.key))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_scenarios_force_what_they_say(name):
+    """Law 1 is only tried where something is dropped, tied, empty, crowded or padded."""
+    dropless = LAYERS[name].dispatch.capacity_factor is None
+    counts = {what: truth(name, what).stats["choices_E"] for what in SCENARIOS}
+    for what in SCENARIOS:
+        assert dropless == (truth(name, what).metrics["drop_rate"] == 0), what
+    assert (counts["empty"][LAYERS[name].E // 2 :] == 0).all()
+    assert counts["one"][2] == B * L
+    assert counts["flat"][0] == B * L
+    assert truth(name, "padding").stats["tokens"] < B * L
+    gate = scenario(name, "ties")[0]["router_gate_DE"]
+    np.testing.assert_array_equal(gate[:, 1::2], gate[:, ::2])
+
+
+@pytest.mark.parametrize("what", SCENARIOS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_single_device_equals_oracle(name, what):
+    """Law 1: output, losses, statistics, metrics, every gradient and an SGD step are the oracle's."""
+    cfg, one, true = LAYERS[name], run(name, None, what), truth(name, what)
+    close(one.y, true.y)
+    close(one.aux_loss, true.aux_loss)
+    close(one.stats, true.stats)
+    close(one.metrics, true.metrics)
+    np.testing.assert_array_equal(one.stats["kept"], true.stats["kept"])
+    np.testing.assert_array_equal(one.stats["choices_E"], true.stats["choices_E"])
+
+    params, batch = scenario(name, what)
+    at = doubles({**params, "x": batch.x})
+
+    def loss(at):
+        rest = {n: v for n, v in at.items() if n != "x"}
+        return oracle.loss(cfg, rest, at["x"], batch.mask, batch.target, noise(name, batch.key), true.decision)
+
+    close(one.loss, loss(at))
+    for i, (leaf, grad) in enumerate({**one.grads, "x": one.grad_x}.items()):
+        # along the sign of the gradient nothing cancels; along a random direction nothing hides
+        for v in (np.sign(grad), normal(i, *grad.shape)):
+            expected = oracle.slope(lambda w, leaf=leaf: loss({**at, leaf: w}), at[leaf], v)
+            np.testing.assert_allclose((grad * v).sum(), expected, atol=1e-5 * np.abs(grad * v).sum(), err_msg=leaf)
+    close(one.params, {n: params[n] - RATE * one.grads[n] for n in params})
+
+
+@pytest.mark.parametrize("what", SCENARIOS)
+@pytest.mark.parametrize(("name", "mesh"), ON_MESH, ids=ids)
+def test_one_model_every_mesh(name, mesh, what):
+    """Law 1: on every mesh everything is what a single device computes, noise included."""
+    many, one = run(name, mesh, what), run(name, None, what)
+    close(many._asdict(), one._asdict())
+    np.testing.assert_array_equal(many.stats["kept"], one.stats["kept"])
+    np.testing.assert_array_equal(many.stats["choices_E"], one.stats["choices_E"])
+    close(many.y, truth(name, what).y)
+
+
+def refused(cfg, mesh, message, batch=B):
+    with context(mesh), pytest.raises(ValueError, match=message):
+        jax.eval_shape(MoE(cfg).init_with_output, jax.random.key(0), jnp.zeros((B, L, D)))
+        x, params = jnp.zeros((batch, L, D)), jax.eval_shape(MoE(cfg).init, jax.random.key(0), jnp.zeros((B, L, D)))
+        jax.eval_shape(MoE(cfg).apply, params, x)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "mesh", "batch", "message"),
+    [
+        (MoEConfig(E=4), (1, 8), B, r"E=4 experts do not spread evenly over mesh.expert=8; change one"),
+        (MoEConfig(E=12), (1, 8), B, r"E=12 experts do not spread evenly over mesh.expert=8"),
+        (MoEConfig(E=8, dispatch=Sort()), (2, 4), B, r"Sort\(\) needs all experts .* but mesh.expert=4; set"),
+        (MoEConfig(E=8), (2, 4), 12, r"A batch of 12 sequences does not spread evenly over 8 shards"),
+        (MoEConfig(E=8, S=32), (2, 4), B, r"A shard's 2 x 8 tokens are not whole routing groups of S=32"),
+        (MoEConfig(E=8, S=3), None, B, r"A shard's 16 x 8 tokens are not whole routing groups of S=3"),
+    ],
+)
+def test_what_does_not_spread_is_refused(cfg, mesh, batch, message):
+    """Law 1: fewer experts than shards, and whatever else does not divide, is refused in one sentence."""
+    refused(cfg, mesh, message, batch)
+
+
+def test_suffix_changes_no_prefix():
+    """Law 4: at a tight capacity, token-major slots leave everything before a change bit for bit alone."""
+    f, cut = compiled("einsum", None)[0], 5
+    assert LAYERS["einsum"].causal
+    params, batch = scenario("einsum", "drops")
+    before = np.asarray(f(params, batch).y)
+    for seed in range(5):
+        x = batch.x.copy()
+        x[:, cut:] = normal(seed, B, L - cut, D)
+        after = np.asarray(f(params, batch._replace(x=x)).y)
+        np.testing.assert_array_equal(after[:, :cut], before[:, :cut])
+        assert not (after[:, cut:] == before[:, cut:]).all()
+
+
+@pytest.mark.parametrize(("priority", "changes"), [("token-major", 0), ("choice-major", 1), ("probability", 1)])
+def test_only_token_major_is_causal(priority, changes):
+    """Law 4, told: the last token's change moves the first token's second choice, unless slots are token-major."""
+
+    def first(last, weight):
+        expert = jnp.array([[[0, 1], [1, 0], last]])
+        w, e = jnp.array([[[0.6, 0.4], [0.7, 0.3], weight]]), jnp.zeros((1, 3, 3))
+        return queue(TokenChoice(expert, w, e, e, jnp.ones((1, 3), bool)), priority)[0, 0].tolist()
+
+    moved = [a - b for a, b in zip(first([1, 2], [0.9, 0.1]), first([2, 0], [0.5, 0.5]), strict=True)]
+    assert moved == [0, changes]
+
+
+@pytest.mark.parametrize("dispatch", [Einsum, Scatter])
+def test_config_says_whether_it_is_causal(dispatch):
+    """Law 4: a config is causal with token-major slots, without a limit, or choice-major with one choice."""
+    one, two = Switch(), TopK(K=2)
+    assert MoEConfig(E=4, router=two, dispatch=dispatch(1.0)).causal
+    assert not MoEConfig(E=4, router=two, dispatch=dispatch(1.0, "choice-major")).causal
+    assert MoEConfig(E=4, router=one, dispatch=dispatch(1.0, "choice-major")).causal
+    assert not MoEConfig(E=4, router=one, dispatch=dispatch(1.0, "probability")).causal
+    assert MoEConfig(E=4, router=two, dispatch=dispatch(None, "probability")).causal
+    assert MoEConfig(E=4, router=two, dispatch=dispatch(1.0, "choice-major")).dropless().causal
+    assert MoEConfig(E=4, router=two, dispatch=Sort()).causal
+
+
+@pytest.mark.parametrize(("name", "mesh"), [c for c in ON_MESH if c[1] in ((2, 4), (8, 1))], ids=ids)
+def test_replicas_are_replicas(name, mesh):
+    """Law 5: after three steps, what several devices hold copies of is bit-identical on all of them."""
+    f = compiled(name, mesh)[0]
+    params, batch = scenario(name, "drops")
+    copies = 0
+    for _ in range(3):
+        step = f(params, batch)
+        params = step.params
+    for leaf in jax.tree.leaves(step):
+        by_index = {}
+        for piece in leaf.addressable_shards:
+            by_index.setdefault(str(piece.index), []).append(np.asarray(piece.data).tobytes())
+        assert all(len(set(same)) == 1 for same in by_index.values())
+        copies += sum(len(same) == 8 for same in by_index.values())
+    assert step.params["router_gate_DE"].sharding.is_fully_replicated
+    assert step.aux_loss.sharding.is_fully_replicated
+    assert copies > 10
+
+
+@pytest.mark.parametrize(("name", "mesh"), [(n, None) for n in LAYERS] + [c for c in ON_MESH if c[1] == (2, 4)], ids=ids)
+def test_padding_is_nowhere(name, mesh):
+    """Law 7: the content of padded tokens changes no output, loss, count, metric or gradient, bit for bit.
+
+    Their own output is 0 (with a shared expert: that expert's alone), their own gradient 0.
+    """
+    f = compiled(name, mesh)[0]
+    params, batch = scenario(name, "padding")
+    x = np.where(batch.mask[..., None], batch.x, 100 * normal(9, B, L, D))
+    one, other = (jax.tree.map(np.asarray, f(params, b)) for b in (batch, batch._replace(x=x)))
+    for a, b in zip(jax.tree.leaves(one._replace(y=0)), jax.tree.leaves(other._replace(y=0)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(one.y[batch.mask], other.y[batch.mask])
+    assert not other.grad_x[~batch.mask].any()
+    if LAYERS[name].shared is None:
+        assert not other.y[~batch.mask].any()
+    assert one.stats["tokens"] == batch.mask.sum()
+
+
+def test_everything_padded():
+    """Law 7: a batch of nothing but padding has finite losses and metrics, and no gradient from the task."""
+    params, batch = scenario("einsum", "padding")
+    step = compiled("einsum", None)[0](params, batch._replace(mask=np.zeros((B, L), bool)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step))
+    assert step.stats["tokens"] == step.stats["kept"] == step.loss == 0
+
+
+@pytest.mark.parametrize("mesh", [None, *MESHES], ids=str)
+@pytest.mark.parametrize("name", ["einsum", "scatter"])
+def test_drop_rate_is_the_oracles(name, mesh):
+    """Law 8: what is dropped is told, exactly."""
+    for what in ("drops", "one", "padding"):
+        told, true = run(name, mesh, what).metrics["drop_rate"], truth(name, what).metrics["drop_rate"]
+        assert 0 < true < 1
+        np.testing.assert_allclose(told, true, rtol=1e-6)
+
+
+@pytest.mark.parametrize("router", [Switch(), TopK(K=2), Top2(second="always")])
+def test_bfloat16_layer(router):
+    """A bfloat16 layer answers in bfloat16, and counts, loses and routes in float32."""
+    layer = MoE(MoEConfig(E=8, router=router, experts=MLP(F=4, bias=True), shared=MLP(F=4)))
+    x = jax.ShapeDtypeStruct((B, L, D), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    y, aux = jax.eval_shape(layer.apply, params, x)
+    assert y.dtype == jnp.bfloat16
+    assert {a.dtype for a in jax.tree.leaves((aux, params))} == {jnp.dtype("float32")}
