@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -25,15 +25,30 @@ from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
 COMPONENTS = {
-    c.__name__: c
-    for c in (*ROUTERS, *EXPERTS, *DISPATCHERS, *OPTIMIZERS, *SCHEDULES, *SOURCES, *TOKENIZERS)
+    c.__name__: c for c in (*ROUTERS, *EXPERTS, *DISPATCHERS, *OPTIMIZERS, *SCHEDULES, *SOURCES, *TOKENIZERS)
 }
+# What may stand in a field that holds a component.
+KINDS: dict[str, tuple[type, ...]] = {
+    "router": ROUTERS,
+    "experts": EXPERTS,
+    "dispatch": DISPATCHERS,
+    "shared": (*EXPERTS, types.NoneType),
+    "ffn": EXPERTS,
+    "moe": (*EXPERTS, MoEConfig, types.NoneType),
+    "source": SOURCES,
+    "tokenizer": TOKENIZERS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
+WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what ast says to it
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """source and tokenizer: where tokens come from. L: tokens per window. B: windows per step, over all devices.
+    """source and tokenizer: where tokens come from. L: tokens per window. B: windows per step.
 
+    B counts the windows of all devices.
     accumulate: a step goes through its batch in this many pieces, one after another.
     """
 
@@ -46,8 +61,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long, how often (in steps), and how much is kept. eval_windows: held-out windows looked at each time.
+    """How long, how often (in steps), and how much is kept.
 
+    eval_windows: held-out windows looked at each time.
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
     """
 
@@ -78,6 +94,8 @@ class Experiment:
 
     def __post_init__(self):
         object.__setattr__(self, "mesh", tuple(dict(self.mesh).items()))
+        if not _fits(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"config.seed={self.seed!r} must be a whole number from 0 to 2**32 - 1.")
         _check_mesh(dict(self.mesh))
         _check_batch(self)
         _check_positive(self.run, "run", zero_is_fine=("keep_best",))
@@ -98,23 +116,53 @@ class Experiment:
 
 
 def build(config: Mapping[str, Any]) -> Experiment:
-    """The typed experiment of a config file's values. ValueError says which value is wrong, and what would do."""
+    """The typed experiment of a config file's values; ValueError says which is wrong, and what would do."""
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    sections = {f.name for f in dataclasses.fields(Experiment)}
-    _check_names("config", config, sections)
-    data = _section("data", DataConfig, config.get("data", {}))
-    model = {**config.get("model", {}), "V": data.tokenizer.V}
+    _check_names("config", config, [f.name for f in dataclasses.fields(Experiment)])
+    sections = ("model", "data", "optim", "run", "mesh")
+    config = {**{name: {} for name in sections}, "mesh": {"data": 1, "expert": 1}, "seed": 0, **config}
+    for name in sections:
+        if not isinstance(config[name], Mapping):
+            raise ValueError(f"config.{name}={config[name]!r} must be a dict of fields; set them one by one.")
+    data = _section("data", DataConfig, config["data"])
+    model = dict(config["model"])
+    if "V" in model:
+        raise ValueError(
+            f"config.model.V={model['V']!r} is the tokenizer's to say; set config.data.tokenizer."
+        )
     if isinstance(moe := model.get("moe"), Mapping):
         model["moe"] = _section("model.moe", MoEConfig, moe)
     return Experiment(
-        model=_section("model", LMConfig, model),
+        model=_section("model", LMConfig, {**model, "V": data.tokenizer.V}),
         data=data,
-        optim=_section("optim", OptimConfig, config.get("optim", {})),
-        run=_section("run", RunConfig, config.get("run", {})),
-        mesh=tuple(config.get("mesh", {"data": 1, "expert": 1}).items()),
-        seed=config.get("seed", 0),
+        optim=_section("optim", OptimConfig, config["optim"]),
+        run=_section("run", RunConfig, config["run"]),
+        mesh=tuple(config["mesh"].items()),
+        seed=config["seed"],
     )
+
+
+def override(config: dict[str, Any], path: str, text: str) -> None:
+    """Sets the field at a path, `model.moe.E`, to what a command line says; `build` checks it."""
+    *sections, name = path.split(".")
+    hints = typing.get_type_hints(SECTIONS.get(".".join(sections), Experiment))
+    for i, section in enumerate(sections, 1):
+        if not isinstance(inner := config.setdefault(section, {}), dict):
+            whole = ".".join(sections[:i])
+            raise ValueError(
+                f"config.{path} is no field: config.{whole}={inner!r} has none; set it as a whole."
+            )
+        config = inner
+    config[name] = text if hints.get(name) is str else _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """A number, a tuple, None, ... as Python writes it; any other text is itself."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except NOT_LITERAL:
+        return text
 
 
 def plain(value: Any) -> Any:
@@ -136,55 +184,87 @@ def dense_twin(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(plain(twin))
 
 
+SECTIONS: dict[str, type] = {
+    "": Experiment,
+    "model": LMConfig,
+    "model.moe": MoEConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
 def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
     """A component from its constructor call: a registered name with literal arguments."""
-    names = {c.__name__: c for c in known}
+    names = {c.__name__: c for c in known if c.__name__ in COMPONENTS}
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except NOT_LITERAL:
         node = None
-    if isinstance(node, ast.Name):
-        raise ValueError(f"{text!r} is not a call; write {text.strip() + '(...)'!r}.")
+    if isinstance(node, ast.Name) and node.id in names:
+        raise ValueError(f"{text!r} is not a call; write {node.id + '()'!r}, with its arguments.")
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         raise ValueError(f"{text!r} is not a component; write its constructor call, like 'TopK(K=2)'.")
-    if node.func.id not in names:
-        raise ValueError(f"Component {node.func.id!r} is unknown{_near(node.func.id, names)}")
-    cls = names[node.func.id]
+    if (name := node.func.id) not in names:
+        what = "cannot stand here" if name in COMPONENTS else "is unknown"
+        raise ValueError(f"Component {name!r} {what}{_near(name, names)}")
+    cls = names[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     if len(node.args) > len(fields):
-        raise ValueError(f"{text!r} has {len(node.args)} arguments; {cls.__name__} takes {fields}.")
-    given = dict(zip(fields, node.args, strict=False)) | {str(k.arg): k.value for k in node.keywords}
-    _check_names(cls.__name__, given, set(fields))
+        raise ValueError(
+            f"{text!r} has {len(node.args)} arguments; {name} takes {', '.join(fields) or 'none'}."
+        )
+    pairs = [*zip(fields, node.args, strict=False), *((k.arg or "**", k.value) for k in node.keywords)]
+    _check_names(name, [argument for argument, _ in pairs], fields, "argument")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{text!r} gives an argument twice; give it once.")
     try:
-        values = {name: ast.literal_eval(value) for name, value in given.items()}
-    except ValueError:
+        values = {argument: ast.literal_eval(value) for argument, value in pairs}
+    except NOT_LITERAL:
         raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
-    return _construct(cls.__name__, cls, values)
+    return _construct(name, cls, values)
 
 
 def _section(path: str, cls: type, given: Mapping[str, Any]) -> Any:
     """A dataclass from plain values; strings that stand for components are parsed."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"config.{path}={given!r} must have the fields {[f.name for f in dataclasses.fields(cls)]}.")
     hints = typing.get_type_hints(cls)
-    _check_names(f"config.{path}", given, {f.name for f in dataclasses.fields(cls)})
+    _check_names(f"config.{path}", given, [name for name in hints if name != "V"] + ["V"] * ("V" in given))
     values = {}
     for name, value in given.items():
-        if hints[name] is Any and isinstance(value, str):
-            try:
-                value = None if value == "None" else parse(value)
-            except ValueError as error:
-                raise ValueError(f"config.{path}.{name}: {error}") from None
+        if name in KINDS:
+            value = _component(f"config.{path}.{name}", value, KINDS[name])
+        if name == "losses" and not (
+            isinstance(value, Mapping) and all(_fits(v, float) for v in value.values())
+        ):
+            raise ValueError(
+                f"config.{path}.{name}={value!r} must be a dict of losses and their coefficients."
+            )
         values[name] = tuple(value) if isinstance(value, list) else value
     return _construct(f"config.{path}", cls, values)
+
+
+def _component(path: str, value: Any, known: tuple[type, ...]) -> Any:
+    """What a field that holds a component is set to, checked to be of the right kind."""
+    if isinstance(value, str) and value != "None":
+        try:
+            return parse(value, known)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    value = None if value == "None" else value
+    if not isinstance(value, known):
+        names = ", ".join(f"'{c.__name__}(...)'" for c in known if c.__name__ in COMPONENTS)
+        raise ValueError(f"{path}={value!r} must be one of {names}.")
+    return value
 
 
 def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise ValueError(f"{what}: {name}={value!r} must be {wanted}.")
+            given = (
+                f"{what}.{name}={value!r}" if what.startswith("config") else f"{what}({name}={value!r}): it"
+            )
+            raise ValueError(f"{given} must be {_words(hints[name])}.")
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise ValueError(f"{what} needs {', '.join(missing)}.")
@@ -201,20 +281,32 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, h) for h in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
-    if kind in (int, float) and isinstance(value, bool):
+    if kind in (int, float) and (isinstance(value, bool) or not _finite(value)):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _words(hint: Any) -> str:
+    """A type, in words."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_words(h) for h in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    return "None" if kind is types.NoneType else WORDS.get(kind, f"a {kind.__name__.lower()}")
+
+
+def _check_names(what: str, given: Iterable[str], known: Collection[str], field: str = "field") -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"{what} has no field {name!r}{_near(name, known)}")
+            raise ValueError(f"{what} has no {field} {name!r}{_near(str(name), known)}")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}."
+def _near(name: str, known: Collection[str]) -> str:
+    close = [k for k in known if k.lower() == name.lower()] or difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known) or 'none'}."
 
 
 def _check_positive(section: Any, path: str, zero_is_fine: tuple[str, ...] = ()) -> None:
@@ -227,7 +319,7 @@ def _check_positive(section: Any, path: str, zero_is_fine: tuple[str, ...] = ())
 def _check_mesh(mesh: Mapping[str, int]) -> None:
     _check_names("config.mesh", mesh, AXES)
     for axis, n in mesh.items():
-        if not isinstance(n, int) or (n < 1 and n != -1):
+        if not _fits(n, int) or (n < 1 and n != -1):
             raise ValueError(f"config.mesh.{axis}={n!r} must be a number of devices, or -1 for the rest.")
     if list(mesh.values()).count(-1) > 1:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")
@@ -241,13 +333,16 @@ def _check_batch(exp: Experiment) -> None:
     if data.B % (shards * data.accumulate):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
-            f"{data.accumulate} piece(s); B must be a multiple of {shards * data.accumulate}."
+            f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change the mesh."
         )
     if not isinstance(moe, MoEConfig):
         return
     X = mesh.get("expert", 1)
     if X > 1 and moe.E % X:
-        raise ValueError(f"config.model.moe.E={moe.E} experts do not spread evenly over config.mesh.expert={X}.")
+        raise ValueError(
+            f"config.model.moe.E={moe.E} experts do not spread evenly over config.mesh.expert={X}; "
+            "make E a multiple of it."
+        )
     if X > 1 and not moe.dispatch.parallel:
         raise ValueError(
             f"{type(moe.dispatch).__name__}() needs all experts on every device, but config.mesh.expert={X}; "
@@ -257,5 +352,5 @@ def _check_batch(exp: Experiment) -> None:
     if moe.S and (local % moe.S):
         raise ValueError(
             f"config.model.moe.S={moe.S} does not divide the {local} tokens that a device sees at once "
-            f"(B={data.B} x L={data.L} over {shards} devices in {data.accumulate} piece(s))."
+            f"(B={data.B} x L={data.L} over {shards} devices in {data.accumulate} piece(s)); make S=None, a sequence."
         )

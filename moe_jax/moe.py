@@ -138,7 +138,9 @@ class MoE(nn.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B L D"], Aux]:
         """Output and what there is to report; without a key nothing is random (evaluation)."""
-        cfg, here = self.cfg, Shard() if self.is_initializing() else shard.current()
+        cfg, here = self.cfg, shard.current()
+        if self.is_initializing():  # only shapes matter, and the batch may be of any size
+            cfg, here = dataclasses.replace(cfg, S=None), Shard()
         check_mesh(cfg, here, x_BLD.shape[0])
         if mask_BL is None:
             mask_BL = jnp.ones(x_BLD.shape[:2], bool)

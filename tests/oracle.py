@@ -1,8 +1,8 @@
-"""The layer in numpy, float64 and plain loops, from the papers' formulas: what every other way must agree with.
+"""The layer in numpy, float64 and plain loops, from the papers' formulas: every other way must agree with it.
 
-It imports nothing of moe_jax; configurations are only read, by their fields. Noise is an argument: the factors
-that a jittered input is multiplied with, or the draws that decide about second choices. Derivatives are central
-differences with the discrete decisions (who goes where, what is dropped) held fixed.
+It imports nothing of moe_jax; configurations are only read, by their fields. Noise is an argument: the
+factors that a jittered input is multiplied with, or the draws that decide about second choices. Derivatives
+are central differences with the discrete decisions (who goes where, what is dropped) held fixed.
 """
 
 from decimal import Decimal
@@ -14,6 +14,7 @@ import numpy as np
 class Choice(NamedTuple):
     """Experts named by each token and their weights; expert E is nowhere."""
 
+    named: np.ndarray  # [G, S, K], the best K, used or not
     expert: np.ndarray  # [G, S, K]
     weight: np.ndarray  # [G, S, K]
     logits: np.ndarray  # [G, S, E]
@@ -25,7 +26,7 @@ class Result(NamedTuple):
     aux_loss: float
     stats: dict
     metrics: dict
-    decision: tuple  # expert ids and kept choices
+    decision: tuple  # experts named, experts used, choices kept
 
 
 def softmax(x):
@@ -38,52 +39,40 @@ def best(values, K):
     return sorted(range(len(values)), key=lambda e: (-values[e], e))[:K]
 
 
-def choose(router, logits, draw=None):
-    """Experts and how they are taken, for one token."""
-    if type(router).__name__ == "Switch":
-        return best(logits, 1)
-    chosen = best(logits, router.K)
-    if type(router).__name__ == "Top2" and draw is not None:
-        p1, p2 = softmax(logits)[chosen]
-        if not 2 * p2 / (p1 + p2) > draw:
-            chosen[1] = len(logits)
-    return chosen
-
-
-def weights(router, logits, chosen):
-    """Weights of the chosen experts, for one token."""
-    E, probs = len(logits), softmax(logits)
+def weights(router, logits, named):
+    """Weights of the experts a token names: their probabilities, or a softmax over their logits alone."""
     if type(router).__name__ == "Switch" or getattr(router, "softmax", "") == "all":
-        return [probs[e] for e in chosen]
-    if type(router).__name__ == "TopK":
-        return list(softmax(logits[chosen]))
-    first, second = best(logits, 2)  # Top2: renormalised over the two, whether the second is taken or not
-    both = probs[first] + probs[second]
-    return [probs[first] / both, probs[second] / both if chosen[1] < E else 0.0]
+        return softmax(logits)[named]
+    if type(router).__name__ == "Top2":
+        return softmax(logits)[named] / softmax(logits)[named].sum()
+    return softmax(logits[named])
 
 
-def route(router, gate, x, mask, noise=None, expert=None) -> Choice:
-    """x [G, S, D]; noise [G, S, D] for a jitter, [G, S] for second choices; `expert` holds choices fixed."""
+def route(router, gate, x, mask, noise=None, decision=None) -> Choice:
+    """x [G, S, D]; noise [G, S, D] for a jitter, [G, S] for second choices. `decision`: ids are given."""
     G, S, _ = x.shape
     E, K = gate.shape[1], router.K
-    ids, weight = np.full((G, S, K), E), np.zeros((G, S, K))
+    named, ids, weight = np.full((G, S, K), E), np.full((G, S, K), E), np.zeros((G, S, K))
     logits, probs = np.zeros((G, S, E)), np.zeros((G, S, E))
-    for g in range(G):
-        for s in range(S):
-            row = x[g, s] * noise[g, s] if noise is not None and noise.ndim == 3 else x[g, s]
-            logits[g, s] = row @ gate
-            probs[g, s] = softmax(logits[g, s])
-            if mask[g, s]:
-                draw = noise[g, s] if noise is not None and noise.ndim == 2 else None
-                chosen = choose(router, logits[g, s], draw) if expert is None else list(expert[g, s])
-                ids[g, s], weight[g, s] = chosen, weights(router, logits[g, s], chosen)
-    return Choice(ids, weight, logits, probs)
+    jitter = noise if noise is not None and noise.ndim == 3 else np.ones(x.shape)
+    for g, s in np.ndindex(G, S):
+        logits[g, s] = (x[g, s] * jitter[g, s]) @ gate
+        probs[g, s] = softmax(logits[g, s])
+        if mask[g, s]:
+            named[g, s] = best(logits[g, s], K) if decision is None else decision[0][g, s]
+            weight[g, s] = weights(router, logits[g, s], named[g, s])
+            ids[g, s] = named[g, s]
+            if type(router).__name__ == "Top2" and noise is not None and 2 * weight[g, s, 1] <= noise[g, s]:
+                ids[g, s, 1] = E  # GShard, algorithm 1: used with probability min(1, 2 * its weight)
+    if decision is not None:
+        ids = decision[1]
+    return Choice(named, ids, np.where(ids < E, weight, 0), logits, probs)
 
 
 def capacity(S, K, E, factor):
     """The smallest C with C * E >= factor * K * S, and never more than S."""
     C = 0
-    while C < S and C * E < Decimal(str(factor)) * K * S:
+    while C < S and Decimal(str(factor)) * K * S > C * E:
         C += 1
     return C
 
@@ -175,9 +164,8 @@ def layer(cfg, params, x, mask, noise=None, decision=None) -> Result:
     """The whole layer; x [B, L, D]. With `decision`, experts and drops are those, not decided again."""
     S = cfg.S or x.shape[1]
     x_GSD, mask_GS = x.reshape(-1, S, x.shape[-1]), mask.reshape(-1, S)
-    ids, taken = decision or (None, None)
-    choice = route(cfg.router, params["router_gate_DE"], x_GSD, mask_GS, noise, ids)
-    taken = kept(cfg.dispatch, choice) if taken is None else taken
+    choice = route(cfg.router, params["router_gate_DE"], x_GSD, mask_GS, noise, decision)
+    taken = kept(cfg.dispatch, choice) if decision is None else decision[2]
     y = combine(cfg.experts, {n: params[n] for n in cfg.experts.params}, x_GSD, choice, taken)
     if cfg.shared is not None:
         p = {n: params["shared_" + n.replace("_E", "_")] for n in cfg.shared.params}
@@ -186,7 +174,7 @@ def layer(cfg, params, x, mask, noise=None, decision=None) -> Result:
     s = count(choice, mask_GS, taken)
     metrics = describe(s)
     aux = sum(weight * metrics[name] for name, weight in dict(cfg.losses).items())
-    return Result(y.reshape(x.shape), aux, s, metrics, (choice.expert, taken))
+    return Result(y.reshape(x.shape), aux, s, metrics, (choice.named, choice.expert, taken))
 
 
 def loss(cfg, params, x, mask, target, noise=None, decision=None):

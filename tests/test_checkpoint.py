@@ -219,6 +219,23 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert_same(checkpoints.restore(abstract(a_state(0)), step=2)[0], a_state(2))
 
 
+def test_a_loss_that_is_not_a_number_is_not_the_best(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), META, float("nan"))
+        checkpoints.wait()
+        assert checkpoints.best() is None
+        checkpoints.save(2, a_state(2), META, 9.0)
+        checkpoints.wait()
+        assert checkpoints.best() == 2
+
+
+def test_the_remains_of_a_killed_save_go_with_the_next_one(copied):
+    (copied / "30.orbax-checkpoint-tmp").mkdir()
+    assert Checkpoints(copied).steps() == [10, 20]
+    save_steps(copied, 40)
+    assert not (copied / "30.orbax-checkpoint-tmp").exists()
+
+
 def test_a_damaged_step_does_not_push_out_the_last_valid_one(copied):
     flip(copied / "20" / "state" / "manifest.ocdbt")
     with Checkpoints(copied, keep_last=2, keep_best=0) as checkpoints:

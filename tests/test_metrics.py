@@ -147,6 +147,12 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     assert records[-1]["loss"] == 0.5
 
 
+def test_a_finished_run_that_goes_on_has_not_ended(tmp_path):
+    run(tmp_path, steps=30)
+    Logger(tmp_path, 40, resume_step=30, quiet=True).close()
+    assert [r["kind"] for r in read(tmp_path)] == ["train", "eval"] * 4
+
+
 def test_a_fresh_start_starts_anew(tmp_path):
     run(tmp_path)
     with Logger(tmp_path, 10, quiet=True) as logger:
@@ -289,11 +295,12 @@ def test_the_report_has_its_figures_and_nothing_from_outside(tmp_path, sparse):
 
 
 def test_other_runs_are_laid_over_and_named(tmp_path):
-    run(tmp_path / "sparse")
     run(tmp_path / "dense", sparse=False)
-    page = write_report(tmp_path / "sparse", "", {"dense twin": tmp_path / "dense"}).read_text()
-    assert page.count("dense twin") >= 2
-    assert "dense twin" not in write_report(tmp_path / "sparse", "").read_text()
+    run(tmp_path / "sparse")
+    page = write_report(tmp_path / "dense", "", {"sparse twin": tmp_path / "sparse"}).read_text()
+    assert page.count("sparse twin") == 4  # table, two loss figures, domains
+    assert "with capacity" in page
+    assert "sparse twin" not in write_report(tmp_path / "dense", "").read_text()
 
 
 def test_a_run_that_went_wrong_still_has_a_report(tmp_path):

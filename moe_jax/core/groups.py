@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class Groups(Protocol):
     """What an expert may ask of the rows it is given."""
 

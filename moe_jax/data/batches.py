@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax.data.windows import Batch, Windows, batch
 
+EPOCHS = 2**24  # for ever; without a number, Grain overflows
 PADDING = -1  # the number of a window without text
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
@@ -23,7 +24,7 @@ def batches(
         raise ValueError(f"a batch of B={B} needs as many windows, the data has {len(windows)}: lower B or L")
     if not 0 <= seed < 2**32 or start < 0:
         raise ValueError(f"seed={seed}, start={start}: seed must be in [0, 2**32) and start at least 0")
-    shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat(EPOCHS)
     parts = shuffled.batch(B // processes, batch_fn=batch)  # part n * processes + p is process p's of batch n
     return iter(parts[process::processes][start:].to_iter_dataset(READ))
 

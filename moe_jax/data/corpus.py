@@ -44,7 +44,7 @@ class Corpus:
         return cache.facts(self.prepared(directory))["fingerprint"]
 
     def prepared(self, directory: pathlib.Path) -> pathlib.Path:
-        """The folder of the corpus of this very environment, built if it is not there (10 to 20 s)."""
+        """The folder of the corpus of this very environment, built if it is not there (about 10 s)."""
         name = f"{environment.environment()}-{self.megabytes:g}MB-v{VERSION}"
         folder = directory / "corpus" / name
         cache.ensure(folder, self._build)
@@ -52,7 +52,7 @@ class Corpus:
 
     def _build(self, folder: pathlib.Path) -> dict[str, Any]:
         start = time.monotonic()
-        _say("building the embedded corpus from this Python's library and packages (once, 10 to 20 s) ...")
+        _say("building the embedded corpus from this Python's library and packages (once, about 10 s) ...")
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS has its own words for this, less true ones
             EmbeddedCorpus(self.megabytes, data_dir=folder).download_and_prepare(

@@ -3,7 +3,7 @@
 import hashlib
 import pathlib
 from collections.abc import Collection, Iterable, Iterator
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 Split = Literal["train", "held_out"]
 HELD_OUT = 0.05  # share of the documents
@@ -20,8 +20,10 @@ class Document(NamedTuple):
 class Source(Protocol):
     """A frozen dataclass that names some text; `directory` is where it may keep what it makes of it."""
 
-    @property
-    def domains(self) -> tuple[str, ...]: ...
+    if TYPE_CHECKING:  # at run time an isinstance would read a whole folder for its domains
+
+        @property
+        def domains(self) -> tuple[str, ...]: ...
 
     def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]: ...
 

@@ -6,7 +6,7 @@ import io
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 import sentencepiece
@@ -16,6 +16,7 @@ from moe_jax.data import cache
 
 MODEL = "sentencepiece.model"
 SPACE = "\u2581"  # stands for a space in the pieces of a model
+TRAINED_ON = 8_000_000  # bytes
 LONGEST_LINE = 1000  # characters; sentencepiece leaves out lines above 4192 bytes
 VERBATIM = re.compile(f"({SPACE}+|[\\udc80-\\udcff]+)")  # surrogates carry bytes that are not UTF-8
 
@@ -32,7 +33,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: bytes) -> Int32[np.ndarray, "N"]: ...
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes: ...
+    def decode(self, ids: Sequence[SupportsInt] | np.ndarray) -> bytes: ...
 
 
 @runtime_checkable
@@ -59,7 +60,7 @@ class Bytes:
     def encode(self, text: bytes) -> Int32[np.ndarray, "N"]:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    def decode(self, ids: Sequence[SupportsInt] | np.ndarray) -> bytes:
         """The text of `ids`; begin-of-document tokens have none."""
         ids = np.asarray(ids, np.int64)
         return ids[ids != self.bod].astype(np.uint8).tobytes()
@@ -67,10 +68,9 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
-    """Byte-pair encoding of V pieces, all 256 bytes among them, trained on the first `megabytes` of text."""
+    """Byte-pair encoding of V pieces, all 256 bytes among them, trained on the first 8 MB of text."""
 
     V: int = 8192
-    megabytes: int = 16
 
     def __post_init__(self):
         if self.V < 300:
@@ -80,7 +80,7 @@ class SentencePiece:
         """The tokenizer in `folder`, trained on `texts` if there is none; ValueError if they are too few."""
 
         def train(unfinished: pathlib.Path) -> dict[str, int]:
-            (unfinished / MODEL).write_bytes(_train(lines(texts, int(self.megabytes * 1e6)), self.V))
+            (unfinished / MODEL).write_bytes(_train(lines(texts, TRAINED_ON), self.V))
             return {"V": self.V}
 
         cache.ensure(folder, train)
@@ -109,7 +109,7 @@ class TrainedSentencePiece:
                 ids += self.model.encode(part)
         return np.array(ids, np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    def decode(self, ids: Sequence[SupportsInt] | np.ndarray) -> bytes:
         """The text of `ids`; begin-of-document and unknown tokens have none."""
         return b"".join(self.texts[int(i)] for i in ids)
 

@@ -60,7 +60,9 @@ def prepare(
         raise ValueError(f"windows of L={L} tokens were asked for: give L >= 1")
     text = source.fingerprint(directory)
     texts = (document.text for document in source.documents("train", directory))
-    fitted = tokenizer.fit(texts, directory / "tokenizers" / fingerprint([text, repr(tokenizer)])[:16])
+    fitted = tokenizer.fit(
+        texts, directory / "tokenizers" / fingerprint([text, repr(tokenizer), VERSION])[:16]
+    )
     key = fingerprint([text, fitted.fingerprint, str(L), VERSION])
 
     def windows(split: Split) -> Windows:

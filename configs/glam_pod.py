@@ -1,0 +1,60 @@
+"""GLaM 0.1B/64E (arXiv:2112.06905, table 4) on a Cloud TPU slice.
+
+    python -m experiments.train --config=configs/glam_pod.py --workdir=gs://... \\
+        --config.data.source="Tfds(name='c4')"
+
+1.9B parameters, 145M of them active: 12 layers, every second one with 64 experts of the dense layer's width.
+Experts are spread over the expert axis, the batch over both; -1 takes what devices there are.
+Hardware: a slice of at least 16 TPU devices (v4-32, v5e-16), bfloat16. 100,000 steps of 256 windows of 1,024 tokens.
+Expect nothing of the loss from here: this config has not been run on a TPU by its authors.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = {"data": -1, "expert": 16}
+    config.model = {
+        "D": 768,
+        "N": 12,
+        "H": 12,
+        "A": 64,
+        "ffn": "GLU(F=3072, activation='gelu')",
+        "layout": "every 2",
+        "position": "relative",
+        "tied": True,
+        "remat": True,
+        "dtype": "bfloat16",
+        "moe": {
+            "E": 64,
+            "router": "Top2(second='random')",
+            "experts": "MLP(F=3072)",
+            "dispatch": "Scatter(capacity_factor=1.25)",
+            "shared": "None",
+            "losses": {"load_balance": 0.01, "router_z": 0.0},
+            "S": 1024,
+            "init_scale": 1.0,
+        },
+    }
+    config.data = {
+        "source": "Tfds(name='c4', text='text')",
+        "tokenizer": "SentencePiece(V=32000)",
+        "L": 1024,
+        "B": 256,
+        "accumulate": 1,
+    }
+    config.optim = {
+        "optimizer": "Adafactor(decay=0.8, momentum=0.9)",
+        "schedule": "InverseSqrt(peak=0.01, warmup=10000)",
+        "clip": 1.0,
+    }
+    config.run = {
+        "steps": 100_000,
+        "log_every": 100,
+        "eval_every": 2000,
+        "eval_windows": 4096,
+        "save_every": 2000,
+    }
+    return config

@@ -1,0 +1,160 @@
+"""Trains one experiment, and goes on with it where it was interrupted.
+
+    python -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano
+    python -m experiments.train --config=configs/glam_nano.py --config.model.moe.E=32 --print_config
+
+In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, report.html.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import rich.console
+from absl import flags
+
+from experiments import cli
+from moe_jax.config import Experiment
+from moe_jax.core.shard import make_mesh
+from moe_jax.costs import flops_per_token, parameters
+from moe_jax.metrics import FILE, Logger, read, summary
+from moe_jax.report import write_report
+from moe_jax.train import train
+
+cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a new folder, or this run's own.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
+COMPARE = flags.DEFINE_multi_string("compare", [], "Workdirs of other runs to draw in the report.")
+
+BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
+FILES = (*BEGUN, "tensorboard", "report.html", "config.json")
+MAY_CHANGE = ("run", "mesh")  # between a run and its continuation
+
+
+def main() -> None:
+    exp = cli.experiment()
+    if PRINT_CONFIG.value:
+        print(exp.to_json())
+        return
+    if not WORKDIR.value:
+        raise ValueError("No place for the run was given; say --workdir=runs/my_run, for instance.")
+    workdir = cli.folder("workdir", WORKDIR.value)
+    data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
+    others = compared(COMPARE.value)
+    exp = on_devices(exp)
+    if jax.process_index() == 0:
+        claim(workdir, exp, OVERWRITE.value)
+    run(exp, workdir, data_dir, others)
+
+
+def on_devices(exp: Experiment) -> Experiment:
+    """The experiment with its mesh as it is on the devices there are; ValueError if it does not fit them."""
+    if exp.devices and exp.devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", exp.devices)  # simulated ones, where the platform is the CPU
+    return dataclasses.replace(exp, mesh=tuple(make_mesh(**dict(exp.mesh)).shape.items()))
+
+
+def run(
+    exp: Experiment,
+    workdir: pathlib.Path,
+    data_dir: pathlib.Path | None = None,
+    others: dict[str, Any] | None = None,
+) -> None:
+    """Trains, logging into the workdir, and ends with a table and a report."""
+    say(describe(exp))
+    records = train(exp, workdir, data_dir)
+    first = next(records)
+    say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
+    with Logger(workdir, exp.run.steps, first["step"] or None) as log:
+        log.write(first)
+        for record in records:
+            log.write(record)
+    if jax.process_index() == 0:
+        rich.console.Console(stderr=True).print(summary(read(workdir)))
+        say(f"report: {write_report(workdir, exp.to_json(), others or {})}")
+
+
+def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
+    """Makes the workdir this experiment's; ValueError if it is another's.
+
+    A run may go on for longer, or on another mesh.
+    """
+    saved = workdir / "config.json"
+    if overwrite and saved.is_file():
+        for name in FILES:  # config.json last: it says that all this is a run's
+            path = workdir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if saved.is_file():
+        begun = any((workdir / name).exists() for name in BEGUN)
+        if begun and (changed := differences(saved_config(saved), json.loads(exp.to_json()))):
+            raise ValueError(
+                f"{workdir} holds another run ({'; '.join(changed[:3])}); choose another --workdir, "
+                "or delete that run with --overwrite."
+            )
+    elif workdir.is_dir() and (others := sorted(path.name for path in workdir.iterdir())):
+        raise ValueError(
+            f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); "
+            "choose an empty or a new --workdir."
+        )
+    unfinished = saved.with_suffix(".json.new")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(exp.to_json())
+        unfinished.replace(saved)
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written to {workdir} ({error.strerror}); choose another --workdir."
+        ) from error
+
+
+def saved_config(path: pathlib.Path) -> dict[str, Any]:
+    """What a run's config.json says."""
+    try:
+        if isinstance(saved := json.loads(path.read_bytes()), dict):
+            return saved
+        raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{path} is damaged, so that this run cannot be told from another; restore it "
+            "(--print_config shows what is in it), or begin anew with --overwrite."
+        ) from None
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Which values differ, where a continuation may not."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in {**old, **new} if path or k not in MAY_CHANGE]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}".strip("."))]
+    return [] if old == new else [f"{path or 'config'} was {old!r}, is {new!r}"]
+
+
+def compared(workdirs: list[str]) -> dict[str, str]:
+    """Runs to compare with, by the names of their folders."""
+    for workdir in workdirs:
+        read(workdir)  # says what is wrong before anything is trained
+    return {pathlib.Path(workdir).name: workdir for workdir in workdirs}
+
+
+def describe(exp: Experiment) -> str:
+    """What is about to be trained, in a line."""
+    count, flops = parameters(exp.model), flops_per_token(exp.model, exp.data.L)
+    mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh)
+    return (
+        f"{count.total:,} parameters, {count.active:,} active, {3 * flops / 1e6:.2f} MFLOP per trained "
+        f"token; {mesh} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,216 @@
+"""Training: one golden step, the same on every mesh and in pieces, exact resumption, non-finite steps."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax import train as trainer
+from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
+from moe_jax.data import Batch, Bytes, Folder
+from moe_jax.dispatch import Scatter
+from moe_jax.experts import GLU, MLP
+from moe_jax.models import LMConfig
+from moe_jax.moe import MoEConfig
+from moe_jax.optim import WSD, Adafactor, AdamW, Constant
+from moe_jax.routers import Top2
+from moe_jax.train import Program, TrainingDiverged, train
+
+MOE = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25), S=8)
+MODEL = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8, activation="gelu"), moe=MOE, remat=False)
+EXP = Experiment(
+    model=MODEL,
+    data=DataConfig(tokenizer=Bytes(), L=8, B=16),
+    optim=OptimConfig(optimizer=AdamW(), schedule=Constant(0.01)),
+    run=RunConfig(steps=6, log_every=1, eval_every=3, eval_windows=16, save_every=3),
+    mesh=(("data", 2), ("expert", 4)),
+)
+
+
+def batch(L=8, B=16) -> Batch:
+    """Rows of a counting sequence; the last row half padding."""
+    tokens = (np.arange(L + 1)[None] * 3 + np.arange(B)[:, None] * 11).astype(np.int32) % 257
+    segment = np.ones((B, L), np.int32)
+    segment[-1, L // 2 :] = 0
+    position = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
+    return Batch(tokens[:, :-1], tokens[:, 1:], segment, position, segment > 0, np.zeros(B, np.int32))
+
+
+def close(a, b, rtol=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(1e-3, float(np.abs(x).max())))
+
+
+def steps(exp, n=2):
+    program = Program(exp)
+    state = program.init()
+    for _ in range(n):
+        state, metrics = program.step(state, batch())
+    return program, jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    return steps(EXP)
+
+
+def test_replicas_are_replicas(two_steps):
+    """Law 5: after steps, what claims to be replicated is bit-identical on every device."""
+    program = two_steps[0]
+    state = program.init()
+    for _ in range(2):
+        state, metrics = program.step(state, batch())
+    checked = 0
+    for x in jax.tree.leaves((state, metrics)):
+        shards = {}
+        for shard in x.addressable_shards:
+            shards.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+        for copies in shards.values():
+            checked += len(copies) - 1
+            for copy in copies[1:]:
+                np.testing.assert_array_equal(copies[0], copy)
+    assert checked > 100
+
+
+def test_one_step_every_mesh(two_steps):
+    """Law 1 for training, with GShard's random second expert: two steps of AdamW on one device and on 2 x 4."""
+    alone = Experiment(**{**vars(EXP), "mesh": (("data", 8), ("expert", 1))})
+    _, state, metrics = steps(alone)
+    close(metrics, two_steps[2])
+    close(state.params, two_steps[1].params, 2e-4)  # Adam's first steps are signs: rounding is amplified
+
+
+def test_pieces_add_up():
+    """Accumulated gradients are the whole batch's, targets counted over all pieces (uneven by padding)."""
+    moe = dataclasses.replace(MOE, router=Top2("always"), losses={})
+    whole = dataclasses.replace(EXP, model=dataclasses.replace(MODEL, moe=moe), mesh=(("data", -1),))
+    tx = optax.sgd(1.0)
+    results = []
+    for A in (1, 2):
+        exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, accumulate=A))
+        state = trainer.init(exp, tx)
+        step = jax.jit(partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0)))
+        results.append(step(state, jax.tree.map(jnp.asarray, batch())))
+    (state1, metrics1), (state2, metrics2) = results
+    close(metrics1, metrics2)
+    close(state1.params, state2.params)
+
+
+def test_golden_step(two_steps):
+    """Told numbers: the loss starts at about ln 257, and two steps on a counting sequence end here."""
+    _, state, metrics = two_steps
+    assert int(state.step) == 2
+    assert abs(float(metrics.loss) - GOLDEN["loss"]) < 2e-4
+    assert abs(float(metrics.grad_norm) - GOLDEN["grad_norm"]) < 2e-3
+    assert float(metrics.targets) == 16 * 8 - 4
+    assert metrics.stats.tokens.tolist() == [124.0]
+
+
+GOLDEN = {"loss": 0.0, "grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(smallest=4)], ids=["adamw", "adafactor"])
+def test_training_learns(optimizer):
+    """Thirty steps on one batch: the loss falls well below its start, under both optimizers."""
+    exp = dataclasses.replace(
+        EXP, optim=OptimConfig(optimizer=optimizer, schedule=WSD(peak=0.02, warmup=3, decay=10)), mesh=(("data", 8),)
+    )
+    program = Program(exp)
+    state, losses = program.init(), []
+    for _ in range(30):
+        state, metrics = program.step(state, batch())
+        losses.append(float(metrics.loss))
+    assert abs(losses[0] - math.log(257)) < 0.7
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(two_steps):
+    """Parameters and moments stay, the step is counted as skipped, and the next good one resets the row."""
+    program = two_steps[0]
+    good = program.init()
+    before = jax.device_get(good)
+    poisoned = good._replace(params={**good.params, "embed_VD": good.params["embed_VD"].at[3].set(np.nan)})
+    after, metrics = program.step(jax.device_put(poisoned, program.shardings), batch())
+    assert (int(metrics.skipped), int(after.skipped_in_a_row), int(after.step)) == (1, 1, 1)
+    for old, new in zip(jax.tree.leaves(before.opt_state), jax.tree.leaves(after.opt_state), strict=True):
+        np.testing.assert_array_equal(old, new)
+    healed = after._replace(params=jax.device_put(before.params, program.shardings.params))
+    healed, metrics = program.step(healed, batch())
+    assert (int(metrics.skipped), int(healed.skipped_in_a_row)) == (1, 0)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(str((i * 7 + j) % 50) for j in range(60)))
+    return folder
+
+
+def experiment(text, **changes):
+    run = {k: changes.pop(k) for k in list(changes) if k in RunConfig.__dataclass_fields__}
+    data = dataclasses.replace(EXP.data, source=Folder(str(text)))
+    return dataclasses.replace(EXP, data=data, run=dataclasses.replace(EXP.run, **run), **changes)
+
+
+def losses(records):
+    return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+
+
+def test_resume_is_exact(text, tmp_path):
+    """Law 9: interrupted = uninterrupted, bit for bit on the same mesh, and to rounding on another."""
+    exp, data = experiment(text), tmp_path / "data"
+    whole = list(train(exp, tmp_path / "whole", data))
+    assert [r["kind"] for r in whole] == ["start", *["train"] * 3, "eval", *["train"] * 3, "eval", "end"]
+
+    for record in train(exp, tmp_path / "cut", data):
+        if record["kind"] == "eval" and record["step"] == 3:
+            break  # the generator is closed here, as by an interruption
+    rest = list(train(exp, tmp_path / "cut", data))
+    assert rest[0]["step"] == 3
+    assert losses(rest) == {step: loss for step, loss in losses(whole).items() if step > 3}
+    evals = [[r["loss"] for r in run if r["kind"] == "eval"][-1] for run in (whole, rest)]
+    assert evals[0] == evals[1]
+
+    (tmp_path / "cut" / "checkpoints" / "6").rename(tmp_path / "six")
+    moved = list(train(experiment(text, mesh=(("data", 8), ("expert", 1))), tmp_path / "cut", data))
+    assert moved[0]["step"] == 3
+    np.testing.assert_allclose(losses(moved)[6], losses(whole)[6], rtol=1e-4)
+
+
+def test_divergence_stops_with_the_last_good_parameters(text, tmp_path):
+    """A learning rate of 1e30 is never finite again: training stops, says so, and leaves a checkpoint."""
+    exp = experiment(
+        text, steps=50, eval_every=50, save_every=50, max_bad_steps=3, optim=OptimConfig(AdamW(), Constant(1e30), None)
+    )
+    with pytest.raises(TrainingDiverged, match="3 steps in a row"):
+        list(train(exp, tmp_path / "run", tmp_path / "data"))
+    again = train(exp, tmp_path / "run", tmp_path / "data")
+    assert next(again)["step"] > 0
+    again.close()
+
+
+def test_records_say_everything(text, tmp_path):
+    """Law 8: drop rate per layer in every record; evaluation dropless, the limited loss beside it; by domain."""
+    records = list(train(experiment(text, steps=2, eval_every=2), None, tmp_path))
+    step, held_out = records[1], records[-2]
+    assert {"loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second", "skipped"} <= set(step)
+    moe = step["moe"]
+    assert moe["layer"] == [1]
+    assert {"load", "load_cv", "dead_experts", "drop_rate", "router_entropy", "load_balance", "router_z"} <= set(moe)
+    assert len(moe["load"][0]) == 4
+    np.testing.assert_allclose(sum(moe["load"][0]), 1, rtol=1e-5)
+    assert 0 < step["drop_rate"] < 1
+    assert held_out["moe"]["drop_rate"] == [0.0]
+    assert held_out["drop_rate_capacity"] > 0
+    assert held_out["loss"] != held_out["loss_capacity"]
+    np.testing.assert_allclose(held_out["bits_per_byte"], held_out["loss"] / math.log(2), rtol=1e-6)
+    assert len(held_out["loss_by_domain"]) == 1
