@@ -1,11 +1,12 @@
 """GLaM 0.1B/64E (arXiv:2112.06905, table 4) on a Cloud TPU slice.
 
-    python -m experiments.train --config=configs/glam_pod.py --workdir=gs://... \\
+    python -m experiments.train --config=configs/glam_pod.py --workdir=/mnt/bucket/glam_pod \\
         --config.data.source="Tfds(name='c4')"
 
 1.9B parameters, 145M of them active: 12 layers, every second one with 64 experts of the dense layer's width.
 Experts are spread over the expert axis, the batch over both; -1 takes what devices there are.
-Hardware: a slice of at least 16 TPU devices (v4-32, v5e-16), bfloat16. 100,000 steps of 256 windows of 1,024 tokens.
+Hardware: a slice of at least 16 TPU devices (v4-32, v5e-16), bfloat16. 100,000 steps of 256 windows of 1,024 tokens,
+their time not measured.
 Expect nothing of the loss from here: this config has not been run on a TPU by its authors.
 """
 

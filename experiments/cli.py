@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from moe_jax.config import SECTIONS, Experiment, build, override
+from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
 from moe_jax.train import TrainingDiverged
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
 PREFIX = "config."
-OVERRIDE = re.compile(r"--?(config\.[^=]*)")
+OVERRIDE = re.compile(r"--?config\.")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 OWN = tuple(str(pathlib.Path(__file__).parents[1] / package) for package in ("moe_jax", "experiments"))
 
@@ -34,7 +34,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, TrainingDiverged) as error:
+    except (ValueError, OSError, TrainingDiverged, flags.Error) as error:
         if "--traceback" in sys.argv:
             raise
         print(f"error: {one_line(error)}{where(error)}", file=sys.stderr)
@@ -42,16 +42,25 @@ def run(main: Callable[[], None]) -> None:
 
 
 def parse(argv: list[str]) -> None:
-    """absl's own parsing, after making a flag of every --config.a.b there is; ValueError in its words."""
-    try:
-        for name in {match[1] for arg in argv if (match := OVERRIDE.match(arg))}:
-            if name not in FLAGS:
-                flags.DEFINE_string(name, None, "A field of the experiment.")
-        rest = FLAGS(argv)
-    except flags.Error as error:
-        raise ValueError(one_line(error)) from None
+    """absl's own parsing of all but --config.a.b=VALUE, which wait for `experiment`; ValueError in its words."""
+    rest = FLAGS(split(argv)[0])
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is not a flag; write --name=value.")
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What is for absl, and the overrides of the config, each as one --config.a.b=VALUE."""
+    program, overrides, words = [], [], iter(argv)
+    for word in words:
+        if not OVERRIDE.match(word):
+            program.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        elif (value := next(words, None)) is not None:
+            overrides.append(f"{word}={value}")
+        else:
+            raise ValueError(f"Missing value for flag {word}; write {word}=VALUE.")
+    return program, overrides
 
 
 # ---------------------------------------------------------------- what the flags mean
@@ -66,11 +75,33 @@ def experiment() -> Experiment:
     """The experiment of --config, with every --config.a.b=VALUE set in it, in any order."""
     if not FLAGS["config"].value:
         raise ValueError("No experiment was given; say --config=configs/glam_nano.py, for instance.")
-    config = load(FLAGS["config"].value)
-    for name in sorted(name for name in FLAGS if name.startswith(PREFIX)):
-        if FLAGS[name].present:
-            override(config, name.removeprefix(PREFIX), str(FLAGS[name].value))
-    return build(config)
+    config, overrides = load(FLAGS["config"].value), split(sys.argv)[1]
+    return build(overridden(config, overrides) if overrides else config)
+
+
+def overridden(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A config's values after --config.a.b=VALUE flags, by ml_collections' `config_flags`."""
+    whole = editable(config)
+    for word in overrides:
+        check_field(whole, word.lstrip("-").removeprefix(PREFIX).partition("=")[0])
+    values, argv = flags.FlagValues(), ["", *overrides]
+    config_flags.DEFINE_config_dict("config", whole, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values["config"].value.to_dict()
+
+
+def check_field(config: ConfigDict, path: str) -> None:
+    """ValueError where a config has no such field, with the one that was probably meant."""
+    node, names = config, path.split(".")
+    for i, name in enumerate(names):
+        at = ".".join(["config", *names[:i]])
+        if not isinstance(node, ConfigDict):
+            raise ValueError(f"{at}={node!r} has no fields; set it as a whole.")
+        if name not in node:
+            raise ValueError(f"{at} has no field {name!r}{suggestion(name, list(node))}")
+        node = node[name]
+    if isinstance(node, ConfigDict):
+        raise ValueError(f"config.{path} has the fields {', '.join(node)}; set them one by one.")
 
 
 def load(file: str) -> dict[str, Any]:
@@ -128,13 +159,7 @@ def help_text(main: Callable[[], None]) -> str:
     program = sys.modules[main.__module__]
     own = [*FLAGS.get_key_flags_for_module(program), *FLAGS.get_key_flags_for_module(sys.modules[__name__])]
     lines = [(program.__doc__ or "").strip(), "", "Flags:"]
-    lines += sorted(
-        {
-            f"  --{flag.name:<14}{' '.join(flag.help.split())}"
-            for flag in own
-            if not flag.name.startswith(PREFIX)
-        }
-    )
+    lines += sorted({f"  --{flag.name:<14}{' '.join(flag.help.split())}" for flag in own})
     lines += ["", "Fields of a config:"]
     for path, section in SECTIONS.items():
         start = "--" + PREFIX + (path + "." if path else "")

@@ -90,7 +90,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
         for name in FILES:  # config.json last: it says that all this is a run's
             path = workdir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if saved.is_file():
+    elif saved.is_file():
         begun = any((workdir / name).exists() for name in BEGUN)
         if begun and (changed := differences(saved_config(saved), json.loads(exp.to_json()))):
             raise ValueError(
@@ -99,8 +99,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
             )
     elif workdir.is_dir() and (others := sorted(path.name for path in workdir.iterdir())):
         raise ValueError(
-            f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); "
-            "choose an empty or a new --workdir."
+            f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); choose an empty or a new --workdir."
         )
     unfinished = saved.with_suffix(".json.new")
     try:

@@ -32,9 +32,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep_last: int = 2, keep_best: int = 1):
         if "://" in str(directory):
-            raise ValueError(
-                f"checkpoints need a mounted file system, not the URL {directory}: mount the bucket"
-            )
+            raise ValueError(f"checkpoints need a mounted file system, not the URL {directory}: mount the bucket")
         if keep_last < 1 or keep_best < 0:
             raise ValueError(
                 f"keep_last={keep_last} and keep_best={keep_best} would delete every checkpoint: "
@@ -293,9 +291,7 @@ def _plain(meta: dict) -> dict:
     try:
         return json.loads(json.dumps(meta, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"meta of a checkpoint must be JSON ({error}): give plain numbers, strings, lists"
-        ) from None
+        raise ValueError(f"meta of a checkpoint must be JSON ({error}): give plain numbers, strings, lists") from None
 
 
 # ---- a state: any pytree, stored under the names of its leaves

@@ -24,9 +24,7 @@ from moe_jax.moe import MoEConfig
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
-COMPONENTS = {
-    c.__name__: c for c in (*ROUTERS, *EXPERTS, *DISPATCHERS, *OPTIMIZERS, *SCHEDULES, *SOURCES, *TOKENIZERS)
-}
+COMPONENTS = {c.__name__: c for c in (*ROUTERS, *EXPERTS, *DISPATCHERS, *OPTIMIZERS, *SCHEDULES, *SOURCES, *TOKENIZERS)}
 # What may stand in a field that holds a component.
 KINDS: dict[str, tuple[type, ...]] = {
     "router": ROUTERS,
@@ -93,12 +91,13 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "mesh", tuple(dict(self.mesh).items()))
-        if not _fits(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"config.seed={self.seed!r} must be a whole number from 0 to 2**32 - 1.")
+        _check_names("config.mesh", dict(self.mesh), AXES)
+        object.__setattr__(self, "mesh", tuple((axis, dict(self.mesh).get(axis, 1)) for axis in AXES))
+        _check_seed(self.seed)
         _check_mesh(dict(self.mesh))
         _check_batch(self)
         _check_positive(self.run, "run", zero_is_fine=("keep_best",))
+        self.optim.build(self.run.steps)  # says if the schedule does not fit
 
     @property
     def devices(self) -> int | None:
@@ -115,7 +114,7 @@ class Experiment:
         return build(json.loads(text))
 
 
-def build(config: Mapping[str, Any]) -> Experiment:
+def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     """The typed experiment of a config file's values; ValueError says which is wrong, and what would do."""
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
@@ -125,12 +124,12 @@ def build(config: Mapping[str, Any]) -> Experiment:
     for name in sections:
         if not isinstance(config[name], Mapping):
             raise ValueError(f"config.{name}={config[name]!r} must be a dict of fields; set them one by one.")
+    _check_seed(config["seed"])
+    _check_mesh(config["mesh"])
     data = _section("data", DataConfig, config["data"])
     model = dict(config["model"])
     if "V" in model:
-        raise ValueError(
-            f"config.model.V={model['V']!r} is the tokenizer's to say; set config.data.tokenizer."
-        )
+        raise ValueError(f"config.model.V={model['V']!r} is the tokenizer's to say; set config.data.tokenizer.")
     if isinstance(moe := model.get("moe"), Mapping):
         model["moe"] = _section("model.moe", MoEConfig, moe)
     return Experiment(
@@ -143,26 +142,19 @@ def build(config: Mapping[str, Any]) -> Experiment:
     )
 
 
-def override(config: dict[str, Any], path: str, text: str) -> None:
-    """Sets the field at a path, `model.moe.E`, to what a command line says; `build` checks it."""
-    *sections, name = path.split(".")
-    hints = typing.get_type_hints(SECTIONS.get(".".join(sections), Experiment))
-    for i, section in enumerate(sections, 1):
-        if not isinstance(inner := config.setdefault(section, {}), dict):
-            whole = ".".join(sections[:i])
-            raise ValueError(
-                f"config.{path} is no field: config.{whole}={inner!r} has none; set it as a whole."
-            )
-        config = inner
-    config[name] = text if hints.get(name) is str else _literal(text)
+def editable(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The whole config of a file's values, with every default written out, for `config_flags` to override.
 
+    Strings and booleans keep their type. Other fields take any Python value, None too, and `build` checks it.
+    """
 
-def _literal(text: str) -> Any:
-    """A number, a tuple, None, ... as Python writes it; any other text is itself."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except NOT_LITERAL:
-        return text
+    def opened(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: opened(v) for k, v in value.items()}
+        typed = isinstance(value, (str, bool))
+        return value if typed else ml_collections.FieldReference(value, field_type=object)
+
+    return ml_collections.ConfigDict(opened(plain(build(config))))
 
 
 def plain(value: Any) -> Any:
@@ -207,13 +199,11 @@ def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
         raise ValueError(f"{text!r} is not a component; write its constructor call, like 'TopK(K=2)'.")
     if (name := node.func.id) not in names:
         what = "cannot stand here" if name in COMPONENTS else "is unknown"
-        raise ValueError(f"Component {name!r} {what}{_near(name, names)}")
+        raise ValueError(f"Component {name!r} {what}{suggestion(name, names)}")
     cls = names[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     if len(node.args) > len(fields):
-        raise ValueError(
-            f"{text!r} has {len(node.args)} arguments; {name} takes {', '.join(fields) or 'none'}."
-        )
+        raise ValueError(f"{text!r} has {len(node.args)} arguments; {name} takes {', '.join(fields) or 'none'}.")
     pairs = [*zip(fields, node.args, strict=False), *((k.arg or "**", k.value) for k in node.keywords)]
     _check_names(name, [argument for argument, _ in pairs], fields, "argument")
     if len(dict(pairs)) < len(pairs):
@@ -233,12 +223,10 @@ def _section(path: str, cls: type, given: Mapping[str, Any]) -> Any:
     for name, value in given.items():
         if name in KINDS:
             value = _component(f"config.{path}.{name}", value, KINDS[name])
-        if name == "losses" and not (
-            isinstance(value, Mapping) and all(_fits(v, float) for v in value.values())
-        ):
-            raise ValueError(
-                f"config.{path}.{name}={value!r} must be a dict of losses and their coefficients."
-            )
+        if name == "losses":
+            if not isinstance(value, Mapping) or not all(_fits(v, float) for v in value.values()):
+                raise ValueError(f"config.{path}.{name}={value!r} must be a dict of losses and their coefficients.")
+            value = {loss: float(weight) for loss, weight in value.items()}
         values[name] = tuple(value) if isinstance(value, list) else value
     return _construct(f"config.{path}", cls, values)
 
@@ -261,15 +249,13 @@ def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            given = (
-                f"{what}.{name}={value!r}" if what.startswith("config") else f"{what}({name}={value!r}): it"
-            )
+            given = f"{what}.{name}={value!r}" if what.startswith("config") else f"{what}({name}={value!r}): it"
             raise ValueError(f"{given} must be {_words(hints[name])}.")
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise ValueError(f"{what} needs {', '.join(missing)}.")
     try:
-        return cls(**values)
+        return cls(**{name: _number(value, hints[name]) for name, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{what}: {error}" if what.startswith("config") else str(error)) from None
 
@@ -284,6 +270,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind in (int, float) and (isinstance(value, bool) or not _finite(value)):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _number(value: Any, hint: Any) -> Any:
+    """A whole number as a float, where a float is meant, so that equal experiments print the same."""
+    wanted = typing.get_args(hint) or (hint,)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in wanted and int not in wanted else value
 
 
 def _finite(value: Any) -> bool:
@@ -301,10 +294,11 @@ def _words(hint: Any) -> str:
 def _check_names(what: str, given: Iterable[str], known: Collection[str], field: str = "field") -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"{what} has no {field} {name!r}{_near(str(name), known)}")
+            raise ValueError(f"{what} has no {field} {name!r}{suggestion(str(name), known)}")
 
 
-def _near(name: str, known: Collection[str]) -> str:
+def suggestion(name: str, known: Collection[str]) -> str:
+    """How a sentence about an unknown name ends."""
     close = [k for k in known if k.lower() == name.lower()] or difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known) or 'none'}."
 
@@ -316,7 +310,12 @@ def _check_positive(section: Any, path: str, zero_is_fine: tuple[str, ...] = ())
             raise ValueError(f"config.{path}.{f.name}={value} must be positive.")
 
 
-def _check_mesh(mesh: Mapping[str, int]) -> None:
+def _check_seed(seed: Any) -> None:
+    if not _fits(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"config.seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
+
+
+def _check_mesh(mesh: Mapping[str, Any]) -> None:
     _check_names("config.mesh", mesh, AXES)
     for axis, n in mesh.items():
         if not _fits(n, int) or (n < 1 and n != -1):
@@ -333,7 +332,7 @@ def _check_batch(exp: Experiment) -> None:
     if data.B % (shards * data.accumulate):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
-            f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change the mesh."
+            f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change mesh."
         )
     if not isinstance(moe, MoEConfig):
         return
@@ -352,5 +351,6 @@ def _check_batch(exp: Experiment) -> None:
     if moe.S and (local % moe.S):
         raise ValueError(
             f"config.model.moe.S={moe.S} does not divide the {local} tokens that a device sees at once "
-            f"(B={data.B} x L={data.L} over {shards} devices in {data.accumulate} piece(s)); make S=None, a sequence."
+            f"(B={data.B} x L={data.L} over {shards} devices in {data.accumulate} piece(s)); "
+            "make it one that does, or None for one sequence."
         )

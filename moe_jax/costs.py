@@ -17,19 +17,24 @@ class Parameters(NamedTuple):
     total: int
     active: int
     router: int
+    multiplied: int  # of the active ones, those in matrices that a token is multiplied with
 
 
 def parameters(cfg: LMConfig) -> Parameters:
     """Counts the parameters of a language model without making them."""
     tree = jax.eval_shape(LM(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    total = active = router = 0
+    total = active = router = multiplied = 0
     for path, x in jax.tree.leaves_with_path(tree):
-        name, size = str(path[-1].key), math.prod(x.shape)
-        total += size
-        router += size if name.startswith("router_") else 0
-        is_expert = isinstance(cfg.moe, MoEConfig) and dims.dims_of(name).startswith("E")
-        active += size * cfg.moe.router.K // cfg.moe.E if is_expert else size
-    return Parameters(total, active, router)
+        name, used = str(path[-1].key), math.prod(x.shape)
+        total += used
+        letters = dims.dims_of(name)
+        if isinstance(cfg.moe, MoEConfig) and letters.startswith("E"):
+            used, letters = used * cfg.moe.router.K // cfg.moe.E, letters[1:]
+        active += used
+        router += used if name.startswith("router_") else 0
+        looked_up = letters == "PH" or (letters == "VD" and not cfg.tied)
+        multiplied += used if len(letters) > 1 and not looked_up else 0
+    return Parameters(total, active, router, multiplied)
 
 
 def flops_per_token(cfg: LMConfig, L: int, router: bool = True) -> int:
@@ -37,8 +42,5 @@ def flops_per_token(cfg: LMConfig, L: int, router: bool = True) -> int:
 
     Attention is counted over the whole length, as it is computed; embedding look-ups are free.
     """
-    count = parameters(cfg)
-    look_up = 0 if cfg.tied else cfg.V * cfg.D
-    scores = 2 * cfg.N * L * cfg.H * cfg.A
-    small = cfg.D * (2 * cfg.N + 1)  # norm scales multiply no matrix
-    return 2 * (count.active - look_up - small + scores - (0 if router else count.router))
+    count, scores = parameters(cfg), 2 * cfg.N * L * cfg.H * cfg.A
+    return 2 * (count.multiplied + scores - (0 if router else count.router))

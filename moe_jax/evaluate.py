@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.core.routing import Stats, describe
 from moe_jax.data import Batch
-from moe_jax.models import LM, LMConfig
-from moe_jax.models.lm import cross_entropy
+from moe_jax.models import LMConfig, lm
 
 
 class Sums(NamedTuple):
@@ -30,8 +29,8 @@ def evaluation_step(cfg: LMConfig, domains: int, params: Any, batch: Batch) -> S
     mask_BL = batch.loss_mask_BL
 
     def run(cfg: LMConfig):
-        logits_BLV, aux = LM(cfg).apply({"params": params}, batch.tokens_BL, batch.segment_BL, batch.position_BL)
-        nats_BL = jnp.where(mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)
+        logits_BLV, aux = lm.apply(cfg, params, batch)
+        nats_BL = jnp.where(mask_BL, lm.cross_entropy(logits_BLV, batch.target_BL), 0)
         return nats_BL, None if aux is None else aux.stats
 
     nats_BL, stats = run(cfg.dropless())
@@ -61,9 +60,7 @@ def evaluate(
         record["loss_capacity"] = float(total.nats_capacity) / targets
         record["drop_rate_capacity"] = drop_rate(total.stats_capacity)
     record["loss_by_domain"] = {
-        name: float(nats / n)
-        for name, nats, n in zip(domains, total.nats_Z, total.targets_Z, strict=True)
-        if n
+        name: float(nats / n) for name, nats, n in zip(domains, total.nats_Z, total.targets_Z, strict=True) if n
     }
     if total.stats is not None:
         record["moe"] = jax.tree.map(lambda a: np.asarray(a).tolist(), describe(total.stats))

@@ -43,9 +43,7 @@ class Logger:
     Without `resume_step` the log starts anew; with it, what the interrupted run wrote later is dropped.
     """
 
-    def __init__(
-        self, workdir: str | Path, total_steps: int, resume_step: int | None = None, quiet: bool = False
-    ):
+    def __init__(self, workdir: str | Path, total_steps: int, resume_step: int | None = None, quiet: bool = False):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -60,9 +58,7 @@ class Logger:
             _drop_after(workdir / FILE, resume_step)
         self._file = open(workdir / FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         purge = None if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=purge, max_queue=10_000, flush_secs=10
-        )
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, max_queue=10_000, flush_secs=10)
         self._terminal = None if quiet else _Terminal(total_steps)
 
     def write(self, record: dict) -> None:
@@ -148,18 +144,19 @@ def read(workdir: str | Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            if not {"kind", "step"} <= set(record):
+                raise ValueError
+            records.append(record)
+        except (ValueError, TypeError):
             if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not JSON: remove that line") from None
+                raise ValueError(f"line {number} of {path} is not a record: remove that line") from None
     return records
 
 
 def curve(records: list[dict], key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """(steps [n], values [n] or [n, layers, ...]) of a key ("loss", "moe.drop_rate"); null becomes NaN."""
-    found = [
-        (r["step"], _lookup(r, key)) for r in records if r["kind"] == kind and _lookup(r, key) is not _MISSING
-    ]
+    found = [(r["step"], _lookup(r, key)) for r in records if r["kind"] == kind and _lookup(r, key) is not _MISSING]
     return np.array([step for step, _ in found], int), np.array([value for _, value in found], float)
 
 
@@ -257,9 +254,7 @@ def _scalars(record: dict) -> Iterator[tuple[str, float]]:
         if isinstance(value, int | float) and key != "step":
             yield f"{kind}/{key}", value
         elif isinstance(value, dict) and key != "moe":
-            yield from (
-                (f"{kind}/{key}/{name}", v) for name, v in value.items() if isinstance(v, int | float)
-            )
+            yield from ((f"{kind}/{key}/{name}", v) for name, v in value.items() if isinstance(v, int | float))
     for layer, key, value in _per_layer(record):
         if isinstance(value, int | float):
             yield f"{layer}/{key}", value

@@ -47,10 +47,8 @@ class MoEConfig:
     def __post_init__(self):
         object.__setattr__(self, "losses", tuple(dict(self.losses).items()))  # hashable
         if not 1 <= self.router.K <= self.E:
-            raise ValueError(
-                f"The router picks K={self.router.K} of E={self.E} experts; K must lie between 1 and E."
-            )
-        for name, _ in self.losses:
+            raise ValueError(f"The router picks K={self.router.K} of E={self.E} experts; K must lie between 1 and E.")
+        for name in dict(self.losses):
             if name not in LOSS:
                 raise ValueError(f"Loss {name!r} is unknown; use {' or '.join(map(repr, LOSS))}.")
         if self.S is not None and self.S < 1:
@@ -62,8 +60,10 @@ class MoEConfig:
     def causal(self) -> bool:
         """Whether a token's output is free of what comes after it: no later token may take its slot."""
         d = self.dispatch
-        return d.capacity_factor is None or d.priority == "token-major" or (
-            d.priority == "choice-major" and self.router.K == 1
+        return (
+            d.capacity_factor is None
+            or d.priority == "token-major"
+            or (d.priority == "choice-major" and self.router.K == 1)
         )
 
     def dropless(self) -> "MoEConfig":
@@ -99,6 +99,7 @@ def forward(
     (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
     if B * L % S:
         raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
+    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     routing = cfg.router(router, x_GSD, mask_GS, group_keys(key, here, len(x_GSD)))
     y_GSD, kept_GSK = cfg.dispatch(x_GSD, routing, cfg.experts, here.vary(experts), here)

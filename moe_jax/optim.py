@@ -56,6 +56,15 @@ class WSD:
         return _warm(self, down if self.decay else optax.constant_schedule(self.peak))
 
 
+def _check(schedule: Any, steps: int) -> None:
+    """Refuses a schedule that has no learning rate to give, or no room in a run of so many steps."""
+    least = 1 if isinstance(schedule, InverseSqrt) else 0
+    if schedule.peak <= 0 or schedule.warmup < least:
+        raise ValueError(f"{schedule}: peak must be positive and warmup at least {least}.")
+    if isinstance(schedule, WSD) and schedule.decay and schedule.warmup + schedule.decay > steps:
+        raise ValueError(f"{schedule} does not fit into {steps} steps; shorten its warm-up or decay.")
+
+
 def _warm(schedule: Any, after: optax.Schedule) -> optax.Schedule:
     """From peak / warmup at step 0 to peak, then `after`, counted from there."""
     if schedule.warmup < 1:
@@ -74,9 +83,7 @@ class AdamW:
     weight_decay: float = 0.1
 
     def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
-        return optax.adamw(
-            rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed
-        )
+        return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +119,7 @@ OPTIMIZERS = (AdamW, Adafactor)
 class OptimConfig:
     """clip: largest norm of all gradients together, None for no limit.
 
-    no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, embeddings.
+    no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions.
     """
 
     optimizer: Any = AdamW()
@@ -127,12 +134,11 @@ class OptimConfig:
 
     def build(self, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """The gradient transformation for a run of this many steps, and its learning rate by step."""
+        _check(self.schedule, steps)
         rate = self.schedule(steps)
         tx = self.optimizer(rate, self.decayed)
         return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
 
     def decayed(self, params: Any) -> Any:
         """A tree of booleans: which parameters weight decay acts on."""
-        return jax.tree.map_with_path(
-            lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params
-        )
+        return jax.tree.map_with_path(lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params)

@@ -30,9 +30,7 @@ STYLE: Any = {
 Runs = dict[str, list[dict]]  # records by name of the run, the reported one first
 
 
-def write_report(
-    workdir: str | Path, config_text: str, others: Mapping[str, str | Path] | None = None
-) -> Path:
+def write_report(workdir: str | Path, config_text: str, others: Mapping[str, str | Path] | None = None) -> Path:
     """Writes and returns `workdir`/report.html; `others` (name -> workdir) are laid over the loss curves.
 
     Raises ValueError where a run has no log.
@@ -42,9 +40,7 @@ def write_report(
     runs: Runs = {name: read(workdir)}
     for other, directory in (others or {}).items():
         runs[other if other != name else f"{other} (other)"] = read(directory)
-    body = (
-        [_summary(runs), *_figures(runs), _config(config_text)] if runs[name] else ["<p>no records yet</p>"]
-    )
+    body = [_summary(runs), *_figures(runs), _config(config_text)] if runs[name] else ["<p>no records yet</p>"]
     page = PAGE.replace("TITLE", html.escape(name)).replace("BODY", "\n".join(body))
     written = workdir / f"{FILE}.part"
     written.write_text(page, encoding="utf-8")
@@ -112,9 +108,7 @@ def _figure(title: str, note: str, draw: Callable[..., None], *arguments: Any, w
     """One <figure>, its SVG inline; `draw` gets an empty matplotlib figure and the arguments."""
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(11.4, 3) if wide else (5.6, 3.1), layout="constrained"
-    )  # no pyplot, no global state
+    figure = Figure(figsize=(11.4, 3) if wide else (5.6, 3.1), layout="constrained")  # no pyplot, no global state
     draw(figure, *arguments)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -20,8 +20,7 @@ from moe_jax.core.routing import Stats
 from moe_jax.core.shard import RULES, make_mesh
 from moe_jax.data import Batch, batches, default_directory, evaluation_batches, prepare
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, evaluation_step
-from moe_jax.models import LM
-from moe_jax.models.lm import cross_entropy
+from moe_jax.models import LM, lm
 from moe_jax.moe import Aux, MoEConfig
 
 
@@ -72,10 +71,8 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(exp.seed + 1), state.step)
 
     def objective(params, piece: Batch, key):
-        logits_BLV, aux = LM(exp.model).apply(
-            {"params": params}, piece.tokens_BL, piece.segment_BL, piece.position_BL, key
-        )
-        nats_BL = jnp.where(piece.loss_mask_BL, cross_entropy(logits_BLV, piece.target_BL), 0)
+        logits_BLV, aux = lm.apply(exp.model, params, piece, key)
+        nats_BL = jnp.where(piece.loss_mask_BL, lm.cross_entropy(logits_BLV, piece.target_BL), 0)
         loss, aux_loss = nats_BL.sum() / targets, jnp.zeros(()) if aux is None else aux.loss.mean() / A
         return loss + aux_loss, (loss, aux_loss, None if aux is None else aux.stats)
 
@@ -154,9 +151,7 @@ class Program:
     def abstract_state(self) -> State:
         """Shapes and shardings of the state, to restore it into."""
         shapes = jax.eval_shape(self._init)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
 
 # ---------------------------------------------------------------- the loop

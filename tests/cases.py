@@ -63,7 +63,6 @@ ON_MESH = [(name, m) for name, cfg in LAYERS.items() for m in MESHES if cfg.disp
 SCENARIOS = ("drops", "ties", "flat", "empty", "one", "padding")
 B, L, D = 16, 8, 4
 RATE = 0.1
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # LLVM's, not HLO's
 
 
 class Batch(NamedTuple):
@@ -99,9 +98,7 @@ def shapes_of(cfg: MoEConfig) -> dict:
 
 def scenario(name: str, what: str) -> tuple[dict, Batch]:
     """Parameters and a batch that force something; always the same shapes, so nothing is compiled again."""
-    params = {
-        n: 0.5 * normal(i, *s.shape) for i, (n, s) in enumerate(sorted(shapes_of(LAYERS[name]).items()))
-    }
+    params = {n: 0.5 * normal(i, *s.shape) for i, (n, s) in enumerate(sorted(shapes_of(LAYERS[name]).items()))}
     x, target, mask = normal(100, B, L, D), normal(101, B, L, D), np.ones((B, L), bool)
     gate = params["router_gate_DE"] = normal(102, D, LAYERS[name].E)
     x[..., 0] = 1  # the gate's first row is a bias
@@ -131,9 +128,7 @@ def noise(name: str, key: jax.Array) -> np.ndarray | None:
     keys = [jax.random.fold_in(key, g) for g in range(B * L // S)]
     if isinstance(cfg.router, Switch):
         low, high = 1 - cfg.router.jitter, 1 + cfg.router.jitter
-        return np.stack([jax.random.uniform(k, (S, D), minval=low, maxval=high) for k in keys]).astype(
-            np.float64
-        )
+        return np.stack([jax.random.uniform(k, (S, D), minval=low, maxval=high) for k in keys]).astype(np.float64)
     if isinstance(cfg.router, Top2):
         return np.stack([jax.random.uniform(k, (S,)) for k in keys]).astype(np.float64)
     return None
@@ -154,9 +149,7 @@ def compiled(name: str, mesh: tuple[int, int] | None) -> tuple[Callable, str]:
         return task + aux.loss, (y, aux)
 
     def step(params, batch):
-        (value, (y, aux)), (grads, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            params, batch.x, batch
-        )
+        (value, (y, aux)), (grads, grad_x) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, batch.x, batch)
         new = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
         return Step(value, y, aux.loss, aux.stats._asdict(), aux.metrics, grads, grad_x, new)
 
@@ -171,7 +164,7 @@ def compiled(name: str, mesh: tuple[int, int] | None) -> tuple[Callable, str]:
         outputs = Step(None, None, None, None, None, None, None, layout)
         place = lambda tree: jax.device_put(tree, inputs)  # noqa: E731
     with context(mesh):
-        program = jax.jit(step, in_shardings=inputs, out_shardings=outputs).lower(params, batch).compile(FAST)
+        program = jax.jit(step, in_shardings=inputs, out_shardings=outputs).lower(params, batch).compile()
     return lambda params, batch: program(*place((params, batch))), program.as_text()
 
 

@@ -163,6 +163,7 @@ def describe(s):
 def layer(cfg, params, x, mask, noise=None, decision=None) -> Result:
     """The whole layer; x [B, L, D]. With `decision`, experts and drops are those, not decided again."""
     S = cfg.S or x.shape[1]
+    x = np.where(mask[..., None], x, 0)
     x_GSD, mask_GS = x.reshape(-1, S, x.shape[-1]), mask.reshape(-1, S)
     choice = route(cfg.router, params["router_gate_DE"], x_GSD, mask_GS, noise, decision)
     taken = kept(cfg.dispatch, choice) if decision is None else decision[2]

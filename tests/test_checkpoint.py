@@ -139,11 +139,7 @@ def test_a_flipped_byte_in_any_file_is_noticed(copied, caplog):
 def test_files_without_a_checksum_hold_nothing_that_is_read(copied):
     """Orbax writes two files after the manifest; whatever they say, the numbers are right."""
     listed = json.loads((copied / "20" / MANIFEST).read_text())["files"]
-    others = [
-        p
-        for p in (copied / "20").rglob("*")
-        if p.is_file() and str(p.relative_to(copied / "20")) not in listed
-    ]
+    others = [p for p in (copied / "20").rglob("*") if p.is_file() and str(p.relative_to(copied / "20")) not in listed]
     assert {path.name for path in others} <= {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
     for path in others:
         if path.name != MANIFEST:

@@ -17,7 +17,7 @@ from moe_jax.core.shard import Shard
 from moe_jax.dispatch import Einsum
 from moe_jax.moe import LOSS
 from tests import cases, oracle
-from tests.cases import FAST, close, normal
+from tests.cases import close, normal
 
 G, S, D, E = 4, 8, 4, 8
 MASK = np.arange(S)[None, :] < np.array([8, 5, 0, 7])[:, None]
@@ -68,15 +68,13 @@ def routed(router):
         return route(x), route(x, keys), route(half), route(half.astype(jnp.float32))
 
     def task(params, x):
-        y, _ = Einsum(None)(
-            x, router(params, x, jnp.array(MASK)), kind, jax.tree.map(jnp.array, weights(kind))
-        )
+        y, _ = Einsum(None)(x, router(params, x, jnp.array(MASK)), kind, jax.tree.map(jnp.array, weights(kind)))
         return ((y - TARGET) ** 2).sum()
 
     keys = jax.random.split(jax.random.key(0), G)
     f = jax.jit(lambda p, x, k: (everything(p, x, k), jax.grad(task)(p, x)))
     params = {n: {"gate_DE": GATE}[n] for n in router.params}
-    return jax.tree.map(np.asarray, f.lower(params, X, keys).compile(FAST)(params, X, keys))
+    return jax.tree.map(np.asarray, f.lower(params, X, keys).compile()(params, X, keys))
 
 
 @pytest.mark.parametrize("router", cases.ROUTERS, ids=str)
@@ -157,7 +155,7 @@ def test_expert_is_the_same_in_every_layout(expert):
         return y, pull(g)
 
     every = jax.jit(lambda *a: [both(f, *a) for f in (ragged, padded, dense)])
-    one, two, three = every.lower(params, x, g).compile(FAST)(params, x, g)
+    one, two, three = every.lower(params, x, g).compile()(params, x, g)
     double = [{n: w[e].astype(np.float64) for n, w in params.items()} for e in range(4)]
     close(
         one[0],
@@ -180,7 +178,7 @@ def dispatched(dispatch):
 
     step = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))
     args = lambda r: (X, r.weight_GSK, weights(kind), r)  # noqa: E731
-    program = step.lower(*args(two_choices(cases.ROUTERS[0]))).compile(FAST)
+    program = step.lower(*args(two_choices(cases.ROUTERS[0]))).compile()
     return functools.cache(lambda router: program(*args(two_choices(router))))
 
 
@@ -200,9 +198,7 @@ def test_dispatcher_is_the_definition(dispatch, router):
     """Law 2: values, dropped choices and gradients of every dispatcher are Einsum's and the oracle's."""
     kind, routing = cases.EXPERTS[1], two_choices(router)
     (_, (y, kept)), grads = dispatched(dispatch)(router)
-    choice = oracle.Choice(
-        None, routing.expert_GSK, routing.weight_GSK, routing.logits_GSE, routing.probs_GSE
-    )
+    choice = oracle.Choice(None, routing.expert_GSK, routing.weight_GSK, routing.logits_GSE, routing.probs_GSE)
     taken = oracle.kept(dispatch, choice)
     double = {n: w.astype(np.float64) for n, w in weights(kind).items()}
     close(y, oracle.combine(kind, double, X.astype(np.float64), choice, taken))

@@ -32,9 +32,7 @@ from moe_jax.data.tokenizers import TrainedSentencePiece
 from moe_jax.data.windows import batch
 
 L = 256
-settings.register_profile(
-    "data", deadline=None
-)  # the first call of a function is slow where types are checked
+settings.register_profile("data", deadline=None)  # the first call of a function is slow where types are checked
 settings.load_profile("data")
 CORPUS = Corpus(megabytes=0.05)
 
@@ -209,9 +207,7 @@ def test_flat_folder_is_one_domain(tmp_path):
     assert Folder(str(tmp_path)).domains == (tmp_path.name,)
 
 
-@pytest.mark.parametrize(
-    "files", [{}, {"a.bin": b"\xff\xfe\x00"}, {"empty.txt": b"\n"}, {".hidden": b"text"}]
-)
+@pytest.mark.parametrize("files", [{}, {"a.bin": b"\xff\xfe\x00"}, {"empty.txt": b"\n"}, {".hidden": b"text"}])
 def test_folder_without_text_is_refused(tmp_path, files):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -252,9 +248,7 @@ class NeedsTensorflow(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
-        )
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
@@ -275,9 +269,7 @@ def tfds_directory(tmp_path_factory) -> str:
 def test_tfds_reads_a_prepared_data_set_by_name(tfds_directory, tmp_path):
     source = Tfds("tiny_text", text="line", held_out="test", data_dir=tfds_directory)
     assert {d.text for d in source.documents("train", tmp_path)} == {b"line %d" % i for i in range(100)}
-    assert {d.text for d in source.documents("held_out", tmp_path)} == {
-        b"line %d" % i for i in range(100, 104)
-    }
+    assert {d.text for d in source.documents("held_out", tmp_path)} == {b"line %d" % i for i in range(100, 104)}
     train, held = prepare(source, Bytes(), 16, tmp_path)
     assert (train.domains, len(held)) == (("tiny_text",), 3)  # 4 lines of 1 + 8 tokens: 35 after the first
 
@@ -318,9 +310,7 @@ def test_bytes_round_trip(text):
     assert Bytes().decode([Bytes().bod, *ids]) == text
 
 
-@given(
-    st.one_of(st.text(max_size=30).map(lambda text: text.encode("utf-8", "ignore")), st.binary(max_size=20))
-)
+@given(st.one_of(st.text(max_size=30).map(lambda text: text.encode("utf-8", "ignore")), st.binary(max_size=20)))
 def test_sentencepiece_round_trip(pieces_tokenizer, text):
     ids = pieces_tokenizer.encode(text)
     assert pieces_tokenizer.decode(ids) == text
@@ -334,9 +324,7 @@ def test_sentencepiece_changes_nothing_on_the_way(pieces_tokenizer, text):
 
 
 def test_sentencepiece_is_trained_once_and_the_same_again(pieces_tokenizer, directory, tmp_path):
-    assert (
-        SentencePiece(V=600).fit([], directory / "sentencepiece").fingerprint == pieces_tokenizer.fingerprint
-    )
+    assert SentencePiece(V=600).fit([], directory / "sentencepiece").fingerprint == pieces_tokenizer.fingerprint
     texts = (document.text for document in CORPUS.documents("train", directory))
     again = SentencePiece(V=600).fit(texts, tmp_path / "again")
     assert (again.fingerprint, again.V) == (pieces_tokenizer.fingerprint, 600)
@@ -346,9 +334,7 @@ def test_sentencepiece_is_trained_once_and_the_same_again(pieces_tokenizer, dire
 
 
 def test_sentencepiece_with_too_large_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"SentencePiece\(V=9000\) cannot be trained on this text: .*too high"
-    ):
+    with pytest.raises(ValueError, match=r"SentencePiece\(V=9000\) cannot be trained on this text: .*too high"):
         SentencePiece(V=9000).fit([b"a short text"], tmp_path / "model")
     with pytest.raises(ValueError, match="V >= 300"):
         SentencePiece(V=256)
@@ -357,9 +343,7 @@ def test_sentencepiece_with_too_large_a_vocabulary_is_refused(tmp_path):
 # windows
 
 
-@given(
-    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(1, 7)
-)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(1, 7))
 def test_windows_hold_every_token_as_a_target_once(documents, length):
     packer = Packer(length, bod=99)
     cuts = []
@@ -388,9 +372,7 @@ def test_a_batch_by_hand():
     packer.add(np.array([1, 2], np.int32))
     packer.add(np.array([3], np.int32))
     (tokens_M,), (segment_M,) = packer.cut(last=True)
-    (row,) = zip(
-        *batch([{"tokens": tokens_M, "segments": segment_M, "domain": np.array(5, np.int32)}]), strict=True
-    )
+    (row,) = zip(*batch([{"tokens": tokens_M, "segments": segment_M, "domain": np.array(5, np.int32)}]), strict=True)
     tokens, target, segment, position, mask, domain = (array.tolist() for array in row)
     assert tokens == [9, 1, 2, 9, 3, 0]
     assert target == [1, 2, 9, 3, 0, 0]
@@ -434,9 +416,7 @@ def test_damaged_windows_are_refused(folder, tmp_path, name):
     prepare(folder, Bytes(), 16, tmp_path)
     (path,) = tmp_path.glob(f"windows/*/train/{name}")
     corrupt(path) if name != cache.MANIFEST else path.write_text("{")
-    with pytest.raises(
-        ValueError, match=rf"{name} is damaged or missing: delete the folder .*train"
-    ) as caught:
+    with pytest.raises(ValueError, match=rf"{name} is damaged or missing: delete the folder .*train") as caught:
         prepare(folder, Bytes(), 16, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -485,9 +465,7 @@ def test_batch_n_is_the_same_from_any_start_and_only_for_its_seed(windows):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_global_batches(windows, processes):
     alone = take(5, windows[0], 8, seed=3, start=2)
-    shares = [
-        take(5, windows[0], 8, seed=3, start=2, process=p, processes=processes) for p in range(processes)
-    ]
+    shares = [take(5, windows[0], 8, seed=3, start=2, process=p, processes=processes) for p in range(processes)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert same(whole, stack(parts))
 

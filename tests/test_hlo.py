@@ -29,10 +29,7 @@ def collectives(text: str, opcode: str) -> list[int]:
     text = re.sub(r"/\*.*?\*/", "", text)
     found = re.findall(rf" = ([^=\n]*?) {opcode}(?:-start)?\(", text)
     shape = re.compile(r"(\w+)\[([\d,]*)\]")
-    return [
-        sum(BYTES[t] * math.prod(map(int, filter(None, n.split(",")))) for t, n in shape.findall(f))
-        for f in found
-    ]
+    return [sum(BYTES[t] * math.prod(map(int, filter(None, n.split(",")))) for t, n in shape.findall(f)) for f in found]
 
 
 @functools.cache
@@ -43,8 +40,7 @@ def forward(name: str) -> str:
     tokens, everywhere = jax.P(("data", "expert")), jax.P()
     with context(MESH):
         layout = {
-            n: jax.P("expert") if n in LAYERS[name].experts.params else everywhere
-            for n in shapes_of(LAYERS[name])
+            n: jax.P("expert") if n in LAYERS[name].experts.params else everywhere for n in shapes_of(LAYERS[name])
         }
         return (
             jax.jit(f, in_shardings=(layout, tokens, tokens, everywhere))

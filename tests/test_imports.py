@@ -85,9 +85,7 @@ def test_no_grab_bags():
 
 def test_the_alphabet_stands_alone():
     """core/dims.py imports nothing of the package."""
-    assert not [
-        n for n in imported(ast.parse((PACKAGE / "core/dims.py").read_text())) if n.startswith("moe_jax")
-    ]
+    assert not [n for n in imported(ast.parse((PACKAGE / "core/dims.py").read_text())) if n.startswith("moe_jax")]
 
 
 def test_the_oracle_stands_alone():

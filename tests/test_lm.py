@@ -89,9 +89,7 @@ def test_one_model_every_mesh(params, shape, remat):
 def test_parameters_lie_where_their_names_say(params, mesh):
     """Experts are spread along E, routers and everything dense are replicated, stacked layers are not split."""
     laid = dims.shardings(params, mesh, RULES)
-    spread = {
-        str(path[-1].key) for path, s in jax.tree.leaves_with_path(laid) if not s.is_fully_replicated
-    }
+    spread = {str(path[-1].key) for path, s in jax.tree.leaves_with_path(laid) if not s.is_fully_replicated}
     assert spread == {"up_EDF", "down_EFD"}
     assert laid["stack_0"]["moe_1"]["up_EDF"].spec == jax.P(None, "expert", None, None)
 

@@ -21,9 +21,7 @@ LAYERS, EXPERTS = [1, 3], 4
 
 def moe(step: int) -> dict:
     load = np.array([[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])
-    per_layer = {
-        name: np.array([0.01, 0.02]) * step for name in ("drop_rate", "router_entropy", "load_balance")
-    }
+    per_layer = {name: np.array([0.01, 0.02]) * step for name in ("drop_rate", "router_entropy", "load_balance")}
     return {
         "layer": LAYERS,
         "load": load,
@@ -66,9 +64,7 @@ def held_out(step: int, sparse: bool = True, **other) -> dict:
         "drop_rate_capacity": 0.125,
         "moe": moe(step),
     }
-    return (
-        record | {"loss_by_domain": {"prose": 1.25, "code": 0.75}} | (sparse_only if sparse else {}) | other
-    )
+    return record | {"loss_by_domain": {"prose": 1.25, "code": 0.75}} | (sparse_only if sparse else {}) | other
 
 
 def run(workdir, sparse: bool = True, steps: int = 30) -> None:
@@ -96,9 +92,7 @@ def test_records_come_back(tmp_path):
 
 def test_what_is_not_finite_is_null_and_nan_in_a_curve(tmp_path):
     with Logger(tmp_path, 10, quiet=True) as logger:
-        logger.write(
-            train(1, loss=float("nan"), grad_norm=jnp.float32(jnp.inf), loads=np.array([1.0, np.nan]))
-        )
+        logger.write(train(1, loss=float("nan"), grad_norm=jnp.float32(jnp.inf), loads=np.array([1.0, np.nan])))
         logger.write(train(2, loss=jnp.float32(1.5), skipped=np.int32(1)))
     records = strict((tmp_path / metrics.FILE).read_text())
     assert records[0]["loss"] is None
@@ -124,7 +118,7 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_named(tmp_path):
     path.write_text(whole + whole[: len(whole) // 9])
     assert read(tmp_path) == strict(whole)
     path.write_text(whole[:50] + "\n" + whole)
-    with pytest.raises(ValueError, match=r"line 1 of .* is not JSON"):
+    with pytest.raises(ValueError, match=r"line 1 of .* is not a record"):
         read(tmp_path)
 
 
@@ -204,10 +198,7 @@ def test_a_pipe_gets_whole_lines_now_and_then(tmp_path, capsys, monkeypatch):
     assert "\x1b" not in err
     lines = err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 0/8", "step 3/8", "step 6/8", "held-out at 8/8"]
-    assert (
-        "0:00:20 left  loss 1.2500  7.0000 bits/byte  dropped 2.0%  load 1.90x mean  20,000 tokens/s"
-        in lines[1]
-    )
+    assert "0:00:20 left  loss 1.2500  7.0000 bits/byte  dropped 2.0%  load 1.90x mean  20,000 tokens/s" in lines[1]
     assert "with capacity 4.2000  dropped 12.5%" in lines[3]
 
 

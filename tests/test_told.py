@@ -51,9 +51,7 @@ def test_slots_of_vmoe(priority, expected):
     assert slots(routing(VMOE, 2), priority) == expected
 
 
-@pytest.mark.parametrize(
-    ("priority", "kept"), [("token-major", [[1, 1], [0, 0]]), ("choice-major", [[1, 0], [1, 0]])]
-)
+@pytest.mark.parametrize(("priority", "kept"), [("token-major", [[1, 1], [0, 0]]), ("choice-major", [[1, 0], [1, 0]])])
 def test_priorities_at_capacity_one(priority, kept):
     """Choices [[0, 1], [1, 0]], one slot each: all of the first token, or all first choices."""
     r = routing([[0.6, 0.4], [0.4, 0.6]], 2)
@@ -157,9 +155,7 @@ def test_statistics_by_hand():
     """Two real tokens and a padded one; three of four choices kept."""
     probs = [[1 / 8, 2 / 8, 5 / 8], [1 / 2, 1 / 2, 0], [0, 0, 1]]
     r = routing(probs, 2, mask=[True, True, False])
-    s = stats(
-        r._replace(logits_GSE=jnp.log(jnp.array([[[1.0, 2, 5], [1, 1, 1e-9], [1, 1, 1]]]))), queue(r) < 1
-    )
+    s = stats(r._replace(logits_GSE=jnp.log(jnp.array([[[1.0, 2, 5], [1, 1, 1e-9], [1, 1, 1]]]))), queue(r) < 1)
     assert (s.tokens, s.kept, s.choices_E.tolist()) == (2, 3, [1, 2, 1])
     np.testing.assert_allclose(s.probs_E, [0.625, 0.75, 0.625])
     m = describe(s)
@@ -173,11 +169,9 @@ def test_statistics_by_hand():
     np.testing.assert_allclose(router_z(s), (np.log(8) ** 2 + np.log(2) ** 2) / 2, rtol=1e-6)
 
 
-def test_an_odd_layer_by_hand():
+def test_a_layer_by_hand():
     """Switch of two experts on width 1: y = p * relu(x * up) * down, for tokens 1 and -2."""
-    cfg = MoEConfig(
-        E=2, router=Switch(), experts=MLP(F=1, activation="relu"), dispatch=Einsum(2.0), losses={}
-    )
+    cfg = MoEConfig(E=2, router=Switch(), experts=MLP(F=1, activation="relu"), dispatch=Einsum(2.0), losses={})
     params = {"router_gate_DE": [[1.0, -1.0]], "up_EDF": [[[3.0]], [[-5.0]]], "down_EFD": [[[2.0]], [[7.0]]]}
     y, aux = MoE(cfg).apply(
         {"params": jax.tree.map(jnp.array, params, is_leaf=lambda v: isinstance(v, list))},

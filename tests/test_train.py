@@ -20,9 +20,11 @@ from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant
 from moe_jax.routers import Top2
 from moe_jax.train import Program, TrainingDiverged, train
+from tests import oracle_lm
 
 MOE = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25), S=8)
 MODEL = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8, activation="gelu"), moe=MOE, remat=False)
+ALWAYS = dataclasses.replace(MOE, router=Top2("always"))
 EXP = Experiment(
     model=MODEL,
     data=DataConfig(tokenizer=Bytes(), L=8, B=16),
@@ -101,17 +103,56 @@ def test_pieces_add_up():
     close(state1.params, state2.params)
 
 
-def test_golden_step(two_steps):
-    """Told numbers: the loss starts at about ln 257, and two steps on a counting sequence end here."""
-    _, state, metrics = two_steps
-    assert int(state.step) == 2
-    assert abs(float(metrics.loss) - GOLDEN["loss"]) < 2e-4
-    assert abs(float(metrics.grad_norm) - GOLDEN["grad_norm"]) < 2e-3
-    assert float(metrics.targets) == 16 * 8 - 4
-    assert metrics.stats.tokens.tolist() == [124.0]
+def told(tree):
+    """Parameters as a formula: nothing depends on how random numbers are made."""
+    return jax.tree.map(lambda p: 0.4 * np.sin(1.7 * np.arange(p.size).reshape(p.shape) + p.size).astype(p.dtype), tree)
 
 
-GOLDEN = {"loss": 0.0, "grad_norm": 0.0}
+def flat(tree):
+    return {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def test_golden_step():
+    """One step of AdamW on 8 devices is that of a numpy model, and its loss a told number.
+
+    Loss and auxiliary loss directly, gradients along a direction by central differences, parameters after
+    the step from these gradients by AdamW's formulas, decay only where the suffix allows it.
+    """
+    exp = dataclasses.replace(EXP, model=dataclasses.replace(MODEL, position="relative", moe=ALWAYS))
+    program, rows = Program(exp), batch()
+    state = program.init()
+    params = told(jax.device_get(state.params))
+    loss, aux_loss = oracle_lm.model(exp.model, params, rows)
+    assert abs(loss - 5.61884) < 1e-5
+
+    sgd = optax.sgd(1.0)
+    alone = trainer.State(*(jnp.zeros((), jnp.int32), params, sgd.init(params)), state.skipped, state.skipped)
+    alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), alone)
+    after, metrics = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0))(
+        alone, jax.tree.map(jnp.asarray, rows)
+    )
+    np.testing.assert_allclose([metrics.loss, metrics.aux_loss], [loss, aux_loss], rtol=1e-5)
+    grads = {k: g - flat(after.params)[k] for k, g in flat(params).items()}
+    for k in (name for name in grads if "router" in name or "up_E" in name or "value" in name):
+        way = np.cos(np.arange(grads[k].size)).reshape(grads[k].shape)
+
+        def moved(step, k=k, way=way):
+            there = jax.tree.map_with_path(
+                lambda path, p: p + step * way if jax.tree_util.keystr(path) == k else np.asarray(p, np.float64), params
+            )
+            return sum(oracle_lm.model(exp.model, there, rows))
+
+        slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        np.testing.assert_allclose((grads[k] * way).sum(), slope, rtol=2e-3, atol=2e-6)
+
+    stepped, metrics = program.step(jax.device_put(state._replace(params=params), program.shardings), rows)
+    np.testing.assert_allclose([metrics.loss, metrics.aux_loss], [loss, aux_loss], rtol=1e-5)
+    expected = oracle_lm.first_adamw_step(
+        flat(params), grads, 0.01, 1.0, 0.9, 0.95, 1e-8, 0.1, lambda name: "_D'" not in name and "_PH" not in name
+    )
+    for k, value in flat(stepped.params).items():
+        sure = np.abs(grads[k]) > 1e-4  # the first step is a sign: rounding decides about tiny gradients
+        np.testing.assert_allclose(value[sure], expected[k][sure], rtol=1e-4, atol=1e-5, err_msg=k)
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(smallest=4)], ids=["adamw", "adafactor"])
@@ -126,7 +167,7 @@ def test_training_learns(optimizer):
         state, metrics = program.step(state, batch())
         losses.append(float(metrics.loss))
     assert abs(losses[0] - math.log(257)) < 0.7
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 def test_a_step_that_is_not_finite_changes_nothing(two_steps):

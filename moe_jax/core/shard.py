@@ -14,7 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 AXES = ("data", "expert")  # tokens are sharded over both, experts over the second
-RULES = {"B": AXES, "E": "expert"}  # dimension letter -> mesh axes; what has no rule is replicated
+RULES: dict[str, str | tuple[str, ...]] = {
+    "B": AXES,
+    "E": "expert",
+}  # dimension letter -> mesh axes; what has no rule is replicated
 Tree = TypeVar("Tree")
 
 

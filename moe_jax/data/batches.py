@@ -61,8 +61,6 @@ def _window(windows: Windows, i: int) -> dict[str, np.ndarray]:
 
 def _check(B: int, process: int, processes: int) -> None:
     if B < 1 or processes < 1 or B % processes:
-        raise ValueError(
-            f"a batch of B={B} cannot be shared by {processes} processes: make B a multiple of them"
-        )
+        raise ValueError(f"a batch of B={B} cannot be shared by {processes} processes: make B a multiple of them")
     if not 0 <= process < processes:
         raise ValueError(f"process={process} of {processes}: number the processes from 0")

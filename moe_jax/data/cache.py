@@ -64,9 +64,7 @@ def _move(unfinished: pathlib.Path, folder: pathlib.Path) -> None:
         unfinished.rename(folder)
     except OSError:
         if not (folder / MANIFEST).exists():
-            raise ValueError(
-                f"{folder} is not empty and has no {MANIFEST}: delete it, and it is made anew"
-            ) from None
+            raise ValueError(f"{folder} is not empty and has no {MANIFEST}: delete it, and it is made anew") from None
 
 
 def _files(folder: pathlib.Path) -> list[str]:

@@ -105,9 +105,7 @@ def _records(folder: pathlib.Path, split: str) -> Iterator[dict[str, Any]]:
     source = builder.as_data_source(split=split)
     declared = builder.info.splits[split].num_examples
     if len(source) != declared:
-        raise ValueError(
-            f"{folder} holds {len(source)} of {declared} records: delete it, and it is made anew"
-        )
+        raise ValueError(f"{folder} holds {len(source)} of {declared} records: delete it, and it is made anew")
     return (source[i] for i in range(len(source)))
 
 
@@ -118,9 +116,7 @@ def _facts(folder: pathlib.Path, split: str) -> dict[str, Any]:
 
 
 def _fingerprint(records: list[dict[str, Any]]) -> str:
-    return fingerprint(
-        f"{record['domain']} {record['name'].decode()} {digest(record['text'])}" for record in records
-    )
+    return fingerprint(f"{record['domain']} {record['name'].decode()} {digest(record['text'])}" for record in records)
 
 
 def _say(line: str) -> None:

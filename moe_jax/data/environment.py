@@ -90,9 +90,7 @@ def installed_packages() -> Iterator[tuple[str, str]]:
 def distributions() -> list[importlib.metadata.Distribution]:
     folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     found = importlib.metadata.distributions(path=folders)
-    return [
-        distribution for distribution in found if (distribution.name or "").replace("-", "_") != "moe_jax"
-    ]
+    return [distribution for distribution in found if (distribution.name or "").replace("-", "_") != "moe_jax"]
 
 
 def environment() -> str:

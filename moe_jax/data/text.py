@@ -43,17 +43,13 @@ class Folder:
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of the domains and the texts."""
-        return fingerprint(
-            f"{domain} {key}" for domain, texts in self._texts().items() for key in sorted(texts)
-        )
+        return fingerprint(f"{domain} {key}" for domain, texts in self._texts().items() for key in sorted(texts))
 
     def _texts(self) -> dict[str, dict[str, bytes]]:
         """Of each domain: its documents by digest; ValueError if there are none."""
         root = pathlib.Path(self.path).expanduser().resolve()
         if not root.is_dir():
-            raise FileNotFoundError(
-                f"Folder(path={self.path!r}): there is no such folder, give one of text files"
-            )
+            raise FileNotFoundError(f"Folder(path={self.path!r}): there is no such folder, give one of text files")
         found: dict[str, dict[str, bytes]] = {}
         seen: set[str] = set()
         for path in sorted(root.rglob("*")):
@@ -67,9 +63,7 @@ class Folder:
                 seen |= set(new)
                 found.setdefault(domain, {}).update(new)
         if not found:
-            raise ValueError(
-                f"Folder(path={self.path!r}) holds no UTF-8 text file: put some there, or in subfolders"
-            )
+            raise ValueError(f"Folder(path={self.path!r}) holds no UTF-8 text file: put some there, or in subfolders")
         return found
 
 
@@ -99,9 +93,7 @@ class Tfds:
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of what TFDS knows about the data set: version, features, and the size of every shard."""
         info = self._builder().info
-        splits = (
-            f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(info.splits.items())
-        )
+        splits = (f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(info.splits.items()))
         return fingerprint([str(self), info.full_name, str(info.features), *splits])
 
     def _builder(self) -> tfds.core.DatasetBuilder:
@@ -111,18 +103,14 @@ class Tfds:
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record")
         except tfds.core.DatasetNotFoundError:
-            raise ValueError(
-                f"{self}: TFDS knows no such data set, and none is prepared in data_dir"
-            ) from None
+            raise ValueError(f"{self}: TFDS knows no such data set, and none is prepared in data_dir") from None
         except ValueError as error:
             raise ValueError(f"{self}: {str(error).splitlines()[0]}") from None
         except ImportError as error:
             raise ValueError(f"{self} {_what_to_install(error)}") from None
         except OSError as error:
             reason = f"({type(error).__name__})"
-            raise ValueError(
-                f"{self} could not be downloaded {reason}: prepare it elsewhere, set data_dir"
-            ) from None
+            raise ValueError(f"{self} could not be downloaded {reason}: prepare it elsewhere, set data_dir") from None
         self._check(builder)
         return builder
 
@@ -138,14 +126,10 @@ class Tfds:
             records = builder.as_data_source(split=split)
         except NotImplementedError:
             found = builder.info.file_format
-            raise ValueError(
-                f'{self} is prepared as {found}: prepare it with file_format="array_record"'
-            ) from None
+            raise ValueError(f'{self} is prepared as {found}: prepare it with file_format="array_record"') from None
         declared = builder.info.splits[split].num_examples
         if len(records) != declared:
-            raise ValueError(
-                f"{self} holds {len(records)} of {declared} records in {split}: prepare it again"
-            )
+            raise ValueError(f"{self} holds {len(records)} of {declared} records in {split}: prepare it again")
         return records
 
 

@@ -52,17 +52,13 @@ class Windows:
         }
 
 
-def prepare(
-    source: Source, tokenizer: TokenizerConfig, L: int, directory: pathlib.Path
-) -> tuple[Windows, Windows]:
+def prepare(source: Source, tokenizer: TokenizerConfig, L: int, directory: pathlib.Path) -> tuple[Windows, Windows]:
     """The training and the held-out windows of L inputs, made once and kept under `directory`."""
     if L < 1:
         raise ValueError(f"windows of L={L} tokens were asked for: give L >= 1")
     text = source.fingerprint(directory)
     texts = (document.text for document in source.documents("train", directory))
-    fitted = tokenizer.fit(
-        texts, directory / "tokenizers" / fingerprint([text, repr(tokenizer), VERSION])[:16]
-    )
+    fitted = tokenizer.fit(texts, directory / "tokenizers" / fingerprint([text, repr(tokenizer), VERSION])[:16])
     key = fingerprint([text, fitted.fingerprint, str(L), VERSION])
 
     def windows(split: Split) -> Windows:
@@ -114,9 +110,7 @@ def write(
 
 def batch(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """Windows side by side, as inputs and targets."""
-    tokens_BM, segment_BM = (
-        np.stack([window[name] for window in windows]) for name in ("tokens", "segments")
-    )
+    tokens_BM, segment_BM = (np.stack([window[name] for window in windows]) for name in ("tokens", "segments"))
     segment_BL, next_BL = segment_BM[:, :-1], segment_BM[:, 1:]
     return Batch(
         tokens_BL=tokens_BM[:, :-1],

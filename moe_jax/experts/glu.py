@@ -21,8 +21,6 @@ class GLU:
         if self.F < 1:
             raise ValueError(f"GLU(F={self.F}) has no hidden units; set F >= 1.")
 
-    def __call__(
-        self, params: Mapping[str, Array], x: Float[Array, "... D"], groups: Groups
-    ) -> Float[Array, "... D"]:
+    def __call__(self, params: Mapping[str, Array], x: Float[Array, "... D"], groups: Groups) -> Float[Array, "... D"]:
         gate = activation(self.activation)(groups.matmul(x, params["gate_EDF"]))
         return groups.matmul(gate * groups.matmul(x, params["up_EDF"]), params["down_EFD"])

@@ -24,9 +24,7 @@ class MLP:
     def params(self) -> tuple[str, ...]:
         return ("up_EDF", "down_EFD") + (("up_EF", "down_ED") if self.bias else ())
 
-    def __call__(
-        self, params: Mapping[str, Array], x: Float[Array, "... D"], groups: Groups
-    ) -> Float[Array, "... D"]:
+    def __call__(self, params: Mapping[str, Array], x: Float[Array, "... D"], groups: Groups) -> Float[Array, "... D"]:
         h = groups.matmul(x, params["up_EDF"])
         if self.bias:
             h = groups.bias(h, params["up_EF"])

@@ -70,9 +70,7 @@ class Attention(nn.Module):
         else:
             table_PH = dims.param(self, "bias_PH", sizes, nn.initializers.zeros)
             bias_1HLL = table_PH[relative_buckets(L)].transpose(2, 0, 1)[None].astype(dtype)
-        y_BLHA = jax.nn.dot_product_attention(
-            q_BLHA, k_BLHA, v_BLHA, bias=bias_1HLL, mask=mask_BLL[:, None]
-        )
+        y_BLHA = jax.nn.dot_product_attention(q_BLHA, k_BLHA, v_BLHA, bias=bias_1HLL, mask=mask_BLL[:, None])
         return jnp.einsum("blha,had->bld", y_BLHA, weight("out_HAD"))
 
 

@@ -29,12 +29,11 @@ def sparse_layers(layout: str, N: int) -> tuple[bool, ...]:
 
 
 def stacks(sparse: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:
-    """Splits layers into (block, how often it repeats), so that scanning compiles a block once.
+    """Splits layers into (block, how often it repeats), so that scanning compiles as few layers as can be.
 
-    Layers with a period are one stack of whole periods; otherwise every run of equal layers is a stack.
+    Either the shortest period, as one stack, or every run of equal layers as a stack of its own.
     """
     N = len(sparse)
-    for period in range(1, N // 2 + 1):
-        if N % period == 0 and sparse == sparse[:period] * (N // period):
-            return [(sparse[:period], N // period)]
-    return [((kind,), len(list(run))) for kind, run in itertools.groupby(sparse)]
+    period = next(p for p in range(1, N + 1) if N % p == 0 and sparse == sparse[:p] * (N // p))
+    runs: list[tuple[tuple[bool, ...], int]] = [((kind,), len(list(run))) for kind, run in itertools.groupby(sparse)]
+    return [(sparse[:period], N // period)] if period <= len(runs) else runs

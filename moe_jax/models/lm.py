@@ -1,10 +1,11 @@
 """A decoder-only language model with GLaM's interleaved dense and sparse layers (arXiv:2112.06905)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -157,9 +158,15 @@ class Block(nn.Module):
         return x_BLD, jax.tree.map(lambda *xs: jnp.stack(xs), *reports) if reports else None
 
 
-def cross_entropy(
-    logits_BLV: Float[Array, "B L V"], target_BL: Int[Array, "B L"]
-) -> Float[Array, "B L"]:
+def apply(
+    cfg: LMConfig, params: Any, batch: Any, key: Key[Array, ""] | None = None
+) -> tuple[Float[Array, "B L V"], Aux | None]:
+    """The model of these parameters on a `data.Batch`."""
+    result = LM(cfg).apply({"params": params}, batch.tokens_BL, batch.segment_BL, batch.position_BL, key)
+    return cast(tuple[Array, Aux | None], result)
+
+
+def cross_entropy(logits_BLV: Float[Array, "B L V"], target_BL: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B L"]:
     """Nats per token, in float32."""
     right_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BLV, axis=-1) - right_BL
