@@ -16,7 +16,7 @@ train: setup
 	$(RUN) -m experiments.train --config=configs/glam_nano.py --workdir=$(WORKDIR) --overwrite
 
 test: setup
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -24,21 +24,21 @@ def get_config() -> ConfigDict:
         "position": "relative",
         "remat": False,
         "moe": {
-            "E": 16,
+            "E": 32,
             "router": "Top2(second='always')",
             "experts": "MLP(F=192)",
-            "dispatch": "Scatter(capacity_factor=1.25)",
+            "dispatch": "Scatter(capacity_factor=1.5)",
             "shared": "None",
             "losses": {"load_balance": 0.01, "router_z": 0.001},
-            "S": 256,
+            "S": 512,
             "init_scale": 1.0,
         },
     }
-    config.data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 64, "B": 32, "accumulate": 1}
+    config.data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 64, "B": 64, "accumulate": 1}
     config.optim = {
         "optimizer": "AdamW(weight_decay=0.1)",
-        "schedule": "Cosine(peak=0.003, warmup=200)",
+        "schedule": "Cosine(peak=0.008, warmup=100)",
         "clip": 1.0,
     }
-    config.run = {"steps": 2000, "log_every": 50, "eval_every": 500, "eval_windows": 1024, "save_every": 1000}
+    config.run = {"steps": 1200, "log_every": 20, "eval_every": 400, "eval_windows": 1024, "save_every": 400}
     return config

@@ -48,9 +48,7 @@ def main() -> None:
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
     others = compared(COMPARE.value)
     exp = on_devices(exp)
-    if jax.process_index() == 0:
-        claim(workdir, exp, OVERWRITE.value)
-    run(exp, workdir, data_dir, others)
+    run(exp, workdir, data_dir, others, OVERWRITE.value)
 
 
 def on_devices(exp: Experiment) -> Experiment:
@@ -65,8 +63,11 @@ def run(
     workdir: pathlib.Path,
     data_dir: pathlib.Path | None = None,
     others: dict[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Trains, logging into the workdir, and ends with a table and a report."""
+    """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
+    if jax.process_index() == 0:
+        claim(workdir, exp, overwrite)
     say(describe(exp))
     records = train(exp, workdir, data_dir)
     first = next(records)

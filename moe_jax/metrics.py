@@ -56,7 +56,7 @@ class Logger:
             shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
         else:
             _drop_after(workdir / FILE, resume_step)
-        self._file = open(workdir / FILE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._file = open(workdir / FILE, "a", buffering=1, encoding="utf-8")
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, max_queue=10_000, flush_secs=10)
         self._terminal = None if quiet else _Terminal(total_steps)

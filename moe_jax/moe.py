@@ -97,6 +97,8 @@ def forward(
 ) -> tuple[Float[Array, "B L D"], Aux]:
     """Route, exchange, compute, combine: the layer on one shard's tokens."""
     (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
+    if B * L % S and cfg.dispatch.capacity_factor is None:
+        S = B * L  # groups only limit capacity, and there is no limit
     if B * L % S:
         raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
@@ -143,6 +145,7 @@ class MoE(nn.Module):
         if self.is_initializing():  # only shapes matter, and the batch may be of any size
             cfg, here = dataclasses.replace(cfg, S=None), Shard()
         check_mesh(cfg, here, x_BLD.shape[0])
+        x_BLD = jnp.asarray(x_BLD)
         if mask_BL is None:
             mask_BL = jnp.ones(x_BLD.shape[:2], bool)
         router = self._params(cfg.router, "router_{}", x_BLD.shape[-1])

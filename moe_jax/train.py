@@ -174,13 +174,15 @@ def train(
     process = {"process": jax.process_index(), "processes": jax.process_count()}
 
     def evaluation() -> dict[str, Any]:
-        chosen = evaluation_batches(held_out, data.B, run.eval_windows, **process)
+        began, B = time.monotonic(), data.B // data.accumulate
+        chosen = evaluation_batches(held_out, B, run.eval_windows, **process)
         record = evaluate(program.evaluate, state.params, chosen, held_out.domains)
         for name in ("", "_capacity"):
             if "loss" + name in record:
                 record["bits_per_byte" + name] = bits_per_byte(record["loss" + name], held_out.bytes_per_token)
         if "moe" in record:
             record["moe"] = {"layer": tally.layers, **record["moe"]}
+        tally.since += time.monotonic() - began  # not training
         return {"kind": "eval", "step": step, "seconds": tally.seconds(), **record}
 
     def save(loss: float | None = None) -> None:
@@ -258,8 +260,8 @@ class Tally:
         if self.skipped_in_a_row == 0:
             self.nats += float(last.loss * last.targets)
             self.targets += float(last.targets)
-        if last.stats is not None:
-            self.stats = last.stats if self.stats is None else jax.tree.map(np.add, self.stats, last.stats)
+            if last.stats is not None:
+                self.stats = last.stats if self.stats is None else jax.tree.map(np.add, self.stats, last.stats)
 
     def record(self, step: int) -> dict[str, Any]:
         """What has been added up since the last record."""

@@ -155,12 +155,12 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("model.tied=no", "Non-boolean argument to boolean flag"),
         ("mesh.tensor=2", "config.mesh has no field 'tensor'; there are data, expert"),
         ("mesh.data=0", "config.mesh.data=0"),
-        ("mesh.data=128", "config.data.B=32 sequences do not spread evenly over 512 devices"),
+        ("mesh.data=128", "config.data.B=64 sequences do not spread evenly over 512 devices"),
         ("mesh.data=64", "make B a multiple of 256"),
         ("data.B=12", "config.data.B=12 sequences do not spread evenly over 8 devices"),
         ("model.moe.E=18", "config.model.moe.E=18 experts do not spread evenly over config.mesh.expert=4"),
-        ("model.moe.S=100", "config.model.moe.S=100 does not divide the 256 tokens"),
-        ("model.moe.router=TopK(K=17)", "K=17 of E=16 experts; K must lie between 1 and E"),
+        ("model.moe.S=100", "config.model.moe.S=100 does not divide the 512 tokens"),
+        ("model.moe.router=TopK(K=33)", "K=33 of E=32 experts; K must lie between 1 and E"),
         ("model.moe.router=TopK(K=1)", "never trains its router; use TopK(K=1, softmax='all') or Switch()"),
         ("model.moe.dispatch=Scatter(priority='choice-major')", "use 'token-major', or say causal=False"),
         ("model.moe.dispatch=Sort()", "needs all experts on every device, but config.mesh.expert=4"),
@@ -237,7 +237,7 @@ def test_overrides_are_in_what_is_printed_in_any_order():
     assert printed["model"]["moe"]["S"] is None
     assert printed["model"]["moe"]["router"] == "Switch(jitter=0.0)"
     assert printed["run"]["keep_best"] == 0
-    assert json.loads(call(GLAM, "--print_config").out)["model"]["moe"]["S"] == 256, "nothing stays behind"
+    assert json.loads(call(GLAM, "--print_config").out)["model"]["moe"]["S"] == 512, "nothing stays behind"
 
 
 def test_help_names_the_flags_and_the_fields():

@@ -62,14 +62,6 @@ def random_batch(B: int) -> Batch:
     )
 
 
-@pytest.fixture(scope="module")
-def quickly():
-    """Compiling is what these tests spend their time on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_shrinking_keeps_the_kind_of_everything():
     for name in CONFIGS:
         exp, small = read(name), shrink(read(name))
@@ -87,7 +79,7 @@ def test_shrinking_keeps_the_kind_of_everything():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_takes_a_step(name, quickly):
+def test_a_config_takes_a_step(name):
     exp = shrink(read(name))
     program = Program(exp)
     before = program.init()

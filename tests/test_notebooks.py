@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from experiments.train import claim, run
+from experiments.train import run
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Folder
 from moe_jax.experts import GLU, MLP
@@ -80,7 +80,6 @@ def test_a_finished_run(tmp_path, monkeypatch):
     twin = dataclasses.replace(exp, model=model.dense_twin())
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     for name, each in {"RUN": exp, "TWIN": twin}.items():
-        claim(tmp_path / name, each)
         run(each, tmp_path / name, tmp_path / "data")
         monkeypatch.setenv(f"MOE_JAX_{name}", str(tmp_path / name))
     monkeypatch.setenv("MOE_JAX_DATA", str(tmp_path / "data"))

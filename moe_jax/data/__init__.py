@@ -6,7 +6,7 @@ from moe_jax.data.corpus import Corpus
 from moe_jax.data.documents import Document, Source
 from moe_jax.data.text import Folder, Tfds
 from moe_jax.data.tokenizers import Bytes, SentencePiece, Tokenizer, TokenizerConfig
-from moe_jax.data.windows import Batch, Windows, prepare
+from moe_jax.data.windows import Batch, Windows, batch, prepare
 
 SOURCES = (Corpus, Folder, Tfds)
 TOKENIZERS = (Bytes, SentencePiece)
@@ -25,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "Windows",
+    "batch",
     "batches",
     "default_directory",
     "evaluation_batches",

@@ -32,11 +32,15 @@ def batches(
 def evaluation_batches(
     windows: Windows, B: int, limit: int | None = None, process: int = 0, processes: int = 1
 ) -> Iterator[Batch]:
-    """All windows once, in order, or at most `limit` spread over domains; padding fills the last batch."""
+    """All windows once, or at most `limit` spread over domains, in a fixed order; padding fills the last batch.
+
+    Domains are mixed as in training: what a group of tokens drops depends on what it is made of.
+    """
     _check(B, process, processes)
     if limit is not None and limit < 1:
         raise ValueError(f"evaluation on limit={limit} windows: give at least 1, or None for all")
     chosen = np.arange(len(windows)) if limit is None else spread(windows.domain_W, limit)
+    chosen = np.random.default_rng(0).permutation(chosen)
     chosen = np.pad(chosen, (0, -len(chosen) % B), constant_values=PADDING)
     process_rows = chosen.reshape(-1, processes, B // processes)[:, process]
     return (batch([_window(windows, int(i)) for i in rows]) for rows in process_rows)
