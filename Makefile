@@ -9,11 +9,11 @@ export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test test-all lint format clean
+.PHONY: setup train test lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
-	$(RUN) -m experiments.train --config=configs/glam_nano.py --workdir=$(WORKDIR) --overwrite
+	$(RUN) -m experiments.train --config=configs/glam_nano.py --workdir=$(WORKDIR)
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile

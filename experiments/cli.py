@@ -146,6 +146,8 @@ def one_line(error: BaseException) -> str:
 
 def where(error: BaseException) -> str:
     """Nothing for an error that this code has raised; a hint for one from a library below it."""
+    if isinstance(error, flags.Error):
+        return ""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

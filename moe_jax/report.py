@@ -99,7 +99,7 @@ def _moe_figures(records: list[dict]) -> list[str]:
         if curve(records, f"moe.{key}")[1].ndim == 2:
             figures.append(_figure(title, note, _layers, records, key, unit))
     if curve(records, "aux_loss")[0].size:
-        note = "weighted sum over losses and layers, as added to the loss"
+        note = "with coefficients, mean over layers, as added to the loss"
         figures.append(_figure("Auxiliary loss", note, _auxiliary, records))
     return figures
 

@@ -315,8 +315,12 @@ def test_files_of_somebody_else_are_left_alone(tiny, tmp_path, overwrite):
 
 def test_overwriting_deletes_the_run_and_nothing_else(copied, tiny, monkeypatch):
     (copied / "notes.txt").write_text("mine")
-    monkeypatch.setattr(train, "run", lambda *_: None)
-    assert call(*tiny, f"--workdir={copied}", "--overwrite", "--config.model.D=16").code == 0
+
+    def stop(*_):
+        raise OSError("no further")
+
+    monkeypatch.setattr(train, "train", stop)
+    assert "no further" in call(*tiny, f"--workdir={copied}", "--overwrite", "--config.model.D=16").error
     assert {p.name for p in copied.iterdir()} == {"config.json", "notes.txt"}
     assert json.loads((copied / "config.json").read_text())["model"]["D"] == 16
 

@@ -158,9 +158,9 @@ def test_golden_step():
 @pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(smallest=4)], ids=["adamw", "adafactor"])
 def test_training_learns(optimizer):
     """Thirty steps on one batch: the loss falls well below its start, under both optimizers."""
-    exp = dataclasses.replace(
-        EXP, optim=OptimConfig(optimizer=optimizer, schedule=WSD(peak=0.02, warmup=3, decay=10)), mesh=(("data", 8),)
-    )
+    optim = OptimConfig(optimizer=optimizer, schedule=WSD(peak=0.02, warmup=3, decay=10))
+    run = dataclasses.replace(EXP.run, steps=30)
+    exp = dataclasses.replace(EXP, optim=optim, run=run, mesh=(("data", 8),))
     program = Program(exp)
     state, losses = program.init(), []
     for _ in range(30):
