@@ -14,10 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 AXES = ("data", "expert")  # tokens are sharded over both, experts over the second
-RULES: dict[str, str | tuple[str, ...]] = {
-    "B": AXES,
-    "E": "expert",
-}  # dimension letter -> mesh axes; what has no rule is replicated
+# Dimension letter -> mesh axes; what has no rule is replicated.
+RULES: dict[str, str | tuple[str, ...]] = {"B": AXES, "E": "expert"}
 Tree = TypeVar("Tree")
 
 
@@ -29,7 +27,7 @@ def make_mesh(data: int = 1, expert: int = 1) -> Mesh:
     if math.prod(sizes) != n or min(sizes) < 1:
         raise ValueError(
             f"mesh data={data} x expert={expert} does not multiply to the {n} devices there are; "
-            "change mesh.data or mesh.expert (-1 means the rest)."
+            "change mesh.data or mesh.expert (-1 means the rest), or simulate devices with JAX_PLATFORMS=cpu."
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -42,17 +40,12 @@ class Shard:
     experts: str | None = None  # axis that experts are sharded over
 
     @property
-    def X(self) -> int:
-        """Number of shards that the experts are spread over."""
-        return lax.axis_size(self.experts) if self.experts else 1
-
-    @property
     def index(self) -> int | Int[Array, ""]:
         """Position of this shard among those that tokens are sharded over, in the order of the tokens."""
         return lax.axis_index(self.tokens) if self.tokens else 0
 
     def sum(self, tree: Tree) -> Tree:
-        """Sums of a tree of arrays over all shards, in one all-reduce per type of number."""
+        """Sums of a tree of arrays of one type over all shards, in one all-reduce."""
         if not self.tokens:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
