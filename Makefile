@@ -30,11 +30,12 @@ format: setup
 clean:
 	rm -rf .venv .tools
 
-# An environment made by another Python is made anew.
+# An environment made by another Python is made anew. Where certificates are the system's own, uv is told to use them.
 setup:
 	@version=$$($(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "moe_jax needs Python >= 3.11, this is " + sys.version; print(sys.version)') || exit 2; \
-	if [ "$$(cat $(SYNCED) 2>/dev/null | head -1)" != "$$version" ] || [ uv.lock -nt $(SYNCED) ] || [ pyproject.toml -nt $(SYNCED) ]; then \
-	  echo "setting up .venv ..."; \
-	  [ -x $(UV) ] && $(UV) --version >/dev/null 2>&1 || { rm -rf .tools && $(PYTHON) -m venv .tools && .tools/bin/python -m pip install -q uv; } && \
-	  $(UV) sync --quiet --frozen --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" && echo "$$version" > $(SYNCED); \
-	fi
+	[ "$$(head -1 $(SYNCED) 2>/dev/null)" = "$$version" ] && [ $(SYNCED) -nt uv.lock ] && [ $(SYNCED) -nt pyproject.toml ] && exit 0; \
+	echo "setting up .venv ..."; \
+	$(UV) --version >/dev/null 2>&1 || { rm -rf .tools && $(PYTHON) -m venv .tools && .tools/bin/python -m pip install --quiet --disable-pip-version-check uv; } || exit 1; \
+	sync="$(UV) sync --quiet --frozen --python $$($(PYTHON) -c 'import sys; print(sys.executable)')"; \
+	$$sync 2>.tools/log || UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 $$sync || { cat .tools/log; exit 1; }; \
+	echo "$$version" > $(SYNCED)
