@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.model.tied = False
     config.model.layout = "all"
     config.model.moe.E = 8
-    config.model.moe.router = "TopK(K=2, softmax='selected')"
+    config.model.moe.router = "TopK(K=2)"
     config.model.moe.experts = "GLU(F=128, activation='silu')"
     config.model.moe.dispatch = "Sort()"
-    config.model.moe.losses = {"load_balance": 0.02, "router_z": 0.0}
+    config.model.moe.losses = ("LoadBalance(0.02)",)
     return config

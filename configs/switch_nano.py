@@ -16,8 +16,9 @@ from configs import glam_nano
 def get_config() -> ConfigDict:
     config = glam_nano.get_config()
     config.model.ffn = "MLP(F=384, activation='relu')"
-    config.model.moe.router = "Switch(jitter=0.01)"
+    config.model.moe.router = "Switch()"
+    config.model.moe.gating = ("Jitter(0.01)",)
     config.model.moe.experts = "MLP(F=384, activation='relu')"
-    config.model.moe.losses = {"load_balance": 0.01, "router_z": 0.0}
+    config.model.moe.losses = ("LoadBalance(0.01)",)
     config.model.moe.init_scale = 0.1
     return config

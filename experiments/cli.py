@@ -67,8 +67,9 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def define_config() -> None:
-    """--config=FILE; `experiment` reads it, and --config.a.b=VALUE for every field."""
-    flags.DEFINE_string("config", None, "A file with get_config(); --config.a.b=VALUE sets a field.")
+    """--config=FILE; `experiment` reads it, and --config.a.b=VALUE for every field. Programs may share a process."""
+    if "config" not in FLAGS:
+        flags.DEFINE_string("config", None, "A file with get_config(); --config.a.b=VALUE sets a field.")
 
 
 def experiment() -> Experiment:

@@ -1,33 +1,25 @@
 """Sparse Mixture-of-Experts research in JAX and Flax, proved on simulated device meshes.
 
     core/routing   what a router decides, as data      routers/   who goes where, with what weight
-    core/groups    rows grouped by expert              experts/   what an expert computes
-    core/shard     the mesh, and all collectives       dispatch/  how rows reach experts and return
+    core/groups    rows grouped by expert              gating/    what any router can be given
+    core/shard     the mesh, and all collectives       experts/   what an expert computes
+    core/stats     what is counted of a routing        dispatch/  how rows reach experts and return
     moe            the layer                           losses/    auxiliary losses
 
 Training is in `moe_jax.train`, configs in `moe_jax.config`; they are not imported here, so that a layer alone is quick.
 """
 
+from moe_jax import dispatch, experts, gating, losses, routers
+from moe_jax.core.context import Ids
 from moe_jax.core.shard import make_mesh
-from moe_jax.dispatch import Einsum, Scatter, Sort
-from moe_jax.experts import GLU, MLP
+from moe_jax.dispatch import *
+from moe_jax.experts import *
+from moe_jax.gating import *
+from moe_jax.losses import *
 from moe_jax.models import LM, LMConfig
 from moe_jax.moe import Aux, MoE, MoEConfig
-from moe_jax.routers import Switch, Top2, TopK
+from moe_jax.routers import *
 
-__all__ = [
-    "GLU",
-    "LM",
-    "MLP",
-    "Aux",
-    "Einsum",
-    "LMConfig",
-    "MoE",
-    "MoEConfig",
-    "Scatter",
-    "Sort",
-    "Switch",
-    "Top2",
-    "TopK",
-    "make_mesh",
-]
+__all__ = ["LM", "Aux", "Ids", "LMConfig", "MoE", "MoEConfig", "make_mesh"]
+for _package in (routers, gating, experts, dispatch, losses):
+    __all__ += _package.__all__

@@ -19,13 +19,16 @@ from moe_jax.core.shard import AXES
 from moe_jax.data import SOURCES, TOKENIZERS, Bytes, Corpus
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.experts import EXPERTS
+from moe_jax.gating import GATING
+from moe_jax.losses import LOSSES
 from moe_jax.models import LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
-COMPONENTS = {c.__name__: c for c in (*ROUTERS, *EXPERTS, *DISPATCHERS, *OPTIMIZERS, *SCHEDULES, *SOURCES, *TOKENIZERS)}
-# What may stand in a field that holds a component.
+REGISTERED = (ROUTERS, GATING, EXPERTS, DISPATCHERS, LOSSES, OPTIMIZERS, SCHEDULES, SOURCES, TOKENIZERS)
+COMPONENTS: dict[str, type] = {c.__name__: c for kind in REGISTERED for c in kind}
+# What may stand in a field that holds a component, or, in those of LISTS, several.
 KINDS: dict[str, tuple[type, ...]] = {
     "router": ROUTERS,
     "experts": EXPERTS,
@@ -37,7 +40,10 @@ KINDS: dict[str, tuple[type, ...]] = {
     "tokenizer": TOKENIZERS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "gating": GATING,
+    "losses": LOSSES,
 }
+LISTS = ("gating", "losses")
 WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what ast says to it
 
@@ -165,8 +171,8 @@ def plain(value: Any) -> Any:
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, LMConfig):
             del fields["V"]  # the tokenizer's
-        return {k: dict(v) if k in ("losses", "mesh") else v for k, v in fields.items()}
-    return value
+        return {k: dict(v) if k == "mesh" else v for k, v in fields.items()}
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
 def dense_twin(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -209,10 +215,17 @@ def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{text!r} gives an argument twice; give it once.")
     try:
-        values = {argument: ast.literal_eval(value) for argument, value in pairs}
+        values = {argument: _argument(value) for argument, value in pairs}
     except NOT_LITERAL:
         raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
     return _construct(name, cls, values)
+
+
+def _argument(node: ast.expr) -> Any:
+    """A literal, or a component's constructor call."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPONENTS:
+        return parse(ast.unparse(node))
+    return ast.literal_eval(node)
 
 
 def _section(path: str, cls: type, given: Mapping[str, Any]) -> Any:
@@ -221,12 +234,12 @@ def _section(path: str, cls: type, given: Mapping[str, Any]) -> Any:
     _check_names(f"config.{path}", given, [name for name in hints if name != "V"] + ["V"] * ("V" in given))
     values = {}
     for name, value in given.items():
-        if name in KINDS:
-            value = _component(f"config.{path}.{name}", value, KINDS[name])
-        if name == "losses":
-            if not isinstance(value, Mapping) or not all(_fits(v, float) for v in value.values()):
-                raise ValueError(f"config.{path}.{name}={value!r} must be a dict of losses and their coefficients.")
-            value = {loss: float(weight) for loss, weight in value.items()}
+        where = f"config.{path}.{name}"
+        if name in LISTS:
+            several = value if isinstance(value, list | tuple) else (value,)  # one may stand alone
+            value = tuple(_component(where, part, KINDS[name]) for part in several)
+        elif name in KINDS:
+            value = _component(where, value, KINDS[name])
         values[name] = tuple(value) if isinstance(value, list) else value
     return _construct(f"config.{path}", cls, values)
 

@@ -12,11 +12,11 @@ from moe_jax.moe import MoEConfig
 
 
 class Parameters(NamedTuple):
-    """Parameter counts; `active` counts K of E experts per token, and embeddings in both."""
+    """Parameter counts; `active` counts K of E experts per token (at most), and embeddings in both."""
 
     total: int
     active: int
-    router: int
+    router: int  # of the multiplied ones, the routers'
     multiplied: int  # of the active ones, those in matrices that a token is multiplied with
 
 
@@ -31,9 +31,10 @@ def parameters(cfg: LMConfig) -> Parameters:
         if isinstance(cfg.moe, MoEConfig) and letters.startswith("E"):
             used, letters = used * cfg.moe.router.K // cfg.moe.E, letters[1:]
         active += used
+        looked_up = letters in ("PH", "ME") or (letters == "VD" and not cfg.tied)
+        used = used if len(letters) > 1 and not looked_up else 0
+        multiplied += used
         router += used if name.startswith("router_") else 0
-        looked_up = letters == "PH" or (letters == "VD" and not cfg.tied)
-        multiplied += used if len(letters) > 1 and not looked_up else 0
     return Parameters(total, active, router, multiplied)
 
 

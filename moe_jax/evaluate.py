@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moe_jax.core.routing import Stats, describe
+from moe_jax.core.stats import Stats, describe
 from moe_jax.data import Batch
 from moe_jax.models import LMConfig, lm
 
@@ -24,12 +24,12 @@ class Sums(NamedTuple):
     stats_capacity: Stats | None
 
 
-def evaluation_step(cfg: LMConfig, domains: int, params: Any, batch: Batch) -> Sums:
+def evaluation_step(cfg: LMConfig, domains: int, params: Any, router: Any, batch: Batch) -> Sums:
     """The sums of one batch."""
     mask_BL = batch.loss_mask_BL
 
     def run(cfg: LMConfig):
-        logits_BLV, aux = lm.apply(cfg, params, batch)
+        logits_BLV, aux = lm.apply(cfg, params, batch, router=router)
         nats_BL = jnp.where(mask_BL, lm.cross_entropy(logits_BLV, batch.target_BL), 0)
         return nats_BL, None if aux is None else aux.stats
 
@@ -45,13 +45,11 @@ def evaluation_step(cfg: LMConfig, domains: int, params: Any, batch: Batch) -> S
     )
 
 
-def evaluate(
-    step: Callable[[Any, Batch], Sums], params: Any, batches: Iterable[Batch], domains: tuple[str, ...]
-) -> dict[str, Any]:
+def evaluate(step: Callable[[Batch], Sums], batches: Iterable[Batch], domains: tuple[str, ...]) -> dict[str, Any]:
     """Held-out losses in nats per token, by domain too, and the routing of the dropless pass."""
     total: Sums | None = None
     for batch in batches:
-        sums = jax.device_get(step(params, batch))
+        sums = jax.device_get(step(batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None or not (targets := float(total.targets_Z.sum())):
         raise ValueError("The held-out split has no windows to evaluate on; give it more text.")

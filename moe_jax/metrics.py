@@ -21,6 +21,7 @@ import rich.progress
 import rich.table
 
 FILE = "metrics.jsonl"
+PERCENTILES = "load_percentiles"  # a list per layer that is no distribution over experts
 SECONDS_BETWEEN_LINES = 10.0  # in CI and pipes
 
 # What the terminal line shows of a record, in its order.
@@ -258,12 +259,14 @@ def _scalars(record: dict) -> Iterator[tuple[str, float]]:
     for layer, key, value in _per_layer(record):
         if isinstance(value, int | float):
             yield f"{layer}/{key}", value
+        elif key == PERCENTILES:
+            yield from ((f"{layer}/{key}/{number}", v) for number, v in enumerate(value) if v is not None)
 
 
 def _histograms(record: dict) -> Iterator[tuple[str, np.ndarray]]:
     """The load of each layer, over its experts."""
     for layer, key, value in _per_layer(record):
-        if isinstance(value, list) and value and None not in value:
+        if isinstance(value, list) and value and None not in value and key != PERCENTILES:
             yield f"{layer}/{key}", np.asarray(value, float)
 
 

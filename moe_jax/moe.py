@@ -9,68 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.core import dims, shard
+from moe_jax.core.context import Context, Ids
 from moe_jax.core.groups import Dense
-from moe_jax.core.routing import Stats, describe, stats
+from moe_jax.core.routing import TokenChoice
 from moe_jax.core.shard import Shard
-from moe_jax.dispatch import Scatter
-from moe_jax.experts import MLP
-from moe_jax.losses import LOSSES
-from moe_jax.routers import TopK
+from moe_jax.core.stats import Stats, describe, stats
+from moe_jax.losses import LOGGED
+from moe_jax.moe_config import MoEConfig, State, sizes_of
 
-LOSS = {f.__name__: f for f in LOSSES}
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """One MoE layer, as four independent choices.
-
-    S: tokens per routing group, in which capacity is counted; None is one sequence. It is not the size of a
-       shard, so that which tokens are dropped does not depend on the mesh.
-    shared: an expert that every token visits beside its routed ones (n shared experts of width F are one of
-       width n*F; DeepSeekMoE, arXiv:2401.06066).
-    losses: auxiliary losses and their coefficients.
-    init_scale: router and experts start with std sqrt(init_scale / fan_in); Switch found 0.1 more stable.
-    """
-
-    E: int
-    router: Any = TopK(K=2)
-    experts: Any = MLP(F=1024)
-    dispatch: Any = Scatter()
-    shared: Any = None
-    losses: Mapping[str, float] | tuple[tuple[str, float], ...] = (("load_balance", 0.01), ("router_z", 0.001))
-    S: int | None = None
-    init_scale: float = 1.0
-
-    def __post_init__(self):
-        object.__setattr__(self, "losses", tuple(dict(self.losses).items()))  # hashable
-        if not 1 <= self.router.K <= self.E:
-            raise ValueError(f"The router picks K={self.router.K} of E={self.E} experts; K must lie between 1 and E.")
-        for name in dict(self.losses):
-            if name not in LOSS:
-                raise ValueError(f"Loss {name!r} is unknown; use {' or '.join(map(repr, LOSS))}.")
-        if self.S is not None and self.S < 1:
-            raise ValueError(f"S={self.S} tokens per routing group; it must be positive, or None for a sequence.")
-        if self.init_scale <= 0:
-            raise ValueError(f"init_scale={self.init_scale} must be positive.")
-
-    @property
-    def causal(self) -> bool:
-        """Whether a token's output is free of what comes after it: no later token may take its slot."""
-        d = self.dispatch
-        return (
-            d.capacity_factor is None
-            or d.priority == "token-major"
-            or (d.priority == "choice-major" and self.router.K == 1)
-        )
-
-    def dropless(self) -> "MoEConfig":
-        """The same layer without a limit to what an expert takes."""
-        if self.dispatch.capacity_factor is None:
-            return self
-        return dataclasses.replace(self, dispatch=dataclasses.replace(self.dispatch, capacity_factor=None))
+__all__ = ["Aux", "MoE", "MoEConfig", "State"]
 
 
 class Aux(NamedTuple):
@@ -78,45 +28,60 @@ class Aux(NamedTuple):
 
     loss: Float[Array, "*N"]  # auxiliary losses times their coefficients, equal on all shards
     stats: Stats  # sums over all tokens of all shards
+    expert_BLK: Int[Array, "*N B L K"] | None = None  # each token's choices, E nowhere; for token choice
 
     @property
     def metrics(self) -> dict[str, Array]:
-        """Load, drop rate, router entropy and every auxiliary loss without its coefficient."""
-        return describe(self.stats) | {name: f(self.stats) for name, f in LOSS.items()}
+        """Load, drop rate, entropies, ... and the usual auxiliary losses without their coefficients."""
+        s = jax.tree.map(jnp.asarray, self.stats)
+        return describe(s) | {name: loss(s, {}, None) for name, loss in LOGGED.items()}
+
+
+class Parameters(NamedTuple):
+    """Of a layer; names carry their dimensions."""
+
+    router: Any  # of each, arrays by name, or their layout
+    experts: Any
+    shared: Any
 
 
 def forward(
     cfg: MoEConfig,
     here: Shard,
-    router: Mapping[str, Array],
-    experts: Mapping[str, Array],
-    shared: Mapping[str, Array],
+    params: Parameters,
+    state: State,
+    key: Key[Array, ""] | None,
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"],
-    key: Key[Array, ""] | None,
-) -> tuple[Float[Array, "B L D"], Aux]:
+    ids: Ids,
+) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, tuple[Float[Array, ""], Stats]]:
     """Route, exchange, compute, combine: the layer on one shard's tokens."""
     (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
-    if B * L % S and cfg.dispatch.capacity_factor is None:
-        S = B * L  # groups only limit capacity, and there is no limit
+    if B * L % S and cfg.groups_are_free(key):
+        S = B * L
     if B * L % S:
         raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
-    routing = cfg.router(router, x_GSD, mask_GS, group_keys(key, here, len(x_GSD)))
-    y_GSD, kept_GSK = cfg.dispatch(x_GSD, routing, cfg.experts, here.vary(experts), here)
+    ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
+    routing = cfg.router(params.router, x_GSD, mask_GS, ctx)
+    y_GSD, kept = cfg.dispatch(x_GSD, routing, cfg.experts, here.vary(params.experts), here)
     if cfg.shared is not None:
-        y_GSD += cfg.shared(shared, x_GSD, Dense())
-    total = here.sum(stats(routing, kept_GSK))
-    loss = sum((weight * LOSS[name](total) for name, weight in dict(cfg.losses).items()), jnp.zeros(()))
-    return y_GSD.reshape(x_BLD.shape), Aux(loss, total)
+        y_GSD += cfg.shared(params.shared, x_GSD, Dense())
+    total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
+    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
+    chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
+    return y_GSD.reshape(x_BLD.shape), chosen, (loss, total)
 
 
-def group_keys(key: Key[Array, ""] | None, here: Shard, G: int) -> Key[Array, "G"] | None:
-    """A key for each routing group by its place in the whole batch, so that noise is the same on every mesh."""
-    if key is None:
-        return None
-    return jax.vmap(partial(jax.random.fold_in, key))(here.index * G + jnp.arange(G))
+def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
+    """What the router may know of a shard's G groups; `ids` are in groups [G, S].
+
+    A group's key, like its number, goes by its place in the whole batch, so that noise is the same on every mesh.
+    """
+    group_G = here.index * G + jnp.arange(G)
+    keys_G = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(group_G)
+    return Context(cfg.E, keys_G, key, state, *ids, cfg.gating, group_G)
 
 
 class MoE(nn.Module):
@@ -139,30 +104,49 @@ class MoE(nn.Module):
         x_BLD: Float[Array, "B L D"],
         mask_BL: Bool[Array, "B L"] | None = None,
         key: Key[Array, ""] | None = None,
+        state: State | None = None,
+        ids: Ids = Ids(),
     ) -> tuple[Float[Array, "B L D"], Aux]:
-        """Output and what there is to report; without a key nothing is random (evaluation)."""
-        cfg, here = self.cfg, shard.current()
+        """Output and what there is to report; without a key nothing is random (evaluation).
+
+        state: what the layer remembers, where its config has any (`MoEConfig.init_state`); it is not changed here.
+        ids: of tokens and tasks, for what routes by them, and recorded choices to replay (the selection is theirs,
+        weights and gradients are alive).
+        """
+        cfg, here, (B, L, D) = self.cfg, shard.current(), x_BLD.shape
         if self.is_initializing():  # only shapes matter, and the batch may be of any size
-            cfg, here = dataclasses.replace(cfg, S=None), Shard()
-        check_mesh(cfg, here, x_BLD.shape[0])
+            cfg, here, state = dataclasses.replace(cfg, S=None), Shard(), cfg.init_state()
+            ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
+        check_call(cfg, here, B, state, ids)
         x_BLD = jnp.asarray(x_BLD)
         if mask_BL is None:
-            mask_BL = jnp.ones(x_BLD.shape[:2], bool)
-        router = self._params(cfg.router, "router_{}", x_BLD.shape[-1])
-        experts = self._params(cfg.experts, "{}", x_BLD.shape[-1])
-        shared = dense_params(self, cfg.shared, "shared_{}", x_BLD.shape[-1], cfg.init_scale)
+            mask_BL = jnp.ones((B, L), bool)
+        params = Parameters(
+            self._params(cfg.router, "router_{}", D),
+            self._params(cfg.experts, "{}", D),
+            dense_params(self, cfg.shared, "shared_{}", D, cfg.init_scale),
+        )
         tokens, everywhere = shard.token_spec(here), P()
         run = shard.per_shard(
             partial(forward, cfg, here),
             here,
-            (everywhere, shard.expert_spec(here), everywhere, tokens, tokens, everywhere),
-            (tokens, everywhere),
+            (
+                Parameters(everywhere, shard.expert_spec(here), everywhere),
+                everywhere,
+                everywhere,
+                tokens,
+                tokens,
+                tokens,
+            ),
+            (tokens, tokens, everywhere),
         )
-        return run(router, experts, shared, x_BLD, mask_BL, key if cfg.router.random else None)
+        y_BLD, expert_BLK, (loss, total) = run(params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
+        return y_BLD, Aux(loss, total, expert_BLK)
 
     def _params(self, component: Any, pattern: str, D: int) -> dict[str, Array]:
-        sizes = {**sizes_of(component), "E": self.cfg.E, "D": D}
-        return {n: param(self, pattern.format(n), sizes, self.cfg.init_scale) for n in component.params}
+        sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, getattr(component, "zeros", ())
+        scales = {n: 0.0 if n in zeros else self.cfg.init_scale for n in component.params}
+        return {n: param(self, pattern.format(n), sizes, scale) for n, scale in scales.items()}
 
 
 def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: float = 1.0) -> dict[str, Array]:
@@ -174,20 +158,27 @@ def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: fl
 
 
 def param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
-    """Matrices are drawn, biases start at zero."""
+    """Matrices are drawn; biases and scalars start at zero, and so does what has no scale."""
     letters = dims.dims_of(name)
-    bias = len(letters.removeprefix("E")) == 1 and letters != "DE"
-    return dims.param(module, name, sizes, nn.initializers.zeros if bias else dims.kernel_init(letters, scale))
+    zero = not scale or len(letters.removeprefix("E")) < 2
+    return dims.param(module, name, sizes, nn.initializers.zeros if zero else dims.kernel_init(letters, scale))
 
 
-def sizes_of(component: Any) -> Mapping[str, int]:
-    """The sizes a component brings itself: its single-letter fields."""
-    return {f.name: getattr(component, f.name) for f in dataclasses.fields(component) if len(f.name) == 1}
-
-
-def check_mesh(cfg: MoEConfig, here: Shard, B: int) -> None:
-    """Refuses what cannot be spread over the current mesh."""
+def check_call(cfg: MoEConfig, here: Shard, B: int, state: State | None, ids: Ids) -> None:
+    """Refuses a call without what the layer needs, or that cannot be spread over the current mesh."""
     size = jax.sharding.get_abstract_mesh().shape
+    if missing := set(cfg.init_state()) - set(state or {}):
+        raise ValueError(
+            f"A layer with {cfg.router} remembers {', '.join(sorted(missing))} from step to step, but was called "
+            "without; start with state=config.init_state(), and go on with config.update_state(...)."
+        )
+    for what in cfg.needs:
+        if getattr(ids, f"{what}_BL") is None:
+            raise ValueError(
+                f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
+            )
+    if ids.expert_BLK is not None and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
+        raise ValueError(f"{type(cfg.router).__name__}() records no choices of tokens that could be replayed.")
     if here.experts and not cfg.dispatch.parallel:
         raise ValueError(
             f"{type(cfg.dispatch).__name__}() needs all experts on every shard, but mesh.expert={size['expert']}; "

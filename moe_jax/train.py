@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.core import dims
-from moe_jax.core.routing import Stats
 from moe_jax.core.shard import RULES, make_mesh
+from moe_jax.core.stats import Stats
 from moe_jax.data import Batch, batches, default_directory, evaluation_batches, prepare
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, evaluation_step
 from moe_jax.models import LM, lm
@@ -30,6 +30,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     params: Any
     opt_state: Any
+    router: Any  # what routers and losses remember (biases, schedules, ...), by MoE layer; {} for most
     skipped: Int[Array, ""]  # steps without an update, for a loss or gradient that was not finite
     skipped_in_a_row: Int[Array, ""]
 
@@ -38,7 +39,7 @@ class Metrics(NamedTuple):
     """Of one step. Losses are means over the step's targets."""
 
     loss: Float[Array, ""]  # nats per token
-    aux_loss: Float[Array, ""]  # mean over MoE layers, coefficients included
+    aux_loss: Float[Array, ""]  # over all MoE layers, coefficients included
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     targets: Float[Array, ""]
@@ -59,7 +60,7 @@ def init(exp: Experiment, tx: optax.GradientTransformation) -> State:
     tokens_BL = jnp.zeros((1, exp.data.L), jnp.int32)
     params = LM(exp.model).init(jax.random.key(exp.seed), tokens_BL)["params"]
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, tx.init(params), zero, zero)
+    return State(zero, params, tx.init(params), exp.model.init_router(), zero, zero)
 
 
 def train_step(
@@ -71,9 +72,9 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(exp.seed + 1), state.step)
 
     def objective(params, piece: Batch, key):
-        logits_BLV, aux = lm.apply(exp.model, params, piece, key)
+        logits_BLV, aux = lm.apply(exp.model, params, piece, key, state.router)
         nats_BL = jnp.where(piece.loss_mask_BL, lm.cross_entropy(logits_BLV, piece.target_BL), 0)
-        loss, aux_loss = nats_BL.sum() / targets, jnp.zeros(()) if aux is None else aux.loss.mean() / A
+        loss, aux_loss = nats_BL.sum() / targets, lm.aux_loss(exp.model, aux) / A
         return loss + aux_loss, (loss, aux_loss, None if aux is None else aux.stats)
 
     def backward(piece: Batch, key):
@@ -89,14 +90,17 @@ def train_step(
     finite = jnp.isfinite(loss + aux_loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    router = exp.model.moe.update_state(state.router, stats) if state.router else state.router
+    params, opt_state, router = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, router),
+        (state.params, state.opt_state, state.router),
     )
     skipped = state.skipped + ~finite
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     learning_rate = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
     metrics = Metrics(loss, aux_loss, grad_norm, learning_rate, targets, skipped, in_a_row, stats)
-    return State(state.step + 1, params, opt_state, skipped, in_a_row), metrics
+    return State(state.step + 1, params, opt_state, router, skipped, in_a_row), metrics
 
 
 def interleave(A: int, x_B: Array) -> Array:
@@ -112,6 +116,17 @@ def _sum_over(f, pieces: Any, keys_A: Array) -> Any:
     return jax.lax.scan(lambda total, piece: (add(total, f(*piece)), None), zeros, (pieces, keys_A))[0]
 
 
+def check_tasks(exp: Experiment, domains: int) -> None:
+    """Refuses a router or a loss by task that has no room for the domains of the data."""
+    moe = exp.model.moe
+    if not isinstance(moe, MoEConfig) or "task" not in moe.needs:
+        return
+    room = {"router.M": getattr(moe.router, "M", domains), "tasks": moe.tasks if moe.tasks > 1 else domains}
+    for name, n in room.items():
+        if n < domains:
+            raise ValueError(f"The data has {domains} domains, but config.model.moe.{name}={n}; set it to {domains}.")
+
+
 # ---------------------------------------------------------------- on a mesh
 
 
@@ -119,6 +134,7 @@ class Program:
     """The compiled functions of an experiment, and where their arrays lie."""
 
     def __init__(self, exp: Experiment, domains: int = 1):
+        check_tasks(exp, domains)
         self.mesh = make_mesh(**dict(exp.mesh))
         tx, rate = exp.optim.build(exp.run.steps)
         make = partial(init, exp, tx)
@@ -140,9 +156,9 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._step(state, self.place(batch))
 
-    def evaluate(self, params: Any, batch: Batch) -> Any:
+    def evaluate(self, state: State, batch: Batch) -> Any:
         with jax.set_mesh(self.mesh):
-            return self._evaluate(params, self.place(batch))
+            return self._evaluate(state.params, state.router, self.place(batch))
 
     def place(self, batch: Batch) -> Batch:
         """This process's rows of a batch, as part of the global one."""
@@ -176,7 +192,7 @@ def train(
     def evaluation() -> dict[str, Any]:
         began, B = time.monotonic(), data.B // data.accumulate
         chosen = evaluation_batches(held_out, B, run.eval_windows, **process)
-        record = evaluate(program.evaluate, state.params, chosen, held_out.domains)
+        record = evaluate(partial(program.evaluate, state), chosen, held_out.domains)
         for name in ("", "_capacity"):
             if "loss" + name in record:
                 record["bits_per_byte" + name] = bits_per_byte(record["loss" + name], held_out.bytes_per_token)

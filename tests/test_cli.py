@@ -139,7 +139,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
             "model.moe.router=TopKK()",
             "config.model.moe.router: Component 'TopKK' is unknown; did you mean 'TopK'?",
         ),
-        ("model.moe.router=Sort()", "Component 'Sort' cannot stand here; there are Switch, TopK, Top2"),
+        ("model.moe.router=Sort()", "config.model.moe.router: Component 'Sort' cannot stand here"),
         ("model.moe.router=None", "must be one of 'Switch(...)'"),
         ("model.moe.router=TopK(k=2)", "TopK has no argument 'k'; did you mean 'K'?"),
         ("model.moe.router=TopK(K='2')", "TopK(K='2'): it must be a whole number"),
@@ -161,10 +161,28 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("model.moe.E=18", "config.model.moe.E=18 experts do not spread evenly over config.mesh.expert=4"),
         ("model.moe.S=100", "config.model.moe.S=100 does not divide the 512 tokens"),
         ("model.moe.router=TopK(K=33)", "K=33 of E=32 experts; K must lie between 1 and E"),
-        ("model.moe.router=TopK(K=1)", "never trains its router; use TopK(K=1, softmax='all') or Switch()"),
+        ("model.moe.router=TopK(K=1)", "never trains its router; set normalize=False"),
         ("model.moe.dispatch=Scatter(priority='choice-major')", "use 'token-major', or say causal=False"),
         ("model.moe.dispatch=Sort()", "needs all experts on every device, but config.mesh.expert=4"),
         ("data.tokenizer=SentencePiece(V=5)", "it needs V >= 300"),
+        # routing: conventions, shares, groups, and who may not stand in a causal model
+        ("model.moe.losses=LoadBalance(0.01, 'swich')", "LoadBalance(convention='swich') is unknown; use one"),
+        ("model.moe.losses=('Load(0.1)',)", "Load() needs the load that a noisy router estimates"),
+        (
+            "model.moe.dispatch=Scatter(1.25, convention='vmo')",
+            "Scatter(convention='vmo') is unknown; use one of exact",
+        ),
+        ("model.moe.router=TopP(p=1.5)", "TopP(p=1.5) is not a probability to reach; it must lie in (0, 1]"),
+        ("model.moe.router=LossFree(groups=5, limit=2)", "needs E=32 experts in equal groups"),
+        ("model.moe.router=Hierarchical(M=5)", "Hierarchical(M=5, inner=2) needs E=32 experts in equal groups"),
+        (
+            "model.moe.router=ExpertChoice()",
+            "does not take what ExpertChoice() decides; use Einsum",
+        ),
+        ("model.moe.router=Sinkhorn()", "Sinkhorn() decides about a token by later ones; in a language model use"),
+        ("model.moe.gating=(\"Temperature(shape='log')\",)", "Temperature(shape='log') is unknown; use one of linear"),
+        ("model.moe.gating=Jitter(1.5)", "Jitter(size=1.5) must lie in (0, 1)"),
+        ("model.aux_over_layers=total", "aux_over_layers='total' is unknown; use 'mean' or 'sum'"),
     ],
 )
 def test_a_wrong_value(override, words, tmp_path):
@@ -185,7 +203,7 @@ def test_a_wrong_value(override, words, tmp_path):
         ("model.tied", "false", False),
         ("model.layout", "0,1", "0,1"),
         ("model.moe.S", "None", None),
-        ("model.moe.losses.router_z", "1e-4", 1e-4),
+        ("model.moe.losses", "('RouterZ(1e-4)',)", ["RouterZ(weight=0.0001)"]),
         ("optim.no_decay", "('D',)", ["D"]),
         ("mesh.data", "2", 2),
         ("run.keep_best", "0", 0),  # not in the file
@@ -235,7 +253,7 @@ def test_overrides_are_in_what_is_printed_in_any_order():
     assert first.out == second.out
     printed = json.loads(first.out)
     assert printed["model"]["moe"]["S"] is None
-    assert printed["model"]["moe"]["router"] == "Switch(jitter=0.0)"
+    assert printed["model"]["moe"]["router"] == "Switch()"
     assert printed["run"]["keep_best"] == 0
     assert json.loads(call(GLAM, "--print_config").out)["model"]["moe"]["S"] == 512, "nothing stays behind"
 

@@ -18,8 +18,9 @@ from moe_jax import costs
 from moe_jax.config import COMPONENTS, KINDS, SECTIONS, Experiment, build, dense_twin, parse, plain
 from moe_jax.costs import flops_per_token, parameters
 from moe_jax.data import Bytes, Corpus, Folder, SentencePiece, Tfds
-from moe_jax.dispatch import Scatter
+from moe_jax.dispatch import Gather, Scatter
 from moe_jax.experts import GLU, MLP
+from moe_jax.losses import Adaptive, RouterZ
 from moe_jax.models import LM, LMConfig
 from moe_jax.models.layout import sparse_layers, stacks
 from moe_jax.moe import MoEConfig
@@ -30,8 +31,12 @@ from tests import cases
 CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").rglob("*.py")) if p.name != "__init__.py"}
 COMPONENT_CASES = (
     *cases.ROUTERS,
+    *cases.SLOT_ROUTERS,
+    *cases.GATING,
     *cases.EXPERTS,
     *cases.DISPATCHERS,
+    Gather(),
+    *cases.LOSSES,
     AdamW(b2=0.99),
     Adafactor(momentum=0.9, relative=False),
     Constant(peak=0.1),
@@ -117,7 +122,8 @@ def test_a_component_prints_as_its_own_source(component):
 
 
 def test_arguments_by_position_and_by_name():
-    assert parse("TopK(3, softmax='all')") == TopK(K=3, softmax="all") == parse("TopK(softmax='all', K=3)")
+    assert parse("TopK(3, normalize=False)") == TopK(K=3, normalize=False) == parse("TopK(normalize=False, K=3)")
+    assert parse("Adaptive(RouterZ(0.1), 0.2)") == Adaptive(RouterZ(0.1), target=0.2)
     assert parse("Scatter(None)") == Scatter(capacity_factor=None) != parse("Scatter()")
 
 
@@ -133,8 +139,11 @@ def test_arguments_by_position_and_by_name():
         ("MLP(F=4, bias=1)", "must be True or False"),
         ("MLP()", "MLP needs F"),
         ("TopK(k=2)", "did you mean 'K'"),
-        ("TopK(sofmax='all')", "did you mean 'softmax'"),
-        ("TopK(2, 'all', 3)", "has 3 arguments; TopK takes K, softmax"),
+        ("TopK(normalise=False)", "did you mean 'normalize'"),
+        ("TopK(2, 'softmax', True, 3)", "has 4 arguments; TopK takes K, score, normalize"),
+        ("Adaptive(LoadBalance(0.1), 0.2, loss=3)", "gives an argument twice"),
+        ("Adaptive(Balance(0.1))", "plain values"),
+        ("Adaptive(TopK(K=2))", "wraps another loss"),
         ("TopK(2, K=3)", "gives an argument twice"),
         ("TopK(K=2, K=3)", "gives an argument twice"),
         ("TopK(**{'K': 3})", "has no argument"),
@@ -209,7 +218,7 @@ def test_the_dense_twin_costs_the_same(name, shared):
 def test_the_dense_twin_costs_the_same_for_any_size(K, F, shared, glu):
     expert = GLU if glu else MLP
     moe = MoEConfig(
-        E=4, router=TopK(K=K, softmax="all"), experts=expert(F=F), shared=expert(F=shared) if shared else None
+        E=4, router=TopK(K=K, normalize=False), experts=expert(F=F), shared=expert(F=shared) if shared else None
     )
     model = LMConfig(V=11, D=6, N=1, H=1, A=2, moe=moe, layout="all", remat=False)
     assert flops_per_token(model.dense_twin(), 8, router=False) == flops_per_token(model, 8, router=False)
@@ -334,9 +343,9 @@ def test_biases_do_not_decay():
         ("mesh", "8", "config.mesh=8 must be a dict"),
         ("model", "3", "config.model=3 must be a dict"),
         ("model.V", "5", "set config.data.tokenizer"),
-        ("model.moe.losses", "(1, 2)", "must be a dict of losses"),
-        ("model.moe.losses.router_z", "nan", "must be a dict of losses"),
-        ("model.moe.losses.balance", "1", "use 'load_balance' or 'router_z'"),
+        ("model.moe.losses", "(1, 2)", "losses=1 must be one of 'LoadBalance(...)'"),
+        ("model.moe.losses", "{'load_balance': 0.01}", "must be one of 'LoadBalance(...)'"),
+        ("model.moe.losses", "('Balance(1.0)',)", "Component 'Balance' is unknown"),
         ("optim.clip", "1e999", "must be a number or None"),
         ("optim.no_decay", "D", "must be a tuple"),
         ("run.max_bad_steps", "0", "must be positive"),

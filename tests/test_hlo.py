@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.core.routing import capacity
+from moe_jax.core.capacity import capacity
 from moe_jax.moe import MoE
+from moe_jax.routers import ExpertChoice, SoftMoE
 from tests.cases import LAYERS, B, D, L, compiled, context, shapes_of
 
 MESH = (2, 4)
@@ -35,19 +36,14 @@ def collectives(text: str, opcode: str) -> list[int]:
 @functools.cache
 def forward(name: str) -> str:
     """The compiled text of the layer's output and auxiliary loss."""
-    f = lambda p, x, m, k: MoE(LAYERS[name]).apply({"params": p}, x, m, k)  # noqa: E731
+    cfg = LAYERS[name]
+    f = lambda p, x, m, k, s: MoE(cfg).apply({"params": p}, x, m, k, s)  # noqa: E731
     x, mask, key = jnp.zeros((B, L, D)), jnp.ones((B, L), bool), jax.random.key(0)
     tokens, everywhere = jax.P(("data", "expert")), jax.P()
     with context(MESH):
-        layout = {
-            n: jax.P("expert") if n in LAYERS[name].experts.params else everywhere for n in shapes_of(LAYERS[name])
-        }
-        return (
-            jax.jit(f, in_shardings=(layout, tokens, tokens, everywhere))
-            .lower(shapes_of(LAYERS[name]), x, mask, key)
-            .compile()
-            .as_text()
-        )
+        layout = {n: jax.P("expert") if n in cfg.experts.params else everywhere for n in shapes_of(cfg)}
+        step = jax.jit(f, in_shardings=(layout, tokens, tokens, everywhere, everywhere))
+        return step.lower(shapes_of(cfg), x, mask, key, cfg.init_state()).compile().as_text()
 
 
 def predicted(name: str) -> int:
@@ -55,20 +51,27 @@ def predicted(name: str) -> int:
     cfg = LAYERS[name]
     S = cfg.S or L
     G = B * L // S // math.prod(MESH)
-    return cfg.E * G * capacity(S, cfg.router.K, cfg.E, cfg.dispatch.capacity_factor) * D * 4
+    if isinstance(cfg.router, SoftMoE):
+        C = cfg.router.C
+    elif isinstance(cfg.router, ExpertChoice):
+        C = capacity(S, 1, cfg.E, cfg.router.capacity_factor)
+    else:
+        C = capacity(S, cfg.router.K, cfg.E, cfg.dispatch.capacity_factor)
+    return cfg.E * G * C * D * 4
 
 
-@pytest.mark.parametrize("name", ["einsum", "scatter"])
+@pytest.mark.parametrize("name", ["einsum", "scatter", "loss_free", "sinkhorn", "expert_choice", "soft"])
 def test_forward(name):
     """Two all-to-alls of the predicted size, one all-reduce of the statistics, and nothing else."""
     sizes = {op: collectives(forward(name), op) for op in COLLECTIVES}
-    statistics = 4 * (2 * LAYERS[name].E + 4)
+    E, M = LAYERS[name].E, LAYERS[name].tasks
+    statistics = 4 * (5 * E + 7 + M * (E + 2) + (E if name == "sinkhorn" else 0))  # its potentials besides
     assert sizes.pop("all-to-all") == [predicted(name)] * 2
     assert sizes.pop("all-reduce") == [statistics]
     assert not any(sizes.values()), sizes
 
 
-@pytest.mark.parametrize("name", ["einsum", "scatter"])
+@pytest.mark.parametrize("name", ["einsum", "scatter", "loss_free", "sinkhorn", "expert_choice", "soft"])
 def test_training_step(name):
     """Two more all-to-alls of the same size in the backward pass; tokens and logits are never gathered."""
     text = compiled(name, MESH)[1]

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import MLP, Einsum, MoE, MoEConfig, Scatter, Sort, Switch, Top2, TopK
 from moe_jax.core.routing import TokenChoice, queue
-from moe_jax.dispatch import Einsum, Scatter, Sort
-from moe_jax.experts import MLP
-from moe_jax.moe import MoE, MoEConfig
-from moe_jax.routers import Switch, Top2, TopK
 from tests import oracle
 from tests.cases import (
     LAYERS,
@@ -19,13 +16,16 @@ from tests.cases import (
     ON_MESH,
     RATE,
     SCENARIOS,
+    TRIED,
+    USUAL,
+    WITHOUT_ORACLE,
     B,
     D,
     L,
     close,
     compiled,
     context,
-    noise,
+    given,
     normal,
     run,
     scenario,
@@ -42,10 +42,10 @@ def doubles(tree):
 @functools.cache
 def truth(name, what) -> oracle.Result:
     params, batch = scenario(name, what)
-    return oracle.layer(LAYERS[name], doubles(params), doubles(batch.x), batch.mask, noise(name, batch.key))
+    return oracle.layer(LAYERS[name], doubles(params), doubles(batch.x), batch.mask, given(name, batch))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", USUAL)
 def test_scenarios_force_what_they_say(name):
     """Law 1 is only tried where something is dropped, tied, empty, crowded or padded."""
     dropless = LAYERS[name].dispatch.capacity_factor is None
@@ -60,24 +60,24 @@ def test_scenarios_force_what_they_say(name):
     np.testing.assert_array_equal(gate[:, 1::2], gate[:, ::2])
 
 
-@pytest.mark.parametrize("what", SCENARIOS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "what"), [(n, w) for n, w in TRIED if n not in WITHOUT_ORACLE])
 def test_single_device_equals_oracle(name, what):
     """Law 1: output, losses, statistics, metrics, every gradient and an SGD step are the oracle's."""
     cfg, one, true = LAYERS[name], run(name, None, what), truth(name, what)
     close(one.y, true.y)
     close(one.aux_loss, true.aux_loss)
     close(one.stats, true.stats)
-    close(one.metrics, true.metrics)
+    close(one.metrics, true.metrics, least=1.0)
     np.testing.assert_array_equal(one.stats["kept"], true.stats["kept"])
-    np.testing.assert_array_equal(one.stats["choices_E"], true.stats["choices_E"])
+    whole = np.round(one.stats["choices_E"], 3)  # Soft MoE's are sums of fractions
+    np.testing.assert_array_equal(whole, np.round(true.stats["choices_E"], 3))
 
     params, batch = scenario(name, what)
     at = doubles({**params, "x": batch.x})
 
     def loss(at):
         rest = {n: v for n, v in at.items() if n != "x"}
-        return oracle.loss(cfg, rest, at["x"], batch.mask, batch.target, noise(name, batch.key), true.decision)
+        return oracle.loss(cfg, rest, at["x"], batch.mask, batch.target, given(name, batch), true.decision)
 
     close(one.loss, loss(at))
     for i, (leaf, grad) in enumerate({**one.grads, "x": one.grad_x}.items()):
@@ -88,15 +88,17 @@ def test_single_device_equals_oracle(name, what):
     close(one.params, {n: params[n] - RATE * one.grads[n] for n in params})
 
 
-@pytest.mark.parametrize("what", SCENARIOS)
-@pytest.mark.parametrize(("name", "mesh"), ON_MESH, ids=ids)
+@pytest.mark.parametrize(("name", "mesh", "what"), [(*m, w) for m in ON_MESH for n, w in TRIED if n == m[0]], ids=ids)
 def test_one_model_every_mesh(name, mesh, what):
-    """Law 1: on every mesh everything is what a single device computes, noise included."""
+    """Law 1: on every mesh everything is what a single device computes, noise and what is remembered included."""
     many, one = run(name, mesh, what), run(name, None, what)
-    close(many._asdict(), one._asdict())
+    close(many._replace(metrics={})._asdict(), one._replace(metrics={})._asdict())
+    close(many.metrics, one.metrics, least=1.0)
     np.testing.assert_array_equal(many.stats["kept"], one.stats["kept"])
-    np.testing.assert_array_equal(many.stats["choices_E"], one.stats["choices_E"])
-    close(many.y, truth(name, what).y)
+    if one.expert is not None:
+        np.testing.assert_array_equal(many.expert, one.expert)
+    if name not in WITHOUT_ORACLE:
+        close(many.y, truth(name, what).y)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +169,15 @@ def test_replicas_are_replicas(name, mesh):
     copies = 0
     for _ in range(3):
         step = f(params, batch)
-        params = step.params
+        params, batch = step.params, batch._replace(state=step.state)
     for leaf in jax.tree.leaves(step):
         by_index = {}
         for piece in leaf.addressable_shards:
             by_index.setdefault(str(piece.index), []).append(np.asarray(piece.data).tobytes())
         assert all(len(set(same)) == 1 for same in by_index.values())
         copies += sum(len(same) == 8 for same in by_index.values())
-    assert step.params["router_gate_DE"].sharding.is_fully_replicated
+    routers = [leaf for n, leaf in step.params.items() if n.startswith("router_")]
+    assert all(leaf.sharding.is_fully_replicated for leaf in (*routers, *step.state.values()))
     assert step.aux_loss.sharding.is_fully_replicated
     assert copies > 10
 
@@ -202,6 +205,7 @@ def test_everything_padded():
     """Law 7: a batch of nothing but padding has finite losses and metrics, and no gradient from the task."""
     params, batch = scenario("einsum", "padding")
     step = compiled("einsum", None)[0](params, batch._replace(mask=np.zeros((B, L), bool)))
+    del step.metrics["agreement"]  # of a layer with the one before it, and there is none
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step))
     assert step.stats["tokens"] == step.stats["kept"] == step.loss == 0
 
@@ -224,4 +228,4 @@ def test_bfloat16_layer(router):
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
     y, aux = jax.eval_shape(layer.apply, params, x)
     assert y.dtype == jnp.bfloat16
-    assert {a.dtype for a in jax.tree.leaves((aux, params))} == {jnp.dtype("float32")}
+    assert {a.dtype for a in jax.tree.leaves((aux._replace(expert_BLK=None), params))} == {jnp.dtype("float32")}

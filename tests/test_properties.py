@@ -11,7 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe_jax.core.routing import PRIORITIES, TokenChoice, capacity, masks, queue
+from moe_jax.core.capacity import PRIORITIES, capacity
+from moe_jax.core.routing import TokenChoice, masks, queue
 from moe_jax.dispatch.scatter import capacities
 from tests import oracle
 

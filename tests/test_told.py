@@ -10,16 +10,21 @@ import pytest
 from moe_jax.core import dims
 from moe_jax.core import routing as core
 from moe_jax.core.activation import activation
-from moe_jax.core.routing import Stats, capacity, describe, masks, token_choice
+from moe_jax.core.capacity import capacity
+from moe_jax.core.context import Context
+from moe_jax.core.routing import masks, token_choice
 from moe_jax.core.shard import make_mesh
+from moe_jax.core.stats import Stats, describe
+from moe_jax.core.stats import stats as count
 from moe_jax.dispatch import Einsum, Scatter
 from moe_jax.experts import GLU, MLP
-from moe_jax.losses import load_balance, router_z
+from moe_jax.gating import Jitter
+from moe_jax.losses import LoadBalance, RouterZ
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import Switch, Top2, TopK
 
 queue = jax.jit(core.queue, static_argnames="priority")
-stats = jax.jit(core.stats)
+stats = jax.jit(lambda routing, kept: count(routing, kept, 1))
 
 
 def routing(probs, K, mask=None):
@@ -99,16 +104,16 @@ def test_load_balancing_loss(K, value):
     K=1: f = (2, 0, 2)/4, P = (.425, .275, .3): 3 * (.2125 + .15), theirs. K=2: f = (3, 3, 2)/8 by hand.
     """
     r = routing(GSHARD, K)
-    np.testing.assert_allclose(load_balance(stats(r, r.expert_GSK < 3)), value, rtol=1e-6)
+    np.testing.assert_allclose(LoadBalance()(stats(r, r.expert_GSK < 3), {}, None), value, rtol=1e-6)
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_balanced_and_collapsed(K):
     """The loss is 1 when balanced, whatever K is (Switch), and E when one expert has everything."""
-    even, one = jnp.full(4, 8.0), jnp.array([32.0, 0, 0, 0])
-    zero = jnp.zeros(())
-    assert load_balance(Stats(jnp.array(32.0), zero, K * even, even, zero, zero)) == 1
-    assert load_balance(Stats(jnp.array(32.0), zero, K * one, one, zero, zero)) == 4
+    nothing = Stats(*map(jnp.zeros, ((), (), 4, 4, 4, 4, 4, (), (), (), (), 1, (1, 4), 1, ())))
+    for probs_E, value in ((jnp.full(4, 8.0), 1), (jnp.array([32.0, 0, 0, 0]), 4)):
+        s = nothing._replace(tokens=jnp.array(32.0), choices_E=K * probs_E, probs_E=probs_E)
+        assert LoadBalance()(s, {}, None) == value
 
 
 LOGITS = jnp.log(jnp.array([[[1.0, 2.0, 5.0]]]))  # probabilities 1/8, 2/8, 5/8
@@ -118,8 +123,8 @@ LOGITS = jnp.log(jnp.array([[[1.0, 2.0, 5.0]]]))  # probabilities 1/8, 2/8, 5/8
     ("router", "expert", "weight"),
     [
         (Switch(), [2], [5 / 8]),
-        (TopK(K=1, softmax="all"), [2], [5 / 8]),
-        (TopK(K=2, softmax="all"), [2, 1], [5 / 8, 2 / 8]),
+        (TopK(K=1, normalize=False), [2], [5 / 8]),
+        (TopK(K=2, normalize=False), [2, 1], [5 / 8, 2 / 8]),
         (TopK(K=2), [2, 1], [5 / 7, 2 / 7]),
         (TopK(K=3), [2, 1, 0], [5 / 8, 2 / 8, 1 / 8]),
         (Top2(), [2, 1], [5 / 7, 2 / 7]),
@@ -128,12 +133,12 @@ LOGITS = jnp.log(jnp.array([[[1.0, 2.0, 5.0]]]))  # probabilities 1/8, 2/8, 5/8
 )
 def test_weights_by_hand(router, expert, weight):
     """One token with probabilities 1/8, 2/8, 5/8. At K=1 the weight is the probability, never 1 (law 3)."""
-    r = router({"gate_DE": jnp.eye(3)}, LOGITS, jnp.ones((1, 1), bool))
+    r = router({"gate_DE": jnp.eye(3)}, LOGITS, jnp.ones((1, 1), bool), Context(3))
     assert r.expert_GSK[0, 0].tolist() == expert
     np.testing.assert_allclose(r.weight_GSK[0, 0], weight, rtol=1e-6)
 
 
-@pytest.mark.parametrize("router", [Switch(), TopK(K=2), TopK(K=2, softmax="all"), Top2()], ids=str)
+@pytest.mark.parametrize("router", [Switch(), TopK(K=2), TopK(K=2, normalize=False), Top2()], ids=str)
 def test_ties_go_to_the_lower_expert(router):
     """Equal logits: the experts in order."""
     r = router({"gate_DE": jnp.ones((3, 3))}, LOGITS, jnp.ones((1, 1), bool))
@@ -144,7 +149,7 @@ def test_top2_uses_the_second_as_often_as_its_weight():
     """GShard: with probability min(1, 2 w): w = 2/7, 4000 tokens, 57.1% +- 3 sigma."""
     S = 4000
     keys, mask = jax.random.split(jax.random.key(0), 1), jnp.ones((1, S), bool)
-    r = Top2()({"gate_DE": jnp.eye(3)}, jnp.broadcast_to(LOGITS, (1, S, 3)), mask, keys)
+    r = Top2()({"gate_DE": jnp.eye(3)}, jnp.broadcast_to(LOGITS, (1, S, 3)), mask, Context(3, keys))
     used = r.expert_GSK[0, :, 1] < 3
     assert abs(used.mean() - 4 / 7) < 3 * (4 / 7 * 3 / 7 / S) ** 0.5
     np.testing.assert_allclose(r.weight_GSK[0, :, 0], 5 / 7, rtol=1e-6)
@@ -166,12 +171,12 @@ def test_statistics_by_hand():
     assert m["dead_experts"] == 0
     h = np.log(8) - (2 * np.log(2) + 5 * np.log(5)) / 8
     np.testing.assert_allclose(m["router_entropy"], (h + np.log(2)) / 2, rtol=1e-6)
-    np.testing.assert_allclose(router_z(s), (np.log(8) ** 2 + np.log(2) ** 2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(RouterZ()(s, {}, None), (np.log(8) ** 2 + np.log(2) ** 2) / 2, rtol=1e-6)
 
 
 def test_a_layer_by_hand():
     """Switch of two experts on width 1: y = p * relu(x * up) * down, for tokens 1 and -2."""
-    cfg = MoEConfig(E=2, router=Switch(), experts=MLP(F=1, activation="relu"), dispatch=Einsum(2.0), losses={})
+    cfg = MoEConfig(E=2, router=Switch(), experts=MLP(F=1, activation="relu"), dispatch=Einsum(2.0), losses=())
     params = {"router_gate_DE": [[1.0, -1.0]], "up_EDF": [[[3.0]], [[-5.0]]], "down_EFD": [[[2.0]], [[7.0]]]}
     y, aux = MoE(cfg).apply(
         {"params": jax.tree.map(jnp.array, params, is_leaf=lambda v: isinstance(v, list))},
@@ -185,13 +190,14 @@ def test_a_layer_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopK(K=1), "never trains its router; use TopK(K=1, softmax='all') or Switch()"),
+        (lambda: TopK(K=1), "TopK(K=1, normalize=True) has the constant weight 1 and never trains its router; set"),
         (lambda: TopK(K=0), "TopK(K=0) needs at least one choice; set K >= 1"),
-        (lambda: TopK(softmax="some"), "TopK(softmax='some') is unknown; use 'selected' or 'all'"),
+        (lambda: TopK(score="some"), "TopK(score='some') is unknown; use one of softmax, sigmoid, sparsemax, entmax15"),
         (lambda: Top2(second="never"), "Top2(second='never') is unknown; use 'random' or 'always'"),
-        (lambda: Switch(jitter=1.0), "Switch(jitter=1.0) must lie in [0, 1)"),
-        (lambda: MoEConfig(E=2, router=TopK(K=3)), "picks K=3 of E=2 experts; K must lie between 1 and E"),
-        (lambda: MoEConfig(E=2, losses={"z": 1.0}), "Loss 'z' is unknown; use 'load_balance' or 'router_z'"),
+        (lambda: Top2(threshold=0.0), "Top2(threshold=0.0) must lie in (0, 1]"),
+        (lambda: Jitter(1.0), "Jitter(size=1.0) must lie in (0, 1)"),
+        (lambda: MoEConfig(E=2, router=TopK(K=3)), "TopK() picks K=3 of E=2 experts; K must lie between 1 and E"),
+        (lambda: MoEConfig(E=2, losses=("z",)), "losses has 'z', which is none; give a tuple of LoadBalance(0.01)"),
         (lambda: MoEConfig(E=2, S=0), "S=0 tokens per routing group; it must be positive"),
         (lambda: MoEConfig(E=2, init_scale=0.0), "init_scale=0.0 must be positive"),
         (lambda: Einsum(0.0), "Einsum(capacity_factor=0.0) leaves no slots"),

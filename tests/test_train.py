@@ -89,7 +89,7 @@ def test_one_step_every_mesh(two_steps):
 
 def test_pieces_add_up():
     """Accumulated gradients are the whole batch's, targets counted over all pieces (uneven by padding)."""
-    moe = dataclasses.replace(MOE, router=Top2("always"), losses={})
+    moe = dataclasses.replace(MOE, router=Top2("always"), losses=())
     whole = dataclasses.replace(EXP, model=dataclasses.replace(MODEL, moe=moe), mesh=(("data", -1),))
     tx = optax.sgd(1.0)
     results = []
@@ -126,7 +126,7 @@ def test_golden_step():
     assert abs(loss - 5.61884) < 1e-5
 
     sgd = optax.sgd(1.0)
-    alone = trainer.State(*(jnp.zeros((), jnp.int32), params, sgd.init(params)), state.skipped, state.skipped)
+    alone = state._replace(params=params, opt_state=sgd.init(params))
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), alone)
     after, metrics = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0))(
         alone, jax.tree.map(jnp.asarray, rows)

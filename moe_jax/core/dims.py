@@ -3,9 +3,10 @@
     B batch   L length   T tokens   G routing groups on a shard   S tokens in a group
     D width   F hidden width   V vocabulary   N layers   H heads   A width of a head
     E experts   K choices per token   C slots per expert and group   R rows   P relative positions
-    I, O generic in and out
+    M a router's own: groups of experts, null experts, tasks   I, O generic in and out
 
-The parameter `up_EDF` has shape [E, D, F] and is sharded along E; its name says so, and nothing else does.
+The parameter `up_EDF` has shape [E, D, F] and is sharded along E; its name says so, and nothing else does. A name
+that ends in _ is a scalar's.
 A stack of layers (`nn.scan`) puts one more axis in front, which is never sharded.
 """
 
@@ -23,7 +24,7 @@ Rules = Mapping[str, str | tuple[str, ...]]  # dimension letter -> mesh axes
 def dims_of(name: str) -> str:
     """The dimensions of a named array: `up_EDF` -> `EDF`."""
     suffix = name.rpartition("_")[2]
-    if not suffix.isalpha() or not suffix.isupper():
+    if not name.endswith("_") and not (suffix.isalpha() and suffix.isupper()):
         raise ValueError(f"Parameter {name!r} does not say its dimensions; name it like 'up_EDF'.")
     return suffix
 
@@ -59,25 +60,23 @@ def kernel_init(dims: str, scale: float = 1.0) -> Callable:
 
 
 def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
-    """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded.
-
-    E is sharded in front only, where it counts experts' own parameters: routers (`gate_DE`) are replicated.
-    """
+    """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded."""
     front = 0 if rank is None else rank - len(dims)
-    axes = [None if d == "E" and i > 0 else rules.get(d) for i, d in enumerate(dims)]
-    return P(*[None] * front, *axes)
+    return P(*[None] * front, *(rules.get(d) for d in dims))
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings of a tree of arrays by the names of its leaves; what has no dimensions is replicated.
 
-    Works for parameters and for anything that mirrors them (optimizer moments, gradients).
+    So is what belongs to a router (`router_gate_DE`, the field `router` of a training state). Works for
+    parameters and for anything that mirrors them (optimizer moments, gradients).
     """
 
     def leaf(path, x):
         names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
         suffix = str(names[-1]).rpartition("_")[2] if names else ""
-        if suffix.isupper() and x.ndim >= len(suffix):
+        of_router = any(jax.tree_util.keystr((k,), simple=True).startswith("router") for k in path)
+        if suffix.isupper() and x.ndim >= len(suffix) and not of_router:
             return NamedSharding(mesh, spec(suffix, rules, x.ndim))
         return NamedSharding(mesh, P())
 

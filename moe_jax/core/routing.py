@@ -1,21 +1,17 @@
 """What a router decides, as plain data, and what it means.
 
-The meaning of a routing, at a capacity of C slots per expert and group, is two dense masks:
+The meaning of a routing, at C slots per expert and group, is two dense masks:
 
     slot_EGCD = dispatch_GSEC . x_GSD        y_GSD = combine_GSEC . experts(slot_EGCD)
 
 Every dispatcher is a faster way to the same numbers.
 """
 
-import math
-from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-
-PRIORITIES = ("token-major", "choice-major", "probability")
 
 
 class TokenChoice(NamedTuple):
@@ -26,10 +22,99 @@ class TokenChoice(NamedTuple):
     logits_GSE: Float[Array, "G S E"]
     probs_GSE: Float[Array, "G S E"]  # what balancing losses see
     mask_GS: Bool[Array, "G S"]  # real tokens
+    load_GSE: Float[Array, "G S E"] | None = None  # a smooth estimate of being chosen, where noise gives one
+    sums: dict[str, Array] | None = None  # what a router's state is updated from: sums over this shard's tokens
 
     @property
     def E(self) -> int:
         return self.logits_GSE.shape[-1]
+
+    @property
+    def visits_GSE(self) -> Float[Array, "G S E"]:
+        """How often each token visits each expert."""
+        return _spread(jnp.ones_like(self.weight_GSK), self.expert_GSK, self.E)
+
+    @property
+    def firsts_GSE(self) -> Float[Array, "G S E"]:
+        """First choices alone."""
+        return jax.nn.one_hot(self.expert_GSK[..., 0], self.E)
+
+    @property
+    def gains_GSE(self) -> Float[Array, "G S E"]:
+        """The weight of each expert in each token's output."""
+        return _spread(self.weight_GSK, self.expert_GSK, self.E)
+
+
+class SlotChoice(NamedTuple):
+    """Each expert names the tokens of its C slots (expert choice). Token id S means "nobody"."""
+
+    token_GEC: Int[Array, "G E C"]
+    weight_GEC: Float[Array, "G E C"]
+    logits_GSE: Float[Array, "G S E"]
+    probs_GSE: Float[Array, "G S E"]
+    mask_GS: Bool[Array, "G S"]
+    load_GSE: None = None
+    sums: dict[str, Array] | None = None
+
+    @property
+    def E(self) -> int:
+        return self.logits_GSE.shape[-1]
+
+    @property
+    def visits_GSE(self) -> Float[Array, "G S E"]:
+        return self._by_token(jnp.ones_like(self.weight_GEC))
+
+    @property
+    def firsts_GSE(self) -> Float[Array, "G S E"]:
+        """There is no order among them: every visit counts."""
+        return self.visits_GSE
+
+    @property
+    def gains_GSE(self) -> Float[Array, "G S E"]:
+        return self._by_token(self.weight_GEC)
+
+    def _by_token(self, value_GEC: Float[Array, "G E C"]) -> Float[Array, "G S E"]:
+        """Values of slots, at their tokens."""
+        G, E = (jnp.arange(n) for n in self.token_GEC.shape[:2])
+        where = (G[:, None, None], self.token_GEC, E[None, :, None])
+        return jnp.zeros_like(self.logits_GSE).at[where].add(value_GEC, mode="drop")
+
+
+class SoftSlots(NamedTuple):
+    """Every slot is a mixture of all tokens, every output a mixture of all slots (Soft MoE)."""
+
+    dispatch_GSEC: Float[Array, "G S E C"]
+    combine_GSEC: Float[Array, "G S E C"]
+    logits_GSE: Float[Array, "G S E"]
+    probs_GSE: Float[Array, "G S E"]
+    mask_GS: Bool[Array, "G S"]
+    load_GSE: None = None
+    sums: dict[str, Array] | None = None
+
+    @property
+    def E(self) -> int:
+        return self.logits_GSE.shape[-1]
+
+    @property
+    def visits_GSE(self) -> Float[Array, "G S E"]:
+        return self.dispatch_GSEC.sum(-1)
+
+    @property
+    def firsts_GSE(self) -> Float[Array, "G S E"]:
+        return self.visits_GSE
+
+    @property
+    def gains_GSE(self) -> Float[Array, "G S E"]:
+        return self.combine_GSEC.sum(-1)
+
+
+Routing = TokenChoice | SlotChoice | SoftSlots
+
+
+def _spread(value_GSK, expert_GSK, E):
+    """Values of choices, at their experts."""
+    hot = (value_GSK[..., k : k + 1] * jax.nn.one_hot(expert_GSK[..., k], E) for k in range(expert_GSK.shape[-1]))
+    return sum(hot, jnp.zeros((*expert_GSK.shape[:2], E)))
 
 
 def token_choice(
@@ -38,6 +123,8 @@ def token_choice(
     logits_GSE: Float[Array, "G S E"],
     probs_GSE: Float[Array, "G S E"],
     mask_GS: Bool[Array, "G S"],
+    load_GSE: Float[Array, "G S E"] | None = None,
+    sums: dict[str, Array] | None = None,
 ) -> TokenChoice:
     """A routing in which padded tokens go nowhere, with no weight."""
     real_GS1, E = mask_GS[..., None], logits_GSE.shape[-1]
@@ -47,16 +134,9 @@ def token_choice(
         logits_GSE,
         probs_GSE,
         mask_GS,
+        load_GSE,
+        sums,
     )
-
-
-def capacity(S: int, K: int, E: int, factor: float) -> int:
-    """Slots per expert for a group of S tokens with K choices each: ceil(factor * K * S / E), exactly.
-
-    The factor is read as the decimal it is written as, and K is part of the formula (as in V-MoE; in
-    Switch's and GShard's formulas a top-2 factor would be twice as large). Never more than S.
-    """
-    return min(S, math.ceil(Fraction(str(factor)) * K * S / E))
 
 
 def queue(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G S K"]:
@@ -64,8 +144,8 @@ def queue(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G 
 
     token-major: tokens in order, each with all its choices; only this one is causal.
     choice-major: all first choices before any second (GShard, arXiv:2006.16668, algorithm 1).
-    probability: as choice-major, tokens with larger first weight first (V-MoE's batch-prioritised routing,
-    arXiv:2106.05974, sec. 4).
+    probability: as choice-major, tokens with a larger largest weight first (V-MoE's batch-prioritised routing,
+    arXiv:2106.05974, sec. 4, whose weights are not normalised).
     """
     expert_GSK = routing.expert_GSK
     G, S, K = expert_GSK.shape
@@ -108,56 +188,7 @@ def masks(routing: TokenChoice, queue_GSK: Int[Array, "G S K"], C: int) -> Masks
     )
 
 
-class Stats(NamedTuple):
-    """Sums over real tokens: added up over shards, batches and steps before anything is divided.
-
-    Layers may be stacked in front.
-    """
-
-    tokens: Float[Array, "*N"]
-    kept: Float[Array, "*N"]  # choices that reached their expert
-    choices_E: Float[Array, "*N E"]  # choices per expert, before any was dropped
-    probs_E: Float[Array, "*N E"]
-    entropy: Float[Array, "*N"]  # of each token's distribution over experts, nats
-    z_squared: Float[Array, "*N"]  # squared log-partition of the router's logits
-
-
-def stats(routing: TokenChoice, kept_GSK: Bool[Array, "G S K"]) -> Stats:
-    """The sums over this shard's tokens."""
-    mask_GS1 = routing.mask_GS[..., None].astype(jnp.float32)
-    hot_GSKE = jax.nn.one_hot(routing.expert_GSK, routing.E)
-    probs_GSE = routing.probs_GSE * mask_GS1
-    entropy_GSE = -probs_GSE * jnp.log(jnp.maximum(routing.probs_GSE, 1e-30))
-    z_GS1 = jax.nn.logsumexp(routing.logits_GSE, axis=-1, keepdims=True)
-    return Stats(
-        tokens=mask_GS1.sum(),
-        kept=kept_GSK.sum(dtype=jnp.float32),
-        choices_E=hot_GSKE.sum((0, 1, 2)),
-        probs_E=probs_GSE.sum((0, 1)),
-        entropy=entropy_GSE.sum(),
-        z_squared=(z_GS1**2 * mask_GS1).sum(),
-    )
-
-
-def describe(s: Stats) -> dict[str, Array]:
-    """Metrics of a routing: load (fractions of choices, their spread), drop rate, router entropy in nats."""
-    choices = s.choices_E.sum(-1)
-    load_E = s.choices_E / jnp.maximum(choices, 1)[..., None]
-    relative_E = load_E * load_E.shape[-1]  # 1 where balanced
-    return {
-        "load": load_E,
-        "load_max_over_mean": relative_E.max(-1),
-        "load_cv": relative_E.std(-1),
-        "dead_experts": (s.choices_E == 0).sum(-1),
-        "drop_rate": 1 - s.kept / jnp.maximum(choices, 1),
-        "router_entropy": s.entropy / jnp.maximum(s.tokens, 1),
-    }
-
-
-def check_capacity(dispatch) -> None:
-    """Refuses a dispatcher whose capacity factor or slot priority makes no sense."""
-    name, factor = type(dispatch).__name__, dispatch.capacity_factor
-    if factor is not None and not factor > 0:
-        raise ValueError(f"{name}(capacity_factor={factor}) leaves no slots; use 1.25, say, or None to drop nothing.")
-    if dispatch.priority not in PRIORITIES:
-        raise ValueError(f"{name}(priority={dispatch.priority!r}) is unknown; use one of {', '.join(PRIORITIES)}.")
+def slot_masks(routing: SlotChoice) -> Masks:
+    """Every slot has the token that it names."""
+    hot_GSEC = jax.nn.one_hot(routing.token_GEC, routing.mask_GS.shape[1], axis=1)
+    return Masks(hot_GSEC, hot_GSEC * routing.weight_GEC[:, None])

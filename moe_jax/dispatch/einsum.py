@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core import routing as r
+from moe_jax.core.capacity import capacity, check_capacity
 from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard
 
@@ -14,30 +15,49 @@ from moe_jax.core.shard import Shard
 class Einsum:
     """The definition: dispatch and combine as einsums over dense masks (GShard, arXiv:2006.16668, sec. 3.2).
 
-    capacity_factor: see `core.routing.capacity`; None drops nothing, with S slots per expert and group.
+    capacity_factor, convention: see `core.capacity`; None drops nothing, with S slots per expert and group. A routing
+    that brings its own slots (expert choice, Soft MoE) needs None.
     """
 
     capacity_factor: float | None = 1.25
     priority: str = "token-major"
-    accepts: ClassVar = (r.TokenChoice,)
+    convention: str = "exact"
     parallel: ClassVar[bool] = True
 
     def __post_init__(self):
-        r.check_capacity(self)
+        check_capacity(self)
+
+    @property
+    def accepts(self) -> tuple[type, ...]:
+        own_slots = (r.SlotChoice, r.SoftSlots) if self.capacity_factor is None else ()
+        return (r.TokenChoice, *own_slots)
 
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
-        routing: r.TokenChoice,
+        routing: r.Routing,
         experts: Callable,
         params: Mapping[str, Array],
         shard: Shard = Shard(),
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
-        (G, S, D), K, E = x_GSD.shape, routing.expert_GSK.shape[-1], routing.E
-        C = S if self.capacity_factor is None else r.capacity(S, K, E, self.capacity_factor)
-        queue_GSK = r.queue(routing, self.priority)
-        dispatch_GSEC, combine_GSEC = r.masks(routing, queue_GSK, C)
+    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G _ _"]]:
+        (G, S, D), E = x_GSD.shape, routing.E
+        (dispatch_GSEC, combine_GSEC), kept = self._masks(routing, S)
+        C = dispatch_GSEC.shape[-1]
         x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
         y_ECD = shard.receive(experts(params, shard.send(x_EGCD.reshape(E, G * C, D)), Padded()))
         y_EGCD = y_ECD.reshape(E, G, C, D)
-        return jnp.einsum("gsec,egcd->gsd", combine_GSEC.astype(y_EGCD.dtype), y_EGCD), queue_GSK < C
+        return jnp.einsum("gsec,egcd->gsd", combine_GSEC.astype(y_EGCD.dtype), y_EGCD), kept
+
+    def _masks(self, routing: r.Routing, S: int) -> tuple[r.Masks, Bool[Array, "G _ _"]]:
+        """The two masks, and which choices or slots reach an expert."""
+        if isinstance(routing, r.SoftSlots):
+            some_G11 = routing.mask_GS.any(-1)[:, None, None]
+            kept_GEC = jnp.broadcast_to(some_G11, routing.dispatch_GSEC.shape[:1] + routing.dispatch_GSEC.shape[2:])
+            return r.Masks(routing.dispatch_GSEC, routing.combine_GSEC), kept_GEC
+        if isinstance(routing, r.SlotChoice):
+            return r.slot_masks(routing), routing.token_GEC < S
+        C, K = S, routing.expert_GSK.shape[-1]
+        if self.capacity_factor is not None:
+            C = capacity(S, K, routing.E, self.capacity_factor, self.convention)
+        queue_GSK = r.queue(routing, self.priority)
+        return r.masks(routing, queue_GSK, C), queue_GSK < C

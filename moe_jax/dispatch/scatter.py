@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import routing as r
+from moe_jax.core.capacity import capacity, check_capacity
 from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard
 
@@ -17,17 +18,18 @@ from moe_jax.core.shard import Shard
 class Scatter:
     """Capacity without masks: every slot fetches its token, every token its slots.
 
-    capacity_factor: see `core.routing.capacity`. None drops nothing: the smallest of a few capacities, each
+    capacity_factor, convention: see `core.capacity`. None drops nothing: the smallest of a few capacities, each
     twice the last, that holds every token on every shard is chosen at run time.
     """
 
     capacity_factor: float | None = 1.25
     priority: str = "token-major"
+    convention: str = "exact"
     accepts: ClassVar = (r.TokenChoice,)
     parallel: ClassVar[bool] = True
 
     def __post_init__(self):
-        r.check_capacity(self)
+        check_capacity(self)
 
     def __call__(
         self,
@@ -41,7 +43,7 @@ class Scatter:
         queue_GSK = r.queue(routing, self.priority)
         exchange = partial(_exchange, experts=experts, shard=shard)
         if self.capacity_factor is not None:
-            C = r.capacity(S, K, E, self.capacity_factor)
+            C = capacity(S, K, E, self.capacity_factor, self.convention)
             return exchange(x_GSD, routing, queue_GSK, params, C=C), queue_GSK < C
         real_GSK = routing.expert_GSK < E
         needed = shard.max(jnp.max(jnp.where(real_GSK, queue_GSK + 1, 0)))
@@ -53,7 +55,7 @@ class Scatter:
 
 def capacities(S: int, K: int, E: int) -> tuple[int, ...]:
     """Slots per expert from the balanced number up to S, which holds everything."""
-    ladder = [r.capacity(S, K, E, 1.0)]
+    ladder = [capacity(S, K, E, 1.0)]
     while ladder[-1] < S:
         ladder.append(min(S, 2 * ladder[-1]))
     return tuple(ladder)

@@ -1,8 +1,35 @@
-"""Auxiliary losses: functions of global sums, so equal on every mesh. One line here registers one."""
+"""Auxiliary losses: (stats, state, router) -> value, of global sums, so equal on every mesh. One line registers one.
 
-from moe_jax.losses.load_balance import load_balance
-from moe_jax.losses.router_z import router_z
+`weight` is what the value is multiplied with; `state` and `update` are as a router's; check(router) refuses a router.
+"""
 
-LOSSES = (load_balance, router_z)
+from typing import Any
 
-__all__ = ["LOSSES", "load_balance", "router_z"]
+from moe_jax.losses.adaptive import Adaptive
+from moe_jax.losses.entropies import LoadEntropy, TokenEntropy, UniformKL
+from moe_jax.losses.load_balance import LoadBalance, convert
+from moe_jax.losses.router_z import RouterZ
+from moe_jax.losses.variation import Importance, Load
+
+LOSSES = (LoadBalance, RouterZ, Importance, Load, TokenEntropy, LoadEntropy, UniformKL, Adaptive)
+# What is logged of every run, whatever it is trained with, so that runs can be compared.
+LOGGED: dict[str, Any] = {
+    "load_balance": LoadBalance(),
+    "router_z": RouterZ(),
+    "importance": Importance(),
+    "uniform_kl": UniformKL(),
+}
+
+__all__ = [
+    "LOGGED",
+    "LOSSES",
+    "Adaptive",
+    "Importance",
+    "Load",
+    "LoadBalance",
+    "LoadEntropy",
+    "RouterZ",
+    "TokenEntropy",
+    "UniformKL",
+    "convert",
+]

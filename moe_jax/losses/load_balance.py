@@ -1,15 +1,117 @@
-import jax.numpy as jnp
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from jaxtyping import Array, Float
 
-from moe_jax.core.routing import Stats
+from moe_jax.core.stats import Stats, ratio
+
+SCOPES = ("batch", "group", "sequence")
 
 
-def load_balance(s: Stats) -> Float[Array, "*N"]:
+class Convention(NamedTuple):
+    """Which choices are counted, and the value when balanced, for E experts and K choices."""
+
+    first: bool
+    balanced: str  # "1", "K", "1/K" or "1/E^2"
+
+
+CONVENTIONS = {
+    "switch": Convention(False, "1"),  # arXiv:2101.03961, eq. 4; DeepSeekMoE
+    "first": Convention(True, "1"),  # Mesh TensorFlow, V-MoE
+    "gshard": Convention(True, "1/E^2"),  # arXiv:2006.16668, algorithm 1
+    "sum": Convention(False, "K"),  # Hugging Face transformers, MaxText, flaxformer's top-k
+    "mean": Convention(False, "1/K"),  # levanter
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadBalance:
     """Load-balancing loss E * sum_e f_e * P_e (arXiv:2101.03961, eqs. 4-6): 1 when balanced, E when collapsed.
 
-    f is the fraction of all K choices that fell on an expert (before any is dropped; no gradient), P the
-    mean router probability, both over the whole batch.
+    f is the fraction of choices that fell on an expert (before any is dropped; no gradient), P the mean router
+    probability.
+    convention: which choices are counted, and the value when balanced; `convert` carries a coefficient over.
+    scope: f and P of the whole batch, or of each routing "group" or "sequence", then averaged by tokens (DeepSeek-V3,
+    arXiv:2412.19437, eqs. 17-20); narrower scopes count all choices.
+
+    A router's null experts, all alike, count with the mean of their loads (AdaMoE, arXiv:2406.13233, sec. 3.3).
     """
-    f_E = s.choices_E / jnp.maximum(s.choices_E.sum(-1, keepdims=True), 1)
-    P_E = s.probs_E / jnp.maximum(s.tokens, 1)[..., None]
-    return f_E.shape[-1] * (f_E * P_E).sum(-1)
+
+    weight: float = 0.01
+    convention: str = "switch"
+    scope: str = "batch"
+
+    def __post_init__(self):
+        check_weight(self)
+        if self.convention not in CONVENTIONS:
+            raise ValueError(
+                f"LoadBalance(convention={self.convention!r}) is unknown; use one of {', '.join(CONVENTIONS)}."
+            )
+        if self.scope not in SCOPES:
+            raise ValueError(f"LoadBalance(scope={self.scope!r}) is unknown; use one of {', '.join(SCOPES)}.")
+        if self.scope != "batch" and CONVENTIONS[self.convention].first:
+            raise ValueError(
+                f"LoadBalance(convention={self.convention!r}, scope={self.scope!r}) would need first choices of every "
+                f"{self.scope}; use scope='batch', or a convention that counts all choices."
+            )
+
+    def check(self, router: Any) -> None:
+        if getattr(router, "nulls", 0) and (self.scope != "batch" or CONVENTIONS[self.convention].first):
+            raise ValueError(
+                f"{self} does not count null experts; with {type(router).__name__}() use scope='batch', and a "
+                "convention that counts all choices."
+            )
+
+    def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
+        convention, E, K = CONVENTIONS[self.convention], s.choices_E.shape[-1], getattr(router, "K", 1)
+        if nulls := getattr(router, "nulls", 0):
+            f_E, P_E = ratio(s.choices_E, K * s.tokens[..., None]), ratio(s.probs_E, s.tokens[..., None])
+            rest = (1 - f_E.sum(-1)) / nulls * (1 - P_E.sum(-1))
+            balance = (E + nulls) * ((f_E * P_E).sum(-1) + rest)
+        elif self.scope != "batch":
+            balance = ratio(s.group_balance if self.scope == "group" else s.sequence_balance, s.tokens)
+        else:
+            counts_E = s.firsts_E if convention.first else s.choices_E
+            f_E = ratio(counts_E, counts_E.sum(-1, keepdims=True))
+            balance = E * (f_E * ratio(s.probs_E, s.tokens[..., None])).sum(-1)
+        return balance * balanced_value(self.convention, E, K)
+
+
+def balanced_value(convention: str, E: int, K: int) -> float:
+    """What the loss of a convention is when the load is balanced."""
+    return {"1": 1.0, "K": float(K), "1/K": 1 / K, "1/E^2": 1 / E**2}[CONVENTIONS[convention].balanced]
+
+
+def convert(
+    coefficient: float,
+    source: str,
+    target: str,
+    E: int,
+    K: int,
+    layers: int = 1,
+    source_layers: str = "mean",
+    target_layers: str = "mean",
+) -> float:
+    """A published coefficient of one convention as that of another, for E experts, K choices, so many MoE layers.
+
+    `source_layers`, `target_layers`: whether the layers' losses are averaged ("mean") or added up ("sum"). Between
+    conventions that count the same choices the loss is the same number; between first and all choices it is where
+    the load is balanced, and has the same gradient there.
+    """
+    for convention in (source, target):
+        if convention not in CONVENTIONS:
+            raise ValueError(f"Convention {convention!r} is unknown; use one of {', '.join(CONVENTIONS)}.")
+    for over in (source_layers, target_layers):
+        if over not in ("mean", "sum"):
+            raise ValueError(f"Losses of layers are reduced by 'mean' or 'sum', not {over!r}.")
+    times = {"mean": 1, "sum": layers}
+    scale = balanced_value(source, E, K) * times[source_layers]
+    return coefficient * scale / (balanced_value(target, E, K) * times[target_layers])
+
+
+def check_weight(loss) -> None:
+    """Refuses a coefficient that would reward what the loss is to prevent."""
+    if not (loss.weight >= 0 and math.isfinite(loss.weight)):
+        raise ValueError(f"{type(loss).__name__}(weight={loss.weight}) must be a number that is not negative.")

@@ -1,9 +1,21 @@
-import jax.numpy as jnp
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 from jaxtyping import Array, Float
 
-from moe_jax.core.routing import Stats
+from moe_jax.core.stats import Stats, ratio
+from moe_jax.losses.load_balance import check_weight
 
 
-def router_z(s: Stats) -> Float[Array, "*N"]:
+@dataclasses.dataclass(frozen=True)
+class RouterZ:
     """Router z-loss, the mean squared log-partition of the logits (arXiv:2202.08906, eq. 5): keeps them small."""
-    return s.z_squared / jnp.maximum(s.tokens, 1)
+
+    weight: float = 0.001
+
+    def __post_init__(self):
+        check_weight(self)
+
+    def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
+        return ratio(s.z_squared, s.tokens)

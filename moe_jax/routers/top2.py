@@ -4,28 +4,33 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float
 
+from moe_jax.core.context import Context, draw
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
+from moe_jax.core.scores import at
 
 
 @dataclasses.dataclass(frozen=True)
 class Top2:
     """GShard's gate: two experts, weights renormalised to sum to 1 (arXiv:2006.16668, algorithm 1).
 
-    second "random": while training, the second expert is used with probability min(1, 2 * its weight), and
+    second "random": while training, the second expert is used with probability min(1, its weight / threshold), and
     the first keeps its weight where it is not; "always": always. Without keys (evaluation) it always is.
+    threshold: 0.5 is GShard's; Mesh TensorFlow's and ST-MoE's is 0.2 (arXiv:2202.08906, appendix C).
     """
 
     second: str = "random"
+    threshold: float = 0.5
     K: ClassVar[int] = 2
     params: ClassVar = ("gate_DE",)
 
     def __post_init__(self):
         if self.second not in ("random", "always"):
             raise ValueError(f"Top2(second={self.second!r}) is unknown; use 'random' or 'always'.")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"Top2(threshold={self.threshold}) must lie in (0, 1]; GShard has 0.5, ST-MoE 0.2.")
 
     @property
     def random(self) -> bool:
@@ -36,14 +41,20 @@ class Top2:
         params: Mapping[str, Array],
         x_GSD: Float[Array, "G S D"],
         mask_GS: Bool[Array, "G S"],
-        keys_G: Key[Array, "G"] | None = None,
+        ctx: Context = Context(),
     ) -> TokenChoice:
-        logits_GSE = gate(x_GSD, params["gate_DE"])
-        probs_GSE = jax.nn.softmax(logits_GSE)
-        weight_GSK, expert_GSK = lax.top_k(probs_GSE, 2)
-        weight_GSK /= weight_GSK.sum(-1, keepdims=True)
-        if self.random and keys_G is not None:
-            draw_GS = jax.vmap(lambda key: jax.random.uniform(key, mask_GS.shape[1:]))(keys_G)
-            used_GS = 2 * weight_GSK[..., 1] > draw_GS
-            expert_GSK = expert_GSK.at[..., 1].set(jnp.where(used_GS, expert_GSK[..., 1], logits_GSE.shape[-1]))
+        logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
+        probs_GSE, E = jax.nn.softmax(logits_GSE), logits_GSE.shape[-1]
+        named_GSK = expert_GSK = ctx.pick(probs_GSE, 2)
+        if ctx.replay_GSK is not None:  # a second that was not used still divides the first's weight
+            first_GSE = jax.nn.one_hot(expert_GSK[..., 0], E, dtype=bool)
+            other_GS = jnp.where(first_GSE, -1, probs_GSE).argmax(-1)
+            named_GSK = expert_GSK.at[..., 1].set(jnp.where(expert_GSK[..., 1] < E, expert_GSK[..., 1], other_GS))
+        weight_GSK = at(probs_GSE, named_GSK)
+        weight_GSK /= jnp.maximum(weight_GSK.sum(-1, keepdims=True), 1e-20)
+        if self.random and ctx.keys_G is not None and ctx.replay_GSK is None:
+            draw_GS = draw(ctx.keys_G, jax.random.uniform, mask_GS.shape[1:])
+            used_GS = weight_GSK[..., 1] > self.threshold * draw_GS
+            used_GSK = jnp.stack([jnp.ones_like(used_GS), used_GS], axis=-1)
+            expert_GSK = jnp.where(used_GSK, expert_GSK, E)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)

@@ -2,48 +2,48 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import jax
-from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
+from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
+from moe_jax.core.scores import SCORES, at, check_choices, check_score, share, softmax_at
 
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """The K most probable experts.
+    """The K experts with the largest scores.
 
-    softmax "selected": over the K selected logits, so that a token's weights sum to 1 (Mixtral,
-    arXiv:2401.04088, sec. 2.1; the same as renormalising the K probabilities). "all": over all experts
-    before the selection, so that they sum to less (V-MoE, OLMoE).
+    score: "softmax", "sigmoid", or, with exact zeros, "sparsemax" and "entmax15": a choice of score 0 goes nowhere,
+    so that K is the most a token visits.
+    normalize: divide by the sum over the chosen, so that a token's weights sum to 1 (Mixtral, arXiv:2401.04088,
+    sec. 2.1: a softmax over the K selected logits is the same). Without, they sum to less (V-MoE, OLMoE).
     """
 
     K: int = 2
-    softmax: str = "selected"
+    score: str = "softmax"
+    normalize: bool = True
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.K < 1:
-            raise ValueError(f"TopK(K={self.K}) needs at least one choice; set K >= 1.")
-        if self.softmax not in ("selected", "all"):
-            raise ValueError(f"TopK(softmax={self.softmax!r}) is unknown; use 'selected' or 'all'.")
-        if self.K == 1 and self.softmax == "selected":
-            raise ValueError(
-                "TopK(K=1, softmax='selected') has the constant weight 1 and never trains its router; "
-                "use TopK(K=1, softmax='all') or Switch()."
-            )
+        check_choices(self)
+        check_score(self)
 
     def __call__(
         self,
         params: Mapping[str, Array],
         x_GSD: Float[Array, "G S D"],
         mask_GS: Bool[Array, "G S"],
-        keys_G: Key[Array, "G"] | None = None,
+        ctx: Context = Context(),
     ) -> TokenChoice:
-        logits_GSE = gate(x_GSD, params["gate_DE"])
-        probs_GSE = jax.nn.softmax(logits_GSE)
-        best_GSK, expert_GSK = lax.top_k(logits_GSE if self.softmax == "selected" else probs_GSE, self.K)
-        weight_GSK = jax.nn.softmax(best_GSK) if self.softmax == "selected" else best_GSK
-        return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)
+        logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
+        score_GSE = SCORES[self.score](logits_GSE)
+        expert_GSK = ctx.pick(logits_GSE, self.K)
+        weight_GSK = at(score_GSE, expert_GSK)
+        if self.score in ("sparsemax", "entmax15") and ctx.replay_GSK is None:
+            expert_GSK = jnp.where(weight_GSK > 0, expert_GSK, logits_GSE.shape[-1])
+        if self.normalize:
+            weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.score == "softmax" else share(weight_GSK)
+        return token_choice(expert_GSK, weight_GSK, logits_GSE, share(score_GSE), mask_GS)

@@ -1,0 +1,203 @@
+"""Which routings are trainable, causal, and independent of the rest of their batch: found by trying to break them.
+
+    python -m experiments.laws [--write=docs/routing.md]        the table of all routers, slot priorities and limits
+    python -m experiments.laws --config=configs/glam_nano.py    the MoE layer of an experiment, at small widths
+
+--write puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, in place of what is there. With
+--config the exit code is 1 where the layer breaks a law that its config claims. The table takes about five minutes of
+one core, with most of XLA's optimizations off.
+"""
+
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from experiments import cli
+from moe_jax import audit
+from moe_jax.audit import Verdict
+from moe_jax.config import Experiment, parse
+from moe_jax.core.capacity import PRIORITIES
+from moe_jax.core.routing import TokenChoice
+from moe_jax.dispatch import Einsum, Gather
+from moe_jax.experts import MLP
+from moe_jax.moe import MoEConfig
+from moe_jax.routers import MixtureOfDepths
+
+cli.define_config()
+WRITE = flags.DEFINE_string("write", None, "A file with the marks <!-- laws --> and <!-- /laws --> for the table.")
+
+BEGIN, END = "<!-- laws -->", "<!-- /laws -->"
+ROUTERS = (
+    *("Switch()", "TopK(K=1, normalize=False)", "TopK(K=2)", "TopK(K=2, score='sigmoid')"),
+    *("TopK(K=2, score='sparsemax')", "Top2(second='random')", "Top2(second='always')", "NoisyTopK(K=2)"),
+    *("NoisyTopK(K=2, learned=False)", "LossFree(K=2)", "LossFree(K=2, groups=4, limit=2)", "CosineTopK(K=2)"),
+    *("TopP(p=0.4, K=4)", "NullExperts(K=4)", "NullExperts(K=4, normalize=True)", "Sampled(K=2)"),
+    *("Hierarchical(M=4, outer=2)", "Hierarchical(M=4, outer=2, normalize=True)", "TaskTopK(K=2)"),
+    *("Hash(K=1)", "Base()", "Sinkhorn(K=1)", "Sinkhorn(K=2)", "Random(K=2)", "RoundRobin(K=2)"),
+    *("ExpertChoice()", "SoftMoE()", "MixtureOfDepths()"),
+)
+LIMITS = (*PRIORITIES, "none")
+L, D, F, TRIALS = 16, 8, 8, 60  # of the table
+TOKENS = 50_000  # of all trials of an experiment's layer
+
+
+class Column(NamedTuple):
+    """A law, of the layers that have one of these limits, and groups of so many sequences."""
+
+    title: str
+    law: str
+    limits: tuple[str, ...] = LIMITS
+    sequences: int = 1
+
+
+COLUMNS = (
+    Column("trainable", "trainable"),
+    Column("causal: token-major", "causal", ("token-major",)),
+    Column("choice-major", "causal", ("choice-major",)),
+    Column("probability", "causal", ("probability",)),
+    Column("no limit", "causal", ("none",)),
+    Column("batch-independent: S = L", "batch_independent"),
+    Column("S = 2L", "batch_independent", PRIORITIES, 2),
+    Column("S = 2L, no limit", "batch_independent", ("none",), 2),
+)
+
+
+def main() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)  # it compiles more than it computes
+    if flags.FLAGS["config"].value:
+        if WRITE.value:
+            raise ValueError("--write is for the table of all routers; leave out --config or --write.")
+        sys.exit(check(cli.experiment()))
+    if WRITE.value:
+        around(WRITE.value)  # says what is wrong before anything is tried
+    text = table()
+    if not WRITE.value:
+        print(text)
+    else:
+        before, after = around(WRITE.value)
+        pathlib.Path(WRITE.value).write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table() -> str:
+    """In Markdown, a row for each router."""
+    titles = ("router", *(column.title for column in COLUMNS))
+    rows = [titles, ("---",) * len(titles)]
+    for i, name in enumerate(ROUTERS):
+        start = time.monotonic()
+        rows.append((f"`{name}`", *(cell(name, column) for column in COLUMNS)))
+        jax.clear_caches()
+        print(f"{i + 1}/{len(ROUTERS)} {name} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(router: str, column: Column) -> str:
+    """What all layers of a router and a column have in common; each with its dispatcher where they differ."""
+    answers = {cfg.dispatch: answer(cfg, column.law) for cfg in layers(parse(router), column)}
+    if len(set(answers.values())) > 1:
+        return "; ".join(f"`{dispatch}` {text}" for dispatch, text in answers.items())
+    return next(iter(answers.values()), "-")
+
+
+def layers(router: Any, column: Column) -> Iterator[MoEConfig]:
+    """Small layers with a router, and every dispatch that a column is about; for token choice the definition."""
+    dispatches: list[Any] = [Einsum(1.0, limit) for limit in column.limits if limit != "none"]
+    if "none" in column.limits:
+        dispatches += [*(Einsum(None, priority) for priority in PRIORITIES), Gather()]
+    for dispatch in dispatches:
+        if getattr(router, "makes", TokenChoice) in dispatch.accepts:
+            E = 1 if isinstance(router, MixtureOfDepths) else 8
+            S = None if column.sequences == 1 else column.sequences * L
+            yield MoEConfig(E=E, router=router, experts=MLP(F=F), dispatch=dispatch, S=S)
+
+
+def answer(cfg: MoEConfig, law: str) -> str:
+    """A word or two about a layer; "in training / in evaluation" where they differ."""
+    if law == "trainable":
+        verdict = audit.trainable(cfg, B=2, L=L, D=D)
+        return "yes" if verdict.detail.startswith("all") else verdict.detail
+    words = [
+        "yes" if getattr(audit, law)(cfg, training, B=2, L=L, D=D, trials=TRIALS).holds else "no"
+        for training in (True, False)
+    ]
+    return words[0] if words[0] == words[1] else " / ".join(words)
+
+
+def around(name: str) -> tuple[str, str]:
+    """What stands before and after the table of a page; ValueError without a place for it."""
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ValueError(f"--write={name} is not a file; give one with the marks {BEGIN} and {END}.")
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"--write={name} has no place for the table; mark it by {BEGIN} and {END}.")
+    return before, after
+
+
+# ---------------------------------------------------------------- an experiment's layer
+
+
+class Finding(NamedTuple):
+    """A verdict on a law, and whether the config claims it."""
+
+    law: str
+    claimed: bool
+    verdict: Verdict
+
+
+def check(exp: Experiment) -> int:
+    """Says what holds of an experiment's MoE layer; 1 if something does not that its config claims."""
+    if not exp.model.moe_layers:
+        raise ValueError("The experiment has no MoE layer to try; set config.model.moe and config.model.layout.")
+    cfg, length = exp.model.moe, exp.data.L
+    print(
+        f"{cfg.router}, {cfg.dispatch}, E={cfg.E}, S={cfg.S}, L={length}; "
+        f"widths shrunk to D={D} and F={F}, all else as configured"
+    )
+    broken = False
+    for law, claimed, verdict in findings(exp):
+        held = "yes" if verdict.holds else "NO" if claimed else "no"
+        print(f"{law:<47}{held:<5}{verdict.detail}{'' if claimed else '; not claimed'}", flush=True)
+        broken |= claimed and not verdict.holds
+    return int(broken)
+
+
+def findings(exp: Experiment) -> Iterator[Finding]:
+    """All laws, in training, in evaluation with the layer's limit, and without, as models are evaluated."""
+    cfg, length = narrow(exp.model.moe), exp.data.L
+    sequences = math.lcm(cfg.S or length, length) // length
+    sizes = {"B": max(2, sequences), "L": length, "D": D}
+    trials = max(20, min(200, TOKENS // (sizes["B"] * length)))
+    modes = {"training": (cfg, True), "evaluation": (cfg, False)}
+    if cfg.dropless() != cfg:
+        modes["evaluation without a limit"] = (cfg.dropless(), False)
+    yield Finding("trainable", True, audit.trainable(cfg, **sizes))
+    for mode, (layer, training) in modes.items():
+        yield Finding(f"causal, {mode}", exp.model.causal, audit.causal(layer, training, **sizes, trials=trials))
+    for mode, (layer, training) in modes.items():
+        verdict = audit.batch_independent(layer, training, **sizes, trials=trials)
+        yield Finding(f"batch-independent, {mode}", False, verdict)
+
+
+def narrow(cfg: MoEConfig) -> MoEConfig:
+    """The layer with experts of few hidden units."""
+    small = {
+        name: dataclasses.replace(part, F=min(F, part.F))
+        for name in ("experts", "shared")
+        if (part := getattr(cfg, name)) is not None
+    }
+    return dataclasses.replace(cfg, **small)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,46 @@
+"""Which router learns best at equal active FLOPs?
+
+    python -m experiments.routing_zoo --workdir=runs/routing_zoo
+    python -m experiments.routing_zoo --workdir=runs/zoo_3 --only=top_k,switch,hash --seeds=3 --leaders=0
+
+Trains every contestant of `zoo.py`, then the best of them on more seeds, one run after another in one process.
+In the workdir: results.json, results.md, results.svg, and a folder for each run. The same command goes on where it was
+interrupted, with the run that was not finished from its beginning.
+"""
+
+import sys
+
+import rich.console
+from absl import flags
+
+from experiments import cli
+from experiments.routing_zoo import present, zoo
+from experiments.routing_zoo.sweep import Sweep, save, say
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs are kept.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+STEPS = flags.DEFINE_integer("steps", zoo.STEPS, "Training steps of each run.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of every contestant.", lower_bound=1)
+LEADERS = flags.DEFINE_integer("leaders", 4, "How many of the best are trained on more seeds.", lower_bound=0)
+LEADER_SEEDS = flags.DEFINE_integer("leader_seeds", 3, "Seeds of these, the first ones included.", lower_bound=1)
+ONLY = flags.DEFINE_list("only", None, "Names of contestants; all of them without it.")
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise ValueError("No place for the runs was given; say --workdir=runs/routing_zoo, for instance.")
+    workdir = cli.folder("workdir", WORKDIR.value)
+    data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
+    base, contestants = zoo.base(STEPS.value), zoo.choose(ONLY.value)
+    sweep = Sweep(base, workdir, data_dir)
+    results = sweep.run(contestants, SEEDS.value, LEADERS.value, LEADER_SEEDS.value)
+    save(workdir / "results.json", base, results)
+    (workdir / "results.md").write_text(present.markdown(results))
+    present.plot(workdir / "results.svg", results)
+    width = None if sys.stdout.isatty() else 200
+    rich.console.Console(width=width).print(present.table(results), highlight=False)
+    say(f"written: {workdir / 'results.json'}, results.md, results.svg")
+
+
+if __name__ == "__main__":
+    cli.run(main)

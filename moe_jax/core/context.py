@@ -1,0 +1,133 @@
+"""What a router may know besides its parameters and tokens, and the two places where anything is done to it."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+FAR = -1e9  # the logit of an expert that cannot be chosen: as good as minus infinity, and no NaN
+
+
+class Ids(NamedTuple):
+    """Numbers that come with tokens: in the vocabulary, of a task or domain, of recorded choices to replay."""
+
+    token_BL: Int[Array, "B L"] | None = None
+    task_BL: Int[Array, "B L"] | None = None
+    expert_BLK: Int[Array, "B L K"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Around one call of a router. Without keys (evaluation) nothing is random.
+
+    E: the number of experts.
+    keys_G: the noise of each group; key: that of the step, which all groups share.
+    state: what the router remembers from step to step, and `step_`, the number of updates so far.
+    gating: transforms of what a router sees, in order (`moe_jax.gating`).
+    group_G: the number of each group in the whole batch.
+    """
+
+    E: int = 0
+    keys_G: Key[Array, "G"] | None = None
+    key: Key[Array, ""] | None = None
+    state: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    token_GS: Int[Array, "G S"] | None = None
+    task_GS: Int[Array, "G S"] | None = None
+    replay_GSK: Int[Array, "G S K"] | None = None
+    gating: tuple[Any, ...] = ()
+    group_G: Int[Array, "G"] | None = None
+
+    @property
+    def training(self) -> bool:
+        return self.keys_G is not None
+
+    def ids(self, what: str, router: Any) -> Int[Array, "G S"]:
+        """Token or task ids; ValueError where the layer was called without."""
+        ids_GS = getattr(self, f"{what}_GS")
+        if ids_GS is None:
+            raise ValueError(f"{type(router).__name__} routes by {what} ids; call the layer with Ids({what}_BL=...).")
+        return ids_GS
+
+    def remembered(self, name: str, router: Any) -> Array:
+        """An array of the router's state; ValueError where the layer was called without."""
+        if name not in self.state:
+            raise ValueError(
+                f"{type(router).__name__} remembers {name} from step to step, but the layer was called without state; "
+                "start with state=config.init_state()."
+            )
+        return self.state[name]
+
+    def input(self, x_GSD: Float[Array, "G S D"]) -> Float[Array, "G S D"]:
+        """What the router sees of its tokens, in float32; the experts see them as they are."""
+        x_GSD = x_GSD.astype(jnp.float32)
+        for i, transform in enumerate(self.gating):
+            if transform.on == "input":
+                x_GSD = transform(x_GSD, self, self._keys(i))
+        return x_GSD
+
+    def scale(self, logits: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
+        """Logits, of experts or anything else, after temperature, noise, ..."""
+        for i, transform in enumerate(self.gating):
+            if transform.on == "logits":
+                logits = transform(logits, self, self._keys(i))
+        return logits
+
+    def logits(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
+        """Logits of experts after all transforms, those dropped in this step out of reach."""
+        logits_GSE = self.scale(logits_GSE)
+        if (dropped_GE := self.dropped()) is None:
+            return logits_GSE
+        some_GE = dropped_GE & ~dropped_GE.all(-1, keepdims=True)  # of none but dropped ones all stay as they are
+        return jnp.where(some_GE[:, None], FAR, logits_GSE)
+
+    def dropped(self) -> Bool[Array, "G E"] | None:
+        """Experts that nobody may choose in this step."""
+        if not self.training:
+            return None
+        found = [t(self, self._step_key(i)) for i, t in enumerate(self.gating) if t.on == "experts"]
+        return sum(found[1:], found[0]) if found else None
+
+    def pick(self, score_GSE: Float[Array, "G S I"], K: int) -> Int[Array, "G S K"]:
+        """The K experts of the largest scores, ties to the lower one; those of a recording where one is replayed.
+
+        What comes after the E experts (null experts) is never dropped.
+        """
+        if self.replay_GSK is not None:
+            return self.replay_GSK
+        best_GSK, expert_GSK = lax.top_k(self.open(score_GSE), K)
+        return expert_GSK if self.dropped() is None else jnp.where(best_GSK > -jnp.inf, expert_GSK, self.E)
+
+    def open(self, score_GSE: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
+        """Scores, minus infinity for experts that nobody may choose in this step."""
+        if (dropped_GE := self.dropped()) is None:
+            return score_GSE
+        shut_GE = jnp.pad(dropped_GE, ((0, 0), (0, score_GSE.shape[-1] - self.E)))
+        return jnp.where(shut_GE[:, None], -jnp.inf, score_GSE)
+
+    def given(self, expert_GSK: Int[Array, "G S K"]) -> Int[Array, "G S K"]:
+        """Choices made elsewhere, after what `pick` does to others."""
+        if self.replay_GSK is not None:
+            return self.replay_GSK
+        if (dropped_GE := self.dropped()) is None:
+            return expert_GSK
+        shut_GE = jnp.pad(dropped_GE, ((0, 0), (0, 1)))
+        return jnp.where(shut_GE[jnp.arange(len(expert_GSK))[:, None, None], expert_GSK], self.E, expert_GSK)
+
+    def _keys(self, i: int) -> Key[Array, "G"] | None:
+        if self.keys_G is None:
+            return None
+        return jax.vmap(partial(jax.random.fold_in, data=i + 1))(self.keys_G)
+
+    def _step_key(self, i: int) -> Key[Array, ""]:
+        assert self.key is not None
+        return jax.random.fold_in(self.key, i)
+
+
+def draw(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
+    """[G, *shape] of `sample` (jax.random.uniform, ...), each group from its own key."""
+    return jax.vmap(lambda key: sample(key, shape, **options))(keys_G)

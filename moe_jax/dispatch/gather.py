@@ -1,0 +1,38 @@
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.core.groups import Padded
+from moe_jax.core.routing import SlotChoice
+from moe_jax.core.shard import Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """For experts that choose their tokens: every slot fetches its token, and adds its output to it."""
+
+    capacity_factor: ClassVar[None] = None  # the router says how many slots there are
+    accepts: ClassVar = (SlotChoice,)
+    parallel: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        x_GSD: Float[Array, "G S D"],
+        routing: SlotChoice,
+        experts: Callable,
+        params: Mapping[str, Array],
+        shard: Shard = Shard(),
+    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G E C"]]:
+        (G, S, D), (_, E, C) = x_GSD.shape, routing.token_GEC.shape
+        real_GEC = routing.token_GEC < S
+        row_GEC = jnp.where(real_GEC, routing.token_GEC + S * jnp.arange(G)[:, None, None], G * S)
+        row_EGC = row_GEC.swapaxes(0, 1)
+        x_EGCD = x_GSD.reshape(G * S, D).at[row_EGC].get(mode="fill", fill_value=0)
+        y_ECD = shard.receive(experts(params, shard.send(x_EGCD.reshape(E, G * C, D)), Padded()))
+        weight_EGC1 = routing.weight_GEC.swapaxes(0, 1)[..., None]
+        y_EGCD = y_ECD.reshape(E, G, C, D) * weight_EGC1.astype(y_ECD.dtype)
+        y_RD = jnp.zeros((G * S, D), y_EGCD.dtype).at[row_EGC].add(y_EGCD, mode="drop")
+        return y_RD.reshape(G, S, D), real_GEC

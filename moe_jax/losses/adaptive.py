@@ -1,0 +1,50 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.core.stats import Stats, ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive:
+    """A loss whose weight reacts to over-capacity: it grows while experts overflow, and shrinks while they do not.
+
+    After every step the weight is multiplied by 1 + rate where more than `target` of all choices exceeded `capacity`
+    times the mean load (of the whole batch, dropped or not), divided by it where fewer did, and stays within a
+    factor of `most` of its start. The factor is state: `log_weight_`.
+    """
+
+    loss: Any
+    target: float = 0.01
+    capacity: float = 1.25
+    rate: float = 0.05
+    most: float = 100.0
+    state: ClassVar = ("log_weight_",)
+
+    def __post_init__(self):
+        if not callable(self.loss) or not hasattr(self.loss, "weight"):
+            raise ValueError(f"Adaptive(loss={self.loss!r}) wraps another loss, like Adaptive(LoadBalance(0.01)).")
+        if not 0 <= self.target < 1 or self.capacity < 1 or self.rate <= 0 or self.most <= 1:
+            raise ValueError(f"{self}: target must lie in [0, 1), capacity be at least 1, rate positive, most over 1.")
+
+    @property
+    def weight(self) -> float:
+        return self.loss.weight
+
+    def check(self, router: Any) -> None:
+        if hasattr(self.loss, "check"):
+            self.loss.check(router)
+
+    def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
+        return self.loss(s, state, router) * jnp.exp(state["log_weight_"])
+
+    def update(self, state: Mapping[str, Array], s: Stats) -> dict[str, Array]:
+        """The state after a step with these (global) sums; layers may be stacked in front."""
+        room = self.capacity * s.choices_E.mean(-1, keepdims=True)
+        over = ratio(jnp.maximum(s.choices_E - room, 0).sum(-1), s.choices_E.sum(-1))
+        step, limit = jnp.log1p(self.rate), jnp.log(self.most)
+        moved = state["log_weight_"] + jnp.where(over > self.target, step, -step)
+        return {"log_weight_": jnp.clip(moved, -limit, limit)}

@@ -1,0 +1,53 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.core.context import Context
+from moe_jax.core.routing import TokenChoice, token_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash:
+    """Experts by a hash of the token's id, with weight 1/K: nothing to learn, nothing to collapse (arXiv:2106.04426).
+
+    The hash is MurmurHash3's finaliser of id XOR seed * 0x9E3779B9; a token's K experts are neighbours.
+    """
+
+    K: int = 1
+    seed: int = 0
+    params: ClassVar = ()
+    needs: ClassVar = ("token",)
+    random: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.K < 1:
+            raise ValueError(f"Hash(K={self.K}) needs at least one choice; set K >= 1.")
+
+    def __call__(
+        self,
+        params: Mapping[str, Array],
+        x_GSD: Float[Array, "G S D"],
+        mask_GS: Bool[Array, "G S"],
+        ctx: Context = Context(),
+    ) -> TokenChoice:
+        first_GS = (mix(ctx.ids("token", self), self.seed) % ctx.E).astype(jnp.int32)
+        return unlearned((first_GS[..., None] + jnp.arange(self.K)[None, None]) % ctx.E, mask_GS, ctx)
+
+
+def mix(ids: Int[Array, "..."], seed: int) -> Array:
+    """32 well-mixed bits of each id (MurmurHash3's finaliser, public domain)."""
+    h = ids.astype(jnp.uint32) ^ jnp.uint32(seed * 0x9E3779B9 % 2**32)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def unlearned(expert_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"], ctx: Context) -> TokenChoice:
+    """Choices that no gate has made: of weight 1/K each, the distribution over experts uniform."""
+    G, S, K = expert_GSK.shape
+    expert_GSK = ctx.given(expert_GSK)
+    flat_GSE = jnp.zeros((G, S, ctx.E))
+    return token_choice(expert_GSK, jnp.full((G, S, K), 1 / K), flat_GSE, flat_GSE + 1 / ctx.E, mask_GS)

@@ -1,0 +1,47 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.core.capacity import capacity
+from moe_jax.core.context import Context
+from moe_jax.core.gate import gate
+from moe_jax.core.routing import SlotChoice
+from moe_jax.routers.expert_choice import slot_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOfDepths:
+    """A fraction of the tokens passes through the one expert, the others skip it (arXiv:2404.02258, sec. 3.4).
+
+    The weight of a token's output is its raw score r = x @ gate. It needs E=1, and skips the feed-forward part of a
+    layer alone (the paper skips attention too). As choices depend on later tokens, a causal model refuses it.
+    """
+
+    fraction: float = 0.125
+    K: ClassVar[int] = 1
+    params: ClassVar = ("gate_DE",)
+    random: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
+    makes: ClassVar = SlotChoice
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"MixtureOfDepths(fraction={self.fraction}) must lie in (0, 1]; the paper has 0.125.")
+
+    def check(self, E: int) -> None:
+        if E != 1:
+            raise ValueError(f"MixtureOfDepths() passes tokens through one expert or none, but E={E}; set E=1.")
+
+    def __call__(
+        self,
+        params: Mapping[str, Array],
+        x_GSD: Float[Array, "G S D"],
+        mask_GS: Bool[Array, "G S"],
+        ctx: Context = Context(),
+    ) -> SlotChoice:
+        logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
+        C = capacity(x_GSD.shape[1], 1, 1, self.fraction)
+        return slot_choice(logits_GSE, C, logits_GSE, jnp.ones_like(logits_GSE), mask_GS, ctx)

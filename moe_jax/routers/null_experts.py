@@ -1,0 +1,59 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.core.context import Context
+from moe_jax.core.gate import linear
+from moe_jax.core.routing import TokenChoice, token_choice
+from moe_jax.core.scores import at, check_choices, share
+
+
+@dataclasses.dataclass(frozen=True)
+class NullExperts:
+    """Top-K among E experts and M that do nothing and cost nothing (AdaMoE, arXiv:2406.13233, sec. 3).
+
+    A token that picks nulls visits fewer experts. Its weights are the probabilities among all E + M, or, with
+    `normalize`, shares of the true ones alone, as in the paper: the task then says nothing about nulls, and only a
+    `LoadBalance` loss trains them.
+    """
+
+    K: int = 4
+    M: int = 8
+    normalize: bool = False
+    params: ClassVar = ("gate_DE", "null_DM")
+    random: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.M < 1:
+            raise ValueError(f"NullExperts(M={self.M}) has no null experts; set M >= 1, or use TopK.")
+
+    @property
+    def nulls(self) -> int:
+        return self.M
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Parameters that the task loss does not reach."""
+        return ("null_DM",) if self.normalize else ()
+
+    def __call__(
+        self,
+        params: Mapping[str, Array],
+        x_GSD: Float[Array, "G S D"],
+        mask_GS: Bool[Array, "G S"],
+        ctx: Context = Context(),
+    ) -> TokenChoice:
+        x_GSD, E = ctx.input(x_GSD), params["gate_DE"].shape[-1]
+        logits_GSE = ctx.logits(linear(x_GSD, params["gate_DE"]))
+        every = jnp.concatenate([logits_GSE, ctx.scale(linear(x_GSD, params["null_DM"]))], -1)
+        probs_GSE = jax.nn.softmax(every)[..., :E]
+        expert_GSK = jnp.minimum(ctx.pick(every, self.K), E)  # nulls are nowhere
+        weight_GSK = at(probs_GSE, expert_GSK)
+        return token_choice(
+            expert_GSK, share(weight_GSK) if self.normalize else weight_GSK, logits_GSE, probs_GSE, mask_GS
+        )

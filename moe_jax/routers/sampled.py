@@ -1,0 +1,46 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.core.context import Context, draw
+from moe_jax.core.gate import gate
+from moe_jax.core.routing import TokenChoice, token_choice
+from moe_jax.core.scores import at, check_choices, softmax_at
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """K experts drawn without replacement from softmax(logits / temperature): Gumbel top-k (arXiv:1903.06059).
+
+    While training only; without keys, the K best. Weights are those of the deterministic router.
+    """
+
+    K: int = 2
+    temperature: float = 1.0
+    normalize: bool = True
+    params: ClassVar = ("gate_DE",)
+    random: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.temperature <= 0:
+            raise ValueError(f"Sampled(temperature={self.temperature}) must be positive; TopK is the limit at 0.")
+
+    def __call__(
+        self,
+        params: Mapping[str, Array],
+        x_GSD: Float[Array, "G S D"],
+        mask_GS: Bool[Array, "G S"],
+        ctx: Context = Context(),
+    ) -> TokenChoice:
+        logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
+        probs_GSE = jax.nn.softmax(logits_GSE)
+        drawn_GSE = logits_GSE
+        if ctx.keys_G is not None:
+            drawn_GSE = logits_GSE / self.temperature + draw(ctx.keys_G, jax.random.gumbel, logits_GSE.shape[1:])
+        expert_GSK = ctx.pick(drawn_GSE, self.K)
+        weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else at(probs_GSE, expert_GSK)
+        return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)
