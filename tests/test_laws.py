@@ -7,7 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import MLP, Einsum, MoE, MoEConfig, Scatter, Sort, Switch, Top2, TopK
+from moe_jax import (
+    MLP,
+    Einsum,
+    MoE,
+    MoEConfig,
+    NoisyTopK,
+    RoundRobin,
+    Scatter,
+    Sinkhorn,
+    Sort,
+    Switch,
+    Top2,
+    TopK,
+)
 from moe_jax.core.routing import TokenChoice, queue
 from tests import oracle
 from tests.cases import (
@@ -110,6 +123,8 @@ def test_one_model_every_mesh(name, mesh, what):
         (MoEConfig(E=8), (2, 4), 12, r"A batch of 12 sequences does not spread evenly over 8 shards"),
         (MoEConfig(E=8, S=32), (2, 4), B, r"A shard's 2 x 8 tokens are not whole routing groups of S=32"),
         (MoEConfig(E=8, S=3), None, B, r"A shard's 16 x 8 tokens are not whole routing groups of S=3"),
+        (MoEConfig(E=8, S=3, router=RoundRobin(), dispatch=Scatter(None)), None, B, r"not whole routing groups of S=3"),
+        (MoEConfig(E=8, S=3, router=Sinkhorn(), dispatch=Scatter(None)), None, B, r"not whole routing groups of S=3"),
     ],
 )
 def test_what_does_not_spread_is_refused(cfg, mesh, batch, message):
@@ -118,7 +133,21 @@ def test_what_does_not_spread_is_refused(cfg, mesh, batch, message):
     with context(mesh):
         params = {"params": shapes_of(cfg)}
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(MoE(cfg).apply, params, x)
+            jax.eval_shape(lambda p, x: MoE(cfg).apply(p, x, state=cfg.init_state()), params, x)
+
+
+@pytest.mark.parametrize("router", [NoisyTopK(), TopK()], ids=str)
+def test_groups_are_free_where_nothing_goes_by_them(router):
+    """Law 1: without a limit S need not divide a shard's tokens, but noise is drawn by groups, and then it must."""
+    cfg = MoEConfig(E=8, S=48, router=router, dispatch=Scatter(None))
+    x, key = jax.ShapeDtypeStruct((B, L, D), jnp.float32), jax.random.key(0)
+    layer = lambda key: jax.eval_shape(lambda p, x: MoE(cfg).apply(p, x, None, key), {"params": shapes_of(cfg)}, x)  # noqa: E731
+    layer(None)
+    if router.random:
+        with pytest.raises(ValueError, match="not whole routing groups of S=48"):
+            layer(key)
+    else:
+        layer(key)
 
 
 def test_suffix_changes_no_prefix():

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context, draw
 from moe_jax.core.routing import TokenChoice
+from moe_jax.core.scores import check_choices
 from moe_jax.routers.hashed import mix, unlearned
 
 
@@ -27,8 +28,7 @@ class Random:
     grouped: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.K < 1:
-            raise ValueError(f"Random(K={self.K}) needs at least one choice; set K >= 1.")
+        check_choices(self)
 
     def __call__(
         self,
@@ -56,8 +56,7 @@ class RoundRobin:
     grouped: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.K < 1:
-            raise ValueError(f"RoundRobin(K={self.K}) needs at least one choice; set K >= 1.")
+        check_choices(self)
 
     def __call__(
         self,

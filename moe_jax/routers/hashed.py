@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.context import Context
 from moe_jax.core.routing import TokenChoice, token_choice
+from moe_jax.core.scores import check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,7 @@ class Hash:
     random: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.K < 1:
-            raise ValueError(f"Hash(K={self.K}) needs at least one choice; set K >= 1.")
+        check_choices(self)
 
     def __call__(
         self,

@@ -69,8 +69,17 @@ class NoisyTopK:
         best_GSK = at(noisy_GSE, lax.top_k(noisy_GSE, min(self.K + 1, noisy_GSE.shape[-1]))[1])
         kth_GS1 = best_GSK[..., self.K - 1 : self.K]
         if not self.learned:  # V-MoE: the threshold counts the expert itself
-            return norm.cdf((clean_GSE - kth_GS1) / std_GSE)
+            return normal_cdf((clean_GSE - kth_GS1) / std_GSE)
         if self.K == noisy_GSE.shape[-1]:
             return jnp.ones_like(noisy_GSE)
         others_GSE = jnp.where(noisy_GSE >= kth_GS1, best_GSK[..., -1:], kth_GS1)  # K-th best of the others
-        return norm.cdf((clean_GSE - others_GSE) / std_GSE)
+        return normal_cdf((clean_GSE - others_GSE) / std_GSE)
+
+
+@jax.custom_jvp
+def normal_cdf(z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The standard normal distribution function; jax 0.12 refuses its own derivative of it inside shard_map."""
+    return norm.cdf(z)
+
+
+normal_cdf.defjvps(lambda dz, _, z: dz * norm.pdf(z))

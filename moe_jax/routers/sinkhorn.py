@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at
+from moe_jax.core.scores import at, check_choices
 from moe_jax.core.stats import Stats, ratio
 
 
@@ -32,8 +32,9 @@ class Sinkhorn:
     causal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.K < 1 or self.iterations < 1:
-            raise ValueError(f"{self} needs at least one choice and one iteration.")
+        check_choices(self)
+        if self.iterations < 1:
+            raise ValueError(f"Sinkhorn(iterations={self.iterations}) balances nothing; set iterations >= 1.")
 
     def __call__(
         self,

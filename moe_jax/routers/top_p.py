@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at
+from moe_jax.core.scores import at, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,9 @@ class TopP:
     random: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_choices(self)
         if not 0 < self.p <= 1:
             raise ValueError(f"TopP(p={self.p}) is not a probability to reach; it must lie in (0, 1].")
-        if self.K < 1:
-            raise ValueError(f"TopP(K={self.K}) needs at least one choice; set K >= 1.")
 
     def __call__(
         self,
