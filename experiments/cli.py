@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -126,6 +127,12 @@ def load(file: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise ValueError(f"{name} is not a config file: get_config() gave {config!r}, not a ConfigDict.")
     return dict(config)
+
+
+def simulate(exp: Experiment) -> None:
+    """As many devices as the experiment's mesh takes, where the platform is the CPU."""
+    if exp.devices and exp.devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", exp.devices)
 
 
 def folder(flag: str, value: str) -> pathlib.Path:

@@ -53,8 +53,7 @@ def main() -> None:
 
 def on_devices(exp: Experiment) -> Experiment:
     """The experiment with its mesh as it is on the devices there are; ValueError if it does not fit them."""
-    if exp.devices and exp.devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", exp.devices)  # simulated ones, where the platform is the CPU
+    cli.simulate(exp)
     return dataclasses.replace(exp, mesh=tuple(make_mesh(**dict(exp.mesh)).shape.items()))
 
 

@@ -121,7 +121,8 @@ def check_tasks(exp: Experiment, domains: int) -> None:
     moe = exp.model.moe
     if not isinstance(moe, MoEConfig) or "task" not in moe.needs:
         return
-    room = {"router.M": getattr(moe.router, "M", domains), "tasks": moe.tasks if moe.tasks > 1 else domains}
+    by_task = "task" in getattr(moe.router, "needs", ())  # M is something else in other routers
+    room = {"router.M": moe.router.M if by_task else domains, "tasks": moe.tasks if moe.tasks > 1 else domains}
     for name, n in room.items():
         if n < domains:
             raise ValueError(f"The data has {domains} domains, but config.model.moe.{name}={n}; set it to {domains}.")

@@ -16,6 +16,7 @@ from moe_jax import (
     ExpertChoice,
     Gather,
     Hash,
+    Hierarchical,
     LoadBalance,
     LossFree,
     MoEConfig,
@@ -27,7 +28,7 @@ from moe_jax import (
 )
 from moe_jax.data import Folder
 from moe_jax.models import lm
-from moe_jax.train import Program, train
+from moe_jax.train import Program, check_tasks, train
 from tests import oracle_routing
 from tests.test_train import EXP, MODEL, batch
 
@@ -202,6 +203,12 @@ def test_a_router_without_its_state_is_refused():
         ValueError, match=r"remembers bias_E, log_weight_, step_ from step to step, but was called with"
     ):
         jax.eval_shape(LM(cfg).apply, {"params": jax.eval_shape(lambda: params_of(cfg))}, jnp.zeros((1, 8), int))
+
+
+def test_groups_of_experts_are_no_tasks():
+    """M of a router that does not go by tasks has nothing to do with the domains."""
+    moe = dataclasses.replace(MOE, router=Hierarchical(M=2, outer=1, inner=1), tasks=8)
+    check_tasks(experiment(moe), domains=8)
 
 
 def test_more_domains_than_tasks_are_refused():

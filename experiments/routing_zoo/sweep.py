@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import cli
 from experiments.routing_zoo import zoo
 from experiments.routing_zoo.zoo import Contestant
 from moe_jax.config import Experiment, build
@@ -80,7 +81,7 @@ class Sweep:
 
     def train(self, run: Run) -> float:
         """Trains one run from its beginning, its records into its folder; returns the seconds it took."""
-        on_devices(run.exp)
+        cli.simulate(run.exp)
         began = time.monotonic()
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.json").write_text(run.exp.to_json())
@@ -93,12 +94,6 @@ class Sweep:
                 log.write({**record, "kind": "end", "diverged": True, "wall": time.monotonic() - began})
         jax.clear_caches()  # programs of other contestants are of no use
         return time.monotonic() - began
-
-
-def on_devices(exp: Experiment) -> None:
-    """Simulates the devices of the mesh, where the platform is the CPU."""
-    if exp.devices and exp.devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", exp.devices)
 
 
 def check(run: Run) -> None:
