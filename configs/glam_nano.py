@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         "ffn": "GLU(F=256, activation='gelu')",
         "layout": "every 2",
         "position": "relative",
-        "remat": False,
+        "remat": "none",
         "moe": {
             "E": 32,
             "router": "Top2(second='always')",

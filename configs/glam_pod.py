@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         "layout": "every 2",
         "position": "relative",
         "tied": True,
-        "remat": True,
+        "remat": "full",
         "dtype": "bfloat16",
         "moe": {
             "E": 64,

@@ -4,15 +4,17 @@
     core/groups    rows grouped by expert              gating/    what any router can be given
     core/shard     the mesh, and all collectives       experts/   what an expert computes
     core/stats     what is counted of a routing        dispatch/  how rows reach experts and return
-    moe            the layer                           losses/    auxiliary losses
+    moe            the layer                           exchanges/ how rows reach experts on other shards
+                                                       losses/    auxiliary losses
 
 Training is in `moe_jax.train`, configs in `moe_jax.config`; they are not imported here, so that a layer alone is quick.
 """
 
-from moe_jax import dispatch, experts, gating, losses, routers
+from moe_jax import dispatch, exchanges, experts, gating, losses, routers
 from moe_jax.core.context import Ids
 from moe_jax.core.shard import make_mesh
 from moe_jax.dispatch import *
+from moe_jax.exchanges import *
 from moe_jax.experts import *
 from moe_jax.gating import *
 from moe_jax.losses import *
@@ -21,5 +23,5 @@ from moe_jax.moe import Aux, MoE, MoEConfig
 from moe_jax.routers import *
 
 __all__ = ["LM", "Aux", "Ids", "LMConfig", "MoE", "MoEConfig", "make_mesh"]
-for _package in (routers, gating, experts, dispatch, losses):
+for _package in (routers, gating, experts, dispatch, exchanges, losses):
     __all__ += _package.__all__

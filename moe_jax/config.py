@@ -15,24 +15,26 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax.core.shard import AXES
+from moe_jax.core.shard import AXES, TOKENS
 from moe_jax.data import SOURCES, TOKENIZERS, Bytes, Corpus
 from moe_jax.dispatch import DISPATCHERS
+from moe_jax.exchanges import EXCHANGES, AllToAll
 from moe_jax.experts import EXPERTS
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import LMConfig
-from moe_jax.moe import MoEConfig
+from moe_jax.moe import MoEConfig, check_cuts, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
-REGISTERED = (ROUTERS, GATING, EXPERTS, DISPATCHERS, LOSSES, OPTIMIZERS, SCHEDULES, SOURCES, TOKENIZERS)
+REGISTERED = (ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES, OPTIMIZERS, SCHEDULES, SOURCES, TOKENIZERS)
 COMPONENTS: dict[str, type] = {c.__name__: c for kind in REGISTERED for c in kind}
 # What may stand in a field that holds a component, or, in those of LISTS, several.
 KINDS: dict[str, tuple[type, ...]] = {
     "router": ROUTERS,
     "experts": EXPERTS,
     "dispatch": DISPATCHERS,
+    "exchange": EXCHANGES,
     "shared": (*EXPERTS, types.NoneType),
     "ffn": EXPERTS,
     "moe": (*EXPERTS, MoEConfig, types.NoneType),
@@ -93,7 +95,7 @@ class Experiment:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
-    mesh: tuple[tuple[str, int], ...] = (("data", 1), ("expert", 1))
+    mesh: tuple[tuple[str, int], ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -104,6 +106,11 @@ class Experiment:
         _check_batch(self)
         _check_positive(self.run, "run", zero_is_fine=("keep_best",))
         self.optim.build(self.run.steps)  # says if the schedule does not fit
+
+    @property
+    def exchange(self) -> Any:
+        """How rows and experts meet, which says what experts are spread over."""
+        return getattr(self.model.moe, "exchange", AllToAll())
 
     @property
     def devices(self) -> int | None:
@@ -126,7 +133,7 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
         config = config.to_dict()
     _check_names("config", config, [f.name for f in dataclasses.fields(Experiment)])
     sections = ("model", "data", "optim", "run", "mesh")
-    config = {**{name: {} for name in sections}, "mesh": {"data": 1, "expert": 1}, "seed": 0, **config}
+    config = {**{name: {} for name in sections}, "seed": 0, **config}
     for name in sections:
         if not isinstance(config[name], Mapping):
             raise ValueError(f"config.{name}={config[name]!r} must be a dict of fields; set them one by one.")
@@ -339,31 +346,26 @@ def _check_mesh(mesh: Mapping[str, Any]) -> None:
 
 def _check_batch(exp: Experiment) -> None:
     """What must divide what, before anything is compiled."""
-    mesh, data, moe = dict(exp.mesh), exp.data, exp.model.moe
+    mesh, data, model = dict(exp.mesh), exp.data, exp.model
     _check_positive(data, "data")
-    shards = math.prod(n for n in mesh.values() if n > 0)
+    sizes = {axis: max(n, 1) for axis, n in mesh.items()}  # the rest may turn out to be one device
+    shards = math.prod(sizes[axis] for axis in TOKENS)
     if data.B % (shards * data.accumulate):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
             f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change mesh."
         )
-    if not isinstance(moe, MoEConfig):
+    cuts = {"D": (model.D, ["fsdp"]), "H": (model.H, ["tensor"]), "ffn.F": (model.ffn.F, ["tensor"])}
+    if isinstance(model.moe, EXPERTS):
+        cuts["moe.F"] = (model.moe.F, ["tensor"])
+    check_cuts({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
+    if not isinstance(model.moe, MoEConfig):
         return
-    X = mesh.get("expert", 1)
-    if X > 1 and moe.E % X:
-        raise ValueError(
-            f"config.model.moe.E={moe.E} experts do not spread evenly over config.mesh.expert={X}; "
-            "make E a multiple of it."
-        )
-    if X > 1 and not moe.dispatch.parallel:
-        raise ValueError(
-            f"{type(moe.dispatch).__name__}() needs all experts on every device, but config.mesh.expert={X}; "
-            "set it to 1 (and mesh.data to the devices), or use 'Scatter(capacity_factor=None)'."
-        )
+    check_mesh(model.moe, sizes, model.D, "config.")
     local = data.B // data.accumulate // shards * data.L
-    if moe.S and (local % moe.S):
+    if model.moe.S and (local % model.moe.S):
         raise ValueError(
-            f"config.model.moe.S={moe.S} does not divide the {local} tokens that a device sees at once "
+            f"config.model.moe.S={model.moe.S} does not divide the {local} tokens that a device sees at once "
             f"(B={data.B} x L={data.L} over {shards} devices in {data.accumulate} piece(s)); "
             "make it one that does, or None for one sequence."
         )

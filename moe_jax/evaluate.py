@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from moe_jax.core import shard
 from moe_jax.core.stats import Stats, describe
 from moe_jax.data import Batch
 from moe_jax.models import LMConfig, lm
@@ -25,7 +26,7 @@ class Sums(NamedTuple):
 
 
 def evaluation_step(cfg: LMConfig, domains: int, params: Any, router: Any, batch: Batch) -> Sums:
-    """The sums of one batch."""
+    """The sums of one batch, over all shards."""
     mask_BL = batch.loss_mask_BL
 
     def run(cfg: LMConfig):
@@ -36,13 +37,9 @@ def evaluation_step(cfg: LMConfig, domains: int, params: Any, router: Any, batch
     nats_BL, stats = run(cfg.dropless())
     capacity_BL, stats_capacity = (nats_BL, None) if cfg.dropless() == cfg else run(cfg)
     by_domain = jax.nn.one_hot(batch.domain_B, domains)
-    return Sums(
-        nats_Z=nats_BL.sum(1) @ by_domain,
-        targets_Z=mask_BL.sum(1).astype(jnp.float32) @ by_domain,
-        nats_capacity=capacity_BL.sum(),
-        stats=stats,
-        stats_capacity=stats_capacity,
-    )
+    targets_Z = mask_BL.sum(1).astype(jnp.float32) @ by_domain
+    sums = shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, capacity_BL.sum()))
+    return Sums(*sums, stats, stats_capacity)
 
 
 def evaluate(step: Callable[[Batch], Sums], batches: Iterable[Batch], domains: tuple[str, ...]) -> dict[str, Any]:

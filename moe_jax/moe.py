@@ -1,6 +1,7 @@
 """The MoE layer: `forward` is the algorithm on one shard, `MoE` holds its parameters."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Context, Ids
-from moe_jax.core.groups import Dense
+from moe_jax.core.groups import Dense, Ragged
+from moe_jax.core.parameter import parameter
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
@@ -64,10 +66,13 @@ def forward(
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
-    routing = cfg.router(params.router, x_GSD, mask_GS, ctx)
-    y_GSD, kept = cfg.dispatch(x_GSD, routing, cfg.experts, here.vary(params.experts), here)
+    routing = cfg.router(here.vary(params.router), x_GSD, mask_GS, ctx)
+    inner_GSD = here.enter(x_GSD)
+    experts = usable(here, here.vary(params.experts), x_GSD.dtype, "E")
+    y_GSD, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
     if cfg.shared is not None:
-        y_GSD += cfg.shared(params.shared, x_GSD, Dense())
+        y_GSD += cfg.shared(usable(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
+    y_GSD = here.leave(y_GSD)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
@@ -87,8 +92,8 @@ def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | Non
 class MoE(nn.Module):
     """A sparse layer for any Linen model: `MoE(MoEConfig(E=8))` or `MoE.of(E=8)`.
 
-    Under a mesh (`jax.set_mesh`) with the axes `data` and `expert`, tokens are sharded over both and experts
-    over the second; without one it is an ordinary function.
+    Under a mesh (`jax.set_mesh`, `make_mesh`) it is spread over it by the rules of `core.shard`; without one it is an
+    ordinary function, and in a model that is spread as a whole it is a function of one shard.
     """
 
     cfg: MoEConfig
@@ -113,11 +118,11 @@ class MoE(nn.Module):
         ids: of tokens and tasks, for what routes by them, and recorded choices to replay (the selection is theirs,
         weights and gradients are alive).
         """
-        cfg, here, (B, L, D) = self.cfg, shard.current(), x_BLD.shape
+        cfg, here, (B, L, D) = self.cfg, shard.current(self.cfg.exchange), x_BLD.shape
         if self.is_initializing():  # only shapes matter, and the batch may be of any size
             cfg, here, state = dataclasses.replace(cfg, S=None), Shard(), cfg.init_state()
             ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
-        check_call(cfg, here, B, state, ids)
+        check_call(cfg, here, x_BLD, state, ids)
         x_BLD = jnp.asarray(x_BLD)
         if mask_BL is None:
             mask_BL = jnp.ones((B, L), bool)
@@ -127,19 +132,9 @@ class MoE(nn.Module):
             dense_params(self, cfg.shared, "shared_{}", D, cfg.init_scale),
         )
         tokens, everywhere = shard.token_spec(here), P()
-        run = shard.per_shard(
-            partial(forward, cfg, here),
-            here,
-            (
-                Parameters(everywhere, shard.expert_spec(here), everywhere),
-                everywhere,
-                everywhere,
-                tokens,
-                tokens,
-                tokens,
-            ),
-            (tokens, tokens, everywhere),
-        )
+        layout = Parameters(everywhere, dims.layouts(params.experts, here.rules), shared_layout(params.shared, here))
+        specs = (layout, everywhere, everywhere, tokens, tokens, tokens)
+        run = shard.per_shard(partial(forward, cfg, here), here, specs, (tokens, tokens, everywhere))
         y_BLD, expert_BLK, (loss, total) = run(params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
         return y_BLD, Aux(loss, total, expert_BLK)
 
@@ -157,16 +152,27 @@ def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: fl
     return {n: param(module, pattern.format(n.replace("_E", "_")), sizes, scale) for n in expert.params}
 
 
+def shared_layout(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
+    """That of an expert that stands alone: `up_EDF` lies as `up_DF`."""
+    bare = dims.layouts({n.replace("_E", "_"): w for n, w in params.items()}, here.rules)
+    return {n: bare[n.replace("_E", "_")] for n in params}
+
+
+def usable(here: Shard, params: Mapping[str, Array], dtype: Any, experts: str = "") -> dict[str, Array]:
+    """A shard's parameters of an expert as they are computed with: gathered over fsdp, and added once."""
+    names = {n: n if experts else n.replace("_E", "_") for n in params}
+    return {n: here.once(names[n], here.whole(names[n], w, dtype)) for n, w in params.items()}
+
+
 def param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
     """Matrices are drawn; biases and scalars start at zero, and so does what has no scale."""
     letters = dims.dims_of(name)
     zero = not scale or len(letters.removeprefix("E")) < 2
-    return dims.param(module, name, sizes, nn.initializers.zeros if zero else dims.kernel_init(letters, scale))
+    return parameter(module, name, sizes, nn.initializers.zeros if zero else dims.kernel_init(letters, scale))
 
 
-def check_call(cfg: MoEConfig, here: Shard, B: int, state: State | None, ids: Ids) -> None:
+def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, ids: Ids) -> None:
     """Refuses a call without what the layer needs, or that cannot be spread over the current mesh."""
-    size = jax.sharding.get_abstract_mesh().shape
     if missing := set(cfg.init_state()) - set(state or {}):
         raise ValueError(
             f"A layer with {cfg.router} remembers {', '.join(sorted(missing))} from step to step, but was called "
@@ -179,12 +185,36 @@ def check_call(cfg: MoEConfig, here: Shard, B: int, state: State | None, ids: Id
             )
     if ids.expert_BLK is not None and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
         raise ValueError(f"{type(cfg.router).__name__}() records no choices of tokens that could be replayed.")
-    if here.experts and not cfg.dispatch.parallel:
+    if here.alone or shard.inside():
+        return
+    check_mesh(cfg, dict(jax.sharding.get_abstract_mesh().shape), x_BLD.shape[-1])
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if len(x_BLD) % (shards := math.prod(sizes[a] for a in here.tokens)):
         raise ValueError(
-            f"{type(cfg.dispatch).__name__}() needs all experts on every shard, but mesh.expert={size['expert']}; "
-            "set mesh.expert=1, or use Scatter(capacity_factor=None)."
+            f"A batch of {len(x_BLD)} sequences does not spread evenly over {shards} shards; change B or mesh."
         )
-    if here.experts and cfg.E % size["expert"]:
-        raise ValueError(f"E={cfg.E} experts do not spread evenly over mesh.expert={size['expert']}; change one.")
-    if here.tokens and B % (shards := size.get("data", 1) * size.get("expert", 1)):
-        raise ValueError(f"A batch of {B} sequences does not spread evenly over {shards} shards; change B or mesh.")
+
+
+def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = "") -> None:
+    """Refuses a layer of width D that cannot be spread over a mesh of these sizes."""
+    over = [a for a in cfg.exchange.over if sizes.get(a, 1) > 1]
+    axes = " x ".join(f"{where}mesh.{a}" for a in over) + f"={math.prod(sizes[a] for a in over)}"
+    if over and not cfg.spreads:
+        fits = "Ragged()" if cfg.dispatch.rows is Ragged else "AllToAll()"
+        raise ValueError(
+            f"{type(cfg.exchange).__name__}() does not carry the rows of {type(cfg.dispatch).__name__}() between "
+            f"shards, but {axes}; use {fits} as exchange, or set mesh.expert=1."
+        )
+    cuts = {"E": (cfg.E, over), "D": (D, ["fsdp"])}
+    cuts |= {f"{n}.F": (part.F, ["tensor"]) for n in ("experts", "shared") if (part := getattr(cfg, n)) is not None}
+    check_cuts(cuts, sizes, where)
+
+
+def check_cuts(cuts: Mapping[str, tuple[int, list[str]]], sizes: Mapping[str, int], where: str = "") -> None:
+    """Refuses a size that does not spread evenly over its mesh axes."""
+    for name, (n, axes) in cuts.items():
+        if n % (pieces := math.prod(sizes.get(a, 1) for a in axes)):
+            over = " x ".join(f"{where}mesh.{a}" for a in axes)
+            raise ValueError(
+                f"{name}={n} does not spread evenly over {over}={pieces}; make it a multiple, or change it."
+            )

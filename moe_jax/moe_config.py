@@ -11,6 +11,7 @@ from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.stats import Stats
 from moe_jax.dispatch import Scatter
+from moe_jax.exchanges import AllToAll, Ragged
 from moe_jax.experts import MLP
 from moe_jax.losses import Adaptive, LoadBalance, RouterZ
 from moe_jax.routers import TopK
@@ -25,6 +26,7 @@ class MoEConfig:
     gating: what is done to the router's input, its logits, or who may be chosen, in order.
     S: tokens per routing group, in which capacity is counted; None is one sequence. It is not the size of a
        shard, so that which tokens are dropped does not depend on the mesh.
+    exchange: how rows meet experts that are spread over a mesh.
     shared: an expert that every token visits beside its routed ones (n shared experts of width F are one of
        width n*F; DeepSeekMoE, arXiv:2401.06066).
     losses: auxiliary losses, each with its coefficient.
@@ -36,6 +38,7 @@ class MoEConfig:
     router: Any = TopK(K=2)
     experts: Any = MLP(F=1024)
     dispatch: Any = Scatter()
+    exchange: Any = AllToAll()
     gating: tuple[Any, ...] = ()
     shared: Any = None
     losses: tuple[Any, ...] = (LoadBalance(0.01), RouterZ(0.001))
@@ -81,10 +84,14 @@ class MoEConfig:
     def causal(self) -> bool:
         """Whether a token's output is free of what comes after it: no later token decides, or takes its slot."""
         d = self.dispatch
-        return getattr(self.router, "causal", True) and (
-            d.capacity_factor is None
-            or d.priority == "token-major"
-            or (d.priority == "choice-major" and self.router.K == 1)
+        return (
+            getattr(self.router, "causal", True)
+            and not (isinstance(self.exchange, Ragged) and self.exchange.buffer)
+            and (
+                d.capacity_factor is None
+                or d.priority == "token-major"
+                or (d.priority == "choice-major" and self.router.K == 1)
+            )
         )
 
     @property
@@ -105,10 +112,18 @@ class MoEConfig:
         return (*getattr(self.router, "needs", ()), *(["task"] if by_task else []))
 
     def dropless(self) -> "MoEConfig":
-        """The same layer without a limit to what an expert takes."""
-        if self.dispatch.capacity_factor is None:
-            return self
-        return dataclasses.replace(self, dispatch=dataclasses.replace(self.dispatch, capacity_factor=None))
+        """The same layer without a limit to what an expert takes, or a shard receives."""
+        new = self
+        if self.dispatch.capacity_factor is not None:
+            new = dataclasses.replace(new, dispatch=dataclasses.replace(self.dispatch, capacity_factor=None))
+        if isinstance(self.exchange, Ragged) and self.exchange.buffer:
+            new = dataclasses.replace(new, exchange=dataclasses.replace(self.exchange, buffer=None))
+        return new
+
+    @property
+    def spreads(self) -> bool:
+        """Whether its exchange carries the rows of its dispatcher, so that experts may lie on several shards."""
+        return self.dispatch.rows in self.exchange.takes
 
     def init_state(self, *layers: int) -> State:
         """What a layer remembers before its first step ({} for most), for `layers` of them in front."""

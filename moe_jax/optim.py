@@ -4,7 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.core import dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +123,7 @@ OPTIMIZERS = (AdamW, Adafactor)
 class OptimConfig:
     """clip: largest norm of all gradients together, None for no limit.
 
+    zero1: every shard of `data` and `expert` remembers and updates its part only (ZeRO stage 1, arXiv:1910.02054).
     no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions.
     """
 
@@ -126,6 +131,7 @@ class OptimConfig:
     schedule: Any = Cosine(peak=1e-3, warmup=100)
     clip: float | None = 1.0
     no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH")
+    zero1: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "no_decay", tuple(self.no_decay))
@@ -142,3 +148,28 @@ class OptimConfig:
     def decayed(self, params: Any) -> Any:
         """A tree of booleans: which parameters weight decay acts on."""
         return jax.tree.map_with_path(lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params)
+
+
+def layouts(state: Any, params: Any, laid: Any) -> Any:
+    """How what an optimizer remembers lies on a mesh: as its parameters, which are `laid` so.
+
+    Sums over rows and columns (Adafactor) lack the longest and the second longest axis.
+    """
+    known = {_names(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
+    where = {_names(path): layout for path, layout in jax.tree.leaves_with_path(laid)}
+
+    def leaf(path, x):
+        names = _names(path)
+        shape = known.get(names)
+        if shape is None or x.shape == shape:
+            return where.get(names, P())
+        gone = np.argsort(shape)[-1 if jax.tree_util.GetAttrKey("v_row") in path else -2] if len(shape) > 1 else 0
+        if x.shape != shape[:gone] + shape[gone + 1 :]:
+            return P()  # a placeholder
+        return P(*(axes or None for i, axes in enumerate(dims.axes(where[names], len(shape))) if i != gone))
+
+    return jax.tree.map_with_path(leaf, state)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key
 
+from moe_jax import optim
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
-from moe_jax.core import dims
+from moe_jax.core import dims, shard
 from moe_jax.core.shard import RULES, make_mesh
 from moe_jax.core.stats import Stats
 from moe_jax.data import Batch, batches, default_directory, evaluation_batches, prepare
@@ -48,6 +50,14 @@ class Metrics(NamedTuple):
     stats: Stats | None  # of the routing, by layer
 
 
+class Layouts(NamedTuple):
+    """PartitionSpecs of a training state, and of what comes and goes with it."""
+
+    params: Any
+    sharded: Any  # gradients, and what the optimizer remembers of each parameter
+    state: State
+
+
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row were not finite."""
 
@@ -63,29 +73,58 @@ def init(exp: Experiment, tx: optax.GradientTransformation) -> State:
     return State(zero, params, tx.init(params), exp.model.init_router(), zero, zero)
 
 
-def train_step(
-    exp: Experiment, tx: optax.GradientTransformation, rate: optax.Schedule, state: State, batch: Batch
-) -> tuple[State, Metrics]:
-    """One update from one batch, in `accumulate` pieces; none if anything is not finite."""
-    A = exp.data.accumulate
-    targets = jnp.maximum(batch.loss_mask_BL.sum(dtype=jnp.float32), 1)
-    key = jax.random.fold_in(jax.random.key(exp.seed + 1), state.step)
+class Losses(NamedTuple):
+    """Of a batch, over all shards."""
+
+    loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    targets: Float[Array, ""]
+    stats: Stats | None
+
+
+def backward(
+    exp: Experiment, layouts: Layouts, params: Any, router: Any, key: Key[Array, ""], batch: Batch
+) -> tuple[Any, Losses]:
+    """Gradients and losses of a batch, in `accumulate` pieces, on one shard; gradients are summed over shards once."""
+    A, here = exp.data.accumulate, shard.here()
+    targets = jnp.maximum(here.sum(batch.loss_mask_BL.sum(dtype=jnp.float32)), 1)
 
     def objective(params, piece: Batch, key):
-        logits_BLV, aux = lm.apply(exp.model, params, piece, key, state.router)
+        logits_BLV, aux = lm.apply(exp.model, params, piece, key, router)
         nats_BL = jnp.where(piece.loss_mask_BL, lm.cross_entropy(logits_BLV, piece.target_BL), 0)
-        loss, aux_loss = nats_BL.sum() / targets, lm.aux_loss(exp.model, aux) / A
+        loss, aux_loss = here.sum(nats_BL.sum()) / targets, lm.aux_loss(exp.model, aux) / A
         return loss + aux_loss, (loss, aux_loss, None if aux is None else aux.stats)
 
-    def backward(piece: Batch, key):
-        return jax.grad(objective, has_aux=True)(state.params, piece, key)
+    def of_piece(piece: Batch, key):
+        return jax.grad(objective, has_aux=True)(params, piece, key)
 
+    params = here.vary(params)
     if A == 1:
-        grads, (loss, aux_loss, stats) = backward(batch, key)
+        grads, (loss, aux_loss, stats) = of_piece(batch, key)
     else:
         pieces, keys_A = jax.tree.map(partial(interleave, A), batch), jax.random.split(key, A)
-        grads, (loss, aux_loss, stats) = _sum_over(backward, pieces, keys_A)
+        grads, (loss, aux_loss, stats) = _sum_over(of_piece, params, pieces, keys_A)
+    return here.reduce(grads, layouts.params, layouts.sharded), Losses(loss, aux_loss, targets, stats)
 
+
+def gradients(exp: Experiment, layouts: Layouts, state: State, batch: Batch) -> tuple[Any, Losses]:
+    """Of a whole batch: the model is spread over the mesh here, as a function of one shard."""
+    here, everywhere = shard.current(exp.exchange), P()
+    specs = (layouts.params, everywhere, everywhere, shard.token_spec(here))
+    run = shard.per_shard(partial(backward, exp, layouts), here, specs, (layouts.sharded, everywhere))
+    return run(state.params, state.router, step_key(exp, state), batch)
+
+
+def step_key(exp: Experiment, state: State) -> Key[Array, ""]:
+    """Of all that is random in a step."""
+    return jax.random.fold_in(jax.random.key(exp.seed + 1), state.step)
+
+
+def update(
+    exp: Experiment, tx: optax.GradientTransformation, rate: optax.Schedule, state: State, grads: Any, losses: Losses
+) -> tuple[State, Metrics]:
+    """The state after a step with these gradients; the same one if anything is not finite."""
+    loss, aux_loss, targets, stats = losses
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss + aux_loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -103,15 +142,28 @@ def train_step(
     return State(state.step + 1, params, opt_state, router, skipped, in_a_row), metrics
 
 
+def train_step(
+    exp: Experiment,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    layouts: Layouts,
+    state: State,
+    batch: Batch,
+) -> tuple[State, Metrics]:
+    """One update from one batch."""
+    return update(exp, tx, rate, state, *gradients(exp, layouts, state, batch))
+
+
 def interleave(A: int, x_B: Array) -> Array:
     """[B, ...] -> [A, B/A, ...], every A-th row to a piece, so that rows stay on their device."""
     return x_B.reshape(-1, A, *x_B.shape[1:]).swapaxes(0, 1)
 
 
-def _sum_over(f, pieces: Any, keys_A: Array) -> Any:
-    """The sum of f over pieces, computed one after another."""
+def _sum_over(f, params: Any, pieces: Any, keys_A: Array) -> Any:
+    """The sum of f's gradients (like params) and losses over pieces, computed one after another."""
     first = jax.tree.map(lambda x: x[0], (pieces, keys_A))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *first))
+    losses = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *first)[1])
+    zeros = (jax.tree.map(jnp.zeros_like, params), losses)
     add = partial(jax.tree.map, jnp.add)
     return jax.lax.scan(lambda total, piece: (add(total, f(*piece)), None), zeros, (pieces, keys_A))[0]
 
@@ -131,22 +183,41 @@ def check_tasks(exp: Experiment, domains: int) -> None:
 # ---------------------------------------------------------------- on a mesh
 
 
+def layouts_of(exp: Experiment, state: State, sizes: Mapping[str, int]) -> Layouts:
+    """How an experiment's state lies on a mesh of these sizes.
+
+    Parameters lie as the rules say. With `optim.zero1`, gradients and the optimizer's state are also spread over `data`
+    and `expert` (ZeRO stage 1, arXiv:1910.02054); over `fsdp` everything is (stage 3).
+    """
+    params = sharded = dims.layouts(state.params, shard.rules_for(exp.exchange, sizes))
+    if exp.optim.zero1:
+        sharded = dims.spread(state.params, params, ("data", "expert"), sizes)
+    opt_state = optim.layouts(state.opt_state, state.params, sharded)
+    router = jax.tree.map(lambda _: P(), state.router)
+    whole: Any = P()
+    return Layouts(params, sharded, State(whole, params, opt_state, router, whole, whole))
+
+
 class Program:
     """The compiled functions of an experiment, and where their arrays lie."""
 
-    def __init__(self, exp: Experiment, domains: int = 1):
+    def __init__(self, exp: Experiment, domains: int = 1, devices: Sequence[jax.Device] | None = None):
         check_tasks(exp, domains)
-        self.mesh = make_mesh(**dict(exp.mesh))
+        self.mesh = make_mesh(devices, **dict(exp.mesh))
         tx, rate = exp.optim.build(exp.run.steps)
         make = partial(init, exp, tx)
-        self.shardings = dims.shardings(jax.eval_shape(make), self.mesh, RULES)
-        self.rows = NamedSharding(self.mesh, dims.spec("B", RULES))
-        everywhere = NamedSharding(self.mesh, dims.spec("", RULES))
+        self.layouts = layouts_of(exp, jax.eval_shape(make), self.mesh.shape)
+        on_mesh = partial(NamedSharding, self.mesh)
+        everywhere, rows = on_mesh(P()), P(RULES["B"])
+        self.shardings = jax.tree.map(on_mesh, self.layouts.state)
+        self.rows = on_mesh(rows)
         self._init = jax.jit(make, out_shardings=self.shardings)
-        self._step = jax.jit(
-            partial(train_step, exp, tx, rate), donate_argnums=0, out_shardings=(self.shardings, everywhere)
-        )
-        self._evaluate = jax.jit(partial(evaluation_step, exp.model, domains), out_shardings=everywhere)
+        step = partial(train_step, exp, tx, rate, self.layouts)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+        look = partial(evaluation_step, exp.model, domains)
+        with jax.set_mesh(self.mesh):
+            specs = (self.layouts.params, P(), shard.token_spec(here := shard.current(exp.exchange)))
+            self._evaluate = jax.jit(shard.per_shard(look, here, specs, P()), out_shardings=everywhere)
 
     def init(self) -> State:
         with jax.set_mesh(self.mesh):

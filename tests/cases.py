@@ -4,8 +4,10 @@ compiled training step per layer and mesh, which all law tests share (compiling 
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,8 @@ from moe_jax import (
     GLU,
     MLP,
     Adaptive,
+    AllGather,
+    AllToAll,
     Base,
     CosineTopK,
     Einsum,
@@ -40,6 +44,7 @@ from moe_jax import (
     Noise,
     NoisyTopK,
     NullExperts,
+    Ragged,
     Random,
     RoundRobin,
     RouterZ,
@@ -56,9 +61,13 @@ from moe_jax import (
     Top2,
     TopK,
     TopP,
+    TwoLevel,
     UniformKL,
     make_mesh,
 )
+from moe_jax.core import dims
+from moe_jax.core.shard import AXES, TOKENS, rules_for
+from moe_jax.moe import check_mesh
 from tests import oracle
 
 ROUTERS = (
@@ -112,6 +121,7 @@ DISPATCHERS = (
     Scatter(None),
     Sort(),
 )
+EXCHANGES = (AllToAll(), AllToAll(chunks=2), TwoLevel(), Ragged(), AllGather())
 LOSSES = (
     LoadBalance(),
     RouterZ(),
@@ -125,29 +135,32 @@ LOSSES = (
 
 # Every registered component is in one of these, so that every law is tried on it.
 USUAL = {
-    "einsum": MoEConfig(E=8, router=Top2(), experts=GLU(F=5), dispatch=Einsum(1.0)),
+    "einsum": MoEConfig(E=8, router=Top2(), experts=GLU(F=6), dispatch=Einsum(1.0)),
     "scatter": MoEConfig(
         E=16,
         router=TopK(K=2),
-        experts=MLP(F=5, bias=True),
+        experts=MLP(F=6, bias=True),
         dispatch=Scatter(1.0, "choice-major"),
-        shared=GLU(F=3),
+        shared=GLU(F=4),
         S=16,
     ),
     "dropless": MoEConfig(
         E=8,
         router=Switch(),
-        experts=MLP(F=5, activation="silu"),
+        experts=MLP(F=6, activation="silu"),
         dispatch=Scatter(None),
+        exchange=AllGather(),
         gating=(Jitter(0.3),),
         S=2,
     ),
-    "sort": MoEConfig(E=8, router=TopK(K=2, normalize=False), experts=GLU(F=5), dispatch=Sort(), S=4),
+    "sort": MoEConfig(
+        E=8, router=TopK(K=2, normalize=False), experts=GLU(F=6), dispatch=Sort(), exchange=Ragged(), S=4
+    ),
 }
 
 
 def layer(router, dispatch=None, E=8, **fields):
-    return MoEConfig(E=E, router=router, experts=MLP(F=3), dispatch=dispatch or Scatter(1.0), **fields)
+    return MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=dispatch or Scatter(1.0), **fields)
 
 
 OTHERS = {
@@ -165,11 +178,11 @@ OTHERS = {
     "null": layer(NullExperts(K=3, M=4), Scatter(1.0, "probability"), losses=(LoadBalance(0.1), RouterZ(0.1))),
     "sampled": layer(Sampled(K=2), losses=(Importance(0.1, "probs"), LoadBalance(0.1, "first"))),
     "hierarchical": layer(Hierarchical(M=4, outer=2, inner=2, normalize=True)),
-    "task": layer(TaskTopK(K=2, M=3), Sort()),
-    "hash": layer(Hash(K=2), losses=()),
+    "task": layer(TaskTopK(K=2, M=3), Sort(), exchange=Ragged()),
+    "hash": layer(Hash(K=2), exchange=AllToAll(chunks=2), losses=()),
     "base": layer(Base(epsilon=0.001), losses=()),
     "sinkhorn": layer(Sinkhorn(K=2), losses=()),
-    "random": layer(Random(K=2), losses=()),
+    "random": layer(Random(K=2), exchange=TwoLevel(), losses=()),
     "round_robin": layer(RoundRobin(K=1), losses=()),
     "expert_choice": layer(ExpertChoice(), Gather(), losses=(RouterZ(0.1),)),
     "soft": layer(SoftMoE(C=2), Einsum(None), losses=()),
@@ -178,18 +191,32 @@ OTHERS = {
 }
 LAYERS = USUAL | OTHERS
 WITHOUT_ORACLE = ("gating",)  # compared with one device only
-MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))  # data x expert
+MESHES = ("d8", "d2e4", "e8", "f2e2t2")  # sizes of the axes that begin with these letters
 
 
-def fits(cfg: MoEConfig, mesh: tuple[int, int]) -> bool:
-    return mesh[1] == 1 or (cfg.dispatch.parallel and cfg.E % mesh[1] == 0)
+def sizes_of(mesh: str) -> dict[str, int]:
+    """`d2e4` -> {"data": 2, "expert": 4}."""
+    return {next(a for a in AXES if a[0] == letter): int(n) for letter, n in re.findall(r"([a-z])(\d+)", mesh)}
 
 
+def mesh_of(mesh: str) -> jax.sharding.Mesh:
+    return make_mesh(**sizes_of(mesh))
+
+
+def fits(cfg: MoEConfig, mesh: str) -> bool:
+    try:
+        check_mesh(cfg, sizes_of(mesh), D)
+    except ValueError:
+        return False
+    return True
+
+
+B, L, D = 16, 8, 4
+ELSEWHERE = {"random": "s2e4", "hash": "s2e2t2", "loss_free": "f2e2t2", "depths": "d2f2t2", "soft": "f2e2t2"}
 ON_MESH = [(name, m) for name, cfg in USUAL.items() for m in MESHES if fits(cfg, m)]
-ON_MESH += [(name, (2, 4) if fits(cfg, (2, 4)) else (8, 1)) for name, cfg in OTHERS.items()]
+ON_MESH += [(name, ELSEWHERE.get(name, "d2e4")) for name in OTHERS]
 SCENARIOS = ("drops", "ties", "flat", "empty", "one", "padding")
 TRIED = [(name, what) for name in LAYERS for what in (SCENARIOS if name in USUAL else ("drops", "padding"))]
-B, L, D = 16, 8, 4
 RATE = 0.1
 
 
@@ -297,12 +324,12 @@ def noise(router, keys, S: int, E: int) -> list | None:
     return None if draw is None else [np.asarray(draw(k), np.float64) for k in keys]
 
 
-def context(mesh: tuple[int, int] | None):
-    return jax.set_mesh(make_mesh(*mesh)) if mesh else nullcontext()
+def context(mesh: str | None):
+    return jax.set_mesh(mesh_of(mesh)) if mesh else nullcontext()
 
 
 @functools.cache
-def compiled(name: str, mesh: tuple[int, int] | None) -> tuple[Callable, str]:
+def compiled(name: str, mesh: str | None) -> tuple[Callable, str]:
     """A training step of this layer on this mesh (None: one device), and its compiled text."""
     cfg = LAYERS[name]
 
@@ -321,10 +348,9 @@ def compiled(name: str, mesh: tuple[int, int] | None) -> tuple[Callable, str]:
     params, batch = scenario(name, "drops")
     place, inputs, outputs = lambda tree: tree, None, None
     if mesh:
-        on = lambda spec: NamedSharding(make_mesh(*mesh), spec)  # noqa: E731
-        experts = set(cfg.experts.params)
-        layout = {n: on(P("expert") if n in experts else P()) for n in params}
-        tokens = on(P(("data", "expert")))
+        on = partial(NamedSharding, mesh_of(mesh))
+        layout = jax.tree.map(on, dims.layouts(params, rules_for(cfg.exchange)))
+        tokens = on(P(TOKENS))
         inputs = (layout, Batch(tokens, tokens, tokens, tokens, on(P()), on(P())))
         outputs = Step(*[None] * (len(Step._fields) - 2), layout, on(P()))
         place = lambda tree: jax.device_put(tree, inputs)  # noqa: E731
@@ -334,7 +360,7 @@ def compiled(name: str, mesh: tuple[int, int] | None) -> tuple[Callable, str]:
 
 
 @functools.cache
-def run(name: str, mesh: tuple[int, int] | None, what: str) -> Step:
+def run(name: str, mesh: str | None, what: str) -> Step:
     return jax.tree.map(np.asarray, compiled(name, mesh)[0](*scenario(name, what)))
 
 

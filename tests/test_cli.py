@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 def get_config(source="{texts}"):
     config = ConfigDict()
     config.mesh = {{"data": 8}}
-    config.model = {{"D": 8, "N": 1, "H": 1, "A": 4, "ffn": "MLP(F=4)", "layout": "none", "remat": False}}
+    config.model = {{"D": 8, "N": 1, "H": 1, "A": 4, "ffn": "MLP(F=4)", "layout": "none", "remat": "none"}}
     config.data = {{"source": f"Folder(path={{source!r}})", "L": 8, "B": 8}}
     config.run = {{"steps": 2, "eval_every": 2, "save_every": 1, "eval_windows": 8}}
     return config
@@ -153,17 +153,20 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("model.position=None", "position='None' is unknown; use one of"),
         ("model.layout=None", "layout='None' is not a choice of layers"),
         ("model.tied=no", "Non-boolean argument to boolean flag"),
-        ("mesh.tensor=2", "config.mesh has no field 'tensor'; there are data, expert"),
+        ("mesh.zz=2", "config.mesh has no field 'zz'; there are data, expert, fsdp, slice, tensor"),
         ("mesh.data=0", "config.mesh.data=0"),
         ("mesh.data=128", "config.data.B=64 sequences do not spread evenly over 512 devices"),
         ("mesh.data=64", "make B a multiple of 256"),
         ("data.B=12", "config.data.B=12 sequences do not spread evenly over 8 devices"),
-        ("model.moe.E=18", "config.model.moe.E=18 experts do not spread evenly over config.mesh.expert=4"),
+        ("model.moe.E=18", "E=18 does not spread evenly over config.mesh.expert=4"),
         ("model.moe.S=100", "config.model.moe.S=100 does not divide the 512 tokens"),
         ("model.moe.router=TopK(K=33)", "K=33 of E=32 experts; K must lie between 1 and E"),
         ("model.moe.router=TopK(K=1)", "never trains its router; set normalize=False"),
         ("model.moe.dispatch=Scatter(priority='choice-major')", "use 'token-major', or say causal=False"),
-        ("model.moe.dispatch=Sort()", "needs all experts on every device, but config.mesh.expert=4"),
+        (
+            "model.moe.dispatch=Sort()",
+            "does not carry the rows of Sort() between shards, but config.mesh.expert=4; use",
+        ),
         ("data.tokenizer=SentencePiece(V=5)", "it needs V >= 300"),
         # routing: conventions, shares, groups, and who may not stand in a causal model
         ("model.moe.losses=LoadBalance(0.01, 'swich')", "LoadBalance(convention='swich') is unknown; use one"),
@@ -306,7 +309,7 @@ def test_a_run_goes_on_for_longer_and_on_another_mesh(tiny, copied):
     outcome = call(*tiny, f"--workdir={copied}", *longer)
     assert outcome.code == 0, outcome
     assert "beginning at step 2 of 2" in outcome.err
-    assert json.loads((copied / "config.json").read_text())["mesh"] == {"data": 4, "expert": 2}
+    assert json.loads((copied / "config.json").read_text())["mesh"].items() >= {"data": 4, "expert": 2}.items()
     kinds = [json.loads(line)["kind"] for line in (copied / "metrics.jsonl").read_text().splitlines()]
     assert kinds[-2:] == ["start", "end"]
     assert "eval" in kinds, "the records of the first part are still there"

@@ -36,6 +36,7 @@ COMPONENT_CASES = (
     *cases.EXPERTS,
     *cases.DISPATCHERS,
     Gather(),
+    *cases.EXCHANGES,
     *cases.LOSSES,
     AdamW(b2=0.99),
     Adafactor(momentum=0.9, relative=False),
@@ -220,7 +221,7 @@ def test_the_dense_twin_costs_the_same_for_any_size(K, F, shared, glu):
     moe = MoEConfig(
         E=4, router=TopK(K=K, normalize=False), experts=expert(F=F), shared=expert(F=shared) if shared else None
     )
-    model = LMConfig(V=11, D=6, N=1, H=1, A=2, moe=moe, layout="all", remat=False)
+    model = LMConfig(V=11, D=6, N=1, H=1, A=2, moe=moe, layout="all", remat="none")
     assert flops_per_token(model.dense_twin(), 8, router=False) == flops_per_token(model, 8, router=False)
 
 

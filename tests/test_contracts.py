@@ -44,9 +44,10 @@ def weights(expert):
         (moe_jax.gating.GATING, cases.GATING, lambda cfg: cfg.gating),
         (moe_jax.experts.EXPERTS, cases.EXPERTS, lambda cfg: (cfg.experts,)),
         (moe_jax.dispatch.DISPATCHERS, (*cases.DISPATCHERS, Gather()), lambda cfg: (cfg.dispatch,)),
+        (moe_jax.exchanges.EXCHANGES, cases.EXCHANGES, lambda cfg: (cfg.exchange,)),
         (moe_jax.losses.LOSSES, cases.LOSSES, lambda cfg: cfg.losses),
     ],
-    ids=["routers", "gating", "experts", "dispatchers", "losses"],
+    ids=["routers", "gating", "experts", "dispatchers", "exchanges", "losses"],
 )
 def test_every_component_has_a_case(registered, tried, of_layer):
     """Nothing is registered that is not tested, alone and as part of a layer under the laws."""

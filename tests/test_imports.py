@@ -10,14 +10,14 @@ PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("core",),
-    ("routers", "gating", "experts", "losses", "dispatch"),
+    ("routers", "gating", "experts", "losses", "dispatch", "exchanges"),
     ("moe_config",),
     ("moe",),
     ("models",),
     ("data", "optim", "metrics", "checkpoint"),
     ("report",),
     ("config",),
-    ("costs",),
+    ("costs", "communication"),
     ("evaluate",),
     ("train",),
     ("audit", "plan", "inspect"),

@@ -117,11 +117,18 @@ def test_one_model_every_mesh(name, mesh, what):
 @pytest.mark.parametrize(
     ("cfg", "mesh", "batch", "message"),
     [
-        (MoEConfig(E=4), (1, 8), B, r"E=4 experts do not spread evenly over mesh.expert=8; change one"),
-        (MoEConfig(E=12), (1, 8), B, r"E=12 experts do not spread evenly over mesh.expert=8"),
-        (MoEConfig(E=8, dispatch=Sort()), (2, 4), B, r"Sort\(\) needs all experts .* but mesh.expert=4; set"),
-        (MoEConfig(E=8), (2, 4), 12, r"A batch of 12 sequences does not spread evenly over 8 shards"),
-        (MoEConfig(E=8, S=32), (2, 4), B, r"A shard's 2 x 8 tokens are not whole routing groups of S=32"),
+        (MoEConfig(E=4), "e8", B, r"E=4 does not spread evenly over mesh.expert=8; make it a multiple"),
+        (MoEConfig(E=12), "e8", B, r"E=12 does not spread evenly over mesh.expert=8"),
+        (
+            MoEConfig(E=8, dispatch=Sort()),
+            "d2e4",
+            B,
+            r"AllToAll\(\) does not carry the rows of Sort\(\) .* mesh.expert=4; use Ragged",
+        ),
+        (MoEConfig(E=8, experts=MLP(F=6)), "d2t4", B, r"experts.F=6 does not spread evenly over mesh.tensor=4"),
+        (MoEConfig(E=8), "f8", B, r"D=4 does not spread evenly over mesh.fsdp=8"),
+        (MoEConfig(E=8), "d2e4", 12, r"A batch of 12 sequences does not spread evenly over 8 shards"),
+        (MoEConfig(E=8, S=32), "d2e4", B, r"A shard's 2 x 8 tokens are not whole routing groups of S=32"),
         (MoEConfig(E=8, S=3), None, B, r"A shard's 16 x 8 tokens are not whole routing groups of S=3"),
         (MoEConfig(E=8, S=3, router=RoundRobin(), dispatch=Scatter(None)), None, B, r"not whole routing groups of S=3"),
         (MoEConfig(E=8, S=3, router=Sinkhorn(), dispatch=Scatter(None)), None, B, r"not whole routing groups of S=3"),
@@ -190,7 +197,7 @@ def test_config_says_whether_it_is_causal(dispatch):
     assert MoEConfig(E=4, router=two, dispatch=Sort()).causal
 
 
-@pytest.mark.parametrize(("name", "mesh"), [c for c in ON_MESH if c[1] in ((2, 4), (8, 1))], ids=ids)
+@pytest.mark.parametrize(("name", "mesh"), [c for c in ON_MESH if c[1] in ("d2e4", "d8", "f2e2t2")], ids=ids)
 def test_replicas_are_replicas(name, mesh):
     """Law 5: after three steps, what several devices hold copies of is bit-identical on all of them."""
     f = compiled(name, mesh)[0]
@@ -212,7 +219,7 @@ def test_replicas_are_replicas(name, mesh):
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [(n, None) for n in LAYERS] + [c for c in ON_MESH if c[1] == (2, 4)], ids=ids
+    ("name", "mesh"), [(n, None) for n in LAYERS] + [c for c in ON_MESH if c[1] in ("d2e4", "f2e2t2")], ids=ids
 )
 def test_padding_is_nowhere(name, mesh):
     """Law 7: the content of padded tokens, NaN here, changes no output, loss, count, metric or gradient.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.core import dims
-from moe_jax.core.shard import RULES, make_mesh
+from moe_jax.core.shard import RULES
 from moe_jax.dispatch import Scatter, Sort
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import LoadBalance
@@ -18,6 +18,7 @@ from moe_jax.models.blocks import BUCKETS, relative_buckets
 from moe_jax.models.lm import cross_entropy
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import Top2
+from tests.cases import mesh_of
 
 MOE = MoEConfig(E=4, router=Top2(second="always"), experts=MLP(F=12), dispatch=Scatter(1.0), losses=(LoadBalance(0.1),))
 CFG = LMConfig(V=31, D=16, N=4, H=2, A=8, ffn=GLU(F=12, activation="gelu"), moe=MOE, position="relative")
@@ -71,14 +72,13 @@ def objective(cfg, params, tokens):
     return cross_entropy(logits, tokens[:, 1:]).mean() + aux.loss.mean(), (logits, aux)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (8, 1)], ids=str)
-@pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
+@pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "exchanged")], ids=str)
 def test_one_model_every_mesh(params, shape, remat):
     """Law 1 for a whole model: loss, logits, statistics, all gradients; scanned, with and without remat."""
     cfg = dataclasses.replace(CFG, remat=remat)
     f = jax.jit(jax.value_and_grad(partial(objective, cfg), has_aux=True))
     alone = jax.jit(jax.value_and_grad(partial(objective, CFG), has_aux=True))(params, TOKENS)
-    mesh = make_mesh(*shape)
+    mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
         spread = f(jax.device_put(params, dims.shardings(params, mesh, RULES)), TOKENS)
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
@@ -86,11 +86,14 @@ def test_one_model_every_mesh(params, shape, remat):
 
 
 def test_parameters_lie_where_their_names_say(params, mesh):
-    """Experts are spread along E, routers and everything dense are replicated, stacked layers are not split."""
+    """Experts are spread along E, matrices along D, hidden units and heads, routers nowhere, nor stacked layers."""
     laid = dims.shardings(params, mesh, RULES)
     spread = {str(path[-1].key) for path, s in jax.tree.leaves_with_path(laid) if not s.is_fully_replicated}
     assert spread == {"up_EDF", "down_EFD"}
-    assert laid["stack_0"]["moe_1"]["up_EDF"].spec == jax.P(None, "expert", None, None)
+    layer = dims.layouts(params, RULES)["stack_0"]
+    assert layer["moe_1"]["up_EDF"] == jax.P(None, ("expert",), ("fsdp",), ("tensor",))
+    assert layer["attention_0"]["out_HAD"] == jax.P(None, ("tensor",), None, ("fsdp",))
+    assert layer["moe_1"]["router_gate_DE"] == layer["norm_ffn_0"]["scale_D"] == jax.P()
 
 
 def test_the_dense_twin_has_the_width_of_the_chosen_experts():

@@ -69,7 +69,7 @@ def test_a_finished_run(tmp_path, monkeypatch):
             text = "".join(rng.choice(symbols[domain], 400))
             (tmp_path / "text" / domain / f"{i}.txt").write_text(text)
     moe = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), S=32)
-    model = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8), moe=moe, remat=False)
+    model = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8), moe=moe, remat="none")
     exp = Experiment(
         model=model,
         data=DataConfig(source=Folder(str(tmp_path / "text")), L=16, B=16),

@@ -78,7 +78,7 @@ def test_a_step_moves_the_bias_by_the_global_counts():
     [
         {"mesh": (("data", 8), ("expert", 1))},
         {"accumulate": 2},
-        {"remat": True},
+        {"remat": "full"},
     ],
     ids=["mesh", "accumulation", "remat"],
 )

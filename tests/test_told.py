@@ -13,7 +13,7 @@ from moe_jax.core.activation import activation
 from moe_jax.core.capacity import capacity
 from moe_jax.core.context import Context
 from moe_jax.core.routing import masks, token_choice
-from moe_jax.core.shard import make_mesh
+from moe_jax.core.shard import AXES, make_mesh
 from moe_jax.core.stats import Stats, describe
 from moe_jax.core.stats import stats as count
 from moe_jax.dispatch import Einsum, Scatter
@@ -212,7 +212,7 @@ def test_a_layer_by_hand():
         (lambda: MLP(F=4, activation="swish"), "Activation 'swish' is unknown; use one of relu, gelu, silu"),
         (lambda: GLU(F=4, activation="glu"), "Activation 'glu' is unknown"),
         (lambda: activation("Relu"), "Activation 'Relu' is unknown"),
-        (lambda: make_mesh(data=3), "mesh data=3 x expert=1 does not multiply to the 8 devices there are"),
+        (lambda: make_mesh(data=3), "mesh data=3 does not multiply to the 8 devices there are"),
         (lambda: make_mesh(data=-1, expert=3), "mesh data=-1 x expert=3 does not multiply to the 8 devices"),
         (lambda: dims.dims_of("upEDf"), "Parameter 'upEDf' does not say its dimensions"),
         (lambda: dims.shape("EDF", {"E": 2}), "Dimensions ['D', 'F'] of 'EDF' have no size"),
@@ -228,4 +228,4 @@ def test_refusals(make, message):
 @pytest.mark.parametrize(("data", "expert"), [(-1, 4), (2, -1), (2, 4)])
 def test_the_rest_of_the_mesh(data, expert):
     """-1 means the rest."""
-    assert dict(make_mesh(data, expert).shape) == {"data": 2, "expert": 4}
+    assert dict(make_mesh(data=data, expert=expert).shape) == dict(zip(AXES, (1, 2, 1, 4, 1), strict=True))

@@ -23,7 +23,7 @@ from moe_jax.train import Program
 from tests import oracle_lm
 
 MOE = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25), S=8)
-MODEL = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8, activation="gelu"), moe=MOE, remat=False)
+MODEL = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8, activation="gelu"), moe=MOE, remat="none")
 ALWAYS = dataclasses.replace(MOE, router=Top2("always"))
 EXP = Experiment(
     model=MODEL,
@@ -96,7 +96,9 @@ def test_pieces_add_up():
     for A in (1, 2):
         exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, accumulate=A))
         state = trainer.init(exp, tx)
-        step = jax.jit(partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0)))
+        step = jax.jit(
+            partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0), trainer.layouts_of(exp, state, {}))
+        )
         results.append(step(state, jax.tree.map(jnp.asarray, batch())))
     (state1, metrics1), (state2, metrics2) = results
     close(metrics1, metrics2)
@@ -128,9 +130,8 @@ def test_golden_step():
     sgd = optax.sgd(1.0)
     alone = state._replace(params=params, opt_state=sgd.init(params))
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), alone)
-    after, metrics = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0))(
-        alone, jax.tree.map(jnp.asarray, rows)
-    )
+    step = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0, trainer.layouts_of(exp, alone, {})))
+    after, metrics = step(alone, jax.tree.map(jnp.asarray, rows))
     np.testing.assert_allclose([metrics.loss, metrics.aux_loss], [loss, aux_loss], rtol=1e-5)
     grads = {k: g - flat(after.params)[k] for k, g in flat(params).items()}
     for k in (name for name in grads if "router" in name or "up_E" in name or "value" in name):

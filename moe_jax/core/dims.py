@@ -5,11 +5,12 @@
     E experts   K choices per token   C slots per expert and group   R rows   P relative positions
     M a router's own: groups of experts, null experts, tasks   I, O generic in and out
 
-The parameter `up_EDF` has shape [E, D, F] and is sharded along E; its name says so, and nothing else does. A name
-that ends in _ is a scalar's.
+The parameter `up_EDF` has shape [E, D, F], and lies on a mesh as the rules say of these letters; its name says so, and
+nothing else does. A name that ends in _ is a scalar's.
 A stack of layers (`nn.scan`) puts one more axis in front, which is never sharded.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Rules = Mapping[str, str | tuple[str, ...]]  # dimension letter -> mesh axes
+Rules = Mapping[str, tuple[str, ...]]  # dimension letter -> mesh axes
 
 
 def dims_of(name: str) -> str:
@@ -34,11 +35,6 @@ def shape(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     if missing := sorted(set(dims) - set(sizes)):
         raise ValueError(f"Dimensions {missing} of {dims!r} have no size; have {dict(sizes)}.")
     return tuple(sizes[d] for d in dims)
-
-
-def param(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable) -> jax.Array:
-    """Declares the parameter `name` of a Linen module, in float32; the name's suffix is its shape."""
-    return module.param(name, init, shape(dims_of(name), sizes))
 
 
 def kernel_init(dims: str, scale: float = 1.0) -> Callable:
@@ -60,24 +56,68 @@ def kernel_init(dims: str, scale: float = 1.0) -> Callable:
 
 
 def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
-    """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded."""
-    front = 0 if rank is None else rank - len(dims)
-    return P(*[None] * front, *(rules.get(d) for d in dims))
+    """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded.
+
+    ValueError where two of its dimensions would be spread over the same mesh axis.
+    """
+    axes = [tuple(rules.get(d, ())) for d in dims]
+    flat = [a for entry in axes for a in entry]
+    if twice := sorted({a for a in flat if flat.count(a) > 1}):
+        raise ValueError(
+            f"An array [{', '.join(dims)}] would be spread over mesh axis {twice[0]!r} twice, by the rules "
+            f"{dict(rules)}; give its dimensions different axes."
+        )
+    return P(*[None] * (0 if rank is None else rank - len(dims)), *(entry or None for entry in axes))
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Shardings of a tree of arrays by the names of its leaves; what has no dimensions is replicated.
+def layouts(tree: Any, rules: Rules) -> Any:
+    """How parameters are laid out, by their names.
 
-    So is what belongs to a router (`router_gate_DE`, the field `router` of a training state). Works for
-    parameters and for anything that mirrors them (optimizer moments, gradients).
+    Whole everywhere are vectors of width D, and what belongs to a router (`router_gate_DE`), which decides about its
+    own tokens.
     """
 
     def leaf(path, x):
-        names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-        suffix = str(names[-1]).rpartition("_")[2] if names else ""
-        of_router = any(jax.tree_util.keystr((k,), simple=True).startswith("router") for k in path)
-        if suffix.isupper() and x.ndim >= len(suffix) and not of_router:
-            return NamedSharding(mesh, spec(suffix, rules, x.ndim))
-        return NamedSharding(mesh, P())
+        name = str(path[-1].key)
+        letters = dims_of(name)
+        whole = name.startswith("router") or letters in ("", "D")
+        return P() if whole else spec(letters, rules, x.ndim)
 
     return jax.tree.map_with_path(leaf, tree)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The same, on a mesh."""
+    return jax.tree.map(lambda layout: NamedSharding(mesh, layout), layouts(tree, rules))
+
+
+def axes(layout: P, rank: int) -> list[tuple[str, ...]]:
+    """The mesh axes that every axis of an array is spread over."""
+    entries = [*layout, *[None] * (rank - len(layout))]
+    return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
+
+
+def local(shape: tuple[int, ...], layout: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A shard's part of an array of this shape, on a mesh of these sizes."""
+    cuts = (math.prod(sizes[a] for a in entry) for entry in axes(layout, len(shape)))
+    return tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
+
+
+def spread(tree: Any, laid: Any, over: tuple[str, ...], sizes: Mapping[str, int]) -> Any:
+    """Layouts of parameters which are spread over these mesh axes too, where they are not yet.
+
+    They cut the longest axis of a shard's part that they divide. Vectors and routers stay whole.
+    """
+
+    def leaf(path, x, layout):
+        name, used = str(path[-1].key), {a for entry in axes(layout, x.ndim) for a in entry}
+        more = tuple(a for a in over if sizes.get(a, 1) > 1 and a not in used)
+        parts, pieces = local(x.shape, layout, sizes), math.prod(sizes[a] for a in more)
+        fits = [i for i, n in enumerate(parts) if n % pieces == 0]
+        if not more or not fits or name.startswith("router") or len(dims_of(name)) < 2:
+            return layout
+        longest = max(fits, key=lambda i: parts[i])
+        entries = [entry + more * (i == longest) for i, entry in enumerate(axes(layout, x.ndim))]
+        return P(*(entry or None for entry in entries))
+
+    return jax.tree.map_with_path(leaf, tree, laid)

@@ -60,8 +60,10 @@ class Ragged:
         return ragged_matmul(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
 
     def bias(self, x_RO: Float[Array, "R O"], b_EO: Float[Array, "E O"]) -> Float[Array, "R O"]:
-        b_RO = jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=x_RO.shape[0])
-        return x_RO + b_RO.astype(x_RO.dtype)
+        R = x_RO.shape[0]
+        b_RO = jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=R).astype(x_RO.dtype)
+        mine_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows that are nobody's
+        return x_RO + jnp.where(mine_R1, b_RO, 0)
 
 
 @jax.custom_vjp

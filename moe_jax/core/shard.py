@@ -1,95 +1,286 @@
-"""One shard's view of the mesh: the only file with collectives. Code below it sees local arrays."""
+"""One shard's view of the mesh: the only file with collectives. Code below it sees local arrays.
+
+slice    over the data-centre network        tokens
+data     copies of everything                tokens
+fsdp     parameters, gathered when used      tokens
+expert   experts                             tokens
+tensor   hidden units and heads              every shard of it sees the same tokens
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-AXES = ("data", "expert")  # tokens are sharded over both, experts over the second
+from moe_jax.core import dims
+
+AXES = ("slice", "data", "fsdp", "expert", "tensor")
+TOKENS = AXES[:-1]  # axes that the batch is spread over
 # Dimension letter -> mesh axes; what has no rule is replicated.
-RULES: dict[str, str | tuple[str, ...]] = {"B": AXES, "E": "expert"}
+RULES: dims.Rules = {"B": TOKENS, "E": ("expert",), "D": ("fsdp",), "F": ("tensor",), "H": ("tensor",)}
+EXCHANGED = "exchanged"  # the name, for rematerialisation, of what came from other devices
 Tree = TypeVar("Tree")
 
 
-def make_mesh(data: int = 1, expert: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1, "the rest". The axis types of the project are set here."""
-    n, sizes = jax.device_count(), [data, expert]
-    if sizes.count(-1) == 1 and n % (known := -math.prod(sizes)) == 0:
-        sizes = [n // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != n or min(sizes) < 1:
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """A mesh over all devices (or these), `make_mesh(data=2, expert=4)`; one size may be -1, "the rest".
+
+    The axis types of the project are set here.
+    """
+    if unknown := sorted(set(sizes) - set(AXES)):
+        raise ValueError(f"mesh has no axis {unknown[0]!r}; there are {', '.join(AXES)}.")
+    n = jax.device_count() if devices is None else len(devices)
+    all_sizes = [sizes.get(axis, 1) for axis in AXES]
+    if all_sizes.count(-1) == 1 and n % (known := -math.prod(all_sizes)) == 0:
+        all_sizes = [n // known if s == -1 else s for s in all_sizes]
+    if math.prod(all_sizes) != n or min(all_sizes) < 1:
+        given = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
         raise ValueError(
-            f"mesh data={data} x expert={expert} does not multiply to the {n} devices there are; "
-            "change mesh.data or mesh.expert (-1 means the rest), or simulate devices with JAX_PLATFORMS=cpu."
+            f"mesh {given} does not multiply to the {n} devices there are; change a size "
+            "(-1 means the rest), or simulate devices with JAX_PLATFORMS=cpu."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(all_sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def rules_for(exchange: Any = None, sizes: Mapping[str, int] | None = None) -> dims.Rules:
+    """The rules of a model whose experts are spread by this exchange; of axes larger than 1 where sizes are given."""
+    rules = {**RULES, "E": tuple(exchange.over)} if exchange is not None else RULES
+    if sizes is None:
+        return rules
+    return {letter: tuple(a for a in axes if sizes.get(a, 1) > 1) for letter, axes in rules.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The mesh axes a function may communicate over. Both empty: alone."""
+    """The mesh axes, larger than 1, that a function may communicate over. All empty: alone."""
 
-    tokens: tuple[str, ...] = ()  # axes that tokens are sharded over
-    experts: str | None = None  # axis that experts are sharded over
+    tokens: tuple[str, ...] = ()  # that tokens are spread over
+    experts: tuple[str, ...] = ()  # that experts are spread over
+    fsdp: tuple[str, ...] = ()  # that parameters are spread over until they are used
+    tensor: tuple[str, ...] = ()  # that hidden units and heads are spread over
+    exchange: Any = None  # how rows and experts meet
+
+    @property
+    def alone(self) -> bool:
+        return not (self.tokens or self.tensor)
+
+    @property
+    def rules(self) -> dims.Rules:
+        """Dimension letter -> axes."""
+        return {"B": self.tokens, "E": self.experts, "D": self.fsdp, "F": self.tensor, "H": self.tensor}
 
     @property
     def index(self) -> int | Int[Array, ""]:
-        """Position of this shard among those that tokens are sharded over, in the order of the tokens."""
+        """Position of this shard among those that tokens are spread over, in the order of the tokens."""
         return lax.axis_index(self.tokens) if self.tokens else 0
 
+    # ---- totals
+
     def sum(self, tree: Tree) -> Tree:
-        """Sums of a tree of arrays of one type over all shards, in one all-reduce."""
+        """Sums of a tree of arrays of one type over all tokens' shards, in one all-reduce."""
         if not self.tokens:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
         flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
-        parts = jnp.split(lax.psum(flat, self.tokens), np.cumsum([x.size for x in leaves])[:-1])
+        total = checkpoint_name(lax.psum(flat, self.tokens), EXCHANGED)
+        parts = jnp.split(total, np.cumsum([x.size for x in leaves])[:-1])
         return jax.tree.unflatten(treedef, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
 
     def max(self, x: Array) -> Array:
-        """Maximum over all shards."""
-        return lax.pmax(x, self.tokens) if self.tokens else x
+        """Maximum over all tokens' shards."""
+        return checkpoint_name(lax.pmax(x, self.tokens), EXCHANGED) if self.tokens else x
 
-    def vary(self, experts: Tree) -> Tree:
-        """Marks expert parameters as this shard's own along the axes they are replicated over.
+    # ---- parameters
 
-        Their gradients are then summed over those axes here, whatever custom derivatives are used below.
+    def whole(self, name: str, w: Array, dtype: Any = None) -> Array:
+        """A parameter, gathered over fsdp, in the type it is used in; its gradient is reduce-scattered."""
+        letters = dims.dims_of(name)
+        if not self.fsdp or "D" not in letters or letters == "D":
+            return w
+        w = w if dtype is None else w.astype(dtype)  # what travels may be half as large
+        return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index("D"), tiled=True)
+
+    def vary(self, params: Tree) -> Tree:
+        """Marks parameters as this shard's own along the axes of tokens.
+
+        Their gradients are then this shard's, and are summed where this is called, whatever derivatives are used below.
         """
-        axes = tuple(a for a in self.tokens if a != self.experts)
-        return jax.tree.map(lambda w: lax.pcast(w, axes, to="varying"), experts) if axes else experts
+        return jax.tree.map(lambda w: _varying(w, self.tokens), params)
 
-    def send(self, x_ECD: Array) -> Array:
-        """[E, C, D] -> [E/X, X*C, D]: every slot travels to its expert's shard."""
+    def reduce(self, gradients: Any, old: Any, new: Any) -> Any:
+        """Every shard's gradients, laid out as `old`, summed over all tokens' shards and laid out as `new`.
+
+        What is spread over more axes there is reduce-scattered, the rest all-reduced.
+        """
+
+        def total(g: Array, old: P, new: P) -> Array:
+            left = set(self.tokens)
+            for i, (before, after) in enumerate(zip(dims.axes(old, g.ndim), dims.axes(new, g.ndim), strict=True)):
+                if more := after[len(before) :]:
+                    g = lax.psum_scatter(g, more, scatter_dimension=i, tiled=True)
+                left -= set(after)
+            return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g
+
+        return jax.tree.map(total, gradients, old, new)
+
+    # ---- tensor parallelism (Megatron-LM, arXiv:1909.08053, sec. 3): between `enter` and `leave` a shard has some of
+    # the hidden units or heads
+
+    def enter(self, x: Tree) -> Tree:
+        """Into the part that is spread over hidden units: gradients are summed over them on their way out."""
+        return jax.tree.map(lambda a: _varying(a, self.tensor), x)
+
+    def leave(self, y: Array) -> Array:
+        """Sums what the hidden units of all shards add to the output."""
+        return checkpoint_name(lax.psum(y, self.tensor), EXCHANGED) if self.tensor else y
+
+    def once(self, name: str, w: Array) -> Array:
+        """A parameter that adds to the output of all hidden units (a bias `down_ED`): zeros on all shards but one."""
+        if not self.tensor or "F" in dims.dims_of(name):
+            return w
+        return jnp.where(lax.axis_index(self.tensor) == 0, w, 0)
+
+    # ---- experts
+
+    def visit(self, experts: Callable, params: Any, x: Array, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
+        """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
         if not self.experts:
-            return x_ECD
-        return lax.all_to_all(x_ECD, self.experts, split_axis=0, concat_axis=1, tiled=True)
+            return experts(params, x, groups), jnp.ones((), bool)
+        return self.exchange(self, experts, params, x, groups)
 
-    def receive(self, y_eCD: Array) -> Array:
-        """[E/X, X*C, D] -> [E, C, D]: the inverse of `send`."""
-        if not self.experts:
-            return y_eCD
-        return lax.all_to_all(y_eCD, self.experts, split_axis=1, concat_axis=0, tiled=True)
+    def count(self, axes: tuple[str, ...]) -> int:
+        """How many shards these axes make."""
+        return lax.axis_size(axes) if axes else 1
+
+    def place(self, axes: tuple[str, ...]) -> Int[Array, ""]:
+        """Which of them this one is."""
+        return lax.axis_index(axes)
+
+    def regroup(self, x: Array, axes: tuple[str, ...], split: int, concat: int) -> Array:
+        """Cut along `split`, the i-th piece goes to the i-th shard; what comes is put together along `concat`."""
+        if not axes:
+            return x
+        return checkpoint_name(lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True), EXCHANGED)
+
+    def gather(self, x: Array, axes: tuple[str, ...], tiled: bool = True) -> Array:
+        """Of all shards, along the first axis (tiled) or a new one in front of it."""
+        return lax.all_gather(x, axes, tiled=tiled) if axes else (x if tiled else x[None])
+
+    def send_slices(self, x: Array, slices: "Slices", rows: int) -> Array:
+        """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; other rows are 0."""
+        return checkpoint_name(_send_slices(x, slices, rows, self.experts), EXCHANGED)
 
 
-def current() -> Shard:
+def _varying(x: Array, axes: tuple[str, ...]) -> Array:
+    """Along these axes, where it is not yet; what is not differentiated is left as it is."""
+    new = [a for a in axes if a not in jax.typeof(x).manual_axis_type.varying]
+    return lax.pcast(x, tuple(new), to="varying") if new and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+class Slices(NamedTuple):
+    """Which rows travel between X shards, e slices for every pair: where they begin, and how many.
+
+    All shards know it of all pairs, so that rows also find their way back.
+    """
+
+    sizes_XXe: Int[Array, "X X e"]  # source, destination, slice
+    at_source_XXe: Int[Array, "X X e"]
+    at_destination_XXe: Int[Array, "X X e"]
+
+    def back(self) -> "Slices":
+        """The same rows, the other way."""
+        sizes, source, destination = (a.swapaxes(0, 1) for a in self)
+        return Slices(sizes, destination, source)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _send_slices(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
+    """`ragged_all_to_all` on TPU; elsewhere everything is gathered, and each shard picks its rows."""
+    return lax.platform_dependent(
+        x, slices, tpu=partial(_ragged, rows=rows, axes=axes), default=partial(_emulated, rows=rows, axes=axes)
+    )
+
+
+def _send_forward(x, slices, rows, axes):
+    return _send_slices(x, slices, rows, axes), (slices, x.shape[0])
+
+
+def _send_backward(rows, axes, residuals, g):
+    slices, n = residuals
+    return _send_slices(g, slices.back(), n, axes), None
+
+
+_send_slices.defvjp(_send_forward, _send_backward)
+
+
+def _ragged(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
+    me = lax.axis_index(axes)
+    mine = (slices.at_source_XXe[me], slices.sizes_XXe[me], slices.at_destination_XXe[me], slices.sizes_XXe[:, me])
+    empty = lax.full_like(x, 0, shape=(rows, *x.shape[1:]))
+    y = lax.ragged_all_to_all(x, empty, *(a.reshape(-1) for a in mine), axis_name=axes[0] if len(axes) == 1 else axes)
+    return _varying(y, tuple(jax.typeof(x).manual_axis_type.varying))
+
+
+def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
+    """Every row of the result belongs to the last slice that begins at it or before; empty ones first."""
+    me, n = lax.axis_index(axes), x.shape[0]
+    starts = slices.at_destination_XXe[:, me].reshape(-1)
+    sizes = slices.sizes_XXe[:, me].reshape(-1)
+    order = jnp.lexsort((sizes, starts))
+    row_R = jnp.arange(rows)
+    slice_R = order[jnp.maximum(jnp.searchsorted(starts[order], row_R, side="right") - 1, 0)]
+    offset_R = row_R - starts[slice_R]
+    first = (n * jnp.arange(slices.sizes_XXe.shape[0])[:, None] + slices.at_source_XXe[:, me]).reshape(-1)
+    there_R = (offset_R >= 0) & (offset_R < sizes[slice_R])
+    source_R = jnp.where(there_R, first[slice_R] + offset_R, -1)
+    everything = lax.all_gather(x, axes, tiled=True)
+    rows_of = everything[jnp.maximum(source_R, 0)]
+    return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, 0)
+
+
+def check_over(exchange: Any) -> None:
+    """Refuses experts over axes that there are not, or that are spoken for."""
+    allowed = ("slice", "expert")
+    if not exchange.over or [a for a in allowed if a in exchange.over] != list(exchange.over):
+        raise ValueError(
+            f"{exchange}: experts lie over the mesh axes ('expert',) or ('slice', 'expert'), in this order."
+        )
+
+
+# ---------------------------------------------------------------- where code runs
+
+
+def current(exchange: Any = None) -> Shard:
     """The shard that the current mesh (`jax.set_mesh`) implies; alone when there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape.get(a, 1) == 1 for a in AXES):
-        return Shard()
-    tokens = tuple(a for a in AXES if a in mesh.shape)
-    return Shard(tokens, "expert" if mesh.shape.get("expert", 1) > 1 else None)
+    sizes = {} if mesh.empty else dict(mesh.shape)
+    rules = rules_for(exchange, sizes)
+    return Shard(rules["B"], rules["E"], rules["D"], rules["F"], exchange)
+
+
+def inside() -> bool:
+    """Whether this is traced for one shard: arrays are local."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def here() -> Shard:
+    """The shard this is traced for; alone outside of `per_shard`."""
+    return current() if inside() else Shard()
 
 
 def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Callable:
-    """f on every shard of the current mesh; f itself when there is none."""
-    if not shard.tokens:
+    """f on every shard of the current mesh; f itself where there is none, or where this is a shard already."""
+    if shard.alone or inside():
         return f
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=True)
 
@@ -97,8 +288,3 @@ def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Calla
 def token_spec(shard: Shard) -> P:
     """Layout of arrays whose first axis is the batch."""
     return P(shard.tokens or None)
-
-
-def expert_spec(shard: Shard) -> P:
-    """Layout of arrays whose first axis is the experts."""
-    return P(shard.experts)

@@ -1,7 +1,8 @@
 """Dispatchers: (x_GSD, routing, experts, params, shard) -> (y_GSD, kept). One line here registers one.
 
-`experts` is a function (params, x, groups) -> y. A dispatcher with `parallel` works with experts spread over
-shards; `accepts` names the routings it takes; `kept` says of every choice (or slot) whether it reached its expert.
+`experts` is a function (params, x, groups) -> y, and `shard.visit` brings rows to them, wherever they lie. `accepts`
+names the routings a dispatcher takes, `rows` how it lays out the rows of experts; `kept` says of every choice (or slot)
+whether it reached its expert. Weights pass through `shard.enter` before they are multiplied with outputs.
 """
 
 from moe_jax.dispatch.einsum import Einsum

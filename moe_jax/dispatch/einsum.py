@@ -22,7 +22,7 @@ class Einsum:
     capacity_factor: float | None = 1.25
     priority: str = "token-major"
     convention: str = "exact"
-    parallel: ClassVar[bool] = True
+    rows: ClassVar = Padded
 
     def __post_init__(self):
         check_capacity(self)
@@ -41,23 +41,25 @@ class Einsum:
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "G S D"], Bool[Array, "G _ _"]]:
         (G, S, D), E = x_GSD.shape, routing.E
-        (dispatch_GSEC, combine_GSEC), kept = self._masks(routing, S)
+        (dispatch_GSEC, combine_GSEC), kept = self._masks(routing, S, shard)
         C = dispatch_GSEC.shape[-1]
         x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
-        y_ECD = shard.receive(experts(params, shard.send(x_EGCD.reshape(E, G * C, D)), Padded()))
+        y_ECD, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
         y_EGCD = y_ECD.reshape(E, G, C, D)
         return jnp.einsum("gsec,egcd->gsd", combine_GSEC.astype(y_EGCD.dtype), y_EGCD), kept
 
-    def _masks(self, routing: r.Routing, S: int) -> tuple[r.Masks, Bool[Array, "G _ _"]]:
+    def _masks(self, routing: r.Routing, S: int, shard: Shard) -> tuple[r.Masks, Bool[Array, "G _ _"]]:
         """The two masks, and which choices or slots reach an expert."""
         if isinstance(routing, r.SoftSlots):
             some_G11 = routing.mask_GS.any(-1)[:, None, None]
             kept_GEC = jnp.broadcast_to(some_G11, routing.dispatch_GSEC.shape[:1] + routing.dispatch_GSEC.shape[2:])
-            return r.Masks(routing.dispatch_GSEC, routing.combine_GSEC), kept_GEC
+            return r.Masks(*shard.enter((routing.dispatch_GSEC, routing.combine_GSEC))), kept_GEC
         if isinstance(routing, r.SlotChoice):
-            return r.slot_masks(routing), routing.token_GEC < S
+            entered = routing._replace(weight_GEC=shard.enter(routing.weight_GEC))
+            return r.slot_masks(entered), routing.token_GEC < S
         C, K = S, routing.expert_GSK.shape[-1]
         if self.capacity_factor is not None:
             C = capacity(S, K, routing.E, self.capacity_factor, self.convention)
         queue_GSK = r.queue(routing, self.priority)
-        return r.masks(routing, queue_GSK, C), queue_GSK < C
+        weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
+        return r.masks(weighted, queue_GSK, C), queue_GSK < C

@@ -16,7 +16,7 @@ class Gather:
 
     capacity_factor: ClassVar[None] = None  # the router says how many slots there are
     accepts: ClassVar = (SlotChoice,)
-    parallel: ClassVar[bool] = True
+    rows: ClassVar = Padded
 
     def __call__(
         self,
@@ -31,8 +31,8 @@ class Gather:
         row_GEC = jnp.where(real_GEC, routing.token_GEC + S * jnp.arange(G)[:, None, None], G * S)
         row_EGC = row_GEC.swapaxes(0, 1)
         x_EGCD = x_GSD.reshape(G * S, D).at[row_EGC].get(mode="fill", fill_value=0)
-        y_ECD = shard.receive(experts(params, shard.send(x_EGCD.reshape(E, G * C, D)), Padded()))
-        weight_EGC1 = routing.weight_GEC.swapaxes(0, 1)[..., None]
+        y_ECD, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
+        weight_EGC1 = shard.enter(routing.weight_GEC).swapaxes(0, 1)[..., None]
         y_EGCD = y_ECD.reshape(E, G, C, D) * weight_EGC1.astype(y_ECD.dtype)
         y_RD = jnp.zeros((G * S, D), y_EGCD.dtype).at[row_EGC].add(y_EGCD, mode="drop")
         return y_RD.reshape(G, S, D), real_GEC

@@ -26,7 +26,7 @@ class Scatter:
     priority: str = "token-major"
     convention: str = "exact"
     accepts: ClassVar = (r.TokenChoice,)
-    parallel: ClassVar[bool] = True
+    rows: ClassVar = Padded
 
     def __post_init__(self):
         check_capacity(self)
@@ -78,6 +78,6 @@ def _exchange(
     token_GSK = jnp.broadcast_to(group_G11 * S + jnp.arange(S)[None, :, None], slot_GSK.shape)
     token_R = jnp.full((E * G * C,), G * S).at[slot_GSK].set(token_GSK, mode="drop")
     x_RD = x_GSD.reshape(G * S, D).at[token_R].get(mode="fill", fill_value=0)
-    y_ECD = shard.receive(experts(params, shard.send(x_RD.reshape(E, G * C, D)), Padded()))
+    y_ECD, _ = shard.visit(experts, params, x_RD.reshape(E, G * C, D), Padded())
     y_GSKD = y_ECD.reshape(E * G * C, D).at[slot_GSK].get(mode="fill", fill_value=0)
-    return jnp.einsum("gsk,gskd->gsd", routing.weight_GSK.astype(y_GSKD.dtype), y_GSKD)
+    return jnp.einsum("gsk,gskd->gsd", shard.enter(routing.weight_GSK).astype(y_GSKD.dtype), y_GSKD)

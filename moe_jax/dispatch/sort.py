@@ -12,14 +12,14 @@ from moe_jax.core.shard import Shard
 
 @dataclasses.dataclass(frozen=True)
 class Sort:
-    """Dropless on one shard: rows sorted by expert, grouped matmuls, rows back (MegaBlocks, arXiv:2211.15841).
+    """Dropless: rows sorted by expert, grouped matmuls, rows back (MegaBlocks, arXiv:2211.15841).
 
-    Experts spread over shards are refused: every shard holds all of them.
+    Experts that are spread over shards are reached by the exchange Ragged(), or AllGather().
     """
 
     capacity_factor: ClassVar[None] = None
     accepts: ClassVar = (TokenChoice,)
-    parallel: ClassVar[bool] = False
+    rows: ClassVar = Ragged
 
     def __call__(
         self,
@@ -35,7 +35,9 @@ class Sort:
         real_R1 = (expert_R[order_R] < E)[:, None]
         sizes_E = jnp.bincount(expert_R, length=E)
         x_RD = jnp.where(real_R1, x_GSD.reshape(G * S, D)[order_R // K], 0)
-        y_RD = jnp.where(real_R1, experts(params, x_RD, Ragged(sizes_E)), 0)
-        y_GSKD = y_RD[jnp.argsort(order_R)].reshape(G, S, K, D)
-        y_GSD = jnp.einsum("gsk,gskd->gsd", routing.weight_GSK.astype(y_GSKD.dtype), y_GSKD)
-        return y_GSD, routing.expert_GSK < E
+        y_RD, reached = shard.visit(experts, params, x_RD, Ragged(sizes_E))
+        back_R = jnp.argsort(order_R)
+        y_GSKD = jnp.where(real_R1, y_RD, 0)[back_R].reshape(G, S, K, D)
+        y_GSD = jnp.einsum("gsk,gskd->gsd", shard.enter(routing.weight_GSK).astype(y_GSKD.dtype), y_GSKD)
+        reached_R = jnp.broadcast_to(reached, order_R.shape)[back_R]
+        return y_GSD, (routing.expert_GSK < E) & reached_R.reshape(G, S, K)

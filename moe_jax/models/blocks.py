@@ -9,9 +9,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.core import dims
+from moe_jax.core import dims, shard
 from moe_jax.core.groups import Dense
-from moe_jax.moe import dense_params
+from moe_jax.core.parameter import parameter, weight
+from moe_jax.moe import dense_params, usable
 
 POSITIONS = ("rotary", "relative")
 BUCKETS = 32  # of relative positions
@@ -22,7 +23,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        scale_D = dims.param(self, "scale_D", {"D": x_BLD.shape[-1]}, nn.initializers.ones)
+        scale_D = parameter(self, "scale_D", {"D": x_BLD.shape[-1]}, nn.initializers.ones)
         x = x_BLD.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
         return (x * scale_D[None, None]).astype(x_BLD.dtype)
@@ -36,8 +37,10 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        here = shard.here()
         params = dense_params(self, self.expert, "{}", x_BLD.shape[-1], self.init_scale)
-        return self.expert(params, x_BLD, Dense())
+        params = usable(here, params, x_BLD.dtype)
+        return here.leave(self.expert(params, here.enter(x_BLD), Dense()))
 
 
 class Attention(nn.Module):
@@ -58,20 +61,21 @@ class Attention(nn.Module):
         (_, L, D), dtype = x_BLD.shape, x_BLD.dtype
         sizes = {"D": D, "H": self.H, "A": self.A, "P": BUCKETS}
 
-        def weight(name: str) -> Array:
-            init = dims.kernel_init(dims.dims_of(name), self.init_scale)
-            return dims.param(self, name, sizes, init).astype(dtype)
+        def matrix(name: str) -> Array:
+            return weight(self, name, sizes, dims.kernel_init(dims.dims_of(name), self.init_scale), dtype)
 
+        here = shard.here()
+        x_BLD = here.enter(x_BLD)
         names = ("query_DHA", "key_DHA", "value_DHA")
-        q_BLHA, k_BLHA, v_BLHA = (jnp.einsum("bld,dha->blha", x_BLD, weight(n)) for n in names)
+        q_BLHA, k_BLHA, v_BLHA = (jnp.einsum("bld,dha->blha", x_BLD, matrix(n)) for n in names)
         bias_1HLL = None
         if self.position == "rotary":
             q_BLHA, k_BLHA = rotary(q_BLHA, position_BL), rotary(k_BLHA, position_BL)
         else:
-            table_PH = dims.param(self, "bias_PH", sizes, nn.initializers.zeros)
+            table_PH = parameter(self, "bias_PH", sizes, nn.initializers.zeros)
             bias_1HLL = table_PH[relative_buckets(L)].transpose(2, 0, 1)[None].astype(dtype)
         y_BLHA = jax.nn.dot_product_attention(q_BLHA, k_BLHA, v_BLHA, bias=bias_1HLL, mask=mask_BLL[:, None])
-        return jnp.einsum("blha,had->bld", y_BLHA, weight("out_HAD"))
+        return here.leave(jnp.einsum("blha,had->bld", y_BLHA, matrix("out_HAD")))
 
 
 def attention_mask(segment_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:

@@ -1,6 +1,8 @@
 """A decoder-only language model with GLaM's interleaved dense and sparse layers (arXiv:2112.06905)."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -9,12 +11,20 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.core import dims
+from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
+from moe_jax.core.parameter import weight
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import POSITIONS, Attention, FeedForward, RMSNorm, attention_mask
 from moe_jax.models.layout import sparse_layers, stacks
 from moe_jax.moe import Aux, MoE, MoEConfig, State
+
+SAVED = jax.checkpoint_policies.save_only_these_names(shard.EXCHANGED)
+REMAT: dict[str, Callable] = {
+    "none": lambda block: block,
+    "full": partial(nn.remat, prevent_cse=False),
+    "exchanged": partial(nn.remat, prevent_cse=False, policy=SAVED),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +35,8 @@ class LMConfig:
     ffn: the feed-forward part of dense layers.
     moe: that of the layers which `layout` chooses: a MoEConfig, or an expert alone in a dense twin.
     causal: with False, routing that depends on later tokens is allowed (attention is always causal).
+    remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers but for what came from
+        other devices ("exchanged": 4 instead of 6 all-to-alls per MoE layer).
     aux_over_layers: whether the MoE layers' auxiliary losses are averaged ("mean") or added up ("sum").
     """
 
@@ -38,7 +50,7 @@ class LMConfig:
     layout: str = "every 2"
     position: str = "rotary"
     tied: bool = True
-    remat: bool = True
+    remat: str = "full"
     dtype: str = "float32"
     init_scale: float = 1.0
     causal: bool = True
@@ -56,6 +68,8 @@ class LMConfig:
             raise ValueError(f"dtype={self.dtype!r} is unknown; use 'float32' or 'bfloat16'.")
         if any(self.sparse) and self.moe is None:
             raise ValueError(f"layout={self.layout!r} has sparse layers, but moe is None; set moe or layout='none'.")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} is unknown; use {', '.join(map(repr, REMAT))}.")
         if self.aux_over_layers not in ("mean", "sum"):
             raise ValueError(f"aux_over_layers={self.aux_over_layers!r} is unknown; use 'mean' or 'sum'.")
         if self.causal and isinstance(self.moe, MoEConfig) and not self.moe.causal:
@@ -132,7 +146,7 @@ class LM(nn.Module):
         if self.is_initializing():
             router = cfg.init_router()
         task_BL = None if task_B is None else jnp.broadcast_to(task_B[:, None], tokens_BL.shape)
-        embed_VD = dims.param(self, "embed_VD", vars(cfg), nn.initializers.normal(cfg.D**-0.5))
+        embed_VD = weight(self, "embed_VD", vars(cfg), nn.initializers.normal(cfg.D**-0.5))
         x_BLD = embed_VD[tokens_BL].astype(cfg.dtype) * cfg.D**0.5
         shared = (attention_mask(segment_BL), position_BL, segment_BL > 0, Ids(tokens_BL, task_BL))
         reports, layer = [], 0
@@ -142,7 +156,7 @@ class LM(nn.Module):
             here = slice(layer, layer := layer + n * m)
             own = jax.tree.map(lambda a: a[here].reshape(n, m, *a.shape[1:]), (router or {}, replay))  # noqa: B023
             Stack = nn.scan(
-                nn.remat(Block, prevent_cse=False) if cfg.remat else Block,
+                REMAT[cfg.remat](Block),
                 length=n,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
@@ -155,7 +169,7 @@ class LM(nn.Module):
         if cfg.tied:
             head_DV = embed_VD.T
         else:
-            head_DV = dims.param(self, "head_DV", vars(cfg), dims.kernel_init("DV"))
+            head_DV = weight(self, "head_DV", vars(cfg), dims.kernel_init("DV"), cfg.dtype)
         logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, head_DV.astype(cfg.dtype)).astype(jnp.float32)
         return logits_BLV, compare(jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports)) if reports else None
 
@@ -199,7 +213,8 @@ def compare(aux: Aux) -> Aux:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    agreed = jnp.concatenate([jnp.zeros(1), same.sum((1, 2, 3), dtype=jnp.float32)])
+    shared = shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
+    agreed = jnp.concatenate([jnp.zeros(1), shared])
     return aux._replace(stats=aux.stats._replace(agreed=agreed))
 
 

@@ -1,0 +1,323 @@
+"""The collectives that a compiled program executes, read from its text: XLA's for CPU, GPU and TPU.
+
+What takes its time is the same everywhere, how it is written is not: replica groups have four notations, asynchronous
+collectives three, and only some backends note how often a loop runs. Sends and receives, and communication inside of
+custom calls, are not seen.
+"""
+
+import ast
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.communication import Collective
+
+OPCODES = {
+    *("all-to-all", "all-reduce", "all-gather", "reduce-scatter"),
+    *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
+}
+
+# What JAX puts around the names of modules.
+WRAPPERS = re.compile(
+    r"|p?jit\(.*|while|body|cond|branch_\d+_fun|closed_call|eval_jaxpr|checkpoint|rematted_computation|remat\d?"
+    r"|shard_map|custom_[jv][jv]p_call|core_call|.*->.*"
+)
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+)(?: .*)? \{$")
+INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
+GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)="
+    r"(\{\{.*?\}\}|\[.*?\]<=\[.*?\](?:T\([\d,]*\))?|mesh\[.*?\](?:, device_ids=\(.*?\))? \{.*?\}|[^\s,]+)"
+)
+IOTA = re.compile(r"\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?")
+NAMED = re.compile(r"mesh\[(.*?)\](?:, device_ids=\((?:\[([\d,]*)\](?:T\(([\d,]*)\))?|([\d,]*))\))? \{(.*?)\}")
+CALLS = re.compile(r"\b(?:calls|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)")
+TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+CHAIN = re.compile(r"channel_id=(\d+).*\bchain_id=\W*(\w+)")
+SHAPE = re.compile(r"([a-z]+)(\d*)\w*\[([^\]]*)\]")
+
+
+class Instruction(NamedTuple):
+    """One line of a program."""
+
+    name: str
+    op: str
+    result: str  # its type
+    rest: str  # operands and attributes
+    root: bool  # its result is its computation's
+
+
+Computation = dict[str, Instruction]  # by name, in the order of the text
+
+
+def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """What one device executes of `compiled.as_text()`, in its order, an item for each collective in the text.
+
+    Loops count as often as they run, of a conditional the branch that moves most. The mesh is the one that the program
+    was compiled for, its devices in their order. ValueError for another one, for a text that is not HLO, and for a
+    loop that communicates nobody knows how often.
+    """
+    header = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])
+    if header and (devices := math.prod(map(int, header))) != mesh.size:
+        raise ValueError(f"the program is for {devices} devices, the mesh has {mesh.size}; give the program's own.")
+    entry, computations = parse(text)
+
+    @functools.cache
+    def run(name: str) -> list[Collective]:
+        return [c for i in computations[name].values() for c in execute(i, computations[name])]
+
+    def execute(i: Instruction, around: Computation) -> list[Collective]:
+        op = i.op.removesuffix("-start")
+        if op in OPCODES:
+            return [read(i, mesh)]
+        if op.endswith(("-done", "-update")):  # of what has been counted when it started
+            return []
+        if op == "while":
+            body, condition = attribute(i, "body"), attribute(i, "condition")
+            if not run(body) and not run(condition):
+                return []
+            times = trips(i, around, computations[body], computations[condition])
+            return [repeated(c, times) for c in run(body)] + [repeated(c, times + 1) for c in run(condition)]
+        if op == "conditional":
+            return max(map(run, called(i)), key=lambda branch: sum(c.bytes for c in branch))
+        return within(i, [c for name in called(i) for c in run(name)])
+
+    return run(entry)
+
+
+def repeated(c: Collective, times: int) -> Collective:
+    """It, `times` times."""
+    return c._replace(count=times * c.count, bytes=times * c.bytes)
+
+
+def within(i: Instruction, found: list[Collective]) -> list[Collective]:
+    """What a call or fusion executes: it says where, if what it calls does not.
+
+    On TPU a fusion of an all-reduce and each device's slice of it is a reduce-scatter.
+    """
+    if i.op == "fusion" and [c.op for c in found] == ["all-reduce"] and found[0].size > 1:
+        kept = total(sizes(i.result))
+        if kept * found[0].size == found[0].bytes:
+            found = [found[0]._replace(op="reduce-scatter", bytes=kept)]
+    return [c if c.where else c._replace(where=place(i)) for c in found]
+
+
+def trips(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int:
+    """How often the body runs."""
+    known = TRIPS.search(loop.rest)
+    times = int(known[1]) if known else steps(loop, around, body, condition)
+    if times is None:
+        raise ValueError(
+            f"the loop {loop.name} ({place(loop)}) communicates, and the program does not tell how often it runs; "
+            "make it a scan, or a fori_loop between constants."
+        )
+    return times
+
+
+def steps(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int | None:
+    """Of a loop that adds a constant to a counter as long as it is below another: all that TPU programs say."""
+    test = root(condition)
+    if test.op != "compare" or "direction=LT" not in test.rest:
+        return None
+    counter, limit = (origin(condition, name) for name in operands(test))
+    if counter.op != "get-tuple-element":
+        return None
+    index = attribute(counter, "index")
+    first = element(around, operands(loop)[0], int(index))
+    after = element(body, root(body).name, int(index))
+    added = [origin(body, name) for name in operands(after)]
+    bounds = [n for i in (first, limit) if (n := number(i)) is not None]
+    by = [n for i in added if (n := number(i)) is not None]
+    counts = after.op == "add" and index in [attribute(i, "index") for i in added]
+    if not counts or len(bounds) != 2 or len(by) != 1 or by[0] < 1:
+        return None
+    return max(0, math.ceil((bounds[1] - bounds[0]) / by[0]))
+
+
+# ---------------------------------------------------------------- the text
+
+
+def parse(text: str) -> tuple[str, dict[str, Computation]]:
+    """The name of the entry, and all computations by name."""
+    entry = ""
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    seen: set[tuple[str, ...]] = set()
+    for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+        if not line.startswith(" "):
+            if (head := COMPUTATION.match(line)) and not line.startswith("HloModule"):
+                current = computations[head[2]] = {}
+                entry = head[2] if head[1] else entry
+        elif (found := INSTRUCTION.match(line)) and not another_piece(found[4], found[5], seen):
+            root, name, result, op, rest = found.groups()
+            current[name] = Instruction(name, op, result, rest, bool(root))
+    if not entry:
+        raise ValueError("the text has no ENTRY, so it is not a compiled program's HLO; give compiled.as_text().")
+    return entry, computations
+
+
+def another_piece(op: str, rest: str, seen: set) -> bool:
+    """Whether it goes on with a collective that has begun: TPU fuses its pieces with computations that hide it."""
+    chain = CHAIN.search(rest) if op in OPCODES else None
+    if chain is None:
+        return False
+    known = chain.groups() in seen  # channel and chain
+    seen.add(chain.groups())
+    return known
+
+
+def place(i: Instruction) -> str:
+    """The modules that it belongs to, and whether it is of the backward pass or of what that recomputes.
+
+    "LM/stack_0/moe_1 backward"; what is in no module has the name of its operation; " + " between those that XLA has
+    combined, no more than two.
+    """
+    named = re.search(r'\bop_name="([^"]*)"', i.rest)
+    name = named[1] if named else ""
+    combined = re.fullmatch(r"(.*/)?\((.*)\)", name)
+    paths = [(combined[1] or "") + part for part in combined[2].split(":")] if combined else [name]
+    places = list(dict.fromkeys(map(short, paths)))
+    return " + ".join(places[:2] + [f"{len(places) - 2} more"] * (len(places) > 2))
+
+
+def short(path: str) -> str:
+    """A name that JAX gave to an operation, without its own part in it."""
+    *parts, op = path.split("/")
+    inner = [re.sub(r"^(?:(?:jvp|transpose|vmap)\()*(.*?)\)*$", r"\1", p) for p in parts]
+    modules = [p for p in inner if not WRAPPERS.fullmatch(p)]
+    recomputed, backward = "rematted_computation" in path, "transpose(" in path
+    return "/".join(modules or [op]) + (" recomputed" if recomputed else " backward" if backward else "")
+
+
+def attribute(i: Instruction, name: str) -> str:
+    """Its value, without a leading %."""
+    found = re.search(rf"\b{name}=%?([\w.-]+)", i.rest)
+    return found[1] if found else ""
+
+
+def called(i: Instruction) -> list[str]:
+    """Computations that it runs once; not what reduces two numbers, or compares them."""
+    if i.op.removesuffix("-start") == "call":
+        return [attribute(i, "to_apply")]
+    return [name for names in CALLS.findall(i.rest) for name in re.findall(r"[\w.-]+", names)]
+
+
+def root(computation: Computation) -> Instruction:
+    """The one whose result is the computation's."""
+    return next(i for i in computation.values() if i.root)
+
+
+def operands(i: Instruction) -> list[str]:
+    """Their names."""
+    return re.findall(r"%([\w.-]+)", i.rest.split(")")[0])
+
+
+def origin(computation: Computation, name: str) -> Instruction:
+    """What this is a copy of."""
+    i = computation[name]
+    while i.op in ("copy", "copy-start", "copy-done", "bitcast"):
+        i = computation[operands(i)[0]]
+    return i
+
+
+def element(computation: Computation, name: str, index: int) -> Instruction:
+    """What is at this index of a tuple; the tuple, if it has not been made here."""
+    made = origin(computation, name)
+    return origin(computation, operands(made)[index]) if made.op == "tuple" else made
+
+
+def number(i: Instruction) -> int | None:
+    """Value of a constant integer."""
+    value = re.match(r"(-?\d+)\)", i.rest) if i.op == "constant" else None
+    return int(value[1]) if value else None
+
+
+def sizes(result: str) -> int | tuple:
+    """Bytes of an array, or of what a tuple holds."""
+
+    def size(shape: re.Match) -> str:
+        kind, bits, dims = shape.groups()
+        width = 8 if kind == "pred" else int(bits or 0)  # tokens have none
+        return str(-(-math.prod(map(int, re.findall(r"\d+", dims))) * width // 8))
+
+    return ast.literal_eval(SHAPE.sub(size, re.sub(r"\{[^{}]*\}", "", result)))
+
+
+def total(tree: int | tuple) -> int:
+    """Sum of a nest of tuples."""
+    return tree if isinstance(tree, int) else sum(map(total, tree))
+
+
+def read(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
+    """One execution of a collective."""
+    op, result = i.op.removesuffix("-start"), sizes(i.result)
+    if op != i.op and op != "all-reduce":  # operands, results and what else it takes to wait for them
+        result = result[1]  # type: ignore[index]
+    written = GROUPS.search(i.rest)
+    axes, size = span(written[1] if written else "{}", op == "collective-permute", tuple(mesh.shape.items()))
+    return Collective(op, axes, size, 1, total(result), place(i))
+
+
+# ---------------------------------------------------------------- who talks to whom
+
+
+@functools.lru_cache(maxsize=1024)
+def span(written: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
+    """Mesh axes along which the members of a group differ, and the size of groups; of permutes, of the axes."""
+    names, shape = zip(*mesh, strict=True)
+    devices = math.prod(shape)
+    together = [] if pairs and written == "{}" else groups(written, devices)
+    if max((g.max() for g in together), default=0) >= devices:
+        raise ValueError(f"replica groups {written} are of more than the mesh's {devices} devices; give the program's.")
+    varies = {
+        name
+        for group in together
+        for name, at in zip(names, np.unravel_index(group, shape), strict=True)
+        if (at != at[0]).any()
+    }
+    axes = tuple(name for name in names if name in varies)
+    return axes, math.prod(dict(mesh)[a] for a in axes) if pairs else max(map(len, together))
+
+
+def groups(written: str, devices: int) -> list[np.ndarray]:
+    """Positions in the mesh that communicate with one another, of a collective's replica groups or pairs."""
+    if written == "{}":
+        return [np.arange(devices)]
+    if written.startswith("{{"):
+        return [np.array(numbers(group)) for group in re.findall(r"\{([\d, ]+)\}", written)]
+    if iota := IOTA.fullmatch(written):
+        return list(counted(iota[2], iota[3]).reshape(numbers(iota[1])))
+    if named := NAMED.fullmatch(written):
+        return named_groups(*named.groups())
+    raise ValueError(f"replica groups {written} are written in a way that is not known here; moe_jax reads jax 0.12's.")
+
+
+def named_groups(mesh: str, dims: str | None, order: str | None, ids: str | None, axes: str) -> list[np.ndarray]:
+    """Of mesh['a'=4,'b'=2] {'b'}, or with {'a':(2)2}: parts of a, in 2 x 2, the second 2.
+
+    `dims` and `order`, or `ids`, are the mesh's devices, if these are not in order.
+    """
+    shape = {name: int(n) for name, n in re.findall(r"'?([^',]+?)'?=(\d+)", mesh)}
+    n = math.prod(shape.values())
+    devices = np.array(numbers(ids)) if ids else counted(dims or str(n), order).ravel()
+    index = dict(zip(shape, np.unravel_index(np.arange(n), tuple(shape.values())), strict=True))
+    outside = dict(index)
+    for name, before, size in re.findall(r"'?([^',]+?)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes):
+        after = shape[name] // (int(before or 1) * int(size or shape[name]))
+        outside[name] = outside[name] - index[name] // after % int(size or shape[name]) * after
+    group = np.ravel_multi_index(tuple(outside.values()), tuple(shape.values()))
+    return [devices[group == g] for g in np.unique(group)]
+
+
+def counted(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in an array of these dimensions, transposed into this order."""
+    shape = numbers(dims)
+    return np.arange(math.prod(shape)).reshape(shape).transpose(numbers(order) if order else None)
+
+
+def numbers(text: str) -> list[int]:
+    """[0, 2, 1] for "0,2,1"."""
+    return [int(n) for n in re.findall(r"\d+", text)]

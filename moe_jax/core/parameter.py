@@ -1,0 +1,25 @@
+"""Where parameters are born, and where they are used."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from moe_jax.core import dims, shard
+
+
+def parameter(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable) -> jax.Array:
+    """The parameter `name` of a Linen module, in float32; the name's suffix is its shape.
+
+    In a model that is spread over a mesh it is this shard's part, and smaller than `sizes` say.
+    """
+    if shard.inside():
+        return module.get_variable("params", name)  # Linen would compare it with the whole
+    return module.param(name, init, dims.shape(dims.dims_of(name), sizes))
+
+
+def weight(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, dtype: Any = None) -> jax.Array:
+    """The same, to be multiplied with: gathered where it is spread over fsdp, and in this type."""
+    w = shard.here().whole(name, parameter(module, name, sizes, init), dtype)
+    return w if dtype is None else w.astype(dtype)

@@ -1,0 +1,38 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.core.groups import Padded
+from moe_jax.core.shard import Shard, check_over
+
+
+@dataclasses.dataclass(frozen=True)
+class AllToAll:
+    """Slots travel to their experts and back: two all-to-alls (GShard, arXiv:2006.16668, sec. 3.2).
+
+    chunks: the slots of every expert go in so many parts, one after another, so that one part can travel while
+        another is computed (Tutel, arXiv:2206.03382, sec. 3.2); on TPU with xla_tpu_enable_async_all_to_all=true.
+    """
+
+    chunks: int = 1
+    over: tuple[str, ...] = ("expert",)
+    takes: ClassVar = (Padded,)
+
+    def __post_init__(self):
+        check_over(self)
+        if self.chunks < 1:
+            raise ValueError(f"AllToAll(chunks={self.chunks}) must be at least 1, which is everything at once.")
+
+    def __call__(
+        self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded
+    ) -> tuple[Float[Array, "E C D"], Bool[Array, ""]]:
+        C = x_ECD.shape[1]
+        cuts = [C * i // self.chunks for i in range(1, self.chunks)]
+        parts = [part for part in jnp.split(x_ECD, cuts, axis=1) if part.shape[1]]
+        sent = [shard.regroup(part, shard.experts, split=0, concat=1) for part in parts]
+        done = [experts(params, part, groups) for part in sent]
+        back = [shard.regroup(part, shard.experts, split=1, concat=0) for part in done]
+        return jnp.concatenate(back, axis=1), jnp.ones((), bool)

@@ -1,0 +1,67 @@
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.core import groups as g
+from moe_jax.core.shard import Shard, Slices, check_over
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Dropless: exactly the rows that experts have been given travel, in slices of any size.
+
+    `ragged_all_to_all` on TPU; elsewhere an exact emulation, in which everybody receives everything. A slice per
+    expert and source, so that rows arrive sorted by expert (MegaBlocks, arXiv:2211.15841, leaves this open).
+
+    buffer: room to receive, in multiples of the balanced number of rows. None is room for all rows of all shards. What
+        does not fit is dropped and counted: the same part of every slice, its last rows. As room is shared with what
+        comes later and with other sequences, a bound is not causal.
+    """
+
+    buffer: float | None = None
+    over: tuple[str, ...] = ("expert",)
+    takes: ClassVar = (g.Ragged,)
+
+    def __post_init__(self):
+        check_over(self)
+        if self.buffer is not None and self.buffer <= 0:
+            raise ValueError(f"Ragged(buffer={self.buffer}) must be positive, or None for room for everything.")
+
+    def __call__(
+        self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged
+    ) -> tuple[Float[Array, "R D"], Bool[Array, "R"]]:
+        (E,), R, X = groups.sizes_E.shape, len(x_RD), shard.count(shard.experts)
+        rows = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
+        asked_XE = shard.gather(groups.sizes_E, shard.experts, tiled=False)
+        asked_XXe = asked_XE.reshape(X, X, E // X)
+        sizes_XXe = asked_XXe if self.buffer is None else fitting(asked_XXe, rows)
+        begin_XE = jnp.cumsum(asked_XE, axis=1) - asked_XE
+        slices = Slices(sizes_XXe, begin_XE.reshape(X, X, E // X), places(sizes_XXe))
+        x_rD = shard.send_slices(x_RD, slices, rows)
+        mine = shard.place(shard.experts)
+        y_rD = experts(params, x_rD, g.Ragged(sizes_XXe[:, mine].sum(0)))
+        there_r1 = (jnp.arange(rows) < sizes_XXe[:, mine].sum())[:, None]
+        y_RD = shard.send_slices(jnp.where(there_r1, y_rD, 0), slices.back(), R)
+        expert_R = jnp.repeat(jnp.arange(E), groups.sizes_E, total_repeat_length=R)
+        rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
+        return y_RD, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
+
+
+def places(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
+    """Where slices begin at their destination, which holds them by expert, then by source."""
+    by_expert_XeX = jnp.transpose(sizes_XXe, (1, 2, 0))
+    X, e, _ = by_expert_XeX.shape
+    ends_XR = jnp.cumsum(by_expert_XeX.reshape(X, e * X), axis=1)
+    return jnp.transpose((ends_XR - by_expert_XeX.reshape(X, e * X)).reshape(X, e, X), (2, 0, 1))
+
+
+def fitting(asked_XXe: Int[Array, "X X e"], rows: int) -> Int[Array, "X X e"]:
+    """As much of every slice as its destination has room for, the same part of each."""
+    total_1X1 = asked_XXe.sum((0, 2), keepdims=True)
+    part_1X1 = rows / jnp.maximum(total_1X1, 1) * (1 - 2**-20)  # rounding never adds up to a row too many
+    part_XXe = jnp.floor(asked_XXe * part_1X1).astype(asked_XXe.dtype)
+    return jnp.where(total_1X1 <= rows, asked_XXe, part_XXe)

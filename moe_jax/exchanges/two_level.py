@@ -1,0 +1,40 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.core.groups import Padded
+from moe_jax.core.shard import Shard, check_over
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoLevel:
+    """Experts over slices too: all-to-all inside a slice, then across (HetuMoE, arXiv:2203.14685, sec. 3.2).
+
+    Between slices the same bytes travel as in one all-to-all over both axes, in as many times fewer and larger
+    messages as a slice has shards of experts; inside a slice they travel besides.
+    """
+
+    over: tuple[str, ...] = ("slice", "expert")
+    takes: ClassVar = (Padded,)
+
+    def __post_init__(self):
+        check_over(self)
+
+    def __call__(
+        self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded
+    ) -> tuple[Float[Array, "E C D"], Bool[Array, ""]]:
+        inner, outer = shard.experts[-1:], shard.experts[:-1]
+        (E, C, D), X, Y = x_ECD.shape, shard.count(inner), shard.count(outer)
+        e = E // (X * Y)
+        x_YXeCD = x_ECD.reshape(Y, X, e, C, D)  # by destination
+        x_YXeCD = shard.regroup(x_YXeCD, inner, split=1, concat=1)
+        x_YXeCD = shard.regroup(x_YXeCD, outer, split=0, concat=0)  # by source
+        rows_eRD = jnp.moveaxis(x_YXeCD, 2, 0).reshape(e, Y * X * C, D)
+        y_eRD = experts(params, rows_eRD, groups)
+        y_YXeCD = jnp.moveaxis(y_eRD.reshape(e, Y, X, C, D), 0, 2)
+        y_YXeCD = shard.regroup(y_YXeCD, outer, split=0, concat=0)
+        y_YXeCD = shard.regroup(y_YXeCD, inner, split=1, concat=1)
+        return y_YXeCD.reshape(E, C, D), jnp.ones((), bool)
