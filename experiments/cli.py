@@ -5,6 +5,7 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +13,18 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from experiments.launch import join, pulse
 from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
 from moe_jax.train import TrainingDiverged
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes meet.")
+flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+flags.DEFINE_integer("peer_timeout", 100, "Seconds without a sign of a process that end the others.", lower_bound=1)
+flags.DEFINE_integer("devices", None, "Simulated devices of each process (default: as the mesh takes).", lower_bound=1)
+flags.DEFINE_string("heartbeat", None, "A file to touch every second, for a supervisor.")
 
 PREFIX = "config."
 OVERRIDE = re.compile(r"--?config\.")
@@ -26,20 +34,37 @@ OWN = tuple(str(pathlib.Path(__file__).parents[1] / package) for package in ("mo
 
 def run(main: Callable[[], None]) -> None:
     """Parses the command line, runs `main`, and exits."""
+    parsed = False
     try:
         if HELP.intersection(sys.argv):
             print(help_text(main))
             return
         parse(sys.argv)
+        parsed = True
+        if FLAGS["heartbeat"].value:
+            pulse.beat(pathlib.Path(FLAGS["heartbeat"].value))
         main()
     except KeyboardInterrupt:
         print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
+        if join.connected():
+            join.abandon(130)
         sys.exit(130)
     except (ValueError, OSError, TrainingDiverged, flags.Error) as error:
-        if "--traceback" in sys.argv:
+        if "--traceback" in sys.argv and not join.connected():
             raise
-        print(f"error: {one_line(error)}{where(error)}", file=sys.stderr)
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
+        line = f"error: {one_line(error)}{where(error)}"
+        if join.connected():
+            join.leave(line)
+        if parsed or not (FLAGS["process"].value or join.tpu_place().process):  # the others have the same flags
+            print(line, file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        if join.connected():
+            traceback.print_exc()
+            join.abandon(1)
+        raise
 
 
 def parse(argv: list[str]) -> None:
@@ -65,6 +90,29 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 # ---------------------------------------------------------------- what the flags mean
+
+
+def place() -> join.Place:
+    """Which process this is, of how many: by its flags, or else by the Cloud TPU slice it is on."""
+    given: dict[str, Any] = {name: FLAGS[name].value for name in ("coordinator", "processes", "process")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return join.tpu_place()
+    if missing:
+        raise ValueError(
+            f"Several processes need --coordinator=HOST:PORT, --processes=N and --process=I; {' and '.join(missing)} "
+            "must be given too, or none of them."
+        )
+    if given["process"] >= given["processes"]:
+        raise ValueError(f"--process={given['process']} of --processes={given['processes']}; number them from 0.")
+    return join.Place(given["process"], given["processes"])
+
+
+def connect() -> None:
+    """Joins the other processes, before anything touches a device; does nothing where this one is alone."""
+    here = place()
+    if FLAGS["coordinator"].value or here.processes > 1:
+        join.connect(FLAGS["coordinator"].value, here, FLAGS["peer_timeout"].value)
 
 
 def define_config() -> None:
@@ -129,10 +177,23 @@ def load(file: str) -> dict[str, Any]:
     return dict(config)
 
 
+def supervised() -> bool:
+    """Whether a supervisor looks after this process."""
+    return FLAGS["heartbeat"].value is not None
+
+
 def simulate(exp: Experiment) -> None:
-    """As many devices as the experiment's mesh takes, where the platform is the CPU."""
-    if exp.devices and exp.devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", exp.devices)
+    """As many devices as this process has of the experiment's mesh, where the platform is the CPU."""
+    devices, processes = FLAGS["devices"].value, FLAGS["processes"].value or 1
+    if devices is None and exp.devices:
+        if exp.devices % processes:
+            raise ValueError(
+                f"The mesh takes {exp.devices} devices, which --processes={processes} cannot share evenly; "
+                "change config.mesh, or the number of processes."
+            )
+        devices = exp.devices // processes
+    if devices and devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def folder(flag: str, value: str) -> pathlib.Path:

@@ -3,7 +3,8 @@
     python -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano
     python -m experiments.train --config=configs/glam_nano.py --config.model.moe.E=32 --print_config
 
-In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, report.html.
+In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, report.html. For several processes see
+experiments/launch.
 """
 
 import dataclasses
@@ -18,9 +19,11 @@ import rich.console
 from absl import flags
 
 from experiments import cli
+from experiments.launch import join
 from moe_jax.config import Experiment
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops_per_token, parameters
+from moe_jax.data import default_directory, prepare
 from moe_jax.metrics import FILE, Logger, read, summary
 from moe_jax.report import write_report
 from moe_jax.train import train
@@ -33,11 +36,14 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved conf
 COMPARE = flags.DEFINE_multi_string("compare", [], "Workdirs of other runs to draw in the report.")
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
-FILES = (*BEGUN, "tensorboard", "report.html", "config.json")
+PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
+FILES = (*BEGUN, "tensorboard", "report.html", PROCESSES, "config.json")
 MAY_CHANGE = ("run", "mesh")  # between a run and its continuation
 
 
 def main() -> None:
+    if not PRINT_CONFIG.value:
+        cli.connect()
     exp = cli.experiment()
     if PRINT_CONFIG.value:
         print(exp.to_json())
@@ -65,11 +71,16 @@ def run(
     overwrite: bool = False,
 ) -> None:
     """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
+    join.agree("config", exp.to_json())
     if jax.process_index() == 0:
         claim(workdir, exp, overwrite)
+        if jax.process_count() > 1:  # the others find it made, where they see the same disk
+            prepare(exp.data.source, exp.data.tokenizer, exp.data.L, data_dir or default_directory())
+    join.meet("claimed")
     say(describe(exp))
     records = train(exp, workdir, data_dir)
     first = next(records)
+    join.agree("data", first["data"])
     say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
     with Logger(workdir, exp.run.steps, first["step"] or None) as log:
         log.write(first)
@@ -89,6 +100,8 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
     if overwrite and saved.is_file():
         for name in FILES:  # config.json last: it says that all this is a run's
             path = workdir / name
+            if name == PROCESSES and cli.supervised():  # which writes there at this moment
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif saved.is_file():
         begun = any((workdir / name).exists() for name in BEGUN)
@@ -97,7 +110,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
                 f"{workdir} holds another run ({'; '.join(changed[:3])}); choose another --workdir, "
                 "or delete that run with --overwrite."
             )
-    elif workdir.is_dir() and (others := sorted(path.name for path in workdir.iterdir())):
+    elif workdir.is_dir() and (others := sorted({path.name for path in workdir.iterdir()} - {PROCESSES})):
         raise ValueError(
             f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); choose an empty or a new --workdir."
         )
