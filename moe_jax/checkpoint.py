@@ -79,7 +79,7 @@ class Checkpoints:
 
     def empty(self) -> bool:
         """Whether nothing was ever committed here: a fresh start loses nothing."""
-        return not self._present()
+        return not _from_process_0(lambda: int(bool(self._present())))
 
     def best(self) -> int | None:
         """The valid step with the lowest loss (of equals the newest), None where no step has a loss."""

@@ -73,13 +73,13 @@ def _figures(runs: Runs) -> list[str]:
         note += ", dashed: held-out with capacity"
     with matplotlib.rc_context(STYLE):
         figures = [
-            _figure("Loss", note, _losses, runs, "step"),
-            _figure("Loss by wall time", "the same curves, by what they cost", _losses, runs, "seconds"),
+            figure_of("Loss", note, _losses, runs, "step"),
+            figure_of("Loss by wall time", "the same curves, by what they cost", _losses, runs, "seconds"),
         ]
         if curve(records, "moe.load")[0].size:
             figures += _moe_figures(records)
         if last(records, "eval").get("loss_by_domain"):
-            figures.append(_figure("Held-out loss by domain", "at the last evaluation", _domains, runs))
+            figures.append(figure_of("Held-out loss by domain", "at the last evaluation", _domains, runs))
     return figures
 
 
@@ -94,17 +94,17 @@ def _moe_figures(records: list[dict]) -> list[str]:
     rest = [key for key in last(records, "train").get("moe", {}) if key not in shown]
     panels += [(key.replace("_", " ").capitalize(), "unweighted", key, "per layer") for key in rest]
     note = "choices per expert over the mean of its layer, blue: few, red: many"
-    figures = [_figure("Expert load", note, _loads, records, wide=True)]
+    figures = [figure_of("Expert load", note, _loads, records, wide=True)]
     for title, note, key, unit in panels:
         if curve(records, f"moe.{key}")[1].ndim == 2:
-            figures.append(_figure(title, note, _layers, records, key, unit))
+            figures.append(figure_of(title, note, _layers, records, key, unit))
     if curve(records, "aux_loss")[0].size:
         note = "with coefficients, mean over layers, as added to the loss"
-        figures.append(_figure("Auxiliary loss", note, _auxiliary, records))
+        figures.append(figure_of("Auxiliary loss", note, _auxiliary, records))
     return figures
 
 
-def _figure(title: str, note: str, draw: Callable[..., None], *arguments: Any, wide: bool = False) -> str:
+def figure_of(title: str, note: str, draw: Callable[..., None], *arguments: Any, wide: bool = False) -> str:
     """One <figure>, its SVG inline; `draw` gets an empty matplotlib figure and the arguments."""
     from matplotlib.figure import Figure
 

@@ -1,0 +1,114 @@
+"""Which laws hold of your own experiment: found by running it, at small widths, on simulated devices.
+
+    python -m experiments.audit --config=configs/glam_nano.py
+    python -m experiments.audit --config=configs/glam_pod.py --report=runs/audit.html
+    python -m experiments.audit --config=configs/glam_pod.py --placement
+
+One model on every mesh (outputs, losses, drops, gradients, one step), replicas that stay replicas, padding that is
+nowhere, the same numbers from every dispatcher, routers that train, no leak of the future, and communication: what
+arithmetic predicts against what the compiled program says. It says what it had to shrink. The exit code is 1 where a
+law is broken, and the line names the layer, the parameter or the collective. Two to five minutes of two cores.
+
+--placement only shows which parameter lies where, and the bytes on a device, of the experiment as configured.
+"""
+
+import contextlib
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+
+from experiments import cli
+from moe_jax.audit.communication import Row
+from moe_jax.audit.communication import audit as communication
+from moe_jax.audit.experiment import Finding, findings
+from moe_jax.audit.page import findings_page
+from moe_jax.audit.placement import placement
+from moe_jax.audit.shrink import shrink
+from moe_jax.config import Experiment
+
+cli.define_config()
+REPORT = flags.DEFINE_string("report", None, "An HTML file for the findings, with the table of communication.")
+SIMULATED = flags.DEFINE_integer("simulated", 8, "How many devices to simulate, where the platform is the CPU.")
+STOP = flags.DEFINE_bool("stop", False, "Stop at the first law that is broken.")
+PLACEMENT = flags.DEFINE_bool("placement", False, "Show which parameter lies where, and stop.")
+
+
+def main() -> None:
+    exp = cli.experiment()
+    if PLACEMENT.value:
+        print(placement_table(exp))
+        return
+    path = pathlib.Path(REPORT.value) if REPORT.value else None
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--report={path}: there is no folder {path.parent}; make it, or give another file.")
+    if SIMULATED.value < 1:
+        raise ValueError(f"--simulated={SIMULATED.value} must be at least 1; laws about meshes need 2 or more.")
+    jax.config.update("jax_num_cpu_devices", SIMULATED.value)
+    sys.exit(check(exp, path, STOP.value))
+
+
+def check(exp: Experiment, path: pathlib.Path | None = None, stop: bool = False) -> int:
+    """Says what holds of an experiment, and writes it to a page; 1 if something does not that its config claims."""
+    began, devices = time.monotonic(), jax.devices()
+    small, shrunk = shrink(exp, len(devices))
+    print(f"{len(devices)} {devices[0].platform} devices; {'; '.join(shrunk) or 'as configured'}", flush=True)
+    found: list[Finding] = []
+    with few_optimizations():
+        for finding in findings(exp, small, devices):
+            found.append(finding)
+            print(line(finding), flush=True)
+            if stop and finding.broken:
+                break
+    rows = [] if stop and found[-1].broken else communication(small)
+    for row in rows:
+        print(row_line(row), flush=True)
+    broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
+    print(f"{len(found) + len(rows)} findings, {broken} broken, {time.monotonic() - began:.0f} s")
+    if path is not None:
+        path.write_text(findings_page(exp, shrunk, found, rows, placement(exp)), encoding="utf-8")
+        print(f"report: {path}")
+    return int(broken > 0)
+
+
+@contextlib.contextmanager
+def few_optimizations() -> Iterator[None]:
+    """Laws about numbers hold without XLA's optimizations too, and compile several times faster."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def line(finding: Finding) -> str:
+    held = "yes" if finding.verdict.holds else "NO" if finding.claimed else "no"
+    text = f"{finding.law}, {finding.subject}"
+    return f"{text:<60} {held:<4} {finding.verdict.detail}{'' if finding.claimed else '; not claimed'}"
+
+
+def row_line(row: Row) -> str:
+    predicted, compiled = row.predicted, row.compiled
+    text = f"communication, {row.part}: {compiled.op} over {' x '.join(compiled.axes)}"
+    sizes = f"{compiled.count} of {compiled.bytes:,} bytes, {compiled.wire:,.0f} on the wire; predicted {predicted.bytes:,}"
+    return f"{text:<60} {'yes' if row.holds else 'NO':<4} {sizes}{'; ' + row.detail if row.detail else ''}"
+
+
+def placement_table(exp: Experiment) -> str:
+    """A line for each parameter, and what a device holds."""
+    placed = placement(exp)
+    lines = [f"{'parameter':<44} {'shape':<24} {'spread over':<28} {'bytes':>14} {'optimizer':>14}"]
+    for p in placed:
+        axes = ", ".join("x".join(entry) or "-" for entry in p.axes)
+        shape = "x".join(map(str, p.shape))
+        lines.append(f"{p.name:<44} {shape:<24} {axes:<28} {p.device_bytes:>14,} {p.optimizer_bytes:>14,}")
+    total, beside = sum(p.device_bytes for p in placed), sum(p.optimizer_bytes for p in placed)
+    lines.append(f"{'on a device':<98} {total:>14,} {beside:>14,}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

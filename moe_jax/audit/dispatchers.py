@@ -1,0 +1,64 @@
+"""Law 2 of one MoE layer: every dispatcher that fits its routing gives the same numbers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.audit.meshes import CLOSE, SURE, largest, worst
+from moe_jax.audit.routing import Recorder, Verdict, draw, keys
+from moe_jax.core.context import Ids
+from moe_jax.core.routing import TokenChoice
+from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
+from moe_jax.moe import MoE, MoEConfig
+
+
+def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
+    """Outputs, all gradients and drops of the layer's dispatcher, and of the others, with the definition, `Einsum`."""
+    rng = np.random.default_rng(seed)
+    given = jax.tree.map(lambda a: a[0], draw(cfg, rng, 1, B, L, D))
+    keys_1 = keys(cfg, rng, 1)
+    target = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
+
+    def seen(dispatch: Any) -> Any:
+        recorder = Recorder(dispatch, [])
+        layer = MoE(dataclasses.replace(cfg, dispatch=recorder))
+
+        def loss(params, x_BLD):
+            given_ids = Ids(given.token_TBL, given.task_TBL)
+            key = None if keys_1 is None else keys_1[0]
+            y_BLD, aux = layer.apply({"params": params}, x_BLD, given.mask_TBL, key, cfg.init_state(), given_ids)
+            kept = recorder.record[-1][1]
+            return ((y_BLD - target) ** 2).mean() + aux.loss, (y_BLD, kept)
+
+        gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        (value, (y_BLD, kept)), grads = gradients(given.params, jnp.asarray(given.x_TBLD))
+        return jax.device_get({"loss": value, "y": y_BLD}), jax.device_get(grads), np.asarray(kept)
+
+    definition, *others = fitting(cfg)
+    outputs, grads, kept = seen(definition)
+    for other in others:
+        its_outputs, its_grads, its_kept = seen(other)
+        name = type(other).__name__
+        if not np.array_equal(kept, its_kept):
+            return Verdict(False, f"{name}() drops others than Einsum()")
+        for what, found in (
+            ("outputs", worst(outputs, its_outputs)),
+            ("gradients", worst(grads, its_grads, least=largest(grads) * SURE)),
+        ):
+            if not found.error <= CLOSE:
+                return Verdict(False, f"{name}() has other {what} than Einsum(), by {found.error:.1e} in {found.where}")
+    names = ", ".join(f"{type(d).__name__}()" for d in (definition, *others))
+    return Verdict(True, f"{names}; {int((~kept).sum())} of {kept.size} choices dropped")
+
+
+def fitting(cfg: MoEConfig) -> list[Any]:
+    """The definition, then every dispatcher that makes the same of what the layer's router decides."""
+    mine, makes = cfg.dispatch, getattr(cfg.router, "makes", TokenChoice)
+    limit = {f: getattr(mine, f) for f in ("priority", "convention") if hasattr(mine, f)}
+    several: list[Any] = [Einsum(mine.capacity_factor, **limit), Scatter(mine.capacity_factor, **limit)]
+    if mine.capacity_factor is None:
+        several += [Sort(), Gather()]
+    return [d for d in several if makes in d.accepts]

@@ -1,0 +1,80 @@
+"""Every law, tried on one experiment."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from moe_jax.audit import meshes
+from moe_jax.audit.dispatchers import dispatchers
+from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
+from moe_jax.config import Experiment
+from moe_jax.moe import MoEConfig
+
+D = 8  # width of a layer that is tried alone
+TOKENS = 50_000  # of all trials of a layer
+
+
+class Finding(NamedTuple):
+    """What was found of a law, where it was tried, and whether the config claims it."""
+
+    law: str
+    subject: str
+    claimed: bool
+    verdict: Verdict
+
+    @property
+    def broken(self) -> bool:
+        return self.claimed and not self.verdict.holds
+
+
+def findings(exp: Experiment, small: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
+    """All of them, of an experiment and of what it was shrunk to for these devices; the cheap ones first."""
+    yield from routing(exp, small)
+    yield from spread(small, devices)
+
+
+def spread(exp: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
+    """Laws 1, 5, 7 and 8 of an experiment that fits on these devices."""
+    state, batch = meshes.start(exp), meshes.sample(exp)
+    trial = meshes.Trial(meshes.alone(exp), devices[:1])
+    one = jax.device_get(trial(state, batch))
+    yield Finding("padding is nowhere", "one device", True, meshes.padding(trial, state, batch))
+    for name, on_mesh in meshes.meshes(exp, devices):
+        many = meshes.run_on(on_mesh, state, batch, devices)
+        yield Finding("one model, every mesh", name, True, together(meshes.same(one, many, state)))
+    name, on_mesh = next(meshes.meshes(exp, devices), ("", exp))
+    if name:
+        used = devices[: math.prod(n for _, n in on_mesh.mesh)]
+        yield Finding("replicas are replicas", name, True, meshes.replicas(on_mesh, state, batch, used))
+
+
+def together(verdicts: dict[str, Verdict]) -> Verdict:
+    """Several as one; of what does not hold, all is said first."""
+    order = sorted(verdicts, key=lambda name: verdicts[name].holds)
+    words = [f"{'' if verdicts[name].holds else 'NOT '}{name} {verdicts[name].detail}" for name in order]
+    return Verdict(all(v.holds for v in verdicts.values()), "; ".join(words))
+
+
+def routing(exp: Experiment, small: Experiment) -> Iterator[Finding]:
+    """Laws 2, 3 and 4 of an experiment's layer, shrunk to that of the small one, for sequences of its own length."""
+    cfg, length = small.model.moe, exp.data.L
+    if not isinstance(cfg, MoEConfig):
+        return
+    cfg = dataclasses.replace(cfg, S=exp.model.moe.S)
+    sequences = math.lcm(cfg.S or length, length) // length
+    sizes = {"B": max(2, sequences), "L": length, "D": D}
+    trials = max(20, min(200, TOKENS // (sizes["B"] * length)))
+    yield Finding("one routing, every dispatcher", "training", True, dispatchers(cfg, **sizes))
+    yield Finding("routers are trainable", "training", True, trainable(cfg, **sizes))
+    modes = {"training": (cfg, True), "evaluation": (cfg, False)}
+    if cfg.dropless() != cfg:
+        modes["evaluation without a limit"] = (cfg.dropless(), False)
+    for mode, (layer, training) in modes.items():
+        verdict = causal(layer, training, **sizes, trials=trials)
+        yield Finding("causal means causal", mode, exp.model.causal, verdict)
+    for mode, (layer, training) in modes.items():
+        verdict = batch_independent(layer, training, **sizes, trials=trials)
+        yield Finding("batch-independent", mode, False, verdict)

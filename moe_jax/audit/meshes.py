@@ -1,0 +1,248 @@
+"""Laws 1, 5 and 7 of a whole experiment: one model on every mesh, replicas that are replicas, padding nowhere.
+
+A training step is compiled for a mesh once; everything that can be seen of it is compared with a single device's.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moe_jax import train
+from moe_jax.audit.routing import Verdict
+from moe_jax.config import Experiment
+from moe_jax.core import shard
+from moe_jax.core.shard import AXES
+from moe_jax.data import Batch
+from moe_jax.models import lm
+from moe_jax.moe import MoEConfig
+
+CLOSE = 1e-5  # relative to the largest number of an array, in float32
+STEP = 1e-4  # of an update, where its gradient is not itself rounding: optimizers divide by its size
+SURE = 1e-3  # of the largest gradient of a parameter: what is not rounding
+MESHES: tuple[Mapping[str, int], ...] = (
+    {"data": 8},
+    {"expert": 8},
+    {"fsdp": 8},
+    {"data": 2, "expert": 4},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"slice": 2, "expert": 2, "tensor": 2},
+    {"slice": 2, "data": 2, "fsdp": 2},
+    {"data": 4, "tensor": 2},
+    {"expert": 4},
+    {"fsdp": 2, "tensor": 2},
+    {"expert": 2},
+    {"tensor": 2},
+)
+
+
+class Seen(NamedTuple):
+    """All that can be seen of a training step."""
+
+    logits_BLV: Float[Array, "B L V"]
+    expert_NBLK: Int[Array, "N B L K"] | None
+    metrics: train.Metrics
+    grads: Any
+    state: train.State  # after the step
+
+
+class Trial:
+    """A training step of an experiment on its mesh, over the first devices there are."""
+
+    def __init__(self, exp: Experiment, devices: list[jax.Device]):
+        self.program = train.Program(exp, devices=devices)
+        self.run = jax.jit(partial(everything, exp, self.program.layouts))
+
+    def __call__(self, state: train.State, batch: Batch) -> Seen:
+        """Of a state and a batch in the memory of the host."""
+        state = jax.device_put(state, self.program.shardings)
+        with jax.set_mesh(self.program.mesh):
+            return self.run(state, self.program.place(batch))
+
+
+def everything(exp: Experiment, layouts: train.Layouts, state: train.State, batch: Batch) -> Seen:
+    """A step, and the outputs it is made from."""
+    tx, rate = exp.optim.build(exp.run.steps)
+    grads, losses = train.gradients(exp, layouts, state, batch)
+    after, metrics = train.update(exp, tx, rate, state, grads, losses)
+
+    def outputs(params: Any, router: Any, key: Array, batch: Batch) -> Any:
+        logits_BLV, aux = lm.apply(exp.model, params, batch, key, router)
+        return logits_BLV, None if aux is None else aux.expert_BLK
+
+    here = shard.current(exp.exchange)
+    tokens = shard.token_spec(here)
+    look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens)))
+    logits_BLV, expert_NBLK = look(state.params, state.router, train.step_key(exp, state), batch)
+    return Seen(logits_BLV, expert_NBLK, metrics, grads, after)
+
+
+def sample(exp: Experiment, seed: int = 0) -> Batch:
+    """Rows of random tokens, each of two documents and padding, the last of padding only."""
+    rng, (B, L) = np.random.default_rng(seed), (exp.data.B, exp.data.L)
+    moe = exp.model.moe
+    tasks = max(moe.tasks, getattr(moe.router, "M", 1)) if isinstance(moe, MoEConfig) and moe.needs else 1
+    tokens = rng.integers(1, exp.model.V, (B, L + 1)).astype(np.int32)
+    first, end = rng.integers(1, L, (B, 1)), rng.integers(L // 2, L + 1, (B, 1))
+    end[-1], place_L = 0, np.arange(L)
+    segment = np.where(place_L >= end, 0, np.where(place_L < first, 1, 2)).astype(np.int32)
+    position = np.where(place_L < first, place_L, place_L - first).astype(np.int32)
+    domain = rng.integers(tasks, size=B).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], segment, position, segment > 0, domain)
+
+
+def uneven(state: train.State) -> train.State:
+    """With routers that are surer than at the start of training, so that some experts overflow."""
+
+    def leaf(path: Any, x: Array) -> np.ndarray:
+        name = str(path[-1].key)
+        return np.asarray(x) * (4 if name.startswith("router") else 1)
+
+    return jax.device_get(state)._replace(params=jax.tree.map_with_path(leaf, jax.device_get(state.params)))
+
+
+def start(exp: Experiment) -> train.State:
+    """A state before the first step, in the memory of the host."""
+    tx, _ = exp.optim.build(exp.run.steps)
+    return uneven(jax.jit(partial(train.init, exp, tx))())
+
+
+# ---------------------------------------------------------------- law 1
+
+
+def meshes(exp: Experiment, devices: list[jax.Device]) -> Iterator[tuple[str, Experiment]]:
+    """The experiment on its own mesh, and on others that it fits, with their names."""
+    tried = []
+    for sizes in ({a: n for a, n in exp.mesh if n > 1}, *MESHES):
+        count = int(np.prod([*sizes.values()]))
+        if count <= len(devices) and count > 1 and sizes not in tried:
+            tried.append(sizes)
+            try:
+                spread = dataclasses.replace(exp, mesh=tuple(sizes.items()))
+            except ValueError:  # one of its sizes does not divide
+                continue
+            yield " x ".join(f"{a}={sizes[a]}" for a in AXES if a in sizes), spread
+
+
+def alone(exp: Experiment) -> Experiment:
+    return dataclasses.replace(exp, mesh=())
+
+
+def run_on(exp: Experiment, state: train.State, batch: Batch, devices: list[jax.Device]) -> Seen:
+    """What is seen of a step on the experiment's mesh, in the memory of the host."""
+    count = int(np.prod([n for _, n in exp.mesh]))
+    return jax.device_get(Trial(exp, devices[:count])(state, batch))
+
+
+def same(one: Seen, many: Seen, before: train.State) -> dict[str, Verdict]:
+    """Whether a mesh has done what a single device has: outputs, losses, drops, gradients, one step."""
+    stats = {n: v for n, v in (one.metrics.stats._asdict() if one.metrics.stats else {}).items() if n != "kept"}
+    found = {
+        "outputs": within(CLOSE, worst(one.logits_BLV, many.logits_BLV)),
+        "losses": within(
+            CLOSE,
+            worst(
+                {**one.metrics._asdict(), "stats": stats},
+                {**many.metrics._asdict(), "stats": {n: getattr(many.metrics.stats, n) for n in stats}},
+            ),
+        ),
+        "gradients": within(CLOSE, worst(one.grads, many.grads, least=largest(one.grads) * SURE)),
+        "one step": within(STEP, step(one, many, before)),
+        "router state": within(CLOSE, worst(one.state.router, many.state.router)),
+    }
+    if one.metrics.stats is not None:
+        found["drops"] = exactly(one, many)
+    return found
+
+
+def exactly(one: Seen, many: Seen) -> Verdict:
+    """The same choices, and as many of them dropped in every layer."""
+    layers = np.flatnonzero(np.asarray(one.metrics.stats.kept) != np.asarray(many.metrics.stats.kept))
+    if one.expert_NBLK is not None and (moved := (one.expert_NBLK != many.expert_NBLK).any((1, 2, 3))).any():
+        return Verdict(False, f"other experts chosen in MoE layer {np.flatnonzero(moved)[0]}")
+    kept, asked = float(np.sum(one.metrics.stats.kept)), float(np.sum(one.metrics.stats.choices_E))
+    if len(layers):
+        return Verdict(False, f"other drops in MoE layer {layers[0]}")
+    return Verdict(True, f"{asked - kept:.0f} of {asked:.0f}")
+
+
+class Worst(NamedTuple):
+    """The largest difference between two trees."""
+
+    error: float
+    where: str
+
+
+def worst(one: Any, many: Any, least: float = 1e-6) -> Worst:
+    """Relative to the largest number of each array, or to `least`; what is not finite differs from all else."""
+    found = Worst(0.0, "")
+    pairs = zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True)
+    for (path, a), b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        size = max(np.abs(np.nan_to_num(a)).max(initial=0), least)
+        both = (a == b) | (np.isnan(a) & np.isnan(b))
+        error = np.where(both, 0, np.nan_to_num(np.abs(a - b), nan=np.inf)).max(initial=0) / size
+        found = max(found, Worst(float(error), jax.tree_util.keystr(path, simple=True, separator="/")))
+    return found
+
+
+def step(one: Seen, many: Seen, before: train.State) -> Worst:
+    """The largest difference between updates, relative to them, where gradients are more than rounding."""
+
+    def sure(grad: Any, new: Any, old: Any) -> np.ndarray:
+        grad, moved = np.asarray(grad, np.float64), np.asarray(new, np.float64) - np.asarray(old, np.float64)
+        return np.where(np.abs(grad) > SURE * np.abs(grad).max(initial=0), moved, 0)
+
+    of = [jax.tree.map(sure, one.grads, seen.state.params, before.params) for seen in (one, many)]
+    return worst(*of, least=1e-7)
+
+
+def largest(tree: Any) -> float:
+    return max(float(np.abs(x).max(initial=0)) for x in jax.tree.leaves(tree))
+
+
+def within(limit: float, found: Worst) -> Verdict:
+    holds = found.error <= limit
+    where = f" in {found.where}" if found.where else ""
+    return Verdict(holds, f"{found.error:.0e}" + ("" if holds else f"{where}, where {limit:.0e} is rounding"))
+
+
+# ---------------------------------------------------------------- laws 5 and 7
+
+
+def replicas(exp: Experiment, state: train.State, batch: Batch, devices: list[jax.Device], steps: int = 3) -> Verdict:
+    """Law 5: after steps, what several devices hold copies of is bit-identical on all of them."""
+    program = train.Program(exp, devices=devices)
+    placed, copies = jax.device_put(state, program.shardings), 0
+    for _ in range(steps):
+        placed, metrics = program.step(placed, batch)
+    for path, leaf in jax.tree.leaves_with_path({"state": placed._asdict(), "metrics": metrics._asdict()}):
+        by_index: dict[str, list[bytes]] = {}
+        for piece in leaf.addressable_shards:
+            by_index.setdefault(str(piece.index), []).append(np.asarray(piece.data).tobytes())
+        copies += sum(len(same) - 1 for same in by_index.values())
+        if any(len(set(same)) > 1 for same in by_index.values()):
+            return Verdict(False, f"{jax.tree_util.keystr(path, simple=True, separator='/')} differs between devices")
+    return Verdict(True, f"{copies} copies after {steps} steps, all bit-identical")
+
+
+def padding(trial: Trial, state: train.State, batch: Batch) -> Verdict:
+    """Law 7: what stands in padded places changes no loss, count, gradient or parameter, bit for bit."""
+    rng, empty_BL = np.random.default_rng(1), batch.segment_BL == 0
+    noise = lambda a: np.where(empty_BL, rng.integers(a.max() + 1, size=a.shape).astype(a.dtype), a)  # noqa: E731
+    other = batch._replace(tokens_BL=noise(batch.tokens_BL), target_BL=noise(batch.target_BL))
+    seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
+    if isinstance(seen[0].expert_NBLK, np.ndarray):
+        E = len(seen[0].metrics.stats.choices_E[0])
+        if (seen[0].expert_NBLK[:, empty_BL] < E).any():
+            return Verdict(False, "a padded token has been given an expert")
+    real = [s._replace(logits_BLV=np.where(empty_BL[..., None], 0, s.logits_BLV), expert_NBLK=None) for s in seen]
+    found = worst(*(s._asdict() for s in real))
+    where = f"differs in {found.where}" if found.error else f"{int(empty_BL.sum())} of {empty_BL.size} places tried"
+    return Verdict(not found.error, where)
+

@@ -1,0 +1,93 @@
+"""A user's experiment, as small as simulated devices need it, and what was changed."""
+
+import dataclasses
+import math
+from typing import Any
+
+from moe_jax.config import Experiment
+from moe_jax.models import LMConfig
+from moe_jax.moe import MoEConfig
+from moe_jax.optim import Constant
+
+V, D, H, A, F, L = 512, 32, 4, 8, 16, 32  # at most
+RATE = 0.01
+B = 64  # at least: two sequences, in two pieces, for each of 16 shards
+
+
+def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
+    """The experiment in float32 at small widths on a mesh of at most so many devices, and what differs, in words.
+
+    Routing, losses, dispatch, exchange, number of experts, kinds of layers, rematerialisation, accumulation and
+    optimizer are as configured. Its learning rate is constant, and large, so that one step shows in float32.
+    """
+    length = min(L, exp.data.L)
+    model = narrow(exp.model, length, exp.data.L)
+    group = getattr(model.moe, "S", None) or length
+    rows = exp.data.accumulate * devices * max(1, math.lcm(group, length) // length)
+    data = dataclasses.replace(exp.data, L=length, B=max(rows, B // rows * rows))
+    mesh = tuple(fold(dict(exp.mesh), devices).items())
+    optim = dataclasses.replace(exp.optim, schedule=Constant(RATE))
+    small = dataclasses.replace(exp, model=model, data=data, optim=optim, mesh=mesh)
+    return small, differences(exp, small)
+
+
+def narrow(model: LMConfig, length: int, whole: int) -> LMConfig:
+    """The model at small widths, with layers of every kind, for sequences of this length instead of the `whole` one."""
+    moe = model.moe
+    if isinstance(moe, MoEConfig):
+        S = moe.S and max(1, moe.S * length // whole)
+        moe = dataclasses.replace(moe, experts=thin(moe.experts), shared=thin(moe.shared), S=S)
+    else:
+        moe = thin(moe)
+    sizes = {"V": min(V, model.V), "D": min(D, model.D), "H": min(H, model.H), "A": min(A, model.A)}
+    small = dataclasses.replace(model, moe=moe, ffn=thin(model.ffn), dtype="float32", **sizes)
+    return shallow(small)
+
+
+def thin(expert: Any) -> Any:
+    """An expert with few hidden units."""
+    return expert if expert is None else dataclasses.replace(expert, F=min(F, expert.F))
+
+
+def shallow(model: LMConfig) -> LMConfig:
+    """With as few layers as have every kind of layer, and two that route where there are two."""
+    for N in range(1, model.N):
+        try:
+            fewer = dataclasses.replace(model, N=N)
+        except ValueError:  # the layout names layers that there would not be
+            continue
+        if set(fewer.sparse) == set(model.sparse) and sum(fewer.sparse) >= min(2, sum(model.sparse)):
+            return fewer
+    return model
+
+
+def fold(mesh: dict[str, int], devices: int) -> dict[str, int]:
+    """A mesh on at most so many devices, its largest axes halved; "the rest" is one."""
+    sizes = {axis: max(n, 1) for axis, n in mesh.items()}
+    while math.prod(sizes.values()) > devices:
+        largest = max(sizes, key=lambda axis: sizes[axis])
+        sizes[largest] = sizes[largest] // 2 if sizes[largest] % 2 == 0 else 1
+    if -1 in mesh.values() and devices % (rest := math.prod(sizes.values())) == 0:
+        sizes[next(axis for axis, n in mesh.items() if n == -1)] = devices // rest
+    return sizes
+
+
+def differences(exp: Experiment, small: Experiment) -> list[str]:
+    """What is not as configured."""
+    pairs = [(name, getattr(exp, name), getattr(small, name)) for name in ("data", "optim", "model")]
+    if isinstance(exp.model.moe, MoEConfig):
+        pairs.append(("model.moe", exp.model.moe, small.model.moe))
+    changed = [
+        f"{path}.{f.name} {short(old)} -> {short(new)}"
+        for path, one, other in pairs
+        for f in dataclasses.fields(one)
+        if (old := getattr(one, f.name)) != (new := getattr(other, f.name)) and f.name != "moe"
+    ]
+    sizes = {axis: n for axis, n in small.mesh if n > 1}
+    if dict(exp.mesh) != dict(small.mesh):
+        changed.append("mesh " + (" x ".join(f"{axis}={n}" for axis, n in sizes.items()) or "of one device"))
+    return changed
+
+
+def short(value: Any) -> str:
+    return f"F={value.F}" if hasattr(value, "F") else repr(value)
