@@ -1,4 +1,4 @@
-# make train | make test | make lint    everything is installed on the way, into .venv, from uv.lock
+# make train | make test | make matrix | make lint    everything is installed on the way, into .venv, from uv.lock
 PYTHON ?= python3
 UV     := .tools/bin/uv
 RUN    := .venv/bin/python
@@ -9,7 +9,7 @@ export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test lint format clean
+.PHONY: setup train test matrix lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -17,6 +17,9 @@ train: setup
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+matrix: setup
+	$(RUN) -m pytest -n 2 -m matrix
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -93,7 +93,7 @@ def line(finding: Finding) -> str:
 def row_line(row: Row) -> str:
     predicted, compiled = row.predicted, row.compiled
     text = f"communication, {row.part}: {compiled.op} over {' x '.join(compiled.axes)}"
-    sizes = f"{compiled.count} of {compiled.bytes:,} bytes, {compiled.wire:,.0f} on the wire; predicted {predicted.bytes:,}"
+    sizes = f"{compiled.count} of {compiled.bytes:,} bytes, predicted {predicted.bytes:,}, sent {compiled.wire:,.0f}"
     return f"{text:<60} {'yes' if row.holds else 'NO':<4} {sizes}{'; ' + row.detail if row.detail else ''}"
 
 

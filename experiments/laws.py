@@ -1,15 +1,12 @@
 """Which routings are trainable, causal, and independent of the rest of their batch: found by trying to break them.
 
     python -m experiments.laws [--write=docs/routing.md]        the table of all routers, slot priorities and limits
-    python -m experiments.laws --config=configs/glam_nano.py    the MoE layer of an experiment, at small widths
 
---write puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, in place of what is there. With
---config the exit code is 1 where the layer breaks a law that its config claims. The table takes about five minutes of
-one core, with most of XLA's optimizations off.
+--write puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, in place of what is there. It takes
+about five minutes of one core, with most of XLA's optimizations off. `python -m experiments.audit` says what holds of
+your own experiment.
 """
 
-import dataclasses
-import math
 import pathlib
 import sys
 import time
@@ -21,8 +18,7 @@ from absl import flags
 
 from experiments import cli
 from moe_jax import audit
-from moe_jax.audit import Verdict
-from moe_jax.config import Experiment, parse
+from moe_jax.config import parse
 from moe_jax.core.capacity import PRIORITIES
 from moe_jax.core.routing import TokenChoice
 from moe_jax.dispatch import Einsum, Gather
@@ -30,7 +26,6 @@ from moe_jax.experts import MLP
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import MixtureOfDepths
 
-cli.define_config()
 WRITE = flags.DEFINE_string("write", None, "A file with the marks <!-- laws --> and <!-- /laws --> for the table.")
 
 BEGIN, END = "<!-- laws -->", "<!-- /laws -->"
@@ -45,7 +40,6 @@ ROUTERS = (
 )
 LIMITS = (*PRIORITIES, "none")
 L, D, F, TRIALS = 16, 8, 8, 60  # of the table
-TOKENS = 50_000  # of all trials of an experiment's layer
 
 
 class Column(NamedTuple):
@@ -71,10 +65,6 @@ COLUMNS = (
 
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # it compiles more than it computes
-    if flags.FLAGS["config"].value:
-        if WRITE.value:
-            raise ValueError("--write is for the table of all routers; leave out --config or --write.")
-        sys.exit(check(cli.experiment()))
     if WRITE.value:
         around(WRITE.value)  # says what is wrong before anything is tried
     text = table()
@@ -142,61 +132,6 @@ def around(name: str) -> tuple[str, str]:
     if not (begin and end):
         raise ValueError(f"--write={name} has no place for the table; mark it by {BEGIN} and {END}.")
     return before, after
-
-
-# ---------------------------------------------------------------- an experiment's layer
-
-
-class Finding(NamedTuple):
-    """A verdict on a law, and whether the config claims it."""
-
-    law: str
-    claimed: bool
-    verdict: Verdict
-
-
-def check(exp: Experiment) -> int:
-    """Says what holds of an experiment's MoE layer; 1 if something does not that its config claims."""
-    if not exp.model.moe_layers:
-        raise ValueError("The experiment has no MoE layer to try; set config.model.moe and config.model.layout.")
-    cfg, length = exp.model.moe, exp.data.L
-    print(
-        f"{cfg.router}, {cfg.dispatch}, E={cfg.E}, S={cfg.S}, L={length}; "
-        f"widths shrunk to D={D} and F={F}, all else as configured"
-    )
-    broken = False
-    for law, claimed, verdict in findings(exp):
-        held = "yes" if verdict.holds else "NO" if claimed else "no"
-        print(f"{law:<47}{held:<5}{verdict.detail}{'' if claimed else '; not claimed'}", flush=True)
-        broken |= claimed and not verdict.holds
-    return int(broken)
-
-
-def findings(exp: Experiment) -> Iterator[Finding]:
-    """All laws, in training, in evaluation with the layer's limit, and without, as models are evaluated."""
-    cfg, length = narrow(exp.model.moe), exp.data.L
-    sequences = math.lcm(cfg.S or length, length) // length
-    sizes = {"B": max(2, sequences), "L": length, "D": D}
-    trials = max(20, min(200, TOKENS // (sizes["B"] * length)))
-    modes = {"training": (cfg, True), "evaluation": (cfg, False)}
-    if cfg.dropless() != cfg:
-        modes["evaluation without a limit"] = (cfg.dropless(), False)
-    yield Finding("trainable", True, audit.trainable(cfg, **sizes))
-    for mode, (layer, training) in modes.items():
-        yield Finding(f"causal, {mode}", exp.model.causal, audit.causal(layer, training, **sizes, trials=trials))
-    for mode, (layer, training) in modes.items():
-        verdict = audit.batch_independent(layer, training, **sizes, trials=trials)
-        yield Finding(f"batch-independent, {mode}", False, verdict)
-
-
-def narrow(cfg: MoEConfig) -> MoEConfig:
-    """The layer with experts of few hidden units."""
-    small = {
-        name: dataclasses.replace(part, F=min(F, part.F))
-        for name in ("experts", "shared")
-        if (part := getattr(cfg, name)) is not None
-    }
-    return dataclasses.replace(cfg, **small)
 
 
 if __name__ == "__main__":

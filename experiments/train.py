@@ -38,7 +38,8 @@ COMPARE = flags.DEFINE_multi_string("compare", [], "Workdirs of other runs to dr
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
 FILES = (*BEGUN, "tensorboard", "report.html", PROCESSES, "config.json")
-MAY_CHANGE = ("run", "mesh")  # between a run and its continuation
+# Between a run and its continuation: how long, and where it is computed.
+MAY_CHANGE = ("run", "mesh", "model.remat", "model.moe.exchange", "optim.zero1")
 
 
 def main() -> None:
@@ -94,7 +95,7 @@ def run(
 def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
     """Makes the workdir this experiment's; ValueError if it is another's.
 
-    A run may go on for longer, or on another mesh.
+    A run may go on for longer, or on another mesh, with another exchange.
     """
     saved = workdir / "config.json"
     if overwrite and saved.is_file():
@@ -141,8 +142,8 @@ def saved_config(path: pathlib.Path) -> dict[str, Any]:
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Which values differ, where a continuation may not."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in {**old, **new} if path or k not in MAY_CHANGE]
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}".strip("."))]
+        paths = {k: f"{path}.{k}".strip(".") for k in {**old, **new}}
+        return [d for k, p in paths.items() if p not in MAY_CHANGE for d in differences(old.get(k), new.get(k), p)]
     return [] if old == new else [f"{path or 'config'} was {old!r}, is {new!r}"]
 
 
@@ -156,7 +157,7 @@ def compared(workdirs: list[str]) -> dict[str, str]:
 def describe(exp: Experiment) -> str:
     """What is about to be trained, in a line."""
     count, flops = parameters(exp.model), flops_per_token(exp.model, exp.data.L)
-    mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh)
+    mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one shard"
     return (
         f"{count.total:,} parameters, {count.active:,} active, {3 * flops / 1e6:.2f} MFLOP per trained "
         f"token; {mesh} on {jax.device_count()} {jax.devices()[0].platform} device(s)"

@@ -1,5 +1,6 @@
 """Training, top to bottom: state, step, program, loop."""
 
+import math
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from moe_jax import optim
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
-from moe_jax.core.shard import RULES, make_mesh
+from moe_jax.core.shard import RULES, TOKENS, make_mesh
 from moe_jax.core.stats import Stats
 from moe_jax.data import Batch, batches, default_directory, evaluation_batches, prepare
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, evaluation_step
@@ -232,14 +233,38 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._evaluate(state.params, state.router, self.place(batch))
 
+    @property
+    def share(self) -> dict[str, int]:
+        """Which part of every batch this process reads, of how many; processes inside one shard read the same."""
+        n = math.prod(self.mesh.shape[axis] for axis in TOKENS)
+        places = self.rows.addressable_devices_indices_map((n,)).values()
+        return part_of({place[0].indices(n)[0] for place in places if place is not None}, n)
+
     def place(self, batch: Batch) -> Batch:
         """This process's rows of a batch, as part of the global one."""
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, self.rows), batch)
+        parts = self.share["processes"]
+
+        def global_array(x: Array | np.ndarray) -> Array:
+            shape = (parts * len(x), *x.shape[1:])
+            return jax.make_array_from_process_local_data(self.rows, x, shape)
+
+        return jax.tree.map(global_array, batch)
 
     def abstract_state(self) -> State:
         """Shapes and shardings of the state, to restore it into."""
         shapes = jax.eval_shape(self._init)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
+
+
+def part_of(mine: set[int], n: int) -> dict[str, int]:
+    """The part of n shards' rows that these are; ValueError if they do not lie together."""
+    first, size = min(mine), len(mine)
+    if mine != set(range(first, first + size)) or first % size or n % size:
+        raise ValueError(
+            f"This process has the shards {sorted(mine)} of {n}, which do not lie together; choose a mesh whose last "
+            "axes fill the devices of a process."
+        )
+    return {"process": first // size, "processes": n // size}
 
 
 # ---------------------------------------------------------------- the loop
@@ -259,11 +284,10 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
     state, seconds = restore(checkpoints, program)
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
-    process = {"process": jax.process_index(), "processes": jax.process_count()}
 
     def evaluation() -> dict[str, Any]:
         began, B = time.monotonic(), data.B // data.accumulate
-        chosen = evaluation_batches(held_out, B, run.eval_windows, **process)
+        chosen = evaluation_batches(held_out, B, run.eval_windows, **program.share)
         record = evaluate(partial(program.evaluate, state), chosen, held_out.domains)
         for name in ("", "_capacity"):
             if "loss" + name in record:
@@ -280,7 +304,7 @@ def train(
     try:
         yield {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
         late: Metrics | None = None  # fetched while the next step runs
-        for batch in batches(windows, data.B, exp.seed, step, **process):
+        for batch in batches(windows, data.B, exp.seed, step, **program.share):
             if step >= run.steps:
                 break
             state, metrics = program.step(state, batch)

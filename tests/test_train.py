@@ -184,3 +184,18 @@ def test_a_step_that_is_not_finite_changes_nothing(two_steps):
     healed = after._replace(params=jax.device_put(before.params, program.shardings.params))
     healed, metrics = program.step(healed, batch())
     assert (int(metrics.skipped), int(healed.skipped_in_a_row)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("mine", "n", "part", "parts"),
+    [({0, 1, 2, 3}, 8, 0, 2), ({4, 5, 6, 7}, 8, 1, 2), ({0}, 1, 0, 1), ({2}, 4, 2, 4), (set(range(8)), 8, 0, 1)],
+)
+def test_what_a_process_reads(mine, n, part, parts):
+    """Its own rows; all processes that share a shard of tensor parallelism read the same."""
+    assert trainer.part_of(mine, n) == {"process": part, "processes": parts}
+
+
+@pytest.mark.parametrize("mine", [{0, 2}, {1, 2}, {0, 1, 2}])
+def test_rows_that_do_not_lie_together_are_refused(mine):
+    with pytest.raises(ValueError, match="do not lie together"):
+        trainer.part_of(mine, 8)

@@ -1,7 +1,7 @@
 """Law 2 of one MoE layer: every dispatcher that fits its routing gives the same numbers."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from moe_jax.moe import MoE, MoEConfig
 def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
     """Outputs, all gradients and drops of the layer's dispatcher, and of the others, with the definition, `Einsum`."""
     rng = np.random.default_rng(seed)
-    given = jax.tree.map(lambda a: a[0], draw(cfg, rng, 1, B, L, D))
+    given = jax.tree.map(lambda a: jnp.asarray(a[0]), draw(cfg, rng, 1, B, L, D))
     keys_1 = keys(cfg, rng, 1)
     target = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
 
@@ -29,12 +29,14 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
         def loss(params, x_BLD):
             given_ids = Ids(given.token_TBL, given.task_TBL)
             key = None if keys_1 is None else keys_1[0]
-            y_BLD, aux = layer.apply({"params": params}, x_BLD, given.mask_TBL, key, cfg.init_state(), given_ids)
+            y_BLD, aux = cast(
+                tuple, layer.apply({"params": params}, x_BLD, given.mask_TBL, key, cfg.init_state(), given_ids)
+            )
             kept = recorder.record[-1][1]
             return ((y_BLD - target) ** 2).mean() + aux.loss, (y_BLD, kept)
 
         gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        (value, (y_BLD, kept)), grads = gradients(given.params, jnp.asarray(given.x_TBLD))
+        (value, (y_BLD, kept)), grads = gradients(given.params, given.x_TBLD)
         return jax.device_get({"loss": value, "y": y_BLD}), jax.device_get(grads), np.asarray(kept)
 
     definition, *others = fitting(cfg)

@@ -99,9 +99,9 @@ def sample(exp: Experiment, seed: int = 0) -> Batch:
 def uneven(state: train.State) -> train.State:
     """With routers that are surer than at the start of training, so that some experts overflow."""
 
-    def leaf(path: Any, x: Array) -> np.ndarray:
+    def leaf(path: Any, x: np.ndarray) -> np.ndarray:
         name = str(path[-1].key)
-        return np.asarray(x) * (4 if name.startswith("router") else 1)
+        return x * (4 if name.startswith("router") else 1)
 
     return jax.device_get(state)._replace(params=jax.tree.map_with_path(leaf, jax.device_get(state.params)))
 
@@ -162,11 +162,15 @@ def same(one: Seen, many: Seen, before: train.State) -> dict[str, Verdict]:
 
 def exactly(one: Seen, many: Seen) -> Verdict:
     """The same choices, and as many of them dropped in every layer."""
-    layers = np.flatnonzero(np.asarray(one.metrics.stats.kept) != np.asarray(many.metrics.stats.kept))
-    if one.expert_NBLK is not None and (moved := (one.expert_NBLK != many.expert_NBLK).any((1, 2, 3))).any():
-        return Verdict(False, f"other experts chosen in MoE layer {np.flatnonzero(moved)[0]}")
-    kept, asked = float(np.sum(one.metrics.stats.kept)), float(np.sum(one.metrics.stats.choices_E))
-    if len(layers):
+    mine, theirs = one.metrics.stats, many.metrics.stats
+    assert mine is not None
+    assert theirs is not None
+    if one.expert_NBLK is not None:
+        moved = np.not_equal(one.expert_NBLK, many.expert_NBLK).any((1, 2, 3))
+        if moved.any():
+            return Verdict(False, f"other experts chosen in MoE layer {np.flatnonzero(moved)[0]}")
+    kept, asked = float(np.sum(mine.kept)), float(np.sum(mine.choices_E))
+    if len(layers := np.flatnonzero(np.not_equal(mine.kept, theirs.kept))):
         return Verdict(False, f"other drops in MoE layer {layers[0]}")
     return Verdict(True, f"{asked - kept:.0f} of {asked:.0f}")
 
@@ -198,8 +202,8 @@ def step(one: Seen, many: Seen, before: train.State) -> Worst:
         grad, moved = np.asarray(grad, np.float64), np.asarray(new, np.float64) - np.asarray(old, np.float64)
         return np.where(np.abs(grad) > SURE * np.abs(grad).max(initial=0), moved, 0)
 
-    of = [jax.tree.map(sure, one.grads, seen.state.params, before.params) for seen in (one, many)]
-    return worst(*of, least=1e-7)
+    mine, theirs = (jax.tree.map(sure, one.grads, seen.state.params, before.params) for seen in (one, many))
+    return worst(mine, theirs, least=1e-7)
 
 
 def largest(tree: Any) -> float:
@@ -245,4 +249,3 @@ def padding(trial: Trial, state: train.State, batch: Batch) -> Verdict:
     found = worst(*(s._asdict() for s in real))
     where = f"differs in {found.where}" if found.error else f"{int(empty_BL.sum())} of {empty_BL.size} places tried"
     return Verdict(not found.error, where)
-

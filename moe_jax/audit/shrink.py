@@ -39,7 +39,7 @@ def narrow(model: LMConfig, length: int, whole: int) -> LMConfig:
         moe = dataclasses.replace(moe, experts=thin(moe.experts), shared=thin(moe.shared), S=S)
     else:
         moe = thin(moe)
-    sizes = {"V": min(V, model.V), "D": min(D, model.D), "H": min(H, model.H), "A": min(A, model.A)}
+    sizes: dict[str, Any] = {"V": min(V, model.V), "D": min(D, model.D), "H": min(H, model.H), "A": min(A, model.A)}
     small = dataclasses.replace(model, moe=moe, ffn=thin(model.ffn), dtype="float32", **sizes)
     return shallow(small)
 

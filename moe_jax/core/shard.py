@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
@@ -32,7 +33,7 @@ EXCHANGED = "exchanged"  # the name, for rematerialisation, of what came from ot
 Tree = TypeVar("Tree")
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     """A mesh over all devices (or these), `make_mesh(data=2, expert=4)`; one size may be -1, "the rest".
 
     The axis types of the project are set here.
@@ -49,7 +50,18 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
             f"mesh {given} does not multiply to the {n} devices there are; change a size "
             "(-1 means the rest), or simulate devices with JAX_PLATFORMS=cpu."
         )
-    return jax.make_mesh(tuple(all_sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types, used = (AxisType.Auto,) * len(AXES), devices or jax.devices()
+    if len({getattr(d, "slice_index", 0) for d in used}) > 1:
+        return Mesh(over_slices(used, tuple(all_sizes)), AXES, axis_types=types)
+    return jax.make_mesh(tuple(all_sizes), AXES, axis_types=types, devices=devices)
+
+
+def over_slices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """Devices in the shape of a mesh whose first axis, and no other, leaves a slice."""
+    slices = len({d.slice_index for d in devices})
+    if sizes[0] != slices:
+        raise ValueError(f"mesh.slice={sizes[0]}, but the devices lie in {slices} slices; set mesh.slice={slices}.")
+    return create_hybrid_device_mesh((1, *sizes[1:]), (slices, *[1] * (len(sizes) - 1)), devices)
 
 
 def rules_for(exchange: Any = None, sizes: Mapping[str, int] | None = None) -> dims.Rules:
