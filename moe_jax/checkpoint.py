@@ -256,11 +256,12 @@ def _problem(directory: Path, hashes: bool = True) -> str | None:
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
     for name, (size, _) in files.items():
-        path = directory / name
-        if not path.is_file():
+        try:
+            found_size = (directory / name).stat().st_size
+        except FileNotFoundError:  # or process 0 deletes the step at this moment
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if found_size != size:
+            return f"{name} has {found_size} bytes instead of {size}"
     if not hashes:
         return None
     with ThreadPoolExecutor() as pool:
