@@ -165,7 +165,7 @@ def exactly(one: Seen, many: Seen) -> Verdict:
     mine, theirs = one.metrics.stats, many.metrics.stats
     assert mine is not None
     assert theirs is not None
-    if one.expert_NBLK is not None:
+    if one.expert_NBLK is not None and many.expert_NBLK is not None:
         moved = np.not_equal(one.expert_NBLK, many.expert_NBLK).any((1, 2, 3))
         if moved.any():
             return Verdict(False, f"other experts chosen in MoE layer {np.flatnonzero(moved)[0]}")

@@ -78,6 +78,11 @@ class LMConfig:
                     f"{type(self.moe.router).__name__}() decides about a token by later ones; in a language model use "
                     "a router that is causal, or say causal=False."
                 )
+            if getattr(self.moe.exchange, "buffer", None):
+                raise ValueError(
+                    f"{self.moe.exchange} shares its room with later tokens; in a language model use buffer=None, "
+                    "or say causal=False."
+                )
             raise ValueError(
                 f"Slot priority {self.moe.dispatch.priority!r} lets later tokens take earlier ones' slots; in a "
                 "language model use 'token-major', or say causal=False."

@@ -1,0 +1,101 @@
+"""Law 6 of a whole experiment: its compiled train step sends what its config predicts, byte for byte."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import train
+from moe_jax.audit.hlo import collectives
+from moe_jax.communication import Collective, merged, passes
+from moe_jax.config import Experiment
+from moe_jax.data import Batch
+
+
+class Row(NamedTuple):
+    """Collectives of one kind over the same axes, in one pass of a train step; of none, count and bytes are 0."""
+
+    part: str
+    predicted: Collective
+    compiled: Collective
+
+    @property
+    def holds(self) -> bool:
+        """Whether they move the same bytes; how many there are is also a matter of which ones XLA combines."""
+        return self.predicted.bytes == self.compiled.bytes
+
+    @property
+    def detail(self) -> str:
+        """What is wrong, and where; "" if nothing is."""
+        predicted, compiled = self.predicted, self.compiled
+        if self.holds:
+            return ""
+        what = f"{compiled.op} over {' x '.join(compiled.axes)}"
+        if not predicted.bytes:
+            return f"{what}: {compiled.bytes} bytes that nothing predicts, at {compiled.where}"
+        if not compiled.bytes:
+            return f"{what}: {predicted.bytes} bytes are predicted for {predicted.where}, and the program has none"
+        return (
+            f"{what}: {predicted.bytes} bytes are predicted for {predicted.where}, "
+            f"and the program has {compiled.bytes}, at {compiled.where}"
+        )
+
+
+def compare(predicted: Iterable[Collective], compiled: Iterable[Collective], part: str = "") -> list[Row]:
+    """A row for every op and axes; what has no axes sends nothing."""
+    sides = [{(c.op, c.axes): c for c in grouped(side)} for side in (predicted, compiled)]
+    kinds = sorted({kind for side in sides for kind in side})
+    return [Row(part, *(side.get(kind, none(*kind, sides)) for side in sides)) for kind in kinds]
+
+
+def grouped(found: Iterable[Collective]) -> list[Collective]:
+    """Sums by op and axes, which say all the places that they are in."""
+    found = [c for c in found if c.axes]
+    places: dict[tuple, list[str]] = {}
+    for c in merged(found, where=True):
+        if c.count or c.bytes:
+            places.setdefault((c.op, c.axes), []).append(c.where)
+    return [c._replace(where="; ".join(places[c.op, c.axes])) for c in merged(found) if c.count or c.bytes]
+
+
+def none(op: str, axes: tuple[str, ...], sides: list[dict]) -> Collective:
+    """Nothing, of this kind."""
+    return Collective(op, axes, next(side[op, axes].size for side in sides if (op, axes) in side), 0, 0)
+
+
+def less(whole: list[Collective], part: list[Collective]) -> list[Collective]:
+    """What a program sends that a part of it does not."""
+    return whole + [c._replace(count=-c.count, bytes=-c.bytes) for c in part]
+
+
+def audit(exp: Experiment, batch: Batch | None = None, devices: Sequence[jax.Device] | None = None) -> list[Row]:
+    """Compares prediction and program pass by pass: "forward", "backward" (with it, less without), "step" (all of it).
+
+    batch: of the shapes that are meant, if not the experiment's. devices: to compile for, if not those there are.
+    """
+    program = train.Program(exp, devices=devices)
+    state, sizes = program.abstract_state(), dict(program.mesh.shape)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows), batch or shapes(exp))
+
+    def sent(f: Any) -> list[Collective]:
+        with jax.set_mesh(program.mesh):
+            return collectives(f.lower(state, rows).compile().as_text(), program.mesh)
+
+    gradients = partial(train.gradients, exp, program.layouts)
+    forward, both = sent(jax.jit(lambda *given: gradients(*given)[1])), sent(jax.jit(gradients))
+    expected = passes(exp, sizes, program.mesh.devices.flat[0].platform)
+    return [
+        *compare(expected.forward, forward, "forward"),
+        *compare(expected.backward, less(both, forward), "backward"),
+        *compare([c for part in expected for c in part], sent(program._step), "step"),
+    ]
+
+
+def shapes(exp: Experiment) -> Batch:
+    """Of an experiment's batches."""
+    B, L = exp.data.B, exp.data.L
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    tokens = of(jnp.int32, B, L)
+    return Batch(tokens, tokens, tokens, tokens, of(jnp.bool, B, L), of(jnp.int32, B))  # type: ignore[arg-type]
