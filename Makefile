@@ -19,7 +19,7 @@ test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 matrix: setup
-	$(RUN) -m pytest -n 2 -m matrix
+	$(RUN) -m pytest -n 2 --dist loadgroup -m matrix
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -30,6 +30,7 @@ from tests.test_train import EXP, MODEL, batch
 
 ROOT = pathlib.Path(__file__).parent.parent
 matrix = pytest.mark.matrix
+compiled_once = pytest.mark.xdist_group("elastic")  # by one of several pytest processes
 
 
 class Place(NamedTuple):
@@ -134,6 +135,7 @@ def run(tmp_path_factory) -> Callable[[str, str], Run]:
     return run
 
 
+@compiled_once
 @pytest.mark.parametrize(
     ("optimizer", "old", "new"), [pytest.param(*pair, marks=() if pair == QUICK else matrix) for pair in PAIRS]
 )
@@ -155,6 +157,7 @@ def test_a_run_goes_on_elsewhere(run, optimizer, old, new):
             np.testing.assert_allclose(x, named(whole.end.router)[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@compiled_once
 @matrix
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_nothing_that_is_saved_is_idle(run, optimizer):
@@ -214,6 +217,7 @@ HELD = {  # by a device: shapes, and bytes of all parameters and of the optimize
 WHOLE = {"params": 15_552, "adamw": 31_112, "adafactor": 3_376}  # bytes
 
 
+@compiled_once
 @matrix
 @pytest.mark.parametrize(("optimizer", "mesh"), HELD)
 def test_what_a_device_holds(run, optimizer, mesh):
