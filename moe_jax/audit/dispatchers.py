@@ -33,14 +33,16 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
                 tuple, layer.apply({"params": params}, x_BLD, given.mask_TBL, key, cfg.init_state(), given_ids)
             )
             kept = recorder.record[-1][1]
-            return ((y_BLD - target) ** 2).mean() + aux.loss, (y_BLD, kept)
+            return ((y_BLD - target) ** 2).mean() + aux.loss, (y_BLD, kept, aux.stats.kept)
 
         gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        (value, (y_BLD, kept)), grads = gradients(given.params, given.x_TBLD)
-        return jax.device_get({"loss": value, "y": y_BLD}), jax.device_get(grads), np.asarray(kept)
+        (value, (y_BLD, kept, counted)), grads = gradients(given.params, given.x_TBLD)
+        return jax.device_get({"loss": value, "y": y_BLD, "kept": counted}), jax.device_get(grads), np.asarray(kept)
 
     definition, *others = fitting(cfg)
     outputs, grads, kept = seen(definition)
+    if outputs["kept"] != kept.sum():
+        return Verdict(False, f"the statistics count {outputs['kept']:.0f} choices as kept, of {kept.sum()} that are")
     for other in others:
         its_outputs, its_grads, its_kept = seen(other)
         name = type(other).__name__

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from moe_jax.audit import meshes
+from moe_jax.audit import alone, meshes
 from moe_jax.audit.dispatchers import dispatchers
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
 from moe_jax.config import Experiment
@@ -37,11 +37,15 @@ def findings(exp: Experiment, small: Experiment, devices: list[jax.Device]) -> I
 
 
 def spread(exp: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
-    """Laws 1, 5, 7 and 8 of an experiment that fits on these devices."""
+    """Laws 1, 4, 5, 7 and 8 of an experiment that fits on these devices."""
     state, batch = meshes.start(exp), meshes.sample(exp)
     trial = meshes.Trial(meshes.alone(exp), devices[:1])
     one = jax.device_get(trial(state, batch))
-    yield Finding("padding is nowhere", "one device", True, meshes.padding(trial, state, batch))
+    yield Finding("padding is nowhere", "one device", True, alone.padding(trial, exp, state, batch))
+    yield Finding("causal means causal", "the whole model", exp.model.causal, alone.causal(trial, exp, state, batch))
+    yield Finding("nothing is dropped in silence", "one device", True, alone.drops(one))
+    if (found := alone.pieces(exp, state, batch, devices)) is not None:
+        yield Finding("one batch, any pieces", "one device", True, together(found))
     for name, on_mesh in meshes.meshes(exp, devices):
         many = meshes.run_on(on_mesh, state, batch, devices)
         yield Finding("one model, every mesh", name, True, together(meshes.same(one, many, state)))

@@ -1,4 +1,4 @@
-"""Laws 1, 5 and 7 of a whole experiment: one model on every mesh, replicas that are replicas, padding nowhere.
+"""Laws 1 and 5 of a whole experiment: one model on every mesh, replicas that are replicas.
 
 A training step is compiled for a mesh once; everything that can be seen of it is compared with a single device's.
 """
@@ -19,6 +19,7 @@ from moe_jax.config import Experiment
 from moe_jax.core import shard
 from moe_jax.core.shard import AXES
 from moe_jax.data import Batch
+from moe_jax.evaluate import Sums, evaluation_step
 from moe_jax.models import lm
 from moe_jax.moe import MoEConfig
 
@@ -49,6 +50,7 @@ class Seen(NamedTuple):
     metrics: train.Metrics
     grads: Any
     state: train.State  # after the step
+    evaluated: Sums
 
 
 class Trial:
@@ -73,27 +75,32 @@ def everything(exp: Experiment, layouts: train.Layouts, state: train.State, batc
 
     def outputs(params: Any, router: Any, key: Array, batch: Batch) -> Any:
         logits_BLV, aux = lm.apply(exp.model, params, batch, key, router)
-        return logits_BLV, None if aux is None else aux.expert_BLK
+        evaluated = evaluation_step(exp.model, tasks(exp), params, router, batch)
+        return logits_BLV, None if aux is None else aux.expert_BLK, evaluated
 
     here = shard.current(exp.exchange)
     tokens = shard.token_spec(here)
-    look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens)))
-    logits_BLV, expert_NBLK = look(state.params, state.router, train.step_key(exp, state), batch)
-    return Seen(logits_BLV, expert_NBLK, metrics, grads, after)
+    look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens), P()))
+    logits_BLV, expert_NBLK, evaluated = look(state.params, state.router, train.step_key(exp, state), batch)
+    return Seen(logits_BLV, expert_NBLK, metrics, grads, after, evaluated)
 
 
 def sample(exp: Experiment, seed: int = 0) -> Batch:
     """Rows of random tokens, each of two documents and padding, the last of padding only."""
     rng, (B, L) = np.random.default_rng(seed), (exp.data.B, exp.data.L)
-    moe = exp.model.moe
-    tasks = max(moe.tasks, getattr(moe.router, "M", 1)) if isinstance(moe, MoEConfig) and moe.needs else 1
     tokens = rng.integers(1, exp.model.V, (B, L + 1)).astype(np.int32)
     first, end = rng.integers(1, L, (B, 1)), rng.integers(L // 2, L + 1, (B, 1))
     end[-1], place_L = 0, np.arange(L)
     segment = np.where(place_L >= end, 0, np.where(place_L < first, 1, 2)).astype(np.int32)
     position = np.where(place_L < first, place_L, place_L - first).astype(np.int32)
-    domain = rng.integers(tasks, size=B).astype(np.int32)
+    domain = rng.integers(tasks(exp), size=B).astype(np.int32)
     return Batch(tokens[:, :-1], tokens[:, 1:], segment, position, segment > 0, domain)
+
+
+def tasks(exp: Experiment) -> int:
+    """How many tasks the model tells apart."""
+    moe = exp.model.moe
+    return max(moe.tasks, getattr(moe.router, "M", 1)) if isinstance(moe, MoEConfig) and moe.needs else 1
 
 
 def uneven(state: train.State) -> train.State:
@@ -153,6 +160,7 @@ def same(one: Seen, many: Seen, before: train.State) -> dict[str, Verdict]:
         ),
         "gradients": within(CLOSE, worst(one.grads, many.grads, least=largest(one.grads) * SURE)),
         "one step": within(STEP, step(one, many, before)),
+        "evaluation": within(CLOSE, worst(one.evaluated, many.evaluated)),
         "router state": within(CLOSE, worst(one.state.router, many.state.router)),
     }
     if one.metrics.stats is not None:
@@ -216,7 +224,7 @@ def within(limit: float, found: Worst) -> Verdict:
     return Verdict(holds, f"{found.error:.0e}" + ("" if holds else f"{where}, where {limit:.0e} is rounding"))
 
 
-# ---------------------------------------------------------------- laws 5 and 7
+# ---------------------------------------------------------------- law 5
 
 
 def replicas(exp: Experiment, state: train.State, batch: Batch, devices: list[jax.Device], steps: int = 3) -> Verdict:
@@ -233,19 +241,3 @@ def replicas(exp: Experiment, state: train.State, batch: Batch, devices: list[ja
         if any(len(set(same)) > 1 for same in by_index.values()):
             return Verdict(False, f"{jax.tree_util.keystr(path, simple=True, separator='/')} differs between devices")
     return Verdict(True, f"{copies} copies after {steps} steps, all bit-identical")
-
-
-def padding(trial: Trial, state: train.State, batch: Batch) -> Verdict:
-    """Law 7: what stands in padded places changes no loss, count, gradient or parameter, bit for bit."""
-    rng, empty_BL = np.random.default_rng(1), batch.segment_BL == 0
-    noise = lambda a: np.where(empty_BL, rng.integers(a.max() + 1, size=a.shape).astype(a.dtype), a)  # noqa: E731
-    other = batch._replace(tokens_BL=noise(batch.tokens_BL), target_BL=noise(batch.target_BL))
-    seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
-    if isinstance(seen[0].expert_NBLK, np.ndarray):
-        E = len(seen[0].metrics.stats.choices_E[0])
-        if (seen[0].expert_NBLK[:, empty_BL] < E).any():
-            return Verdict(False, "a padded token has been given an expert")
-    real = [s._replace(logits_BLV=np.where(empty_BL[..., None], 0, s.logits_BLV), expert_NBLK=None) for s in seen]
-    found = worst(*(s._asdict() for s in real))
-    where = f"differs in {found.where}" if found.error else f"{int(empty_BL.sum())} of {empty_BL.size} places tried"
-    return Verdict(not found.error, where)
