@@ -1,0 +1,497 @@
+"""Deliberate bugs: what the audit must catch, tried by putting each into a copy of the code.
+
+    python tests/mutations.py
+    python tests/mutations.py --only=stale_replica --jobs=1
+
+Every mutation is one edit of one file. It runs on one device, and the audit (`experiments.audit --stop`, of a tiny
+model on four simulated devices) must break a law and say where. The same audit of the code as it is must hold. What
+JAX's own check of replicas (`check_vma`) does not let through is counted apart. The exit code is 1 where a mutation
+survives or the code as it is does not hold. About 40 CPU minutes.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+REFUSALS = ("check_vma", "manual axis types do not match")  # in what jax.shard_map says of replicas that differ
+LIMIT = 900  # seconds of one audit
+CONFIG = """
+def get_config():
+    moe = {
+        "E": 8,
+        "router": "TopK(K=2)",
+        "experts": "MLP(F=8, bias=True)",
+        "dispatch": "Scatter(capacity_factor=1.0)",
+        "gating": ("Noise(0.1)",),
+        "losses": ("LoadBalance(0.01)", "RouterZ(0.001)"),
+    }
+    model = {"D": 16, "N": 2, "H": 2, "A": 4, "ffn": "GLU(F=8)", "layout": "all", "remat": "none", "moe": moe}
+    data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 16, "B": 16}
+    return {"mesh": {"data": 2, "expert": 2}, "model": model, "data": data}
+"""
+
+
+class Mutation(NamedTuple):
+    """One edit, and flags of the audit that bring what it breaks into play; `refused`: JAX is to say no."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    overrides: tuple[str, ...] = ()
+    refused: bool = False
+
+
+def mesh(**sizes: int) -> tuple[str, ...]:
+    return tuple(f"--config.mesh.{axis}={n}" for axis, n in {"data": 1, "expert": 1, **sizes}.items())
+
+
+def moe(**fields: str) -> tuple[str, ...]:
+    return tuple(f"--config.model.moe.{field}={value}" for field, value in fields.items())
+
+
+TENSOR = mesh(expert=2, tensor=2)
+FSDP = mesh(fsdp=2, tensor=2)
+ONE = ("--simulated=1", *mesh())  # no meshes, where they are not what matters
+TWO = ("--simulated=2", *mesh(expert=2))  # and few
+CHUNKS = (*TWO, *moe(exchange="AllToAll(chunks=2)"))
+LEVELS = (*moe(exchange="TwoLevel()"), *mesh(slice=2, expert=2))
+RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="Ragged()"))
+DROPLESS = (*ONE, *moe(dispatch="Scatter(capacity_factor=None)"))
+SWITCH = (*ONE, *moe(router="Switch()"))
+PIECES = (*ONE, "--config.data.accumulate=2")
+ZERO = ("--config.optim.zero1=True",)
+COPIES = ("--simulated=2", *mesh(data=2))
+KEPT = (*TWO, "--config.model.remat=exchanged")
+
+CORE, MOE, TRAIN, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/train.py", "moe_jax/core/stats.py"
+SCATTER, EXCHANGES, LM = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/lm.py"
+REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
+OWN = "stats(routing, kept, B, ctx.task_GS, cfg.tasks)"
+ALIKE = f"total = here.sum({OWN})"
+LOSS = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))"
+NATS = "here.sum(nats_BL.sum()) / targets"
+TARGETS = "jnp.maximum(here.sum(batch.loss_mask_BL.sum(dtype=jnp.float32)), 1)"
+APPLIED = "params = optax.apply_updates(state.params, updates)"
+REPLICA = """
+    alone = partial(jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False)
+    params = {{**params, "norm": alone(lambda new, old: {{"scale_D": {0}}})(params["norm"], state.params["norm"])}}"""
+OWN_SLICE = "g = jax.lax.dynamic_slice_in_dim({0}, self.place(more) * (n := g.shape[i] // self.count(more)), n, i)"
+SCATTERED = "g = lax.psum_scatter(g, more, scatter_dimension=i, tiled=True)"
+SENT = "shard.regroup(part, shard.experts, split=0, concat=1)"
+EVALUATED = "shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, capacity_BL.sum())"
+HERE_ONLY = "jnp.where(here.index == 0, {0}, 0)"
+NAMED = "lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)"
+OFFSETS = "jnp.cumsum({0}, axis={1}) - {0}"
+REAL = "x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)"
+
+MUTATIONS = (
+    # gradients
+    Mutation("gradients_over_one_axis_too_few", CORE, REDUCED, REDUCED.replace("left))", "left)[:-1])"), refused=True),
+    Mutation(
+        "gradients_averaged_over_one_axis",
+        CORE,
+        REDUCED,
+        REDUCED.replace(" if left", " / self.count(self.tokens[-1:]) if left"),
+    ),
+    Mutation(
+        "experts_gradient_once_per_shard",
+        CORE,
+        "left -= set(after)",
+        "g, left = g * self.count(tuple(a for a in after if a in left)), left - set(after)",
+    ),
+    Mutation("gradients_summed_twice", TRAIN, "params = here.vary(params)", "params = params"),
+    Mutation("check_of_replicas_off", CORE, "check_vma=True)", "check_vma=False)"),
+    Mutation(
+        "gradient_once_per_tensor_shard",
+        CORE,
+        "return jax.tree.map(lambda a: _varying(a, self.tensor), x)",
+        "return jax.tree.map(lambda a: (b := _varying(a, self.tensor)) * (n := self.count(self.tensor)) "
+        "- (n - 1) * lax.stop_gradient(b), x)",
+        TENSOR,
+    ),
+    Mutation(
+        "pieces_averaged",
+        TRAIN,
+        "add = partial(jax.tree.map, jnp.add)",
+        "add = partial(jax.tree.map, lambda a, b: (a + b) / 2)",
+        PIECES,
+    ),
+    Mutation("zero1_not_summed", CORE, SCATTERED, OWN_SLICE.format("g"), ZERO),
+    Mutation("zero1_other_order", CORE, SCATTERED, SCATTERED.replace("more", "more[::-1]"), ZERO),
+    # losses
+    Mutation(
+        "loss_mean_of_means",
+        TRAIN,
+        NATS,
+        "here.sum(nats_BL.sum() / jnp.maximum(piece.loss_mask_BL.sum(), 1)) / here.count(here.tokens)",
+    ),
+    Mutation(
+        "loss_by_targets_of_a_shard", TRAIN, NATS, "here.sum(nats_BL.sum() / jnp.maximum(batch.loss_mask_BL.sum(), 1))"
+    ),
+    Mutation("nats_of_one_shard", TRAIN, NATS, f"here.sum({HERE_ONLY.format('nats_BL.sum()')}) / targets"),
+    Mutation(
+        "padding_counts_as_target", TRAIN, TARGETS, "here.sum(jnp.full((), batch.loss_mask_BL.size, jnp.float32))"
+    ),
+    Mutation(
+        "padding_in_the_loss",
+        TRAIN,
+        "jnp.where(piece.loss_mask_BL, lm.cross_entropy(logits_BLV, piece.target_BL), 0)",
+        "lm.cross_entropy(logits_BLV, piece.target_BL)",
+    ),
+    Mutation(
+        "auxiliary_loss_per_shard",
+        MOE,
+        f"{ALIKE}\n    {LOSS}",
+        f"own = {OWN}\n    total = here.sum(own)\n    "
+        f"{LOSS.replace('part(total', 'part(own')}\n    loss = here.sum(loss) / here.count(here.tokens)",
+    ),
+    # statistics
+    Mutation(
+        "statistics_over_one_axis_too_few",
+        MOE,
+        "total = here.sum(",
+        "total = dataclasses.replace(here, tokens=here.tokens[1:]).sum(",
+        refused=True,
+    ),
+    Mutation(
+        "statistics_of_one_shard",
+        MOE,
+        ALIKE,
+        f"total = here.sum(jax.tree.map(lambda a: {HERE_ONLY.format('a')}, {OWN}))",
+    ),
+    Mutation(
+        "agreement_of_one_shard",
+        LM,
+        "shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32))",
+        "shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32) * (shard.here().index == 0))",
+    ),
+    Mutation(
+        "padding_in_statistics",
+        STATS,
+        "mask_GS1 = routing.mask_GS[..., None].astype(jnp.float32)",
+        "mask_GS1 = jnp.ones_like(routing.mask_GS[..., None], jnp.float32)",
+    ),
+    Mutation("drops_not_counted", STATS, "kept=kept.sum(dtype=jnp.float32)", "kept=visits_GSE.sum()"),
+    Mutation("drops_not_seen", SCATTER, "params, C=C), queue_GSK < C", "params, C=C), routing.expert_GSK < E"),
+    Mutation(
+        "evaluation_of_one_shard",
+        "moe_jax/evaluate.py",
+        EVALUATED,
+        EVALUATED.replace("sum((", "sum(jax.tree.map(lambda a: jnp.where(shard.here().index == 0, a, 0), (") + ")",
+    ),
+    Mutation("evaluation_drops", "moe_jax/evaluate.py", "run(cfg.dropless())", "run(cfg)"),
+    # replicas
+    Mutation(
+        "stale_replica",
+        TRAIN,
+        APPLIED,
+        APPLIED + REPLICA.format('jnp.where(jax.lax.axis_index("data") == 0, new["scale_D"], old["scale_D"])'),
+        COPIES,
+    ),
+    Mutation(
+        "replicas_drift",
+        TRAIN,
+        APPLIED,
+        APPLIED + REPLICA.format('new["scale_D"] + 1e-6 * jax.lax.axis_index("data")'),
+        COPIES,
+    ),
+    # tensor parallelism and parameters that are gathered
+    Mutation(
+        "hidden_units_not_summed",
+        CORE,
+        "checkpoint_name(lax.psum(y, self.tensor), EXCHANGED)",
+        "y",
+        TENSOR,
+        refused=True,
+    ),
+    Mutation("hidden_units_averaged", CORE, "lax.psum(y, self.tensor)", "lax.pmean(y, self.tensor)", TENSOR),
+    Mutation(
+        "hidden_units_summed_twice",
+        MOE,
+        "y_GSD = here.leave(y_GSD)",
+        "y_GSD = here.leave(here.enter(here.leave(y_GSD)))",
+        TENSOR,
+    ),
+    Mutation(
+        "bias_of_every_tensor_shard",
+        CORE,
+        "return jnp.where(lax.axis_index(self.tensor) == 0, w, 0)",
+        "return w",
+        TENSOR,
+    ),
+    Mutation(
+        "weights_gathered_own_part_first",
+        CORE,
+        'return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index("D"), tiled=True)',
+        'axis = w.ndim - len(letters) + letters.index("D")\n        '
+        "whole = lax.all_gather(w, self.fsdp, axis=axis, tiled=True)\n        "
+        "return jnp.roll(whole, -lax.axis_index(self.fsdp) * w.shape[axis], axis)",
+        FSDP,
+    ),
+    # exchanges
+    Mutation(
+        "rows_over_the_wrong_axis",
+        f"{EXCHANGES}/all_to_all.py",
+        SENT,
+        SENT.replace("shard.experts", "shard.tokens[:1]"),
+    ),
+    Mutation(
+        "chunks_in_the_wrong_order",
+        f"{EXCHANGES}/all_to_all.py",
+        "jnp.concatenate(back, axis=1)",
+        "jnp.concatenate(back[::-1], axis=1)",
+        CHUNKS,
+    ),
+    Mutation(
+        "slice_and_shard_swapped",
+        f"{EXCHANGES}/two_level.py",
+        "x_ECD.reshape(Y, X, e, C, D)",
+        "x_ECD.reshape(X, Y, e, C, D).swapaxes(0, 1)",
+        LEVELS,
+    ),
+    Mutation(
+        "rows_stay_in_their_slice",
+        f"{EXCHANGES}/two_level.py",
+        "x_YXeCD = shard.regroup(x_YXeCD, outer, split=0, concat=0)",
+        "x_YXeCD = x_YXeCD",
+        LEVELS,
+    ),
+    Mutation(
+        "sources_in_the_wrong_order",
+        f"{EXCHANGES}/two_level.py",
+        "y_eRD.reshape(e, Y, X, C, D)",
+        "y_eRD.reshape(e, X, Y, C, D).swapaxes(1, 2)",
+        LEVELS,
+    ),
+    Mutation(
+        "offsets_swapped_on_the_way_back",
+        CORE,
+        "return Slices(sizes, destination, source)",
+        "return Slices(sizes, source, destination)",
+        RAGGED,
+    ),
+    Mutation(
+        "last_row_of_a_slice_lost",
+        CORE,
+        "(offset_R < sizes[slice_R])",
+        "(offset_R < jnp.maximum(sizes[slice_R] - 1, 1))",
+        RAGGED,
+    ),
+    Mutation(
+        "slices_by_source_first",
+        f"{EXCHANGES}/ragged.py",
+        "places(sizes_XXe))",
+        f"{OFFSETS.format('sizes_XXe.sum(2, keepdims=True)', 0)} + {OFFSETS.format('sizes_XXe', 2)})",
+        RAGGED,
+    ),
+    # routing
+    Mutation(
+        "capacity_of_a_shard",
+        MOE,
+        "S = x_BLD.shape, cfg.S or x_BLD.shape[1]",
+        "S = x_BLD.shape, x_BLD.shape[0] * x_BLD.shape[1]",
+    ),
+    Mutation("noise_by_local_group", MOE, "here.index * G + jnp.arange(G)", "jnp.arange(G)"),
+    Mutation(
+        "groups_numbered_in_another_order",
+        CORE,
+        "return lax.axis_index(self.tokens) if self.tokens else 0",
+        "return lax.axis_index(self.tokens[::-1]) if self.tokens else 0",
+    ),
+    Mutation(
+        "router_sees_the_mean_of_its_group",
+        "moe_jax/core/context.py",
+        "x_GSD = x_GSD.astype(jnp.float32)",
+        "x_GSD = x_GSD.astype(jnp.float32) + 0.01 * x_GSD.mean(1, keepdims=True)",
+    ),
+    Mutation(
+        "first_choices_first",
+        "moe_jax/core/routing.py",
+        "_positions(expert_GSK.reshape(G, S * K), routing.E).reshape(G, S, K)",
+        "_choice_major(expert_GSK, routing.E)",
+    ),
+    Mutation(
+        "later_tokens_first",
+        "moe_jax/core/routing.py",
+        "return ((jnp.cumsum(hot_GRE, axis=1) - hot_GRE) * hot_GRE)",
+        "return ((hot_GRE.sum(1, keepdims=True) - jnp.cumsum(hot_GRE, axis=1)) * hot_GRE)",
+    ),
+    Mutation(
+        "attention_sees_the_next_token",
+        "moe_jax/models/blocks.py",
+        "jnp.tri(L, dtype=bool)",
+        "jnp.tri(L, k=1, dtype=bool)",
+    ),
+    Mutation(
+        "padding_takes_a_slot",
+        "moe_jax/core/routing.py",
+        "jnp.where(real_GS1, expert_GSK, E)",
+        "jnp.where(real_GS1 | True, expert_GSK, E)",
+    ),
+    Mutation(
+        "weight_is_constant",
+        "moe_jax/routers/switch.py",
+        "at(probs_GSE, expert_GSK), logits",
+        "at(probs_GSE, expert_GSK) / at(probs_GSE, expert_GSK), logits",
+        SWITCH,
+    ),
+    Mutation(
+        "weight_without_gradient",
+        "moe_jax/core/scores.py",
+        "jnp.where(used_GSK, at(logits_GSE, expert_GSK), -jnp.inf)",
+        "jnp.where(used_GSK, at(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
+    ),
+    Mutation(
+        "overflowing_slot_used_again",
+        SCATTER,
+        "jnp.where((queue_GSK < C) & (routing",
+        "jnp.where((queue_GSK <= C) & (routing",
+    ),
+    Mutation(
+        "too_few_slots_for_everybody",
+        SCATTER,
+        "jnp.searchsorted(np.array(ladder), needed)",
+        "jnp.maximum(jnp.searchsorted(np.array(ladder), needed) - 1, 0)",
+        DROPLESS,
+    ),
+    Mutation(
+        "rows_of_a_neighbour_in_a_gradient",
+        "moe_jax/core/groups.py",
+        "g_CO = jnp.where(mine_C1, rows.read(g_RO), 0)",
+        "g_CO = rows.read(g_RO)",
+        RAGGED,
+    ),
+    Mutation(
+        "rows_back_in_the_wrong_order",
+        "moe_jax/dispatch/sort.py",
+        "back_R = jnp.argsort(order_R)",
+        "back_R = order_R",
+        RAGGED,
+    ),
+    # communication, of the same numbers
+    Mutation(
+        "tokens_gathered_besides",
+        MOE,
+        REAL,
+        f"{REAL}\n    x_BLD = jax.lax.dynamic_slice_in_dim(here.gather(x_BLD, here.tokens), here.index * B, B)",
+        TWO,
+    ),
+    Mutation(
+        "rows_travel_three_times",
+        f"{EXCHANGES}/all_to_all.py",
+        SENT,
+        SENT.replace(
+            "(part,",
+            "(shard.regroup(shard.regroup(part, shard.experts, split=0, concat=1), shard.experts, split=1, concat=0),",
+        ),
+        TWO,
+    ),
+    Mutation(
+        "exchanged_rows_without_a_name", CORE, f"return checkpoint_name({NAMED}, EXCHANGED)", f"return {NAMED}", KEPT
+    ),
+    Mutation(
+        "zero1_sums_everything_everywhere", CORE, SCATTERED, OWN_SLICE.format("lax.psum(g, more)"), (*COPIES, *ZERO)
+    ),
+)
+
+
+class Outcome(NamedTuple):
+    """What the audit said of a copy of the code: holds, broken, refused (by JAX), failed or late; law and line."""
+
+    verdict: str
+    law: str = ""
+    line: str = ""
+
+
+def mutated(mutation: Mutation, text: str) -> str:
+    """The file's text with the edit; ValueError where what it replaces is not there exactly once."""
+    if text.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.name}: {mutation.old!r} is {text.count(mutation.old)} times in {mutation.file}; "
+            "it must be there once, so write the mutation anew."
+        )
+    return text.replace(mutation.old, mutation.new)
+
+
+def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | None = None) -> Outcome:
+    """What the audit says of the code, with a mutation in it or as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for package in ("moe_jax", "experiments"):
+            shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / "tiny.py").write_text(CONFIG, encoding="utf-8")
+        if mutation is not None:
+            file = copy / mutation.file
+            file.write_text(mutated(mutation, file.read_text(encoding="utf-8")), encoding="utf-8")
+        command = [sys.executable, "-m", "experiments.audit", "--config=tiny.py", "--stop", "--simulated=4", *overrides]
+        of_jax = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = os.environ | of_jax | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folder}
+        try:
+            done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return Outcome("late")
+    return judged(done)
+
+
+def judged(done: subprocess.CompletedProcess[str]) -> Outcome:
+    """Of the program's exit code and what it has printed."""
+    broken = [line for line in done.stdout.splitlines() if " NO   " in line]
+    if done.returncode == 1 and broken:
+        return Outcome("broken", broken[0].split(",")[0], short(broken[0]))
+    last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
+    if done.returncode == 0:
+        return Outcome("holds")
+    for words in REFUSALS:
+        if words in done.stderr:
+            return Outcome("refused", line=f"jax.shard_map: {words}")
+    return Outcome("failed", line=last)
+
+
+def short(line: str) -> str:
+    """A line of the audit without what holds."""
+    subject, _, detail = line.partition(" NO   ")
+    parts = detail.split("; ")
+    wrong = [part.partition(", where ")[0] for part in parts if part.startswith("NOT ")] or parts[-1:]
+    return f"{subject.strip()}: {'; '.join(wrong)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Tries every mutation on the audit.")
+    parser.add_argument("--only", default="", help="Names that contain this.")
+    parser.add_argument("--jobs", type=int, default=2, help="Audits at a time.")
+    parser.add_argument("--cache", type=pathlib.Path, help="A folder where compiled programs are kept.")
+    given = parser.parse_args()
+    chosen = [m for m in MUTATIONS if given.only in m.name]
+    as_is = list(dict.fromkeys(m.overrides for m in chosen if not m.refused))
+    with tempfile.TemporaryDirectory() as kept, ThreadPoolExecutor(given.jobs) as pool:
+        cache = given.cache or pathlib.Path(kept)
+        found = pool.map(lambda m: audit(m.overrides, cache, m), chosen)
+        controls = pool.map(partial(audit, cache=cache), as_is)
+        print("| mutation | verdict | law | line |\n|---|---|---|---|", flush=True)
+        caught = refused = bad = 0
+        for mutation, outcome in zip(chosen, found, strict=True):
+            right = outcome.verdict == ("refused" if mutation.refused else "broken")
+            caught, refused = caught + (right and not mutation.refused), refused + (right and mutation.refused)
+            bad += not right
+            print(f"| {mutation.name} | {outcome.verdict} | {outcome.law} | {outcome.line} |", flush=True)
+        for overrides, outcome in zip(as_is, controls, strict=True):
+            bad += outcome.verdict != "holds"
+            name = " ".join(flag.removeprefix("--config.") for flag in overrides)
+            print(f"| none ({name}) | {outcome.verdict} | {outcome.law} | {outcome.line} |", flush=True)
+    print(
+        f"\n{caught} of {sum(not m.refused for m in chosen)} caught by the audit; {refused} refused by JAX's own check"
+    )
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
