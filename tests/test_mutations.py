@@ -1,6 +1,7 @@
 """The list of mutations fits the code as it is: what each replaces is there once, and its flags make an experiment."""
 
 import ast
+import re
 import subprocess
 
 import pytest
@@ -61,3 +62,13 @@ def test_the_first_broken_law_is_named():
     found = judged(done(1, ROW.format("yes ") + "\n" + ROW.format("NO  ")))
     assert found.law == "one model"
     assert "up_EDF" in found.line
+
+
+def test_the_documented_list_is_complete():
+    """docs/parallelism.md names every mutation: those that a law catches in its table, the refused ones above it."""
+    page = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\w+_\w+) \| [\w ,]+ \| ", page.partition("### Does it see")[2], re.MULTILINE)
+    assert table == [m.name for m in MUTATIONS if not m.refused]
+    assert all(f"`{m.name}`" in page for m in MUTATIONS if m.refused)
+    assert f"{len(MUTATIONS)} deliberate bugs" in page
+    assert f"**{len(table)} of {len(table)}**" in page
