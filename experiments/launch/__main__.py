@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     """The exit code: 0 when the run has finished, 1 after too many restarts, 2 for a mistake, 130 for Ctrl-C."""
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background would ignore it
         split = argv.index("--") if "--" in argv else len(argv)
         plan = planned(arguments(argv[:split]), argv[split + 1 :])
         return supervise(plan)
