@@ -70,7 +70,6 @@ EXCHANGE = {
 }
 REMAT = ("none", "full", "exchanged")
 L, B, RATE = 8, 32, 0.01
-FAST = {"xla_cpu_use_fusion_emitters": False}  # compiles in less than half the time
 
 
 # ---------------------------------------------------------------- which cases
@@ -198,7 +197,7 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
     params = jax.tree.map(lambda a: 0.5 * rng.standard_normal(a.shape, np.float32), state.params)
     state = jax.device_put(state._replace(params=params), program.shardings)
     with jax.set_mesh(program.mesh):
-        compiled = jax.jit(step, out_shardings=(program.shardings, None, None), compiler_options=FAST)
+        compiled = jax.jit(step, out_shardings=(program.shardings, None, None))
         state, metrics, outputs = compiled(state, program.place(batch()))
         moments = {name: optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")}
         one = jax.device_get((metrics, outputs, moments, state.params))
@@ -347,7 +346,7 @@ def layer(exchange: Ragged, mesh: str | None = None, expert_BLK=None):
         return ((y - target) ** 2).sum(), (y, aux.expert_BLK, aux.stats)
 
     with context(mesh):
-        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=FAST)
+        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
         (_, (y, chosen, stats)), gradients = jax.device_get(step(params, x))
     return y, chosen, stats, gradients
 
