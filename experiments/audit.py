@@ -102,9 +102,8 @@ def placement_table(exp: Experiment) -> str:
     placed = placement(exp)
     lines = [f"{'parameter':<44} {'shape':<24} {'spread over':<28} {'bytes':>14} {'optimizer':>14}"]
     for p in placed:
-        axes = ", ".join("x".join(entry) or "-" for entry in p.axes)
-        shape = "x".join(map(str, p.shape))
-        lines.append(f"{p.name:<44} {shape:<24} {axes:<28} {p.device_bytes:>14,} {p.optimizer_bytes:>14,}")
+        name, shape, axes = p.words
+        lines.append(f"{name:<44} {shape:<24} {axes:<28} {p.device_bytes:>14,} {p.optimizer_bytes:>14,}")
     total, beside = sum(p.device_bytes for p in placed), sum(p.optimizer_bytes for p in placed)
     lines.append(f"{'on a device':<98} {total:>14,} {beside:>14,}")
     return "\n".join(lines)

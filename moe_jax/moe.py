@@ -187,8 +187,8 @@ def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, i
         raise ValueError(f"{type(cfg.router).__name__}() records no choices of tokens that could be replayed.")
     if here.alone or shard.inside():
         return
-    check_mesh(cfg, dict(jax.sharding.get_abstract_mesh().shape), x_BLD.shape[-1])
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    check_mesh(cfg, sizes, x_BLD.shape[-1])
     if len(x_BLD) % (shards := math.prod(sizes[a] for a in here.tokens)):
         raise ValueError(
             f"A batch of {len(x_BLD)} sequences does not spread evenly over {shards} shards; change B or mesh."

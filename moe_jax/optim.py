@@ -155,11 +155,11 @@ def layouts(state: Any, params: Any, laid: Any) -> Any:
 
     Sums over rows and columns (Adafactor) lack the longest and the second longest axis.
     """
-    known = {_names(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
-    where = {_names(path): layout for path, layout in jax.tree.leaves_with_path(laid)}
+    known = {names_of(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
+    where = {names_of(path): layout for path, layout in jax.tree.leaves_with_path(laid)}
 
     def leaf(path, x):
-        names = _names(path)
+        names = names_of(path)
         shape = known.get(names)
         if shape is None or x.shape == shape:
             return where.get(names, P())
@@ -171,5 +171,6 @@ def layouts(state: Any, params: Any, laid: Any) -> Any:
     return jax.tree.map_with_path(leaf, state)
 
 
-def _names(path: tuple) -> tuple[str, ...]:
+def names_of(path: tuple) -> tuple[str, ...]:
+    """The names on the way to a leaf, whatever holds the dicts that they are keys of."""
     return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -1,19 +1,16 @@
 """What the audit says of layers whose laws are known, broken ones too; that the documented table is what it says."""
 
-import contextlib
 import dataclasses
-import io
 import pathlib
 import re
-import sys
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import pytest
-from absl.testing import flagsaver
 
-from experiments import cli, laws
+from experiments import laws
 from moe_jax import audit
 from moe_jax.core.capacity import CONVENTIONS, capacity
 from moe_jax.core.routing import token_choice
@@ -34,6 +31,7 @@ from moe_jax.routers import (
     Top2,
     TopK,
 )
+from tests import programs
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "routing.md"
 LIMITED = Scatter(1.0)
@@ -244,22 +242,7 @@ def test_the_conventions_are_those_of_the_code():
 # ---- the program
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def call(*argv: str) -> Outcome:
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-        patch.setattr(sys, "argv", ["experiments/laws.py", *argv])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.run(laws.main)
-            except SystemExit as end:
-                code = int(end.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
+call = partial(programs.call, laws)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,14 @@
 """The audit of a whole experiment: what it finds, what it names when something is broken, what it shrinks."""
 
-import contextlib
 import dataclasses
-import io
 import math
 import re
-import sys
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from experiments import audit as program
 from experiments import cli
@@ -24,6 +20,7 @@ from moe_jax.audit.shrink import fold, shrink
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core.shard import Shard, over_slices
 from moe_jax.optim import Adafactor, Constant
+from tests import programs
 
 CONFIGS = sorted(p for p in Path("configs").glob("*.py") if p.stem != "__init__")
 CONFIG = """
@@ -41,22 +38,7 @@ def get_config():
 """
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def call(*argv: str) -> Outcome:
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-        patch.setattr(sys, "argv", ["experiments/audit.py", *argv])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.run(program.main)
-            except SystemExit as end:
-                code = int(end.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
+call = partial(programs.call, program)
 
 
 @pytest.fixture

@@ -1,19 +1,17 @@
 """A user's mistake is one line that says what to do, exit code 2, and nothing is lost."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from typing import NamedTuple
+from functools import partial
 
 import pytest
-from absl.testing import flagsaver
 
-from experiments import cli, train
+from experiments import train
+from tests import programs
 
 GLAM = "--config=configs/glam_nano.py"
 TINY = """
@@ -29,33 +27,7 @@ def get_config(source="{texts}"):
 """
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that an error is."""
-        assert self.code == 2, self
-        lines = self.err.splitlines()
-        assert lines[-1].startswith("error: "), self.err
-        assert "Traceback" not in self.err
-        assert not any(line.startswith("error") for line in lines[:-1])
-        return lines[-1].removeprefix("error: ")
-
-
-def call(*argv: object) -> Outcome:
-    """The program with these arguments, in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-        patch.setattr(sys, "argv", ["experiments/train.py", *map(str, argv)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.run(train.main)
-            except SystemExit as end:
-                code = int(end.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
+call = partial(programs.call, train)
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:

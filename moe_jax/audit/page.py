@@ -58,8 +58,7 @@ def _row(row: Row) -> tuple[str, ...]:
 
 
 def _placed(p: Placed) -> tuple[str, ...]:
-    axes = ", ".join("x".join(entry) or "-" for entry in p.axes)
-    return p.name, "x".join(map(str, p.shape)), axes, f"{p.device_bytes:,}", f"{p.optimizer_bytes:,}"
+    return *p.words, f"{p.device_bytes:,}", f"{p.optimizer_bytes:,}"
 
 
 def _total(placed: Sequence[Placed]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Which parameter lies where on a mesh, and what a device holds."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import train
 from moe_jax.config import Experiment
 from moe_jax.core import dims
+from moe_jax.optim import names_of
 
 
 class Placed(NamedTuple):
@@ -21,6 +23,11 @@ class Placed(NamedTuple):
     device_bytes: int  # of the parameter, on one device
     optimizer_bytes: int  # beside it
 
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """Its name, its shape, and what it is spread over."""
+        return self.name, "x".join(map(str, self.shape)), ", ".join("x".join(axes) or "-" for axes in self.axes)
+
 
 def placement(exp: Experiment) -> list[Placed]:
     """Every parameter of an experiment on its mesh, "the rest" being one; nothing is made."""
@@ -29,26 +36,23 @@ def placement(exp: Experiment) -> list[Placed]:
     state = jax.eval_shape(partial(train.init, exp, tx))
     layouts = train.layouts_of(exp, state, sizes)
     remembered: dict[tuple[str, ...], int] = {}
-    for path, leaf in jax.tree.leaves_with_path(state.opt_state):
-        layout = at(layouts.state.opt_state, path)
-        remembered[names(path)] = remembered.get(names(path), 0) + local_bytes(leaf, layout, sizes)
-    placed = []
-    for path, leaf in jax.tree.leaves_with_path(state.params):
-        layout = at(layouts.params, path)
-        axes = tuple(dims.axes(layout, leaf.ndim))
-        mine, beside = local_bytes(leaf, layout, sizes), remembered.get(names(path), 0)
-        placed.append(Placed("/".join(names(path)), leaf.shape, axes, mine, beside))
-    return placed
+    for (path, leaf), layout in laid(state.opt_state, layouts.state.opt_state):
+        remembered[names_of(path)] = remembered.get(names_of(path), 0) + local_bytes(leaf, layout, sizes)
+    return [
+        Placed(
+            "/".join(names := names_of(path)),
+            leaf.shape,
+            tuple(dims.axes(layout, leaf.ndim)),
+            local_bytes(leaf, layout, sizes),
+            remembered.get(names, 0),
+        )
+        for (path, leaf), layout in laid(state.params, layouts.params)
+    ]
 
 
-def at(tree: Any, path: Any) -> P:
-    """The leaf of a tree of layouts at the path of another tree's leaf."""
-    found = dict(jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P)))
-    return found[path]
-
-
-def names(path: Any) -> tuple[str, ...]:
-    return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+def laid(tree: Any, layouts: Any) -> Iterator[tuple[tuple[Any, Any], P]]:
+    """Leaves with their paths, and how they lie."""
+    return zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(layouts), strict=True)
 
 
 def local_bytes(leaf: Any, layout: P, sizes: dict[str, int]) -> int:
