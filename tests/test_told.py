@@ -216,6 +216,10 @@ def test_a_layer_by_hand():
         (lambda: make_mesh(data=-1, expert=3), "mesh data=-1 x expert=3 does not multiply to the 8 devices"),
         (lambda: dims.dims_of("upEDf"), "Parameter 'upEDf' does not say its dimensions"),
         (lambda: dims.shape("EDF", {"E": 2}), "Dimensions ['D', 'F'] of 'EDF' have no size"),
+        (
+            lambda: dims.spec("EDF", {"E": ("slice", "expert"), "D": ("expert",)}),
+            "An array [E, D, F] would be spread over mesh axis 'expert' twice",
+        ),
     ],
 )
 def test_refusals(make, message):
