@@ -1,15 +1,16 @@
-# make train | make test | make matrix | make lint    everything is installed on the way, into .venv, from uv.lock
+# make train | make test | make matrix | make tpu | make lint    everything is installed on the way, from uv.lock into .venv
 PYTHON ?= python3
 UV     := .tools/bin/uv
 RUN    := .venv/bin/python
 WORKDIR ?= runs/glam_nano
-SYNCED := .venv/.synced
+ENV    := .venv
+SYNCED  = $(ENV)/.synced
 
 export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test matrix lint format clean
+.PHONY: setup train test matrix tpu lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -21,6 +22,11 @@ test: setup
 matrix: setup
 	$(RUN) -m pytest -n 2 --dist loadgroup -m matrix
 
+# Compiles for slices of TPU pods: no TPU is needed, but its compiler, which gets an environment of its own.
+tpu:
+	$(MAKE) setup ENV=.venv-tpu EXTRA="--extra tpu"
+	.venv-tpu/bin/python -m pytest -m tpu --durations=5
+
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -31,14 +37,15 @@ format: setup
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf .venv .tools
+	rm -rf .venv .venv-tpu .tools
 
 # An environment made by another Python is made anew. Where certificates are the system's own, uv is told to use them.
 setup:
 	@version=$$($(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "moe_jax needs Python >= 3.11, this is " + sys.version; print(sys.version)') || exit 2; \
 	[ "$$(head -1 $(SYNCED) 2>/dev/null)" = "$$version" ] && [ $(SYNCED) -nt uv.lock ] && [ $(SYNCED) -nt pyproject.toml ] && exit 0; \
-	echo "setting up .venv ..."; \
+	echo "setting up $(ENV) ..."; \
+	export UV_PROJECT_ENVIRONMENT=$(ENV); \
 	$(UV) --version >/dev/null 2>&1 || { rm -rf .tools && $(PYTHON) -m venv .tools && .tools/bin/python -m pip install --quiet --disable-pip-version-check uv; } || exit 1; \
-	sync="$(UV) sync --quiet --frozen --python $$($(PYTHON) -c 'import sys; print(sys.executable)')"; \
+	sync="$(UV) sync --quiet --frozen $(EXTRA) --python $$($(PYTHON) -c 'import sys; print(sys.executable)')"; \
 	$$sync 2>.tools/log || UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 $$sync || { cat .tools/log; exit 1; }; \
 	echo "$$version" > $(SYNCED)

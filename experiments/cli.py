@@ -1,6 +1,7 @@
 """What the programs share: the experiment that a command line means, and one line for a user's mistake."""
 
 import dataclasses
+import difflib
 import pathlib
 import re
 import runpy
@@ -159,8 +160,12 @@ def load(file: str) -> dict[str, Any]:
     name, _, argument = file.partition(":")
     path = pathlib.Path(name)
     if not path.is_file():
-        found = sorted(str(p) for p in pathlib.Path("configs").rglob("*.py") if p.name != "__init__.py")
-        raise ValueError(f"There is no config file {name}; there are {', '.join(found) or 'none here'}.")
+        found = [str(p) for p in sorted(pathlib.Path("configs").rglob("*.py")) if not p.name.startswith("_")]
+        own = [p for p in found if pathlib.Path(p).parent.name == "configs"] or found
+        if close := difflib.get_close_matches(name, found, 1, 0.8):
+            raise ValueError(f"There is no config file {name}; did you mean {close[0]}?")
+        more = f", and {len(found) - len(own)} published models in configs/papers" if len(found) > len(own) else ""
+        raise ValueError(f"There is no config file {name}; there are {', '.join(own) or 'none here'}{more}.")
     try:
         config = runpy.run_path(str(path))["get_config"](*([argument] if argument else []))
     except KeyError as error:

@@ -22,8 +22,8 @@ from experiments import cli
 from experiments.launch import join
 from moe_jax.config import Experiment
 from moe_jax.core.shard import make_mesh
-from moe_jax.costs import flops_per_token, parameters
-from moe_jax.data import default_directory, prepare
+from moe_jax.costs import flops, parameters
+from moe_jax.data import default_directory
 from moe_jax.metrics import FILE, Logger, read, summary
 from moe_jax.report import write_report
 from moe_jax.train import train
@@ -76,7 +76,7 @@ def run(
     if jax.process_index() == 0:
         claim(workdir, exp, overwrite)
         if jax.process_count() > 1:  # the others find it made, where they see the same disk
-            prepare(exp.data.source, exp.data.tokenizer, exp.data.L, data_dir or default_directory())
+            exp.data.prepare(data_dir or default_directory())
     join.meet("claimed")
     say(describe(exp))
     records = train(exp, workdir, data_dir)
@@ -156,11 +156,12 @@ def compared(workdirs: list[str]) -> dict[str, str]:
 
 def describe(exp: Experiment) -> str:
     """What is about to be trained, in a line."""
-    count, flops = parameters(exp.model), flops_per_token(exp.model, exp.data.L)
+    count, cost = parameters(exp.model), flops(exp.model, exp.data.shapes(1))
     mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one shard"
+    flop = f"{cost.training / cost.tokens / 1e6:.2f} MFLOP per trained token"
     return (
-        f"{count.total:,} parameters, {count.active:,} active, {3 * flops / 1e6:.2f} MFLOP per trained "
-        f"token; {mesh} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"{count.total:,} parameters, {count.active:,} active, {flop}"
+        f"; {mesh} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
 
 

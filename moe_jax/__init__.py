@@ -18,10 +18,11 @@ from moe_jax.exchanges import *
 from moe_jax.experts import *
 from moe_jax.gating import *
 from moe_jax.losses import *
-from moe_jax.models import LM, LMConfig
+from moe_jax.models import LM, EncoderDecoder, EncoderDecoderConfig, LMConfig, ViT, ViTConfig
 from moe_jax.moe import Aux, MoE, MoEConfig
 from moe_jax.routers import *
 
-__all__ = ["LM", "Aux", "Ids", "LMConfig", "MoE", "MoEConfig", "make_mesh"]
+__all__ = ["LM", "Aux", "EncoderDecoder", "EncoderDecoderConfig", "Ids", "LMConfig", "MoE", "MoEConfig"]
+__all__ += ["ViT", "ViTConfig", "make_mesh"]
 for _package in (routers, gating, experts, dispatch, exchanges, losses):
     __all__ += _package.__all__

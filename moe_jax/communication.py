@@ -3,9 +3,10 @@
 Predictions hold to the byte for what XLA compiles (`audit.communication`). What one device would do alone is left out.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,9 @@ from moe_jax.core.routing import SlotChoice, TokenChoice
 from moe_jax.core.shard import AXES, Shard, rules_for
 from moe_jax.dispatch import Scatter
 from moe_jax.exchanges import AllGather, AllToAll, Ragged, TwoLevel
-from moe_jax.models import LM
-from moe_jax.models.layout import stacks
+from moe_jax.models import Model
+from moe_jax.models.layout import sparse_layers, stacks
+from moe_jax.models.transformer import StackShape
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.optim import Adafactor
 
@@ -104,22 +106,28 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     """A whole train step, pass by pass."""
     cfg, data = exp.model, exp.data
     part = Part.of(exp.exchange, sizes, data.B // data.accumulate, data.L, cfg.D, cfg.dtype, platform)
-    tokens = jax.ShapeDtypeStruct((1, data.L), jnp.int32)
-    (_, aux), variables = jax.eval_shape(LM(cfg).init_with_output, jax.random.key(0), tokens)
-    params = variables["params"]
+    params, aux = shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
     laid = new = dims.layouts(params, rules_for(exp.exchange, part.sizes))
     if exp.optim.zero1:
         new = dims.spread(params, laid, ("data", "expert"), part.sizes)
     forward, backward = model(exp, part, part.local(params, laid), numbers(aux.stats) // cfg.moe_layers if aux else 0)
-    agreed = cfg.moe_layers - 1 if aux and aux.expert_BLK is not None else 0
+    agreed = cfg.moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
     pieces = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
-    pieces += part.one("all-reduce", part.here.tokens, agreed, "routing statistics", of="float32")
+    pieces += cfg.STACKS * part.one("all-reduce", part.here.tokens, agreed, "routing statistics", of="float32")
     targets = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
     return Passes(
         forward + times(pieces, data.accumulate) + targets,
         backward + gradients(part, params, laid, new),
         update(exp, part, params, laid, new),
     )
+
+
+@lru_cache(maxsize=16)  # who compares many meshes asks again and again
+def shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
+    """Of a model's parameters, and of what its MoE layers report of batches like this one, of one row."""
+    params = jax.eval_shape(cfg.init, jax.random.key(0), batch)
+    one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.moe_layers else cfg
+    return params, jax.eval_shape(one.apply, params, batch, router=jax.eval_shape(cfg.init_router))[1]
 
 
 # ---------------------------------------------------------------- a shard's part, and what it sends
@@ -217,28 +225,41 @@ def numbers(tree: Any) -> int:
 
 
 def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Collective], list[Collective]]:
-    """Forward and backward of the language model; `stats` numbers are counted in a MoE layer."""
+    """Forward and backward of the model; `stats` numbers are counted in a MoE layer."""
     cfg, A = exp.model, exp.data.accumulate
-    ends = {"embed_VD": "float32", "head_DV": cfg.dtype}
-    found = [
-        run(gathers(part._replace(dtype=dtype), {name: params[name]}), "none", 1, A)
-        for name, dtype in ends.items()
-        if name in params
-    ]
-    first = True
-    for i, (block, n) in enumerate(stacks(cfg.sparse)):
-        layers, last = params[f"stack_{i}"], len(block) - 1
-        for j, sparse in enumerate(block):
-            here = dense(part, layers[f"attention_{j}"], last=False)
-            if sparse and isinstance(cfg.moe, MoEConfig):
-                new = moe(cfg.moe, part, layers[f"moe_{j}"], stats, last=j == last)
-                here += new if first else [s for s in new if s.of != "ids"]
-                first = False
-            else:
-                here += dense(part, layers[f"ffn_{j}"], last=j == last)
-            found.append(run(here, cfg.remat, n, A))
+    found = []
+    for name in (n for n, shape in params.items() if isinstance(shape, tuple)):
+        looked_up = name in ("embed_VD", "source_VD")  # in the type that they are kept in
+        end = part._replace(dtype="float32") if looked_up else part
+        found.append(run(gathers(end, {name: params[name]}), "none", 1, A))
+    for shape in cfg.stacks(exp.data.shapes(B=1)):
+        first = True
+        for i, (block, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
+            layers = params[f"{shape.prefix}stack_{i}"]
+            for j, sparse in enumerate(block):
+                here = layer_of(cfg, part._replace(L=shape.L), shape, layers, j, sparse, stats, j == len(block) - 1)
+                here = here if first else [s for s in here if s.of != "ids"]
+                first = first and not (sparse and isinstance(shape.moe, MoEConfig))
+                found.append(run(here, cfg.remat, n, A))
     forward, backward = zip(*found, strict=True)
     return [c for part in forward for c in part], [c for part in backward for c in part]
+
+
+def layer_of(
+    cfg: Model, part: Part, shape: StackShape, layers: Any, j: int, sparse: bool, stats: int, last: bool
+) -> list[Sent]:
+    """The j-th layer of a block of a stack, the last one or not."""
+    found = dense(part, layers[f"attention_{j}"], last=False)
+    if shape.M:
+        found += dense(part, layers[f"cross_{j}"], last=False)
+        memory = part.one("all-reduce", part.here.tensor, part.B * shape.M * part.D, "tensor parallelism")
+        found += sent(memory, backward=True)
+    extra = sparse and cfg.extra is not None
+    if sparse and isinstance(shape.moe, MoEConfig):
+        found += moe(shape.moe, part, layers[f"moe_{j}"], stats, last and not extra)
+    else:
+        found += dense(part, layers[f"ffn_{j}"], last and not extra)
+    return found + (dense(part, layers[f"extra_{j}"], last) if extra else [])
 
 
 def dense(part: Part, params: Shapes, last: bool) -> list[Sent]:
@@ -307,7 +328,7 @@ def hidden(part: Part, params: Shapes, last: bool, weights: int = 0) -> list[Sen
     x = part.one("all-reduce", axes, part.B * part.L * part.D, where)
     given = part.one("all-reduce", axes, weights, where, of="float32")
     for name, shape in params.items():
-        if dims.dims_of(name) in ("D", "ED"):  # biases that one shard of hidden units adds
+        if dims.dims_of(name) in ("D", "ED", "A"):  # biases that one shard of hidden units adds, scales of all heads
             fsdp = part.here.fsdp if dims.dims_of(name) == "ED" else ()
             n = math.prod(shape) * part.devices(fsdp)
             given += part.one("all-reduce", axes, n, where, of="" if fsdp else "float32")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import pathlib
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -16,18 +17,19 @@ from typing import Any
 import ml_collections
 
 from moe_jax.core.shard import AXES, TOKENS
-from moe_jax.data import SOURCES, TOKENIZERS, Bytes, Corpus
+from moe_jax.data import OBJECTIVES, SOURCES, TOKENIZERS, Bytes, Corpus, NextToken
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES, AllToAll
 from moe_jax.experts import EXPERTS
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
-from moe_jax.models import LMConfig
+from moe_jax.models import MODELS, LMConfig, Model
 from moe_jax.moe import MoEConfig, check_cuts, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
-REGISTERED = (ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES, OPTIMIZERS, SCHEDULES, SOURCES, TOKENIZERS)
+LAYERS = (ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
+REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
 COMPONENTS: dict[str, type] = {c.__name__: c for kind in REGISTERED for c in kind}
 # What may stand in a field that holds a component, or, in those of LISTS, several.
 KINDS: dict[str, tuple[type, ...]] = {
@@ -37,8 +39,10 @@ KINDS: dict[str, tuple[type, ...]] = {
     "exchange": EXCHANGES,
     "shared": (*EXPERTS, types.NoneType),
     "ffn": EXPERTS,
+    "extra": (*EXPERTS, types.NoneType),
     "moe": (*EXPERTS, MoEConfig, types.NoneType),
     "source": SOURCES,
+    "objective": OBJECTIVES,
     "tokenizer": TOKENIZERS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
@@ -56,6 +60,7 @@ class DataConfig:
 
     B counts the windows of all devices.
     accumulate: a step goes through its batch in this many pieces, one after another.
+    objective: what is to be predicted, which says what a window is where it is not text.
     """
 
     source: Any = Corpus()
@@ -63,6 +68,20 @@ class DataConfig:
     L: int = 64
     B: int = 32
     accumulate: int = 1
+    objective: Any = NextToken()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Fields of the model that the data says."""
+        return self.objective.sizes(self.source, self.tokenizer)
+
+    def shapes(self, B: int | None = None) -> Any:
+        """Of a batch (of B rows): arrays without values."""
+        return self.objective.shapes(self.source, self.B if B is None else B, self.L)
+
+    def prepare(self, directory: pathlib.Path) -> tuple[Any, Any]:
+        """The training and the held-out examples, made once and kept under `directory`."""
+        return self.objective.prepare(self.source, self.tokenizer, self.L, directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +110,7 @@ class RunConfig:
 class Experiment:
     """One experiment, checked: it can be built, and fits the mesh."""
 
-    model: LMConfig
+    model: Model
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
@@ -103,6 +122,7 @@ class Experiment:
         object.__setattr__(self, "mesh", tuple((axis, dict(self.mesh).get(axis, 1)) for axis in AXES))
         _check_seed(self.seed)
         _check_mesh(dict(self.mesh))
+        _check_objective(self)
         _check_batch(self)
         _check_positive(self.run, "run", zero_is_fine=("keep_best",))
         self.optim.build(self.run.steps)  # says if the schedule does not fit
@@ -141,12 +161,16 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     _check_mesh(config["mesh"])
     data = _section("data", DataConfig, config["data"])
     model = dict(config["model"])
-    if "V" in model:
-        raise ValueError(f"config.model.V={model['V']!r} is the tokenizer's to say; set config.data.tokenizer.")
+    cls = _kind(model.pop("kind", "LM"))
+    for name in data.sizes:
+        if name in model:
+            parts = ", ".join(f"config.data.{part}" for part in ("source", "tokenizer", "objective"))
+            raise ValueError(f"config.model.{name}={model[name]!r} is the data's to say; set {parts}.")
+    sizes = {name: n for name, n in data.sizes.items() if name in typing.get_type_hints(cls)}
     if isinstance(moe := model.get("moe"), Mapping):
         model["moe"] = _section("model.moe", MoEConfig, moe)
     return Experiment(
-        model=_section("model", LMConfig, {**model, "V": data.tokenizer.V}),
+        model=_section("model", cls, {**model, **sizes}, tuple(sizes)),
         data=data,
         optim=_section("optim", OptimConfig, config["optim"]),
         run=_section("run", RunConfig, config["run"]),
@@ -176,14 +200,17 @@ def plain(value: Any) -> Any:
         return repr(value)
     if dataclasses.is_dataclass(value):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, LMConfig):
-            del fields["V"]  # the tokenizer's
-        return {k: dict(v) if k == "mesh" else v for k, v in fields.items()}
+        if isinstance(value, Experiment):
+            fields["model"] = {k: v for k, v in fields["model"].items() if k not in value.data.sizes}
+            fields["mesh"] = dict(fields["mesh"])
+        if isinstance(value, Model) and not isinstance(value, LMConfig):
+            return {"kind": kind_of(value), **fields}
+        return fields
     return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
 def dense_twin(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the dense model with equal active FLOPs: see `LMConfig.dense_twin`."""
+    """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_twin`."""
     twin = build(config)
     twin = dataclasses.replace(twin, model=twin.model.dense_twin())
     return ml_collections.ConfigDict(plain(twin))
@@ -235,10 +262,22 @@ def _argument(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def _section(path: str, cls: type, given: Mapping[str, Any]) -> Any:
-    """A dataclass from plain values; strings that stand for components are parsed."""
-    hints = typing.get_type_hints(cls)
-    _check_names(f"config.{path}", given, [name for name in hints if name != "V"] + ["V"] * ("V" in given))
+def kind_of(model: Model) -> str:
+    """The name of a model's kind."""
+    return next(name for name, cls in MODELS.items() if cls is type(model))
+
+
+def _kind(name: Any) -> type:
+    """The model of this name."""
+    if name not in MODELS:
+        raise ValueError(f"config.model.kind={name!r} is unknown{suggestion(str(name), MODELS)}")
+    return MODELS[name]
+
+
+def _section(path: str, cls: type, given: Mapping[str, Any], said: tuple[str, ...] = ()) -> Any:
+    """A dataclass from plain values; strings that stand for components are parsed. said: what is not the user's."""
+    fields = [f.name for f in dataclasses.fields(cls)]
+    _check_names(f"config.{path}", given, [name for name in fields if name != "V"] + list(said))
     values = {}
     for name, value in given.items():
         where = f"config.{path}.{name}"
@@ -344,6 +383,17 @@ def _check_mesh(mesh: Mapping[str, Any]) -> None:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")
 
 
+def _check_objective(exp: Experiment) -> None:
+    """What is predicted is what the model makes."""
+    model, objective = exp.model, exp.data.objective
+    if model.takes != objective.makes:
+        fits = [c.__name__ + "()" for c in OBJECTIVES if c.makes == model.takes]
+        raise ValueError(
+            f"config.model.kind={kind_of(model)!r} takes {model.takes}, but config.data.objective={objective} makes "
+            f"{objective.makes}; use {' or '.join(fits)} as objective, or another kind of model."
+        )
+
+
 def _check_batch(exp: Experiment) -> None:
     """What must divide what, before anything is compiled."""
     mesh, data, model = dict(exp.mesh), exp.data, exp.model
@@ -355,17 +405,23 @@ def _check_batch(exp: Experiment) -> None:
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
             f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change mesh."
         )
-    cuts = {"D": (model.D, ["fsdp"]), "H": (model.H, ["tensor"]), "ffn.F": (model.ffn.F, ["tensor"])}
-    if isinstance(model.moe, EXPERTS):
-        cuts["moe.F"] = (model.moe.F, ["tensor"])
+    parts = {"ffn.F": model.ffn, "extra.F": model.extra, "moe.F": model.moe}
+    cuts = {"D": (model.D, ["fsdp"]), "H": (model.H, ["tensor"]), "J": (model.J or model.H, ["tensor"])}
+    cuts |= {name: (part.F, ["tensor"]) for name, part in parts.items() if isinstance(part, EXPERTS)}
     check_cuts({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
+    if model.qk_norm == "all" and sizes.get("tensor", 1) > 1:
+        raise ValueError(
+            f"config.model.qk_norm='all' needs all heads in one place, but config.mesh.tensor={sizes['tensor']}; "
+            "set it to 1, or qk_norm='head'."
+        )
     if not isinstance(model.moe, MoEConfig):
         return
     check_mesh(model.moe, sizes, model.D, "config.")
-    local = data.B // data.accumulate // shards * data.L
-    if model.moe.S and (local % model.moe.S):
-        raise ValueError(
-            f"config.model.moe.S={model.moe.S} does not divide the {local} tokens that a device sees at once "
-            f"(B={data.B} x L={data.L} over {shards} devices in {data.accumulate} piece(s)); "
-            "make it one that does, or None for one sequence."
-        )
+    for stack in model.stacks(data.shapes(1)):
+        local = data.B // data.accumulate // shards * stack.L
+        if stack.moe.S and (local % stack.moe.S):
+            raise ValueError(
+                f"config.model.moe.S={model.moe.S} does not divide the {local} tokens that a device sees at once "
+                f"(B={data.B} x L={stack.L} over {shards} devices in {data.accumulate} piece(s)); "
+                "make it one that does, or None for one sequence."
+            )

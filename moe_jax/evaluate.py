@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from moe_jax.core import shard
 from moe_jax.core.stats import Stats, describe
-from moe_jax.data import Batch
-from moe_jax.models import LMConfig, lm
+from moe_jax.data import AnyBatch
+from moe_jax.models import Model, cross_entropy
 
 
 class Sums(NamedTuple):
@@ -20,29 +20,32 @@ class Sums(NamedTuple):
 
     nats_Z: Float[Array, "Z"]  # by domain
     targets_Z: Float[Array, "Z"]
+    right: Float[Array, ""]  # targets that had the largest probability
     nats_capacity: Float[Array, ""]
     stats: Stats | None
     stats_capacity: Stats | None
 
 
-def evaluation_step(cfg: LMConfig, domains: int, params: Any, router: Any, batch: Batch) -> Sums:
+def evaluation_step(cfg: Model, domains: int, params: Any, router: Any, batch: AnyBatch) -> Sums:
     """The sums of one batch, over all shards."""
     mask_BL = batch.loss_mask_BL
 
-    def run(cfg: LMConfig):
-        logits_BLV, aux = lm.apply(cfg, params, batch, router=router)
-        nats_BL = jnp.where(mask_BL, lm.cross_entropy(logits_BLV, batch.target_BL), 0)
-        return nats_BL, None if aux is None else aux.stats
+    def run(cfg: Model):
+        logits_BLV, aux = cfg.apply(params, batch, router=router)
+        nats_BL = jnp.where(mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)
+        right_BL = mask_BL & (logits_BLV.argmax(-1) == batch.target_BL)
+        return nats_BL, right_BL, None if aux is None else aux.stats
 
-    nats_BL, stats = run(cfg.dropless())
-    capacity_BL, stats_capacity = (nats_BL, None) if cfg.dropless() == cfg else run(cfg)
+    nats_BL, right_BL, stats = run(cfg.dropless())
+    capacity_BL, _, stats_capacity = (nats_BL, None, None) if cfg.dropless() == cfg else run(cfg)
     by_domain = jax.nn.one_hot(batch.domain_B, domains)
     targets_Z = mask_BL.sum(1).astype(jnp.float32) @ by_domain
-    sums = shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, capacity_BL.sum()))
+    right = right_BL.sum(dtype=jnp.float32)
+    sums = shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, right, capacity_BL.sum()))
     return Sums(*sums, stats, stats_capacity)
 
 
-def evaluate(step: Callable[[Batch], Sums], batches: Iterable[Batch], domains: tuple[str, ...]) -> dict[str, Any]:
+def evaluate(step: Callable[[AnyBatch], Sums], batches: Iterable[AnyBatch], domains: tuple[str, ...]) -> dict[str, Any]:
     """Held-out losses in nats per token, by domain too, and the routing of the dropless pass."""
     total: Sums | None = None
     for batch in batches:
@@ -50,7 +53,7 @@ def evaluate(step: Callable[[Batch], Sums], batches: Iterable[Batch], domains: t
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None or not (targets := float(total.targets_Z.sum())):
         raise ValueError("The held-out split has no windows to evaluate on; give it more text.")
-    record: dict[str, Any] = {"loss": float(total.nats_Z.sum()) / targets}
+    record: dict[str, Any] = {"loss": float(total.nats_Z.sum()) / targets, "accuracy": float(total.right) / targets}
     if total.stats_capacity is not None:
         record["loss_capacity"] = float(total.nats_capacity) / targets
         record["drop_rate_capacity"] = drop_rate(total.stats_capacity)

@@ -28,11 +28,13 @@ SECONDS_BETWEEN_LINES = 10.0  # in CI and pipes
 SHOWN = {
     "loss": "loss {:.4f}",
     "bits_per_byte": "{:.4f} bits/byte",
+    "accuracy": "{:.1%} right",
     "loss_capacity": "with capacity {:.4f}",
     "drop_rate": "dropped {:.1%}",
     "drop_rate_capacity": "dropped {:.1%}",
     "load_max_over_mean": "load {:.2f}x mean",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
     "skipped": "skipped {:.0f}",
 }
 NAMES = {"train": "step", "eval": "held-out at", "end": "ended at"}
@@ -176,6 +178,7 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
         ("train loss, nats per token", "{:.4f}", train.get("loss")),
         ("held-out loss, nats per token", "{:.4f}", held_out.get("loss")),
         ("held-out bits per byte", "{:.4f}", held_out.get("bits_per_byte")),
+        ("held-out accuracy", "{:.1%}", held_out.get("accuracy")),
         ("held-out loss with capacity", "{:.4f}", held_out.get("loss_capacity")),
         ("held-out bits per byte with capacity", "{:.4f}", held_out.get("bits_per_byte_capacity")),
         ("dropped with capacity, held-out", "{:.2%}", held_out.get("drop_rate_capacity")),
@@ -188,6 +191,7 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
         ),
         ("updates skipped", "{:.0f}", train.get("skipped") or None),
         ("tokens per second, median", "{:,.0f}", np.nanmedian(speeds) if np.isfinite(speeds).any() else None),
+        ("model FLOPs utilisation", "{:.1%}", train.get("mfu")),
     ]
     rows = [(words, form.format(value)) for words, form, value in values if value is not None]
     wall = max((r["seconds"] for r in records if r.get("seconds") is not None), default=None)

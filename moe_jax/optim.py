@@ -130,7 +130,7 @@ class OptimConfig:
     optimizer: Any = AdamW()
     schedule: Any = Cosine(peak=1e-3, warmup=100)
     clip: float | None = 1.0
-    no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH")
+    no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH", "V", "A", "HA", "JA")
     zero1: bool = False
 
     def __post_init__(self):

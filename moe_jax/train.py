@@ -15,15 +15,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from moe_jax import optim
+from moe_jax import costs, optim
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
 from moe_jax.core.shard import RULES, TOKENS, make_mesh
 from moe_jax.core.stats import Stats
-from moe_jax.data import Batch, batches, default_directory, evaluation_batches, prepare
+from moe_jax.costs import chips
+from moe_jax.data import AnyBatch, batches, default_directory, evaluation_batches
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, evaluation_step
-from moe_jax.models import LM, lm
+from moe_jax.models import aux_loss as auxiliary
+from moe_jax.models import cross_entropy
 from moe_jax.moe import Aux, MoEConfig
 
 
@@ -68,8 +70,8 @@ class TrainingDiverged(RuntimeError):
 
 def init(exp: Experiment, tx: optax.GradientTransformation) -> State:
     """The state before the first step, from the experiment's seed."""
-    tokens_BL = jnp.zeros((1, exp.data.L), jnp.int32)
-    params = LM(exp.model).init(jax.random.key(exp.seed), tokens_BL)["params"]
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), exp.data.shapes(B=1))
+    params = exp.model.init(jax.random.key(exp.seed), batch)
     zero = jnp.zeros((), jnp.int32)
     return State(zero, params, tx.init(params), exp.model.init_router(), zero, zero)
 
@@ -84,19 +86,19 @@ class Losses(NamedTuple):
 
 
 def backward(
-    exp: Experiment, layouts: Layouts, params: Any, router: Any, key: Key[Array, ""], batch: Batch
+    exp: Experiment, layouts: Layouts, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
 ) -> tuple[Any, Losses]:
     """Gradients and losses of a batch, in `accumulate` pieces, on one shard; gradients are summed over shards once."""
     A, here = exp.data.accumulate, shard.here()
     targets = jnp.maximum(here.sum(batch.loss_mask_BL.sum(dtype=jnp.float32)), 1)
 
-    def objective(params, piece: Batch, key):
-        logits_BLV, aux = lm.apply(exp.model, params, piece, key, router)
-        nats_BL = jnp.where(piece.loss_mask_BL, lm.cross_entropy(logits_BLV, piece.target_BL), 0)
-        loss, aux_loss = here.sum(nats_BL.sum()) / targets, lm.aux_loss(exp.model, aux) / A
+    def objective(params, piece: AnyBatch, key):
+        logits_BLV, aux = exp.model.apply(params, piece, key, router)
+        nats_BL = jnp.where(piece.loss_mask_BL, cross_entropy(logits_BLV, piece.target_BL), 0)
+        loss, aux_loss = here.sum(nats_BL.sum()) / targets, auxiliary(exp.model, aux) / A
         return loss + aux_loss, (loss, aux_loss, None if aux is None else aux.stats)
 
-    def of_piece(piece: Batch, key):
+    def of_piece(piece: AnyBatch, key):
         return jax.grad(objective, has_aux=True)(params, piece, key)
 
     params = here.vary(params)
@@ -108,7 +110,7 @@ def backward(
     return here.reduce(grads, layouts.params, layouts.sharded), Losses(loss, aux_loss, targets, stats)
 
 
-def gradients(exp: Experiment, layouts: Layouts, state: State, batch: Batch) -> tuple[Any, Losses]:
+def gradients(exp: Experiment, layouts: Layouts, state: State, batch: AnyBatch) -> tuple[Any, Losses]:
     """Of a whole batch: the model is spread over the mesh here, as a function of one shard."""
     here, everywhere = shard.current(exp.exchange), P()
     specs = (layouts.params, everywhere, everywhere, shard.token_spec(here))
@@ -149,7 +151,7 @@ def train_step(
     rate: optax.Schedule,
     layouts: Layouts,
     state: State,
-    batch: Batch,
+    batch: AnyBatch,
 ) -> tuple[State, Metrics]:
     """One update from one batch."""
     return update(exp, tx, rate, state, *gradients(exp, layouts, state, batch))
@@ -224,12 +226,12 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._init()
 
-    def step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(self, state: State, batch: AnyBatch) -> tuple[State, Metrics]:
         """The state given is consumed."""
         with jax.set_mesh(self.mesh):
             return self._step(state, self.place(batch))
 
-    def evaluate(self, state: State, batch: Batch) -> Any:
+    def evaluate(self, state: State, batch: AnyBatch) -> Any:
         with jax.set_mesh(self.mesh):
             return self._evaluate(state.params, state.router, self.place(batch))
 
@@ -240,7 +242,7 @@ class Program:
         places = self.rows.addressable_devices_indices_map((n,)).values()
         return part_of({place[0].indices(n)[0] for place in places if place is not None}, n)
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: AnyBatch) -> AnyBatch:
         """This process's rows of a batch, as part of the global one."""
         parts = self.share["processes"]
 
@@ -279,7 +281,7 @@ def train(
     TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient.
     """
     run, data = exp.run, exp.data
-    windows, held_out = prepare(data.source, data.tokenizer, data.L, data_dir or default_directory())
+    windows, held_out = data.prepare(data_dir or default_directory())
     program = Program(exp, len(windows.domains))
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
     state, seconds = restore(checkpoints, program)
@@ -290,7 +292,7 @@ def train(
         chosen = evaluation_batches(held_out, B, run.eval_windows, **program.share)
         record = evaluate(partial(program.evaluate, state), chosen, held_out.domains)
         for name in ("", "_capacity"):
-            if "loss" + name in record:
+            if "loss" + name in record and held_out.bytes_per_token:
                 record["bits_per_byte" + name] = bits_per_byte(record["loss" + name], held_out.bytes_per_token)
         if "moe" in record:
             record["moe"] = {"layer": tally.layers, **record["moe"]}
@@ -347,8 +349,11 @@ def restore(checkpoints: Checkpoints | None, program: Program) -> tuple[State, f
 class Tally:
     """Adds up steps until they are logged: sums first, then ratios."""
 
-    def __init__(self, exp: Experiment, bytes_per_token: float, seconds: float):
-        self.bytes_per_token = bytes_per_token
+    def __init__(self, exp: Experiment, bytes_per_token: float | None, seconds: float):
+        self.bytes_per_token = bytes_per_token  # None of what is no text
+        self.work = costs.flops(exp.model, exp.data.shapes(B=1)).training * exp.data.B  # FLOPs of a step
+        peak = chips.peak(jax.devices()[0].device_kind)
+        self.peak = peak and peak * jax.device_count()
         self.start = time.monotonic() - seconds
         self.skipped_in_a_row = 0
         is_moe = isinstance(exp.model.moe, MoEConfig)
@@ -358,6 +363,7 @@ class Tally:
     def clear(self) -> None:
         self.last: Metrics | None = None
         self.nats = self.targets = 0.0
+        self.steps = 0
         self.stats: Stats | None = None
         self.since = time.monotonic()
 
@@ -368,6 +374,7 @@ class Tally:
     def add(self, metrics: Metrics) -> None:
         """Waits for a step and adds it."""
         self.last = last = jax.device_get(metrics)
+        self.steps += 1
         self.skipped_in_a_row = int(last.skipped_in_a_row)
         if self.skipped_in_a_row == 0:
             self.nats += float(last.loss * last.targets)
@@ -378,19 +385,24 @@ class Tally:
     def record(self, step: int) -> dict[str, Any]:
         """What has been added up since the last record."""
         assert self.last is not None
-        loss = self.nats / self.targets if self.targets else float("nan")
+        elapsed = time.monotonic() - self.since
+        loss, rate = self.nats / self.targets if self.targets else float("nan"), self.work * self.steps / elapsed
         record = {
             "kind": "train",
             "step": step,
             "seconds": self.seconds(),
             "loss": loss,
-            "bits_per_byte": bits_per_byte(loss, self.bytes_per_token),
             "aux_loss": float(self.last.aux_loss),
             "grad_norm": float(self.last.grad_norm),
             "learning_rate": float(self.last.learning_rate),
-            "tokens_per_second": self.targets / (time.monotonic() - self.since),
+            "tokens_per_second": self.targets / elapsed,
+            "flops_per_second": rate,
             "skipped": int(self.last.skipped),
         }
+        if self.bytes_per_token:
+            record["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token)
+        if self.peak:
+            record["mfu"] = rate / self.peak
         if self.stats is not None:
             moe = jax.tree.map(lambda a: np.asarray(a).tolist(), Aux(self.last.aux_loss, self.stats).metrics)
             record |= {

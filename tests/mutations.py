@@ -73,7 +73,7 @@ COPIES = ("--simulated=2", *mesh(data=2))
 KEPT = (*TWO, "--config.model.remat=exchanged")
 
 CORE, MOE, TRAIN, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/train.py", "moe_jax/core/stats.py"
-SCATTER, EXCHANGES, LM = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/lm.py"
+SCATTER, EXCHANGES, TRANSFORMER = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/transformer.py"
 REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
 OWN = "stats(routing, kept, B, ctx.task_GS, cfg.tasks)"
 ALIKE = f"total = here.sum({OWN})"
@@ -87,7 +87,7 @@ REPLICA = """
 OWN_SLICE = "g = jax.lax.dynamic_slice_in_dim({0}, self.place(more) * (n := g.shape[i] // self.count(more)), n, i)"
 SCATTERED = "g = lax.psum_scatter(g, more, scatter_dimension=i, tiled=True)"
 SENT = "shard.regroup(part, shard.experts, split=0, concat=1)"
-EVALUATED = "shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, capacity_BL.sum())"
+EVALUATED = "shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, right, capacity_BL.sum())"
 HERE_ONLY = "jnp.where(here.index == 0, {0}, 0)"
 NAMED = "lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)"
 OFFSETS = "jnp.cumsum({0}, axis={1}) - {0}"
@@ -144,8 +144,8 @@ MUTATIONS = (
     Mutation(
         "padding_in_the_loss",
         TRAIN,
-        "jnp.where(piece.loss_mask_BL, lm.cross_entropy(logits_BLV, piece.target_BL), 0)",
-        "lm.cross_entropy(logits_BLV, piece.target_BL)",
+        "jnp.where(piece.loss_mask_BL, cross_entropy(logits_BLV, piece.target_BL), 0)",
+        "cross_entropy(logits_BLV, piece.target_BL)",
     ),
     Mutation(
         "auxiliary_loss_per_shard",
@@ -170,7 +170,7 @@ MUTATIONS = (
     ),
     Mutation(
         "agreement_of_one_shard",
-        LM,
+        TRANSFORMER,
         "shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32))",
         "shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32) * (shard.here().index == 0))",
     ),

@@ -448,6 +448,7 @@ def capacity(S, K, E, factor, convention):
         "exact": math.ceil(one * K),
         "switch": max(int(one), 4),  # Mesh-TF: K is not in it
         "flaxformer": max(round(one), 4),  # nor here; half to even
+        "flaxformer-large": max(round(one), 2),
         "gshard": -(-math.ceil(one) // 4) * 4,  # nor here
         "vmoe": -(-math.ceil(one * K) // 4) * 4,
     }[convention]

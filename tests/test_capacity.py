@@ -50,6 +50,7 @@ def test_every_formula(S, K, E, percent, convention):
         ("vmoe", 10, 1, 3, 2.0, 8),  # 6.67 to 7 to 8
         ("switch", 64, 2, 64, 1.25, 4),  # at least 4,
         ("flaxformer", 64, 2, 64, 1.25, 4),
+        ("flaxformer-large", 2048, 1, 2048, 1.0, 2),  # Switch-C
         ("exact", 64, 2, 64, 1.25, 3),  # or not
         ("switch", 3, 1, 3, 1.0, 3),  # an expert sees a token once
         ("gshard", 3, 1, 3, 1.0, 3),
@@ -62,7 +63,7 @@ def test_told(convention, S, K, E, factor, C):
 
 def test_every_convention_has_its_oracle():
     """And the default is the exact one."""
-    assert set(CONVENTIONS) == {"exact", "switch", "flaxformer", "gshard", "vmoe"}
+    assert set(CONVENTIONS) == {"exact", "switch", "flaxformer", "flaxformer-large", "gshard", "vmoe"}
     assert Einsum().convention == Scatter().convention == "exact"
     assert capacity(10, 1, 3, 2.0) == capacity(10, 1, 3, 2.0, "exact") == 7
 
@@ -89,7 +90,14 @@ def test_refusals(dispatch, fields, message):
 def test_slots_of_a_layer():
     """All tokens choose experts 0 and 1, so that a group's first C have a place: C by convention, in any dispatcher."""
     B, L, D, E, factor = 2, 16, 3, 4, 1.65
-    slots = {"exact": 14, "switch": 6, "flaxformer": 7, "gshard": 8, "vmoe": 16}  # of factor * S / E = 6.6
+    slots = {
+        "exact": 14,
+        "switch": 6,
+        "flaxformer": 7,
+        "flaxformer-large": 7,
+        "gshard": 8,
+        "vmoe": 16,
+    }  # of factor * S / E = 6.6
     layers = {
         (convention, dispatch.__name__): MoE(
             MoEConfig(

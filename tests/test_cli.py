@@ -75,10 +75,9 @@ def copied(finished, tmp_path) -> pathlib.Path:
         (["--config="], ["No experiment"]),
         ([GLAM], ["No place for the run", "--workdir="]),
         ([GLAM, "--workdir="], ["No place for the run"]),
-        (
-            ["--config=configs/glam_nanoo.py"],
-            ["configs/glam_nanoo.py", "configs/glam_nano.py", "configs/glam_pod.py"],
-        ),
+        (["--config=configs/glam_nanoo.py"], ["configs/glam_nanoo.py", "did you mean configs/glam_nano.py?"]),
+        (["--config=configs/papers/mixtral_8x7.py"], ["did you mean configs/papers/mixtral_8x7b.py?"]),
+        (["--config=nowhere"], ["configs/glam_nano.py", "configs/glam_pod.py", "published models in configs/papers"]),
         (["--config=configs"], ["no config file configs", "configs/glam_nano.py"]),
         (["--config=README.md"], ["README.md is not a config file", "SyntaxError"]),
         (["--config=experiments/cli.py"], ["experiments/cli.py is not a config file"]),

@@ -13,15 +13,16 @@ import pytest
 from jax import lax
 
 from moe_jax import communication, train
-from moe_jax.audit.communication import audit, compare, shapes
+from moe_jax.audit.communication import audit, compare
 from moe_jax.audit.hlo import collectives
 from moe_jax.communication import Collective, layer, merged, passes, step
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.core.shard import TOKENS
+from moe_jax.data import Classification, Digits, SpanCorruption
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.exchanges import AllGather, AllToAll, Ragged, TwoLevel
 from moe_jax.experts import GLU, MLP
-from moe_jax.models import LMConfig, lm
+from moe_jax.models import EncoderDecoderConfig, LMConfig, ViTConfig, cross_entropy
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.optim import Adafactor, Constant
 from moe_jax.routers import ExpertChoice, RoundRobin, Top2
@@ -96,16 +97,22 @@ MODEL = LMConfig(V=257, D=8, N=4, H=4, A=4, ffn=GLU(F=8, activation="gelu"), moe
 OPTIM = OptimConfig(schedule=Constant(0.01))
 MEANS = Adafactor(smallest=2)
 B, L = 16, 8
+DATA = DataConfig(L=L, B=B)
 
 
 def moe(base: MoEConfig = MOE, **changes) -> MoEConfig:
     return dataclasses.replace(base, **changes)
 
 
-def experiment(mesh: str, accumulate: int = 1, optim: OptimConfig = OPTIM, **model) -> Experiment:
+def experiment(
+    mesh: str, accumulate: int = 1, optim: OptimConfig = OPTIM, kind: type = LMConfig, data: DataConfig = DATA, **model
+) -> Experiment:
+    fields = {**vars(MODEL), **data.sizes, **model}
+    if kind is ViTConfig:
+        fields |= {"position": "learned", "causal": False}
     return Experiment(
-        model=dataclasses.replace(MODEL, **model),
-        data=DataConfig(L=L, B=B, accumulate=accumulate),
+        model=kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__}),
+        data=dataclasses.replace(data, accumulate=accumulate),
         optim=optim,
         run=RunConfig(steps=6),
         mesh=tuple(sizes_of(mesh).items()),
@@ -151,6 +158,28 @@ EXPERIMENTS = {
     "sharded": experiment("s2d2f2", optim=optimizer(optimizer=MEANS, zero1=True, clip=None), **ONE),
     "dense": experiment("f8", remat="full", layout="none", moe=None, N=2),
     "data": experiment("d8", layout="none", moe=None, N=1),
+    "pairs": experiment(
+        "f2e2t2",
+        kind=EncoderDecoderConfig,
+        data=DataConfig(L=L, B=B, objective=SpanCorruption(sentinels=7)),
+        remat="exchanged",
+        layout="every 2",
+        position="shared",
+        tied=False,
+        extra=GLU(F=8),
+    ),
+    "images": experiment(
+        "f2e2t2",
+        kind=ViTConfig,
+        data=DataConfig(source=Digits(), L=1, B=B, objective=Classification()),
+        remat="full",
+        image=Digits.image,
+        patch=4,
+        representation=True,
+        moe=BIASES,
+        **TWO,
+    ),
+    "heads": experiment("d2t2f2", remat="full", qk_norm="head", J=2, window=3, rope=1e6, **TWO),
 }
 
 
@@ -159,7 +188,7 @@ def sent(exp: Experiment) -> list[Collective]:
     program = train.Program(exp)
     at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows)  # noqa: E731
     with jax.set_mesh(program.mesh):
-        step = program._step.lower(program.abstract_state(), jax.tree.map(at, shapes(exp)))
+        step = program._step.lower(program.abstract_state(), jax.tree.map(at, exp.data.shapes()))
         return collectives(step.compile().as_text(), program.mesh)
 
 
@@ -245,11 +274,11 @@ def test_audit():
 def test_a_wrong_collective_is_found(monkeypatch):
     """Logits that are gathered."""
 
-    def gathers(logits_BLV, target_BL, honest=lm.cross_entropy):
+    def gathers(logits_BLV, target_BL, honest=cross_entropy):
         everybody = lax.all_gather(logits_BLV, "data", tiled=True)
         return honest(logits_BLV + 0 * everybody.sum(), target_BL)
 
-    monkeypatch.setattr(lm, "cross_entropy", gathers)
+    monkeypatch.setattr(train, "cross_entropy", gathers)
     details = [r.detail for r in compare(predicted("data"), sent(EXPERIMENTS["data"])) if not r.holds]
     assert any(d.startswith(f"all-gather over data: {4 * B * L * 257} bytes that nothing predicts") for d in details)
 

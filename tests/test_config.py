@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import math
 import pathlib
 import re
@@ -14,10 +13,24 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax import costs
-from moe_jax.config import COMPONENTS, KINDS, SECTIONS, Experiment, build, dense_twin, parse, plain
-from moe_jax.costs import flops_per_token, parameters
-from moe_jax.data import Bytes, Corpus, Folder, SentencePiece, Tfds
+from moe_jax.config import COMPONENTS, KINDS, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
+from moe_jax.costs import flops, parameters
+from moe_jax.data import (
+    Bytes,
+    Classification,
+    Corpus,
+    Digits,
+    Folder,
+    NextToken,
+    Parallel,
+    SentencePiece,
+    SpanCorruption,
+    Tfds,
+    TfdsImages,
+    TfdsPairs,
+    ToyTranslation,
+    Translation,
+)
 from moe_jax.dispatch import Gather, Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import Adaptive, RouterZ
@@ -28,7 +41,7 @@ from moe_jax.optim import WSD, Adafactor, AdamW, Constant, Cosine, InverseSqrt, 
 from moe_jax.routers import Switch, TopK
 from tests import cases
 
-CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").rglob("*.py")) if p.name != "__init__.py"}
+CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
 COMPONENT_CASES = (
     *cases.ROUTERS,
     *cases.SLOT_ROUTERS,
@@ -49,16 +62,17 @@ COMPONENT_CASES = (
     Tfds(name="c4", data_dir=None),
     Bytes(),
     SentencePiece(V=300),
+    NextToken(),
+    SpanCorruption(density=0.2),
+    Translation(source=SentencePiece(V=300)),
+    Classification(),
+    Digits(),
+    TfdsImages("imagenet2012", V=1000),
+    ToyTranslation(languages=2),
+    Parallel("pairs"),
+    TfdsPairs("wmt19_translate/de-en", source="de", target="en"),
 )
 quick = settings(deadline=None, max_examples=4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counted_once():
-    """Tracing a model for its parameters is what these tests would spend their time on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "parameters", functools.cache(parameters))
-        yield
 
 
 def put(config: dict, path: str, text: str) -> None:
@@ -199,6 +213,11 @@ def test_a_whole_number_for_a_float_is_that_float():
 # ---- what a config promises
 
 
+def without_router(model, batch) -> int:
+    cost = flops(model, batch)
+    return cost.forward - cost.kinds["router"]
+
+
 @pytest.mark.parametrize("name", ["glam_nano", "mixtral_nano", "switch_nano"])
 @pytest.mark.parametrize("shared", [0, 24])
 def test_the_dense_twin_costs_the_same(name, shared):
@@ -206,10 +225,9 @@ def test_the_dense_twin_costs_the_same(name, shared):
     moe = exp.model.moe
     moe = dataclasses.replace(moe, shared=dataclasses.replace(moe.experts, F=shared) if shared else None)
     model = dataclasses.replace(exp.model, moe=moe)
-    twin, L = model.dense_twin(), exp.data.L
-    assert flops_per_token(twin, L, router=False) == flops_per_token(model, L, router=False)
-    assert flops_per_token(model, L) > flops_per_token(model, L, router=False)
-    assert costs.parameters(twin).total < costs.parameters(model).total
+    twin, batch = model.dense_twin(), exp.data.shapes(1)
+    assert flops(twin, batch).forward == without_router(model, batch) < flops(model, batch).forward
+    assert parameters(twin).total < parameters(model).total
     assert twin.moe == dataclasses.replace(moe.experts, F=moe.router.K * moe.experts.F + shared)
 
 
@@ -222,7 +240,8 @@ def test_the_dense_twin_costs_the_same_for_any_size(K, F, shared, glu):
         E=4, router=TopK(K=K, normalize=False), experts=expert(F=F), shared=expert(F=shared) if shared else None
     )
     model = LMConfig(V=11, D=6, N=1, H=1, A=2, moe=moe, layout="all", remat="none")
-    assert flops_per_token(model.dense_twin(), 8, router=False) == flops_per_token(model, 8, router=False)
+    batch = DataConfig(L=8).shapes(1)
+    assert flops(model.dense_twin(), batch).forward == without_router(model, batch)
 
 
 def test_a_twin_needs_one_kind_of_expert():
@@ -243,7 +262,7 @@ def test_the_parameters_of_glam_at_scale():
     """GLaM 0.1B/64E (arXiv:2112.06905, table 4: 1.9B in all, 145M active) with a vocabulary of 32,000."""
     count = parameters(experiment("glam_pod").model)
     assert (count.total, count.active) == (1_907_612_928, 152_296_704)
-    assert count.router == 6 * 64 * 768
+    assert count.kinds["router"] == (6 * 64 * 768, 6 * 64 * 768)
 
 
 # ---- layouts
@@ -321,7 +340,7 @@ def test_matrices_decay_and_vectors_do_not():
     for path, decayed in jax.tree.leaves_with_path(exp.optim.decayed(tree)):
         found.setdefault(decayed, set()).add(path[-1].key)
     assert found[True] - {"embed_VD"} == {
-        *("query_DHA", "key_DHA", "value_DHA", "out_HAD"),
+        *("query_DHA", "key_DJA", "value_DJA", "out_HAD"),
         *("gate_DF", "up_DF", "down_FD"),
         *("router_gate_DE", "up_EDF", "down_EFD"),
     }
@@ -343,7 +362,7 @@ def test_biases_do_not_decay():
         ("seed", "1.5", "config.seed=1.5"),
         ("mesh", "8", "config.mesh=8 must be a dict"),
         ("model", "3", "config.model=3 must be a dict"),
-        ("model.V", "5", "set config.data.tokenizer"),
+        ("model.V", "5", "set config.data.source, config.data.tokenizer"),
         ("model.moe.losses", "(1, 2)", "losses=1 must be one of 'LoadBalance(...)'"),
         ("model.moe.losses", "{'load_balance': 0.01}", "must be one of 'LoadBalance(...)'"),
         ("model.moe.losses", "('Balance(1.0)',)", "Component 'Balance' is unknown"),

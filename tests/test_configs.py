@@ -1,6 +1,5 @@
 """Every config file takes a step: shrunken, with its own components, on its own kind of mesh."""
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -11,65 +10,37 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig, Experiment, build
-from moe_jax.data import Batch, Bytes, Corpus
+from moe_jax.audit.samples import sample
+from moe_jax.audit.shrink import shrink
+from moe_jax.config import Experiment, build
 from moe_jax.moe import MoEConfig
 from moe_jax.train import Metrics, Program, State
 
-CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").rglob("*.py")) if p.name != "__init__.py"}
+CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
+PAPERS = {p.stem: p for p in sorted(pathlib.Path("configs/papers").glob("[!_]*.py"))}
+FAMILIES = (  # one of each, at their nano shapes
+    *("glam_64b_64e", "glam_8b", "mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b", "deepseekmoe_16b"),
+    *("switch_base", "st_moe_32b", "gshard_128e_12l", "vmoe_b_16"),
+)
 DEVICES = 8
-B, L, SMALL = 16, 8, 8
 
 
+@functools.cache
 def read(name: str) -> Experiment:
-    return build(runpy.run_path(str(CONFIGS[name]))["get_config"]())
-
-
-def shrink(exp: Experiment) -> Experiment:
-    """The same components, layout and kind of mesh, as small as can be, for one step on 8 devices."""
-    mesh = dict(exp.mesh)
-    spread = mesh.get("expert", 1) != 1
-    X = math.gcd(mesh["expert"], DEVICES if mesh.get("data", 1) == 1 else DEVICES // 2) if spread else 1
-    model, moe = exp.model, exp.model.moe
-    narrow = lambda part: part and dataclasses.replace(part, F=SMALL)  # noqa: E731
-    if isinstance(moe, MoEConfig):
-        E = max(X, moe.router.K + 2, min(moe.E, SMALL))
-        experts, shared = narrow(moe.experts), narrow(moe.shared)
-        moe = dataclasses.replace(moe, E=E, experts=experts, shared=shared, S=moe.S and L)
-    else:
-        moe = narrow(moe)
-    model = dataclasses.replace(model, V=Bytes.V, D=SMALL, H=2, A=4, N=2, ffn=narrow(model.ffn), moe=moe)
-    data = DataConfig(Corpus(), Bytes(), L=L, B=B * exp.data.accumulate, accumulate=exp.data.accumulate)
-    run = dataclasses.replace(exp.run, steps=1)
-    return dataclasses.replace(exp, model=model, data=data, run=run, mesh=(("data", DEVICES // X), ("expert", X)))
-
-
-def random_batch(B: int) -> Batch:
-    """Noise in two documents a window, the last token padding."""
-    rng = np.random.default_rng(0)
-    tokens_BM = rng.integers(0, Bytes.V, (B, L + 1)).astype(np.int32)
-    segment_L = np.array([1] * (L // 2) + [2] * (L // 2 - 1) + [0], np.int32)
-    position_L = np.array([*range(L // 2), *range(L // 2 - 1), 0], np.int32)
-    mask_L = np.append((segment_L[1:] == segment_L[:-1]) & (segment_L[1:] > 0), False)
-    everywhere = functools.partial(np.broadcast_to, shape=(B, L))
-    return Batch(
-        tokens_BM[:, :-1],
-        tokens_BM[:, 1:],
-        np.array(everywhere(segment_L)),
-        np.array(everywhere(position_L)),
-        np.array(everywhere(mask_L)),
-        np.zeros(B, np.int32),
-    )
+    """A config file's experiment, or a published model's at its nano shape."""
+    if name in CONFIGS:
+        return build(runpy.run_path(str(CONFIGS[name]))["get_config"]())
+    return build(runpy.run_path(str(PAPERS[name]))["get_config"]("nano"))
 
 
 def test_shrinking_keeps_the_kind_of_everything():
-    for name in CONFIGS:
-        exp, small = read(name), shrink(read(name))
-        assert small.model.sparse[:2] == exp.model.sparse[:2]
+    for name in (*CONFIGS, *FAMILIES):
+        exp, small = read(name), shrink(read(name), DEVICES)[0]
+        assert set(small.model.sparse) == set(exp.model.sparse)
         assert small.devices == DEVICES
         for axis, n in exp.mesh:
-            assert (dict(small.mesh)[axis] > 1) == (n != 1)
-        for field in ("position", "tied", "remat", "dtype", "layout"):
+            assert (dict(small.mesh)[axis] > 1) == (n != 1) or n == -1
+        for field in ("position", "tied", "remat", "layout", "qk_norm"):
             assert getattr(small.model, field) == getattr(exp.model, field)
         if isinstance(exp.model.moe, MoEConfig):
             assert small.model.moe.router == exp.model.moe.router
@@ -78,24 +49,25 @@ def test_shrinking_keeps_the_kind_of_everything():
             assert small.model.moe.losses == exp.model.moe.losses
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *FAMILIES])
 def test_a_config_takes_a_step(name):
-    exp = shrink(read(name))
-    program = Program(exp)
+    exp, _ = shrink(read(name), DEVICES)
+    program, batch = Program(exp), sample(exp)
     before = program.init()
-    embed = np.asarray(before.params["embed_VD"])
-    state, metrics = program.step(before, random_batch(exp.data.B))
+    first = jax.device_get(before.params)
+    state, metrics = program.step(before, batch)
     assert isinstance(state, State)
     assert isinstance(metrics, Metrics)
-    loss = float(metrics.loss)
-    assert abs(loss - math.log(Bytes.V)) < 1, "as good as chance, before anything is learnt"
-    assert float(metrics.targets) == exp.data.B * (L - 3)
+    assert abs(float(metrics.loss) - math.log(exp.model.V)) < 1, "as good as chance, before anything is learnt"
+    assert float(metrics.targets) == batch.loss_mask_BL.sum()
     assert int(metrics.skipped) == 0
     assert float(metrics.grad_norm) > 0
     assert int(state.step) == 1
     assert (metrics.stats is None) == (not isinstance(exp.model.moe, MoEConfig))
-    assert np.isfinite(np.asarray(state.params["embed_VD"])).all()
-    assert (np.asarray(state.params["embed_VD"]) != embed).any()
+    after = jax.device_get(state.params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+    moved = [(a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(after), strict=True)]
+    assert np.mean(moved) > 0.9
     if isinstance(exp.model.moe, MoEConfig):
         up = next(x for path, x in jax.tree.leaves_with_path(state.params) if path[-1].key == "up_EDF")
         assert len({str(shard.index) for shard in up.addressable_shards}) == dict(exp.mesh)["expert"]
@@ -112,3 +84,17 @@ def test_a_config_says_what_it_is_for(name):
     rest = " ".join(rest)
     for word in ("Hardware", "time", "expect"):
         assert re.search(rf"\b{word}", rest, re.IGNORECASE), f"the docstring does not tell the {word}"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_published_model_says_where_it_is_from(name):
+    """How to plan it, how to train its nano shape, the table."""
+    text, path = runpy.run_path(str(PAPERS[name]))["__doc__"], PAPERS[name]
+    question, commands, rest = text.strip().split("\n\n")
+    assert question.endswith("?")
+    assert len(question) <= 120
+    plan, train = commands.split("\n")
+    assert re.fullmatch(rf"    python -m experiments\.plan --config={path} --topology=v\w+:[\dx]+", plan)
+    assert train == f"    python -m experiments.train --config={path}:nano --workdir=runs/{name}"
+    assert re.search(r"arXiv:\d{4}\.\d{5}|release", rest)
+    assert "Nano: " in rest

@@ -20,7 +20,8 @@ ORDER = (
     ("costs", "communication"),
     ("evaluate",),
     ("train",),
-    ("audit", "plan", "inspect"),
+    ("audit",),
+    ("plan", "inspect"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 COLLECTIVES = {

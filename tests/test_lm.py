@@ -13,9 +13,8 @@ from moe_jax.core.shard import RULES
 from moe_jax.dispatch import Scatter, Sort
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import LoadBalance
-from moe_jax.models import LM, LMConfig
+from moe_jax.models import LM, LMConfig, cross_entropy
 from moe_jax.models.blocks import BUCKETS, relative_buckets
-from moe_jax.models.lm import cross_entropy
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import Top2
 from tests.cases import mesh_of
@@ -129,7 +128,7 @@ def test_relative_positions_are_t5s():
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "probability"))}, "causal=False"),
         ({"moe": None}, "layout='none'"),
         ({"A": 7, "position": "rotary"}, "even"),
-        ({"position": "alibi"}, "rotary, relative"),
+        ({"position": "alibi"}, "'rotary', 'relative'"),
         ({"dtype": "float16"}, "bfloat16"),
         ({"layout": "every 5"}, "n <= N=4"),
         ({"layout": "1,4"}, r"\[4\]"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import OptimConfig, RunConfig
+from moe_jax.costs import chips, flops
 from moe_jax.data import Folder
 from moe_jax.optim import AdamW, Constant
 from moe_jax.train import TrainingDiverged, train
@@ -64,11 +65,18 @@ def test_divergence_stops_with_the_last_good_parameters(text, tmp_path):
     again.close()
 
 
-def test_records_say_everything(text, tmp_path):
+def test_records_say_everything(text, tmp_path, monkeypatch):
     """Law 8: drop rate per layer in every record; evaluation dropless, the limited loss beside it; by domain."""
-    records = list(train(experiment(text, steps=2, eval_every=2), None, tmp_path))
+    monkeypatch.setattr(chips, "peak", lambda kind: 1e6 if kind == "cpu" else None)
+    exp = experiment(text, steps=2, eval_every=2)
+    records = list(train(exp, None, tmp_path))
     step, held_out = records[1], records[-2]
     assert {"loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second", "skipped"} <= set(step)
+    work = 2 * flops(exp.model, exp.data.shapes(1)).training * exp.data.B
+    seconds = work / step["flops_per_second"]
+    tokens = step["tokens_per_second"] * seconds / (exp.data.B * exp.data.L)
+    assert 1.5 < tokens < 2.001  # of two steps, but for what is no target
+    np.testing.assert_allclose(step["mfu"], step["flops_per_second"] / (8 * 1e6), rtol=1e-9)
     moe = step["moe"]
     assert moe["layer"] == [1]
     assert {"load", "load_cv", "dead_experts", "drop_rate", "router_entropy", "load_balance", "router_z"} <= set(moe)

@@ -27,7 +27,7 @@ from moe_jax.losses import (
     convert,
 )
 from moe_jax.losses.load_balance import CONVENTIONS, balanced_value
-from moe_jax.models.lm import LMConfig, aux_loss
+from moe_jax.models import LMConfig, aux_loss
 from moe_jax.moe import Aux, MoEConfig
 from moe_jax.routers import NoisyTopK, NullExperts, TopK
 from tests import oracle_routing as oracle

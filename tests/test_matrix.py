@@ -38,7 +38,7 @@ from moe_jax.data import Batch, Bytes
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES
 from moe_jax.exchanges.ragged import fitting, places
-from moe_jax.models import LMConfig, lm
+from moe_jax.models import LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import AdamW, Constant
 from moe_jax.train import Program
@@ -185,7 +185,7 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
     program, (tx, rate) = Program(exp, devices=jax.devices()[: exp.devices]), exp.optim.build(exp.run.steps)
 
     def logits(params, key, batch):
-        return lm.apply(exp.model, params, batch, key, {})[0]
+        return exp.model.apply(params, batch, key, {})[0]
 
     def step(state, batch):
         here = shard.current(exp.exchange)

@@ -27,7 +27,6 @@ from moe_jax import (
     Top2,
 )
 from moe_jax.data import Folder
-from moe_jax.models import lm
 from moe_jax.train import Program, check_tasks, train
 from tests import oracle_routing
 from tests.test_train import EXP, MODEL, batch
@@ -171,7 +170,7 @@ def test_domains_and_tokens_reach_the_routers():
     rows = jax.tree.map(jnp.asarray, batch()._replace(domain_B=np.arange(16, dtype=np.int32) % 2))
     for router in (TaskTopK(K=2, M=2, token=False), Hash(K=1)):
         cfg = dataclasses.replace(MODEL, moe=dataclasses.replace(MOE, router=router, gating=(), losses=()))
-        _, aux = jax.jit(lambda p, cfg=cfg: lm.apply(cfg, p, rows))(params_of(cfg))
+        _, aux = jax.jit(lambda p, cfg=cfg: cfg.apply(p, rows))(params_of(cfg))
         expert_BL = np.asarray(aux.expert_BLK)[0, ..., 0][:15]
         by = np.asarray(rows.tokens_BL[:15] if isinstance(router, Hash) else rows.domain_B[:15, None])
         by = np.broadcast_to(by, (15, 8))

@@ -11,13 +11,13 @@ import pytest
 from experiments.routing_zoo import present, zoo
 from experiments.routing_zoo.sweep import Sweep, ranked, result, save, summaries
 from moe_jax.config import build
-from moe_jax.costs import flops_per_token
+from moe_jax.costs import flops
 from moe_jax.routers import ROUTERS
 
 BASE = zoo.base()
 BY_NAME = {c.name: c for c in zoo.CONTESTANTS}
 TWIN = build(zoo.configure(BY_NAME[zoo.DENSE], BASE))
-TWIN_FLOPS = flops_per_token(TWIN.model, TWIN.data.L)
+TWIN_FLOPS = flops(TWIN.model, TWIN.data.shapes(1)).forward
 ROUTED = [c for c in zoo.CONTESTANTS if c.router]
 
 
@@ -38,7 +38,8 @@ def test_contestants_have_equal_active_flops(contestant):
     assert (exp.data, exp.optim, exp.run, exp.mesh) == (TWIN.data, TWIN.optim, TWIN.run, TWIN.mesh)
     moe, width = exp.model.moe, TWIN.model.moe.F
     if contestant.active is None:
-        assert flops_per_token(exp.model, exp.data.L, router=False) == TWIN_FLOPS
+        cost = flops(exp.model, exp.data.shapes(1))
+        assert cost.forward - cost.kinds.get("router", 0) == TWIN_FLOPS
     else:
         assert contestant.active * moe.experts.F == pytest.approx(width, rel=0.01)
     if contestant.router:

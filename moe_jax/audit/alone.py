@@ -1,7 +1,6 @@
 """Laws 4, 7 and 8 of a whole experiment, and that a batch may go in pieces: what one device can tell."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -10,20 +9,17 @@ import numpy as np
 from moe_jax import train
 from moe_jax.audit.meshes import CLOSE, Seen, Trial, Worst, alone, same, within, worst
 from moe_jax.audit.routing import ROUNDING, Verdict
+from moe_jax.audit.samples import empty, nobody, only, scribbled
+from moe_jax.audit.shrink import rows_of_a_group
 from moe_jax.config import Experiment
-from moe_jax.data import Batch
+from moe_jax.data import AnyBatch, Images
 from moe_jax.moe import MoEConfig
 
 
-def rows_of_a_group(exp: Experiment) -> int:
-    """How many sequences a whole number of routing groups takes."""
-    L = exp.data.L
-    return math.lcm(getattr(exp.model.moe, "S", None) or L, L) // L
-
-
-def causal(trial: Trial, exp: Experiment, state: train.State, batch: Batch) -> Verdict:
+def causal(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -> Verdict:
     """Law 4 of the whole model: other tokens later in the last sequence of a group change nothing before them."""
-    rng, (B, L), n = np.random.default_rng(2), batch.tokens_BL.shape, rows_of_a_group(exp)
+    assert not isinstance(batch, Images), "an image has no order"
+    rng, (B, L), n = np.random.default_rng(2), batch.tokens_BL.shape, rows_of_a_group(exp.model, batch)
     mine_B1 = (np.arange(B) % n == n - 1)[:, None]
     later_BL = np.arange(L) >= rng.integers(1, L // 2 + 1, (B, 1))
     other_BL = np.where(mine_B1 & later_BL, (batch.tokens_BL + 1) % exp.model.V, batch.tokens_BL)
@@ -31,7 +27,7 @@ def causal(trial: Trial, exp: Experiment, state: train.State, batch: Batch) -> V
     watched_BL = mine_B1 & ~later_BL & (batch.segment_BL > 0)
     moved_BL = np.abs(one.logits_BLV - other.logits_BLV).max(-1) > ROUNDING * np.abs(one.logits_BLV).max()
     if one.expert_NBLK is not None:
-        moved_BL |= np.not_equal(one.expert_NBLK, other.expert_NBLK).any((0, 3))
+        moved_BL |= np.not_equal(one.expert_NBLK, other.expert_NBLK)[:, :, :L].any((0, 3))
     changed = int((moved_BL & watched_BL).sum())
     return Verdict(not changed, f"{changed} of {watched_BL.sum()} tokens changed")
 
@@ -46,7 +42,9 @@ def drops(seen: Seen) -> Verdict:
     return Verdict(lost <= CLOSE * asked_N.sum(), f"{lost:.0f} of {asked_N.sum():.0f} in evaluation")
 
 
-def pieces(exp: Experiment, state: train.State, batch: Batch, devices: list[jax.Device]) -> dict[str, Verdict] | None:
+def pieces(
+    exp: Experiment, state: train.State, batch: AnyBatch, devices: list[jax.Device]
+) -> dict[str, Verdict] | None:
     """Whether a batch in pieces is the same step as at once; None where it need not be, or is not in pieces.
 
     Auxiliary losses, which are means over pieces, are left out, and so is noise, which is drawn for each piece;
@@ -65,15 +63,13 @@ def pieces(exp: Experiment, state: train.State, batch: Batch, devices: list[jax.
     return same(one, many, state)
 
 
-def padding(trial: Trial, exp: Experiment, state: train.State, batch: Batch) -> Verdict:
+def padding(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -> Verdict:
     """Law 7: what stands in padded places changes no loss, count, gradient or parameter, bit for bit."""
-    rng, empty_BL = np.random.default_rng(1), batch.segment_BL == 0
-    noise = lambda a: np.where(empty_BL, rng.integers(a.max() + 1, size=a.shape).astype(a.dtype), a)  # noqa: E731
-    other = batch._replace(tokens_BL=noise(batch.tokens_BL), target_BL=noise(batch.target_BL))
+    empty_BL, other = empty(batch, "target_BL"), scribbled(batch, np.random.default_rng(1))
     seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
     if isinstance(seen[0].expert_NBLK, np.ndarray):
         E = len(seen[0].metrics.stats.choices_E[0])
-        if (seen[0].expert_NBLK[:, empty_BL] < E).any():
+        if (seen[0].expert_NBLK[nobody(exp, batch)] < E).any():
             return Verdict(False, "a padded token has been given an expert")
     real = [s._replace(logits_BLV=np.where(empty_BL[..., None], 0, s.logits_BLV), expert_NBLK=None) for s in seen]
     found = worst(*(s._asdict() for s in real))
@@ -84,18 +80,15 @@ def padding(trial: Trial, exp: Experiment, state: train.State, batch: Batch) -> 
     return Verdict(sums.holds, f"{where}; sums of halves {sums.detail}")
 
 
-def halves(trial: Trial, exp: Experiment, state: train.State, batch: Batch) -> Worst:
+def halves(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -> Worst:
     """How far the sums over a batch are from those of its halves, each with padding in place of the other."""
-    B, whole = len(batch.tokens_BL), exp.data.accumulate * rows_of_a_group(exp)
+    B, whole = len(batch.target_BL), exp.data.accumulate * rows_of_a_group(exp.model, batch)
     first_B1 = (np.arange(B) < B // (2 * whole) * whole)[:, None]
     if not first_B1.any():  # one routing group, which cannot be cut
         return Worst(0.0, "")
-    parts = [
-        batch._replace(segment_BL=batch.segment_BL * r, loss_mask_BL=batch.loss_mask_BL & r)
-        for r in (first_B1, ~first_B1)
-    ]
+    parts = [only(batch, rows_B1) for rows_B1 in (first_B1, ~first_B1)]
 
-    def sums(batch: Batch) -> Any:
+    def sums(batch: AnyBatch) -> Any:
         seen = jax.device_get(trial(state, batch))
         m = seen.metrics
         return {"targets": m.targets, "nats": m.loss * m.targets, "stats": m.stats, "evaluated": seen.evaluated}

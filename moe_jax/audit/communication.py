@@ -5,13 +5,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax import train
 from moe_jax.audit.hlo import collectives
 from moe_jax.communication import Collective, merged, passes
 from moe_jax.config import Experiment
-from moe_jax.data import Batch
+from moe_jax.data import AnyBatch
 
 
 class Row(NamedTuple):
@@ -70,14 +69,16 @@ def less(whole: list[Collective], part: list[Collective]) -> list[Collective]:
     return whole + [c._replace(count=-c.count, bytes=-c.bytes) for c in part]
 
 
-def audit(exp: Experiment, batch: Batch | None = None, devices: Sequence[jax.Device] | None = None) -> list[Row]:
+def audit(exp: Experiment, batch: AnyBatch | None = None, devices: Sequence[jax.Device] | None = None) -> list[Row]:
     """Compares prediction and program pass by pass: "forward", "backward" (with it, less without), "step" (all of it).
 
     batch: of the shapes that are meant, if not the experiment's. devices: to compile for, if not those there are.
     """
     program = train.Program(exp, devices=devices)
     state, sizes = program.abstract_state(), dict(program.mesh.shape)
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows), batch or shapes(exp))
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows), batch or exp.data.shapes()
+    )
 
     def sent(f: Any) -> list[Collective]:
         with jax.set_mesh(program.mesh):
@@ -91,11 +92,3 @@ def audit(exp: Experiment, batch: Batch | None = None, devices: Sequence[jax.Dev
         *compare(expected.backward, less(both, forward), "backward"),
         *compare([c for part in expected for c in part], sent(program._step), "step"),
     ]
-
-
-def shapes(exp: Experiment) -> Batch:
-    """Of an experiment's batches."""
-    B, L = exp.data.B, exp.data.L
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    tokens = of(jnp.int32, B, L)
-    return Batch(tokens, tokens, tokens, tokens, of(jnp.bool, B, L), of(jnp.int32, B))  # type: ignore[arg-type]

@@ -5,11 +5,13 @@ import math
 from typing import Any
 
 from moe_jax.config import Experiment
-from moe_jax.models import LMConfig
+from moe_jax.data import Digits
+from moe_jax.models import Model, ViTConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import Constant
 
 V, D, H, A, F, L = 512, 32, 4, 8, 16, 32  # at most
+PATCH = 2  # of 8 x 8 images
 RATE = 0.01
 B = 64  # at least: two sequences, in two pieces, for each of 16 shards
 
@@ -20,28 +22,46 @@ def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
     Routing, losses, dispatch, exchange, number of experts, kinds of layers, rematerialisation, accumulation and
     optimizer are as configured. Its learning rate is constant, and large, so that one step shows in float32.
     """
-    length = min(L, exp.data.L)
-    model = narrow(exp.model, length, exp.data.L)
-    group = getattr(model.moe, "S", None) or length
-    rows = exp.data.accumulate * devices * max(1, math.lcm(group, length) // length)
-    data = dataclasses.replace(exp.data, L=length, B=max(rows, B // rows * rows))
+    data = dataclasses.replace(exp.data, L=min(L, exp.data.L))
+    if isinstance(exp.model, ViTConfig):
+        data = dataclasses.replace(data, source=Digits())
+    model = narrow(exp.model, exp.data.shapes(1), data.shapes(1))
+    rows = exp.data.accumulate * devices * rows_of_a_group(model, data.shapes(1))
+    data = dataclasses.replace(data, B=max(rows, B // rows * rows))
     mesh = tuple(fold(dict(exp.mesh), devices).items())
     optim = dataclasses.replace(exp.optim, schedule=Constant(RATE))
     small = dataclasses.replace(exp, model=model, data=data, optim=optim, mesh=mesh)
     return small, differences(exp, small)
 
 
-def narrow(model: LMConfig, length: int, whole: int) -> LMConfig:
-    """The model at small widths, with layers of every kind, for sequences of this length instead of the `whole` one."""
-    moe = model.moe
-    if isinstance(moe, MoEConfig):
-        S = moe.S and max(1, moe.S * length // whole)
-        moe = dataclasses.replace(moe, experts=thin(moe.experts), shared=thin(moe.shared), S=S)
-    else:
-        moe = thin(moe)
+def narrow(model: Model, whole: Any, short: Any) -> Model:
+    """The model at small widths, with layers of every kind, for `short` batches instead of `whole` ones."""
     sizes: dict[str, Any] = {"V": min(V, model.V), "D": min(D, model.D), "H": min(H, model.H), "A": min(A, model.A)}
-    small = dataclasses.replace(model, moe=moe, ffn=thin(model.ffn), dtype="float32", **sizes)
-    return shallow(small)
+    if model.J is not None:
+        sizes["J"] = max(1, sizes["H"] * model.J // model.H)
+    if isinstance(model, ViTConfig):
+        sizes |= {"V": Digits.V, "image": Digits.image, "patch": PATCH}
+    if isinstance(model.moe, MoEConfig) and (S := model.moe.S):
+        length = dataclasses.replace(model, moe=None, layout="none", **sizes).stacks(short)[0].L
+        S = max(1, S * length // model.stacks(whole)[0].L)
+        moe = dataclasses.replace(thin_layer(model.moe), S=S)
+    else:
+        moe = thin_layer(model.moe)
+    parts = {"ffn": thin(model.ffn), "extra": thin(model.extra), "moe": moe}
+    return shallow(dataclasses.replace(model, **parts, dtype="float32", **sizes))
+
+
+def thin_layer(moe: Any) -> Any:
+    """What stands in sparse layers, with few hidden units."""
+    if not isinstance(moe, MoEConfig):
+        return thin(moe)
+    return dataclasses.replace(moe, experts=thin(moe.experts), shared=thin(moe.shared))
+
+
+def rows_of_a_group(model: Model, batch: Any) -> int:
+    """How many sequences of batches like this one a whole number of routing groups takes, in every stack."""
+    S = [(getattr(stack.moe, "S", None) or stack.L, stack.L) for stack in model.stacks(batch)]
+    return math.lcm(*(math.lcm(*pair) // pair[1] for pair in S))
 
 
 def thin(expert: Any) -> Any:
@@ -49,7 +69,7 @@ def thin(expert: Any) -> Any:
     return expert if expert is None else dataclasses.replace(expert, F=min(F, expert.F))
 
 
-def shallow(model: LMConfig) -> LMConfig:
+def shallow(model: Model) -> Model:
     """With as few layers as have every kind of layer, and two that route where there are two."""
     for N in range(1, model.N):
         try:

@@ -23,6 +23,7 @@ CONVENTIONS = {
     "exact": Convention(),  # ours; MaxText's up to rounding
     "switch": Convention(per_choice=False, rounding=math.floor, minimum=4),  # Switch's paper, Mesh TensorFlow
     "flaxformer": Convention(per_choice=False, rounding=round, minimum=4),  # Switch's and ST-MoE's release
+    "flaxformer-large": Convention(per_choice=False, rounding=round, minimum=2),  # its Switch-XXL and Switch-C
     "gshard": Convention(per_choice=False, multiple=4),  # GShard, praxis: its factor is 2 for top-2
     "vmoe": Convention(multiple=4),  # V-MoE
 }

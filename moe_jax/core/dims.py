@@ -1,7 +1,7 @@
 """One alphabet: a letter names an array axis, a size, and what the axis is sharded over.
 
     B batch   L length   T tokens   G routing groups on a shard   S tokens in a group
-    D width   F hidden width   V vocabulary   N layers   H heads   A width of a head
+    D width   F hidden width   V vocabulary   N layers   H heads   J heads of keys and values   A width of a head
     E experts   K choices per token   C slots per expert and group   R rows   P relative positions
     M a router's own: groups of experts, null experts, tasks   I, O generic in and out
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
@@ -28,7 +28,7 @@ from moe_jax.core import dims
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
 TOKENS = AXES[:-1]  # axes that the batch is spread over
 # Dimension letter -> mesh axes; what has no rule is replicated.
-RULES: dims.Rules = {"B": TOKENS, "E": ("expert",), "D": ("fsdp",), "F": ("tensor",), "H": ("tensor",)}
+RULES: dims.Rules = {"B": TOKENS, "E": ("expert",), "D": ("fsdp",), **{letter: ("tensor",) for letter in "FHJ"}}
 EXCHANGED = "exchanged"  # the name, for rematerialisation, of what came from other devices
 Tree = TypeVar("Tree")
 
@@ -53,7 +53,10 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
     types, used = (AxisType.Auto,) * len(AXES), devices or jax.devices()
     if len({getattr(d, "slice_index", 0) for d in used}) > 1:
         return Mesh(over_slices(used, tuple(all_sizes)), AXES, axis_types=types)
-    return jax.make_mesh(tuple(all_sizes), AXES, axis_types=types, devices=devices)
+    laid = create_device_mesh(
+        all_sizes, used, allow_split_physical_axes=True
+    )  # an axis may be a part of a torus's side
+    return Mesh(laid, AXES, axis_types=types)
 
 
 def over_slices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
@@ -89,7 +92,7 @@ class Shard:
     @property
     def rules(self) -> dims.Rules:
         """Dimension letter -> axes."""
-        return {"B": self.tokens, "E": self.experts, "D": self.fsdp, "F": self.tensor, "H": self.tensor}
+        return {"B": self.tokens, "E": self.experts, "D": self.fsdp, **{letter: self.tensor for letter in "FHJ"}}
 
     @property
     def index(self) -> int | Int[Array, ""]:

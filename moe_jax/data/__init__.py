@@ -4,26 +4,47 @@ from moe_jax.data.batches import batches, evaluation_batches
 from moe_jax.data.cache import default_directory
 from moe_jax.data.corpus import Corpus
 from moe_jax.data.documents import Document, Source
+from moe_jax.data.images import Classification, Digits, Images, TfdsImages
+from moe_jax.data.objectives import NextToken
+from moe_jax.data.pairs import Pairs, Translation
+from moe_jax.data.parallel import Parallel, TfdsPairs, ToyTranslation
+from moe_jax.data.spans import SpanCorruption
 from moe_jax.data.text import Folder, Tfds
 from moe_jax.data.tokenizers import Bytes, SentencePiece, Tokenizer, TokenizerConfig
 from moe_jax.data.windows import Batch, Windows, batch, prepare
 
-SOURCES = (Corpus, Folder, Tfds)
+SOURCES = (Corpus, Folder, Tfds, Parallel, TfdsPairs, ToyTranslation, Digits, TfdsImages)
+OBJECTIVES = (NextToken, SpanCorruption, Translation, Classification)
 TOKENIZERS = (Bytes, SentencePiece)
 
+AnyBatch = Batch | Pairs | Images
+
 __all__ = [
+    "OBJECTIVES",
     "SOURCES",
     "TOKENIZERS",
+    "AnyBatch",
     "Batch",
     "Bytes",
+    "Classification",
     "Corpus",
+    "Digits",
     "Document",
     "Folder",
+    "Images",
+    "NextToken",
+    "Pairs",
+    "Parallel",
     "SentencePiece",
     "Source",
+    "SpanCorruption",
     "Tfds",
+    "TfdsImages",
+    "TfdsPairs",
     "Tokenizer",
     "TokenizerConfig",
+    "ToyTranslation",
+    "Translation",
     "Windows",
     "batch",
     "batches",

@@ -2,11 +2,11 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
+from moe_jax.data import records
 from moe_jax.data.documents import (
     Document,
     Split,
@@ -84,56 +84,20 @@ class Tfds:
         """The examples that have text, in the order of the data set."""
         builder = self._builder()
         shared = self.held_out not in builder.info.splits
-        records = self._open(builder, self.held_out if split == "held_out" and not shared else "train")
-        for i in range(len(records)):
-            text = records[i][self.text]
+        opened = records.records(self, builder, self.held_out if split == "held_out" and not shared else "train")
+        for i in range(len(opened)):
+            text = opened[i][self.text]
             if text and (not shared or is_held_out(digest(text)) == (split == "held_out")):
                 yield Document(text, 0)
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of what TFDS knows about the data set: version, features, and the size of every shard."""
-        info = self._builder().info
-        splits = (f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(info.splits.items()))
-        return fingerprint([str(self), info.full_name, str(info.features), *splits])
+        return fingerprint(records.facts(self, self._builder()))
 
     def _builder(self) -> tfds.core.DatasetBuilder:
-        """The prepared data set, downloaded if need be; ValueError says what is missing."""
-        try:
-            builder = tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
-            if not builder.is_prepared():
-                builder.download_and_prepare(file_format="array_record")
-        except tfds.core.DatasetNotFoundError:
-            raise ValueError(f"{self}: TFDS knows no such data set, and none is prepared in data_dir") from None
-        except ValueError as error:
-            raise ValueError(f"{self}: {str(error).splitlines()[0]}") from None
-        except ImportError as error:
-            raise ValueError(f"{self} {_what_to_install(error)}") from None
-        except OSError as error:
-            reason = f"({type(error).__name__})"
-            raise ValueError(f"{self} could not be downloaded {reason}: prepare it elsewhere, set data_dir") from None
-        self._check(builder)
+        """The prepared data set; ValueError if it has no such text."""
+        builder = records.builder(self)
+        features = builder.info.features
+        if self.text not in features or not isinstance(features[self.text], tfds.features.Text):
+            raise ValueError(f"{self} has the features {sorted(features)}: set text to one that holds text")
         return builder
-
-    def _check(self, builder: tfds.core.DatasetBuilder) -> None:
-        features, splits = sorted(builder.info.features), sorted(builder.info.splits)
-        if "train" not in splits:
-            raise ValueError(f"{self} has the splits {splits}: one named train is needed")
-        if self.text not in features or not isinstance(builder.info.features[self.text], tfds.features.Text):
-            raise ValueError(f"{self} has the features {features}: set text to one that holds text")
-
-    def _open(self, builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
-        try:
-            records = builder.as_data_source(split=split)
-        except NotImplementedError:
-            found = builder.info.file_format
-            raise ValueError(f'{self} is prepared as {found}: prepare it with file_format="array_record"') from None
-        declared = builder.info.splits[split].num_examples
-        if len(records) != declared:
-            raise ValueError(f"{self} holds {len(records)} of {declared} records in {split}: prepare it again")
-        return records
-
-
-def _what_to_install(error: ImportError) -> str:
-    if "tensorflow" in str(error):
-        return "needs TensorFlow to be prepared: pip install moe_jax[tensorflow]"
-    return f"cannot be prepared here ({str(error).splitlines()[0]}): install what is missing"

@@ -26,8 +26,32 @@ class Batch(NamedTuple):
     domain_B: Int32[np.ndarray, "B"]
 
 
+def batch(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """Windows side by side, as inputs and targets."""
+    tokens_BM, segment_BM = (np.stack([window[name] for window in windows]) for name in ("tokens", "segments"))
+    segment_BL, next_BL = segment_BM[:, :-1], segment_BM[:, 1:]
+    return Batch(
+        tokens_BL=tokens_BM[:, :-1],
+        target_BL=tokens_BM[:, 1:],
+        segment_BL=segment_BL,
+        position_BL=positions(segment_BL),
+        # a begin-of-document token starts another segment, so it is never a target
+        loss_mask_BL=(segment_BL == next_BL) & (next_BL > 0),
+        domain_B=np.stack([window["domain"] for window in windows]),
+    )
+
+
+def positions(segment_BL: Int32[np.ndarray, "B L"]) -> Int32[np.ndarray, "B L"]:
+    """How far each token is from the start of its segment."""
+    place_L = np.arange(segment_BL.shape[1], dtype=np.int32)
+    starts_BL = np.diff(segment_BL, axis=1, prepend=-1) != 0
+    return place_L - np.maximum.accumulate(np.where(starts_BL, place_L, 0), axis=1)
+
+
 class Windows:
     """A split as random-access windows of L + 1 tokens; its files are checked when it is opened."""
+
+    batch = staticmethod(batch)
 
     def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
         facts = cache.read(folder)
@@ -50,6 +74,12 @@ class Windows:
             "segments": self.segment_WM[i].astype(np.int32),
             "domain": np.array(self.domain_W[i], np.int32),
         }
+
+    @property
+    def padding(self) -> dict[str, np.ndarray]:
+        """A window without text."""
+        nothing = np.zeros(self.L + 1, np.int32)
+        return {"tokens": nothing, "segments": nothing, "domain": np.array(0, np.int32)}
 
 
 def prepare(source: Source, tokenizer: TokenizerConfig, L: int, directory: pathlib.Path) -> tuple[Windows, Windows]:
@@ -106,28 +136,6 @@ def write(
     for file in files:
         file.close()
     return {"L": L, "domains": domains, **total}
-
-
-def batch(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    """Windows side by side, as inputs and targets."""
-    tokens_BM, segment_BM = (np.stack([window[name] for window in windows]) for name in ("tokens", "segments"))
-    segment_BL, next_BL = segment_BM[:, :-1], segment_BM[:, 1:]
-    return Batch(
-        tokens_BL=tokens_BM[:, :-1],
-        target_BL=tokens_BM[:, 1:],
-        segment_BL=segment_BL,
-        position_BL=positions(segment_BL),
-        # a begin-of-document token starts another segment, so it is never a target
-        loss_mask_BL=(segment_BL == next_BL) & (next_BL > 0),
-        domain_B=np.stack([window["domain"] for window in windows]),
-    )
-
-
-def positions(segment_BL: Int32[np.ndarray, "B L"]) -> Int32[np.ndarray, "B L"]:
-    """How far each token is from the start of its segment."""
-    place_L = np.arange(segment_BL.shape[1], dtype=np.int32)
-    starts_BL = np.diff(segment_BL, axis=1, prepend=-1) != 0
-    return place_L - np.maximum.accumulate(np.where(starts_BL, place_L, 0), axis=1)
 
 
 def _smallest(largest: int) -> np.dtype:

@@ -1,0 +1,58 @@
+"""Decoders with RMS norms, rotary positions, SwiGLU and untied embeddings: Mixtral, OLMoE, Qwen3, DeepSeekMoE.
+
+Embedding and head count in the total and in the active parameters. Nothing is dropped: rows are sorted by expert, and
+travel as many as there are.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.papers import _nano
+
+
+def llama(
+    shape: str,
+    D: int,
+    N: int,
+    H: int,
+    A: int,
+    V: int,
+    moe: dict,
+    J: int | None = None,
+    B: int = 1024,
+    accumulate: int = 2,
+    optim: dict | None = None,
+    mesh: dict | None = None,
+    **model,
+) -> ConfigDict:
+    """A model of these sizes; `moe` has E, router, experts, losses and what else differs.
+
+    B sequences of 4,096 tokens a step, in `accumulate` pieces.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = mesh or {"fsdp": -1}
+    config.model = {
+        **{"D": D, "N": N, "H": H, "J": J, "A": A},
+        "layout": "all",
+        "position": "rotary",
+        "tied": False,
+        "remat": "exchanged",
+        "dtype": "bfloat16",
+        "moe": {"dispatch": "Sort()", "exchange": "Ragged()", **moe},
+        **model,
+    }
+    config.data = {
+        "source": "Tfds(name='c4')",
+        "tokenizer": f"SentencePiece(V={V})",
+        "objective": "NextToken()",
+        "L": 4096,
+        "B": B,
+        "accumulate": accumulate,
+    }
+    config.optim = optim or {
+        "optimizer": "AdamW(b1=0.9, b2=0.95, weight_decay=0.1)",
+        "schedule": "Cosine(peak=0.0003, warmup=2000)",
+        "clip": 1.0,
+    }
+    config.run = {"steps": 250_000, "log_every": 100, "eval_every": 5000, "save_every": 1000}
+    return _nano.shaped(config, shape)

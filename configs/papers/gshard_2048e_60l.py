@@ -1,0 +1,23 @@
+"""GShard MoE(2048E, 60L): what does it hold, what does a step cost?
+
+    python -m experiments.plan --config=configs/papers/gshard_2048e_60l.py --topology=v4:8x16x16
+    python -m experiments.train --config=configs/papers/gshard_2048e_60l.py:nano --workdir=runs/gshard_2048e_60l
+
+GShard (arXiv:2006.16668), table 1: 60 layers in both stacks together, 2048 experts in every second one, the second
+chosen at random by its weight; translation from 100 languages. Source and target have vocabularies of their own
+(64,000 and 32,000); an expert a core. Slots go by token, not by choice, so that the decoder is causal.
+Nano: 2 CPU cores, a minute or two.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.papers._t5 import gshard
+
+PUBLISHED = {
+    "total": "1T",
+    "source": "GShard (arXiv:2006.16668), table 1",
+}
+
+
+def get_config(shape: str = "") -> ConfigDict:
+    return gshard(shape, E=2048, layers=60)

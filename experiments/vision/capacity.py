@@ -1,0 +1,91 @@
+"""How much of a trained V-MoE is left when its experts take fewer tokens, by which tokens go first?
+
+    python -m experiments.vision.capacity --workdir=runs/vmoe_nano
+    python -m experiments.vision.capacity --workdir=runs/vmoe_0 --workdir=runs/vmoe_1
+
+The held-out accuracy of finished runs at several capacities, as a table: their mean, and from the worst to the best.
+"""
+
+import dataclasses
+import pathlib
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Experiment
+from moe_jax.data import Images, default_directory, evaluation_batches
+from moe_jax.dispatch import Scatter
+from moe_jax.models import ViTConfig
+from moe_jax.moe import MoEConfig
+from moe_jax.train import Program, State, restore
+
+WORKDIR = flags.DEFINE_multi_string("workdir", [], "Where a finished run is kept; several may be given.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+
+FACTORS = (2.0, 1.0, 0.5, 0.25)  # slots over choices, of all experts together
+PRIORITIES = {"probability": "surest first", "choice-major": "first choices first", "token-major": "in order"}
+
+
+class Seen(NamedTuple):
+    """Of the held-out images."""
+
+    accuracy: float
+    dropped: float  # of all choices
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise ValueError("No run was given; say --workdir=runs/vmoe_nano, once it is trained.")
+    data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else default_directory()
+    runs = [opened(cli.folder("workdir", workdir)) for workdir in WORKDIR.value]
+    print(f"| capacity | {' | '.join(PRIORITIES.values())} | dropped |\n|{'---|' * (len(PRIORITIES) + 2)}")
+    for factor in FACTORS:
+        seen = {p: [look(*run, Scatter(factor, p), data_dir) for run in runs] for p in PRIORITIES}
+        cells = [spread([one.accuracy for one in several]) for several in seen.values()]
+        dropped = spread([one.dropped for one in seen["probability"]])
+        print(f"| {factor} | {' | '.join(cells)} | {dropped} |", flush=True)
+
+
+def opened(workdir: pathlib.Path) -> tuple[Experiment, State]:
+    """A run's experiment, on one device, and its last state; ValueError if it is no sparse model of images."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there; give the workdir of a run that has been trained.")
+    exp = dataclasses.replace(Experiment.from_json(path.read_text()), mesh=())
+    if exp.model.takes != "images" or not isinstance(exp.model.moe, MoEConfig):
+        raise ValueError(f"{workdir} is no sparse model of images; give a run of configs/vmoe_nano.py.")
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return exp, restore(checkpoints, Program(exp, devices=jax.devices()[:1]))[0]
+
+
+def look(exp: Experiment, state: State, dispatch: Scatter, data_dir: pathlib.Path) -> Seen:
+    """The whole held-out split, with this dispatcher."""
+    model = dataclasses.replace(exp.model, moe=dataclasses.replace(exp.model.moe, dispatch=dispatch))
+    right = images = kept = choices = 0.0
+    for batch in evaluation_batches(exp.data.prepare(data_dir)[1], exp.data.B):
+        logits_BLV, aux = jax.device_get(apply(model, state.params, state.router, batch))
+        right += float((batch.loss_mask_BL & (logits_BLV.argmax(-1) == batch.target_BL)).sum())
+        images += float(batch.loss_mask_BL.sum())
+        kept, choices = kept + float(aux.stats.kept.sum()), choices + float(aux.stats.choices_E.sum())
+    return Seen(right / images, 1 - kept / choices)
+
+
+@partial(jax.jit, static_argnums=0)
+def apply(model: ViTConfig, params: Any, router: Any, batch: Images) -> Any:
+    """One program for all runs of a config."""
+    return model.apply(params, batch, router=router)
+
+
+def spread(fractions: list[float]) -> str:
+    """Mean, and the worst and the best where there are several."""
+    mean, *ends = (f"{100 * f(fractions):.1f}" for f in (np.mean, min, max))
+    return f"{mean} %" if len(fractions) == 1 else f"{mean} % ({ends[0]} to {ends[1]})"
+
+
+if __name__ == "__main__":
+    cli.run(main)

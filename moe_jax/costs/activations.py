@@ -1,0 +1,127 @@
+"""What the layers of a model keep for their backward pass on one device: bytes, by arithmetic on shapes."""
+
+import math
+from typing import Any, NamedTuple
+
+from moe_jax.core.capacity import capacity
+from moe_jax.core.groups import Padded
+from moe_jax.exchanges import AllGather, Ragged
+from moe_jax.experts import GLU
+from moe_jax.models import Model
+from moe_jax.models.transformer import StackShape
+from moe_jax.moe import MoEConfig
+
+FLOAT = 4
+LANES = 128
+
+
+class Share(NamedTuple):
+    """What one device has of a batch, and of every layer."""
+
+    B: int  # sequences of a piece
+    width: int  # bytes of a number that is computed with
+    tensor: int  # shards of heads and hidden units
+    experts: int  # shards of experts
+
+
+class Residuals(NamedTuple):
+    """What a layer's backward pass finds of its forward pass, as XLA for TPU leaves it.
+
+    Within a block that is computed again, much is fused with what uses it; what is kept from one pass to the other is
+    written down as it was differentiated.
+    """
+
+    inputs: int  # bytes of a number of [T, D]: a layer's input, and its norm
+    logits: int  # arrays [B, H, L, M] in float32, beside the softmax as it is multiplied
+    hidden: tuple[int, int]  # arrays [rows, F], of an MLP and of a GLU
+    bias: bool  # relative positions [H, L, L] in float32
+
+    @classmethod
+    def of(cls, again: bool, width: int) -> "Residuals":
+        return cls(2 * width, 2, (2, 2), True) if again else cls(3 * FLOAT + width, 1, (5, 7), False)
+
+
+class Kept(NamedTuple):
+    """Of a block of layers, bytes."""
+
+    inside: int  # all that its backward pass needs of its forward pass
+    between: int  # what is kept of that where the block is computed again
+
+
+def block(cfg: Model, stack: StackShape, sparse: tuple[bool, ...], on: Share) -> Kept:
+    """The layers that a stack repeats."""
+    T = on.B * stack.L
+    x = on.width * T * cfg.D
+    r = Residuals.of(cfg.remat != "none", on.width)
+    inside, exchanged, sums = 0, 0, 0
+    for is_sparse in sparse:
+        parts = [attention(cfg, stack.L, stack.L, r, on)]
+        parts += [attention(cfg, stack.L, stack.M, r, on)] if stack.M else []
+        if is_sparse and isinstance(stack.moe, MoEConfig):
+            rows = Rows.of(stack.moe, T, stack.L, on)
+            parts.append(moe(stack.moe, T, cfg.D, rows, r, on))
+            exchanged += on.width * cfg.D * (rows.sent + rows.received) if on.experts > 1 else 0
+        else:
+            parts.append(dense(stack.moe if is_sparse else cfg.ffn, T, r, on))
+        parts += [dense(cfg.extra, T, r, on)] if is_sparse and cfg.extra is not None else []
+        inside += sum(parts) + r.inputs * T * cfg.D * len(parts)
+        sums += len(parts)
+    summed = x * (sums - 1) if on.tensor > 1 else 0  # nothing needs the last one again
+    return Kept(inside, {"none": inside, "full": x, "exchanged": x + exchanged + summed}[cfg.remat])
+
+
+def attention(cfg: Model, L: int, M: int, r: Residuals, on: Share) -> int:
+    """Queries, keys, values and outputs; logits, and their softmax."""
+    H, J = cfg.H / on.tensor, (cfg.J or cfg.H) / on.tensor
+    vectors = on.width * on.B * cfg.A * 2 * (L * H + M * J)
+    scores = (r.logits * FLOAT + on.width) * on.B * H * L * M
+    bias = FLOAT * H * L * M if r.bias and cfg.position == "relative" and L == M else 0
+    return int(vectors + scores + bias)
+
+
+def biases(cfg: Model, L: int, n: int, on: Share) -> int:
+    """T5's relative positions [L, L, H] when their gradient is added to the table, of n layers at once.
+
+    Heads lie last there, and TPUs fill the last dimension of an array up to 128 numbers.
+    """
+    if cfg.position not in ("relative", "shared"):
+        return 0
+    H = math.ceil(cfg.H / on.tensor)
+    return FLOAT * L * L * (n * LANES * math.ceil(H / LANES) + 2 * H)
+
+
+def dense(expert: Any, rows: int, r: Residuals, on: Share) -> int:
+    """Hidden units before and after what is not linear."""
+    return r.hidden[isinstance(expert, GLU)] * on.width * rows * expert.F // on.tensor
+
+
+class Rows(NamedTuple):
+    """Rows for experts, of the tokens of one device."""
+
+    sent: int
+    received: int  # those of all devices for the experts of this one, or the room for them
+    masks: int  # numbers in masks of who goes where
+
+    @classmethod
+    def of(cls, cfg: MoEConfig, T: int, L: int, on: Share) -> "Rows":
+        """T tokens in sequences of L."""
+        S, K, E = min(cfg.S or L, T), cfg.router.K, cfg.E
+        if cfg.dispatch.rows is not Padded:
+            sent = received = T * K
+            if isinstance(cfg.exchange, Ragged) and on.experts > 1:
+                most = on.experts * sent
+                received = most if cfg.exchange.buffer is None else min(most, math.ceil(cfg.exchange.buffer * sent))
+            return cls(sent, received, 0)
+        factor, convention = cfg.dispatch.capacity_factor, getattr(cfg.dispatch, "convention", "exact")
+        C = S if factor is None else capacity(S, K, E, factor, convention)
+        masks = 2 * T * E * C if type(cfg.dispatch).__name__ == "Einsum" else 0
+        return cls(T // S * E * C, T // S * E * C, masks)
+
+
+def moe(cfg: MoEConfig, T: int, D: int, rows: Rows, r: Residuals, on: Share) -> int:
+    """Rows on their way and back, hidden units, and what each token gets."""
+    hidden = dense(cfg.experts, rows.received, r, on)
+    travelling = rows.sent + rows.received if on.experts > 1 and not isinstance(cfg.exchange, AllGather) else 0
+    shared = dense(cfg.shared, T, r, on) if cfg.shared is not None else 0
+    moved = D * (rows.sent + rows.received + travelling + T * cfg.router.K)
+    return hidden + shared + on.width * (moved + rows.masks)

@@ -1,0 +1,156 @@
+"""Bytes that a train step needs on one device, by arithmetic; `docs/planning.md` compares them with the compiler's."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import optim
+from moe_jax.config import Experiment
+from moe_jax.core import dims, shard
+from moe_jax.core.shard import AXES, TOKENS
+from moe_jax.costs.activations import FLOAT, Share, biases, block
+from moe_jax.models.layout import sparse_layers, stacks
+
+
+class Memory(NamedTuple):
+    """Bytes on one device. The state is always there; of the phases of a step, the largest makes the peak.
+
+    parameters, optimizer: the state, as it lies. pieces: what stays from one piece of a batch to the next
+    (`accumulate`). gradients: of the layers' parameters. copies: of these in the type that is computed in; XLA makes
+    them once, outside of the loop over layers. activations: kept for the backward pass. layer: what a block of layers
+    needs in its backward pass: its weights gathered over fsdp, and what is computed again. head: logits, the embedding
+    as it is used, and their gradients. embedding: the gradient of all of it. update: what the optimizer needs besides.
+    """
+
+    parameters: int
+    optimizer: int
+    pieces: int
+    gradients: int
+    copies: int
+    activations: int
+    layer: int
+    head: int
+    embedding: int
+    update: int
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """What there is beside the state."""
+        kept = self.pieces + self.copies + self.activations
+        return {
+            "head": kept + self.head,
+            "layers": kept + self.gradients + self.layer,
+            "embedding": self.pieces + self.gradients + self.embedding,
+            "update": self.gradients + self.update,
+        }
+
+    @property
+    def total(self) -> int:
+        """The predicted peak."""
+        return self.parameters + self.optimizer + max(self.phases.values())
+
+
+class Parameter(NamedTuple):
+    """One of a device, in numbers."""
+
+    path: tuple[str, ...]
+    held: int  # as it lies
+    used: int  # of one block of layers, gathered over fsdp
+    cast: bool  # whether it is used in the type that is computed in
+
+
+def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
+    """Of the experiment's train step on a mesh of these sizes."""
+    sizes = {axis: max(sizes.get(axis, 1), 1) for axis in AXES}
+    cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
+    params, state, optimizer = held(exp, sizes)
+    inner, ends = ([p for p in params if in_stack(p) == inside] for inside in (True, False))
+    fsdp = sizes["fsdp"] > 1
+    activations, layer = layers(exp, sizes, inner)
+    logits = sequences(exp, sizes) * exp.data.shapes().target_BL.shape[1] * cfg.V
+    table = max(p.used for p in ends if "V" in dims.dims_of(p.path[-1]))
+    gathered = FLOAT * table if fsdp else 0
+    outside = FLOAT * sum(p.held for p in ends)
+    everything = FLOAT * sum(p.held for p in params)
+    return Memory(
+        parameters=state,
+        optimizer=optimizer,
+        pieces=everything + gathered if exp.data.accumulate > 1 else 0,
+        gradients=everything - outside,
+        copies=width * sum(p.held for p in inner if p.cast) if width < FLOAT else 0,
+        activations=activations,
+        layer=layer + width * logits,
+        head=width * table + 2 * FLOAT * logits,
+        embedding=max(gathered, outside) + width * logits,
+        update=outside + 2 * FLOAT * max(p.held for p in params),
+    )
+
+
+def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
+    """What all layers keep for the backward pass, and the most that a block of them needs there."""
+    cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
+    experts = math.prod(sizes[axis] for axis in exp.exchange.over)
+    share = Share(sequences(exp, sizes), width, sizes["tensor"], experts)
+    activations, layer = 0, 0
+    for stack in cfg.stacks(exp.data.shapes()):
+        for i, (sparse, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
+            here = [p for p in params if p.path[0] == f"{stack.prefix}stack_{i}" and p.cast]
+            gathered = width * sum(p.used for p in here) if sizes["fsdp"] > 1 else 0
+            largest = width * max(p.used for p in here) if sizes["fsdp"] > 1 else 0
+            kept = block(cfg, stack, sparse, share)
+            bias = biases(cfg, stack.L, len(sparse) if gathered else 1, share) + gathered + largest
+            if cfg.remat == "none":
+                activations += n * (kept.inside + gathered)
+                layer = max(layer, largest, bias)
+            else:
+                activations += n * kept.between
+                layer = max(layer, kept.inside + gathered, bias)  # a gradient takes the place of its weight
+    return activations, layer
+
+
+def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
+    """Of a piece of the batch, on one device."""
+    return math.ceil(exp.data.B / exp.data.accumulate / math.prod(sizes[axis] for axis in TOKENS))
+
+
+def in_stack(p: Parameter) -> bool:
+    """Whether it is of the layers."""
+    return "stack_" in p.path[0]
+
+
+def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], int, int]:
+    """Parameters on one device, and bytes of them and of what the optimizer remembers."""
+    data = dataclasses.replace(exp.data, B=1, accumulate=1)
+    params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
+    laid = spread = dims.layouts(params, shard.rules_for(exp.exchange, sizes))
+    if exp.optim.zero1:
+        spread = dims.spread(params, laid, ("data", "expert"), sizes)
+    found = []
+    for (path, x), layout in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(laid), strict=True):
+        names = optim.names_of(path)
+        letters = dims.dims_of(names[-1])
+        n = math.prod(dims.local(x.shape, layout, sizes))
+        layers = x.shape[0] if "stack_" in names[0] else 1
+        gathered = sizes["fsdp"] if "D" in letters and len(letters) > 1 and not names[-1].startswith("router") else 1
+        cast = len(letters) > 1 and not names[-1].startswith("router")
+        found.append(Parameter(names, n, n // layers * gathered, cast))
+    return found, bytes_of(params, laid, sizes), bytes_of(state, optim.layouts(state, params, spread), sizes)
+
+
+@lru_cache
+def shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
+    """Of parameters, and of what the optimizer remembers."""
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), data.shapes())
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))
+    return params, jax.eval_shape(optimizer.build(steps)[0].init, params)
+
+
+def bytes_of(tree: Any, layouts: Any, sizes: Mapping[str, int]) -> int:
+    """Of a device's part of arrays that lie so."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layouts), strict=True)
+    return sum(math.prod(dims.local(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)

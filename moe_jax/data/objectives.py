@@ -1,0 +1,42 @@
+"""What is to be predicted: an objective makes examples of a source, and batches of them for one kind of model."""
+
+import dataclasses
+import pathlib
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.data.windows import Batch, Windows, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Every token from those before it."""
+
+    makes: ClassVar = "tokens"  # the kind of batch, as models say what they take
+
+    def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
+        """What the data says of the model."""
+        check_source(self, source, "documents")
+        return {"V": tokenizer.V}
+
+    def shapes(self, source: Any, B: int, L: int) -> Batch:
+        """Of a batch: arrays without values."""
+        of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+        tokens = of(jnp.int32, B, L)
+        return Batch(tokens, tokens, tokens, tokens, of(jnp.bool, B, L), of(jnp.int32, B))  # type: ignore[arg-type]
+
+    def prepare(self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path) -> tuple[Windows, Windows]:
+        """The training and the held-out examples."""
+        return prepare(source, tokenizer, L, directory)
+
+
+def check_source(objective: Any, source: Any, gives: str) -> None:
+    """Refuses a source that does not give what is to be predicted: `documents` or `pairs`."""
+    if not hasattr(type(source), gives):
+        known = {"documents": "Corpus(), Folder(...) or Tfds(...)", "pairs": "ToyTranslation() or Parallel(...)"}
+        raise ValueError(
+            f"config.data.objective={objective} needs a source of {gives}, which {source} is not; set "
+            f"config.data.source to {known[gives]}, or choose another objective."
+        )

@@ -1,0 +1,127 @@
+"""Span corruption: an encoder reads text with gaps, a decoder fills them (T5, arXiv:1910.10683, sec. 3.1.4)."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from moe_jax.data.documents import fingerprint
+from moe_jax.data.objectives import check_source
+from moe_jax.data.pairs import Pairs, batch, example, shapes
+from moe_jax.data.windows import Windows, prepare
+
+VERSION = "1"  # raise it when the same windows give other spans
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption:
+    """A sentinel stands for every span that is left out; the target is every sentinel with its span, and one more.
+
+    density: the fraction of tokens left out. span: mean length of a span. sentinels: token ids beyond the tokenizer's.
+    config.data.L is the length of the source, which ends with a begin-of-document token (T5's end of sequence).
+    Spans are drawn anew in every epoch, over whole windows: documents that share one see each other, as T5's do.
+    """
+
+    density: float = 0.15
+    span: float = 3.0
+    sentinels: int = 128
+    makes: ClassVar = "pairs"
+
+    def __post_init__(self):
+        if not 0 < self.density < 1:
+            raise ValueError(f"{self}: density is a fraction of the tokens; it must lie between 0 and 1.")
+        if self.span < 1 or self.sentinels < 2:
+            raise ValueError(f"{self}: span must be at least 1 token, and sentinels at least 2.")
+
+    def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
+        """What the data says of the model."""
+        check_source(self, source, "documents")
+        return {"V": tokenizer.V + self.sentinels}
+
+    def lengths(self, L: int) -> tuple[int, int]:
+        """Tokens that make a source of at most L, and tokens of their target: 568 and 114 for T5's 512."""
+        if self._source(2) > L:
+            raise ValueError(f"config.data.L={L} leaves no token beside a span's sentinel; make it at least 3.")
+        n = 2
+        while self._source(n + 1) <= L:
+            n += 1
+        noise, spans = self.left_out(n)
+        if spans >= self.sentinels:
+            raise ValueError(f"{self}: sources of L={L} have {spans} spans; set sentinels to {spans + 1} or more.")
+        return n, noise + spans + 1
+
+    def left_out(self, n: int) -> tuple[int, int]:
+        """Of n tokens, how many, in how many spans."""
+        noise = min(max(round(n * self.density), 1), n - 1)
+        return noise, min(max(round(noise / self.span), 1), n - noise)
+
+    def shapes(self, source: Any, B: int, L: int) -> Pairs:
+        """Of a batch: arrays without values."""
+        return shapes(B, L, self.lengths(L)[1])
+
+    def prepare(self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path) -> tuple["Gapped", "Gapped"]:
+        """The training and the held-out examples: windows of text kept under `directory`, and gaps made on the way."""
+        train, held_out = prepare(source, tokenizer, self.lengths(L)[0] - 1, directory)
+        return Gapped(train, self, L), Gapped(held_out, self, L)
+
+    def _source(self, n: int) -> int:
+        noise, spans = self.left_out(n)
+        return n - noise + spans + 1
+
+
+class Gapped:
+    """A split of windows, of which `finish` leaves out spans."""
+
+    def __init__(self, windows: Windows, objective: SpanCorruption, L: int):
+        self.windows, self.objective, self.tokenizer = windows, objective, windows.tokenizer
+        n, self.L = objective.lengths(L)
+        self.M = L
+        self.domains, self.domain_W = windows.domains, windows.domain_W
+        self.fingerprint = fingerprint([windows.fingerprint, str(objective), VERSION])
+        self.bytes_per_token = windows.bytes_per_token * objective.left_out(n)[0] / self.L  # of text left out
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, i: int) -> dict[str, Int32[np.ndarray, "..."]]:
+        return self.windows[i]
+
+    def finish(self, window: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A window's text with gaps, and what was in them."""
+        tokens_N = window["tokens"][window["segments"] > 0]
+        lengths = self.objective.left_out(len(tokens_N))
+        source, target = corrupt(tokens_N, *lengths, self.tokenizer.V, self.tokenizer.bod, rng)
+        return example(source, target, int(window["domain"]), self.M, self.L)
+
+    @property
+    def padding(self) -> dict[str, np.ndarray]:
+        """A pair of nothing."""
+        nothing = np.zeros(0, np.int32)
+        return example(nothing, nothing, 0, self.M, self.L)
+
+    def batch(self, examples: Sequence[dict[str, np.ndarray]]) -> Pairs:
+        return batch(examples, self.tokenizer.bod)
+
+
+def corrupt(
+    tokens_N: Int32[np.ndarray, "N"], noise: int, spans: int, sentinel: int, end: int, rng: np.random.Generator
+) -> tuple[Int32[np.ndarray, "M"], Int32[np.ndarray, "L"]]:
+    """Source and target: `noise` tokens in `spans` spans left out; sentinels from this one upwards.
+
+    As in T5's code, text comes first, and the last span last.
+    """
+    lengths = np.stack([segmented(len(tokens_N) - noise, spans, rng), segmented(noise, spans, rng)], axis=1)
+    parts = np.split(tokens_N, lengths.cumsum()[:-1])
+    marks = sentinel + np.arange(spans + 1, dtype=np.int32)[:, None]
+    source = [part for pair in zip(parts[::2], marks, strict=False) for part in pair]
+    target = [part for pair in zip(marks, parts[1::2], strict=False) for part in pair]
+    return np.concatenate([*source, np.array([end], np.int32)]), np.concatenate([*target, marks[-1]])
+
+
+def segmented(n: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, "parts"]:
+    """Lengths of so many parts of n tokens, none of them empty, all ways to cut being as likely."""
+    cuts = np.sort(rng.choice(n - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [n]]))

@@ -1,0 +1,156 @@
+"""A train step compiled for a slice of a TPU pod by the TPU's own compiler; no TPU is needed, only libtpu."""
+
+import importlib.util
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from moe_jax import train
+from moe_jax.audit.hlo import collectives
+from moe_jax.communication import Collective
+from moe_jax.config import Experiment
+from moe_jax.costs.chips import of_kind
+from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
+from moe_jax.plan.schedule import Schedule
+
+# Read by libtpu when it is loaded: no lock between processes, no questions to a cloud's metadata server.
+ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# The memory "required for HLO temporaries" counts arguments too.
+REFUSED = (
+    re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+)
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a train step; bytes and FLOPs of one device, None where it does not say."""
+
+    fits: bool
+    limit: int | None  # bytes that a program may have
+    peak: int  # bytes that it needs, arguments and temporaries; rounded where it does not fit
+    over: int  # bytes too much
+    arguments: int | None  # parameters, optimizer state and batch
+    temporaries: int | None  # the most that lives beside them
+    output: int | None
+    alias: int | None  # of the output, what takes the place of arguments
+    collectives: list[Collective]
+    flops: float | None  # of matrix multiplications, loops by their trips
+    optimal_seconds: float | None  # estimated for compute and HBM of the whole schedule, loops by their trips
+    overlaps: list[Overlap]
+    lower_seconds: float  # to trace
+    compile_seconds: float
+    host_bytes: int  # the most memory that this process has had
+
+
+def available() -> str | None:
+    """What is missing to compile for TPUs, in words; None if nothing is."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "the TPU compiler is not installed (Linux only): pip install .[tpu]"
+    return None
+
+
+@cache
+def devices(topology: str) -> tuple[jax.Device, ...]:
+    """Of a slice like "v4:8x8x16", or several, "2*v5e:16x16"; they can be compiled for, not run on.
+
+    ValueError without libtpu, and for a slice that it does not know.
+    """
+    if missing := available():
+        raise ValueError(f"{topology} cannot be compiled for: {missing}.")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined] # with libtpu, JAX would look for a TPU here
+        jax.config.update("jax_platforms", "cpu")
+    many, _, name = topology.rpartition("*")
+    given: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    given |= {"num_slices": int(many)} if many else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **given)
+    except Exception as error:
+        raise ValueError(f"libtpu knows no slice {topology!r}: {first_line(error)}") from None
+    return tuple(found.devices)
+
+
+def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
+    """The experiment's train step, as training runs it, compiled for a slice that its mesh fills.
+
+    options: of the compiler, like {"xla_tpu_enable_async_all_to_all": True}. ValueError where it cannot be compiled for
+    another reason than too little memory.
+    """
+    began = time.monotonic()
+    program = train.Program(exp, devices=devices(topology))
+    on_rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows)  # noqa: E731
+    with jax.set_mesh(program.mesh):
+        lowered = program._step.lower(program.abstract_state(), jax.tree.map(on_rows, exp.data.shapes()))
+        lowering, began = time.monotonic() - began, time.monotonic()
+        try:
+            made = lowered.compile(compiler_options=dict(options) if options else None)
+        except jax.errors.JaxRuntimeError as error:
+            return refused(error, topology, lowering, time.monotonic() - began)
+    return read(made, program.mesh, lowering, time.monotonic() - began)
+
+
+def read(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
+    """What a compiled step says of itself."""
+    text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
+    memory: Any = made.memory_analysis()
+    schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), of_kind(kind)
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        fits=True,
+        limit=int(known.usable) if known else None,
+        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + new,
+        over=0,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        output=memory.output_size_in_bytes,
+        alias=memory.alias_size_in_bytes,
+        collectives=collectives(text, mesh),
+        flops=schedule.flops,
+        optimal_seconds=schedule.cycles / clock if clock else None,
+        overlaps=overlaps(schedule, clock),
+        lower_seconds=lowering,
+        compile_seconds=compiling,
+        host_bytes=host_bytes(),
+    )
+
+
+def refused(error: Exception, topology: str, lowering: float, compiling: float) -> Compiled:
+    """What the compiler says of a step that does not fit; ValueError if it says something else."""
+    found = next((m for pattern in REFUSED if (m := pattern.search(str(error)))), None)
+    if found is None:
+        raise ValueError(f"The TPU compiler refuses this step for {topology}: {first_line(error)}") from None
+    peak, limit = (int(float(n) * UNITS[unit]) for n, unit in (found.groups()[:2], found.groups()[2:]))
+    nothing = dict.fromkeys(("arguments", "temporaries", "output", "alias", "flops", "optimal_seconds"))
+    return Compiled(
+        fits=False,
+        limit=limit,
+        peak=peak,
+        over=peak - limit,
+        collectives=[],
+        overlaps=[],
+        lower_seconds=lowering,
+        compile_seconds=compiling,
+        host_bytes=host_bytes(),
+        **nothing,
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, without what is added for its authors."""
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def host_bytes() -> int:
+    """The most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,81 @@
+"""What a compiled TPU program computes while it communicates."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moe_jax.audit import hlo
+from moe_jax.audit.hlo import OPCODES, Computation, Instruction
+from moe_jax.plan.schedule import Schedule, cycles
+
+# Cycles a second by which the compiler estimates (libtpu 0.0.52), which need not be the chip's.
+CLOCKS = {
+    "TPU v3": 940e6,
+    "TPU v4": 920e6,
+    "TPU v5 lite": 1.5e9,
+    "TPU v5": 1.5e9,
+    "TPU v6 lite": 1.75e9,
+    "TPU7x": 1.9e9,
+}
+
+
+class Overlap(NamedTuple):
+    """The collectives of one kind in a step which wait for one another ("synchronous"), or which do not."""
+
+    op: str
+    how: str  # "synchronous"; "asynchronous", started and waited for later; "fused" with what hides it
+    count: int  # type: ignore[assignment] # executions
+    bytes: int  # of results, all executions together
+    seconds: float  # estimated for what is computed between start and end, all executions together
+
+
+def overlaps(schedule: Schedule, clock: float | None) -> list[Overlap]:
+    """Sums over the collectives of a step; seconds are 0 where the clock is not known."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for one in each(schedule, clock):
+        total = sums.setdefault((one.op, one.how), [0, 0, 0.0])
+        for k, n in enumerate(one[2:]):
+            total[k] += n
+    return [Overlap(op, how, int(n), int(moved), s) for (op, how), (n, moved, s) in sorted(sums.items())]
+
+
+def each(schedule: Schedule, clock: float | None) -> Iterator[Overlap]:
+    """Every collective in the text."""
+    for name, n in schedule.times.items():
+        around = schedule.computations[name]
+        for i in around.values():
+            for c, how in begun(i, schedule.computations):
+                meanwhile = hidden(i, around) if how == "asynchronous" else cycles(i) if how == "fused" else 0
+                size = hlo.total(moved(c))
+                yield Overlap(c.op.removesuffix("-start"), how, n, n * size, n * meanwhile / clock if clock else 0.0)
+
+
+def begun(i: Instruction, computations: dict[str, Computation]) -> list[tuple[Instruction, str]]:
+    """The collectives that an instruction is, starts, or fuses."""
+    if i.op in OPCODES:
+        return [(i, "synchronous")]
+    if i.op.removesuffix("-start") in OPCODES:
+        return [(i, "asynchronous")]
+    if i.op not in ("fusion", "async-start", "call-start"):
+        return []
+    inner = [c for name in hlo.called(i) for j in computations[name].values() for c, _ in begun(j, computations)]
+    if i.op != "fusion":
+        return [(c, "asynchronous") for c in inner]
+    return [(c, "fused" if hlo.CHAIN.search(c.rest) else "synchronous") for c in inner]
+
+
+def moved(c: Instruction) -> int | tuple:
+    """Bytes of its results; a start has operands in front of them."""
+    result = hlo.sizes(c.result)
+    started = c.op.endswith("-start") and c.op != "all-reduce-start"
+    return result[1] if started and isinstance(result, tuple) else result
+
+
+def hidden(start: Instruction, around: Computation) -> int:
+    """Estimated cycles between a start and the instruction that waits for it."""
+    between, total = False, 0
+    for i in around.values():
+        if between and i.op.endswith("-done") and start.name in hlo.operands(i):
+            return total
+        total += cycles(i) if between else 0
+        between = between or i.name == start.name
+    return 0  # waited for elsewhere

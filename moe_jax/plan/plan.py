@@ -1,0 +1,144 @@
+"""What a train step needs and takes on a slice of a TPU pod, and what a whole run costs there."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_jax import costs
+from moe_jax.audit.communication import Row, compare
+from moe_jax.communication import step
+from moe_jax.config import Experiment
+from moe_jax.costs.chips import Chip
+from moe_jax.costs.energy import CARBON, CARBON_SOURCE, PUE, PUE_SOURCE, Energy, energy
+from moe_jax.costs.memory import Memory, memory
+from moe_jax.plan import compile as compiler
+from moe_jax.plan.roofline import Roofline, roofline
+from moe_jax.plan.topology import Topology
+
+
+class Site(NamedTuple):
+    """Where a run runs; every figure with its source."""
+
+    watts: float | None  # of a chip, on average, with its part of the host; None where nobody says
+    watts_source: str
+    pue: float = PUE
+    pue_source: str = PUE_SOURCE
+    carbon: float = CARBON  # kg CO2e per kWh
+    carbon_source: str = CARBON_SOURCE
+    price: float | None = None  # of a chip for an hour
+
+    @classmethod
+    def of(
+        cls,
+        chip: Chip,
+        watts: float | None = None,
+        pue: float | None = None,
+        carbon: float | None = None,
+        price: float | None = None,
+    ) -> "Site":
+        """What is given, and what is published where nothing is."""
+        given = "as given"
+        return cls(
+            *((chip.watts, chip.watts_source) if watts is None else (watts, given)),
+            *((PUE, PUE_SOURCE) if pue is None else (pue, given)),
+            *((CARBON, CARBON_SOURCE) if carbon is None else (carbon, given)),
+            price,
+        )
+
+
+class Run(NamedTuple):
+    """A whole run, at so many seconds a step."""
+
+    seconds: float
+    mfu: float
+    tokens_per_day: float
+    tokens: float
+    steps: float
+    days: float
+    chip_hours: float
+    energy: Energy | None
+    price: float | None
+
+
+class Plan(NamedTuple):
+    """All there is to know of a train step before it runs."""
+
+    exp: Experiment  # whose mesh fills the topology
+    on: Topology
+    site: Site
+    parameters: costs.Parameters
+    published: Mapping[str, Any]  # of the model, by its authors; {} where its config has none
+    memory: Memory
+    roofline: Roofline
+    runs: dict[str, Run]  # with everything overlapped, with nothing, and as scheduled with the network after it
+    compiled: Any  # compile.Compiled, or None
+    rows: list[Row]  # collectives, predicted and compiled
+    missing: str  # why nothing was compiled
+
+    @property
+    def room(self) -> float:
+        """Bytes left on a device, as predicted; negative where it does not fit."""
+        return self.on.chip.usable - self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """By the compiler where it was asked, or else as predicted."""
+        return self.compiled.fits if self.compiled is not None else self.room >= 0
+
+
+def plan(
+    exp: Experiment,
+    on: Topology,
+    site: Site | None = None,
+    tokens: float | None = None,
+    published: Mapping[str, Any] | None = None,
+    analytic: bool = False,
+) -> Plan:
+    """Of an experiment whose mesh fills the topology; tokens: of the whole run, if not the config's steps.
+
+    Unless `analytic`, the step is compiled, where the compiler is installed. ValueError where it cannot be.
+    """
+    site, line = site or Site.of(on.chip), roofline(exp, on)
+    missing = "not asked for" if analytic else (compiler.available() or "")
+    compiled = None if missing else compiler.compiled(exp, on.name)
+    total = float(exp.run.steps * line.tokens) if tokens is None else tokens
+    times = {"all overlapped": line.best, "nothing overlapped": line.worst}
+    if compiled is not None and compiled.optimal_seconds is not None:
+        times["as scheduled"] = compiled.optimal_seconds + line.network
+    return Plan(
+        exp,
+        on,
+        site,
+        costs.parameters(exp.model),
+        published or {},
+        memory(exp, dict(exp.mesh)),
+        line,
+        {name: whole(line, on, site, seconds, total) for name, seconds in times.items()},
+        compiled,
+        compare(step(exp, dict(exp.mesh), "tpu"), compiled.collectives) if compiled else [],
+        missing,
+    )
+
+
+def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> Run:
+    """A run over so many tokens whose steps take so long."""
+    steps = tokens / line.tokens
+    hours = steps * seconds / 3600
+    spent = None if site.watts is None else energy(hours, on.chips, site.watts, site.pue, site.carbon)
+    price = None if site.price is None else hours * on.chips * site.price
+    per_day = line.tokens / seconds * 86400
+    return Run(seconds, line.mfu(seconds), per_day, tokens, steps, hours / 24, hours * on.chips, spent, price)
+
+
+def plain(value: Any) -> Any:
+    """A plan, or a part of one, as what JSON can hold."""
+    if isinstance(value, Experiment):
+        return value.to_json()
+    if hasattr(value, "_asdict"):
+        extra = {"total": value.total} if hasattr(value, "total") else {}
+        extra |= {"active": value.active} if isinstance(value, costs.Parameters) else {}
+        return {name: plain(part) for name, part in value._asdict().items()} | extra
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

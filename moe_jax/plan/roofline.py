@@ -1,0 +1,233 @@
+"""The least time that a train step can take: arithmetic, memory and network, each against what the chips can do.
+
+If all of it overlaps, a step takes as long as the longest of the three; if nothing does, as long as all together. The
+truth lies between. Nothing is run or compiled.
+"""
+
+import dataclasses
+import math
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import costs, train
+from moe_jax.communication import Collective, merged, step
+from moe_jax.config import Experiment
+from moe_jax.core import dims
+from moe_jax.dispatch import Einsum
+from moe_jax.exchanges import AllGather, Ragged
+from moe_jax.moe import MoEConfig
+from moe_jax.optim import names_of
+from moe_jax.plan import torus
+from moe_jax.plan.topology import Topology, rings
+
+FLOAT32 = 4
+
+
+class Sent(NamedTuple):
+    """Collectives of one kind in a step, and how long they take alone."""
+
+    what: Collective
+    wire: float  # bytes that a device sends
+    seconds: float
+
+
+class Roofline(NamedTuple):
+    """A train step, in seconds of one device; `flops` and `executed` are one device's too."""
+
+    flops: float  # of matrices that active parameters make: forward, and twice that backward
+    executed: float  # with what is computed again, slots that stay empty, and dispatch by einsum
+    memory: dict[str, float]  # bytes read and written, by what for
+    sent: list[Sent]
+    compute: float
+    hbm: float
+    network: float
+    tokens: int
+    peak: float  # FLOPs a second of a device
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {"compute": self.compute, "memory": self.hbm, "network": self.network}
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    @property
+    def best(self) -> float:
+        """Everything at once."""
+        return max(self.parts.values())
+
+    @property
+    def worst(self) -> float:
+        """One after another."""
+        return sum(self.parts.values())
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOPs utilisation of a step that takes so long (PaLM, arXiv:2204.02311, app. B)."""
+        return self.flops / self.peak / seconds
+
+
+def roofline(exp: Experiment, on: Topology) -> Roofline:
+    """Of an experiment whose mesh fills the topology."""
+    chip, B = on.chip, exp.data.B
+    cost, peak = costs.flops(exp.model, exp.data.shapes(1)), chip.flops / chip.devices
+    executed = (cost.computed(exp.model.remat) + dispatch(exp, cost)) * B / on.devices
+    memory, sent = traffic(exp, dict(exp.mesh), cost), network(exp, on)
+    return Roofline(
+        cost.training * B / on.devices,
+        executed,
+        memory,
+        sent,
+        compute=executed / peak,
+        hbm=sum(memory.values()) / (chip.hbm_rate / chip.devices),
+        network=sum(s.seconds for s in sent),
+        tokens=cost.tokens * B,
+        peak=peak,
+    )
+
+
+def dispatch(exp: Experiment, cost: costs.Flops) -> float:
+    """FLOPs of a sequence that `Einsum` spends on bringing tokens to slots and back; other dispatchers copy."""
+    model = exp.model
+    if not isinstance(getattr(model.moe, "dispatch", None), Einsum):
+        return 0.0
+    slots = [s.L * (model.moe.S or s.L) * model.moe.router.K * cost.slots for s in model.stacks(exp.data.shapes(1))]
+    passes = 3 if model.remat == "none" else 4
+    return passes * 2 * 2 * model.D * model.moe_layers / len(slots) * sum(slots)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[str, float]:
+    """Bytes that a device reads and writes in a step, at least, by what for.
+
+    A matrix is read in every pass, rows go into it and come out; what is element by element is taken to be fused.
+    """
+    model, pieces, again = exp.model, exp.data.accumulate, exp.model.remat != "none"
+    width, tensor = jnp.dtype(model.dtype).itemsize, sizes["tensor"]
+    B = exp.data.B / math.prod(n for axis, n in sizes.items() if axis != "tensor")
+    stacks = model.stacks(exp.data.shapes(1))
+    choices = model.moe.router.K * cost.slots if isinstance(model.moe, MoEConfig) else 1
+
+    def tokens(name: str) -> int:
+        return next((s.L for s in stacks if name.startswith(s.prefix)), stacks[-1].L)
+
+    params, opt_state = state(exp, sizes)
+    found = [matrix(exp, leaf, sizes) for leaf in params if is_matrix(leaf.name, model)]
+    weights = sum(m.layers * m.experts * m.D * m.other * (3 + again + (1 + again) * m.fetched) for m in found)
+    rows = sum(m.layers * tokens(m.path) * (choices if m.routed else 1) * (m.D + m.other) for m in found)
+    scores, logits = cost.kinds["scores"] / (4 * model.A), cost.kinds["head"] / (2 * model.D)
+    mine, remembered = sum(leaf.bytes for leaf in params), sum(leaf.bytes for leaf in opt_state)
+    return {
+        "weights": float(pieces * width * weights),
+        "activations": B * width * rows * (3 + again),
+        "attention scores": B / tensor * scores * (2 * FLOAT32 + 2 * width) * (3 + again),
+        "logits": B * logits * 4 * FLOAT32,
+        "gradients": mine * (2.0 + 2 * pieces * (pieces > 1)),
+        "optimizer": 2.0 * (mine + remembered),
+    }
+
+
+class Leaf(NamedTuple):
+    """One array of a train state, and a device's part of it."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+    bytes: int  # of the part
+
+
+@lru_cache(maxsize=8)
+def shapes(alone: Experiment) -> train.State:
+    """Of a train state, whatever mesh it is for."""
+    tx, _ = alone.optim.build(alone.run.steps)
+    return jax.eval_shape(partial(train.init, alone, tx))
+
+
+def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf]]:
+    """Parameters, and what the optimizer remembers, on one device of a mesh."""
+    whole = shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
+    lies = train.layouts_of(exp, whole, sizes).state
+
+    def leaves(tree: Any, layouts: Any) -> list[Leaf]:
+        found = []
+        for (path, x), layout in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(layouts), strict=True):
+            local, axes = dims.local(x.shape, layout, sizes), tuple(dims.axes(layout, x.ndim))
+            names = names_of(path) or ("",)
+            found.append(Leaf("/".join(names), names[-1], x.shape, local, axes, math.prod(local) * x.dtype.itemsize))
+        return found
+
+    return leaves(whole.params, lies.params), leaves(whole.opt_state, lies.opt_state)
+
+
+def is_matrix(name: str, model: Any) -> bool:
+    """Whether tokens are multiplied with it."""
+    letters = dims.dims_of(name)
+    looked_up = letters == "VD" and not model.tied
+    return "D" in letters.removeprefix("E") != "D" and not looked_up
+
+
+class Matrix(NamedTuple):
+    """A parameter as a device multiplies with it: `layers` x `experts` matrices of D x other."""
+
+    path: str
+    layers: int
+    experts: int
+    D: int
+    other: int
+    fetched: bool  # from other devices, and written before it is read
+    routed: bool  # its rows are those of experts
+
+
+def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
+    letters = dims.dims_of(leaf.name)
+    n, front = len(letters), len(leaf.shape) - len(letters)
+    local, whole = dict(zip(letters, leaf.local[-n:], strict=True)), dict(zip(letters, leaf.shape[-n:], strict=True))
+    routed = letters.startswith("E")
+    gathers = routed and isinstance(exp.exchange, AllGather)
+    experts = (whole if gathers else local)["E"] if routed else 1
+    held = math.prod(local[c] for c in letters if c != "D" and not (routed and c == "E"))
+    fetched = local["D"] < whole["D"] or (gathers and local["E"] < whole["E"])
+    return Matrix(leaf.path, math.prod(leaf.local[:front]), experts, whole["D"], held, fetched, routed)
+
+
+# ---------------------------------------------------------------- network
+
+
+def network(exp: Experiment, on: Topology) -> list[Sent]:
+    """What `communication.step` predicts, and how long each takes on the links that its axes have."""
+    sizes = dict(exp.mesh)
+    found = [c for c in step(exp, sizes, "tpu") if c.axes and c.bytes]
+    return sorted((timed(c, exp, on, sizes) for c in merged(found, where=True)), key=lambda s: -s.seconds)
+
+
+def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -> Sent:
+    """One kind of collective, alone on the network."""
+    wire = c.wire * expected(c, exp.exchange)
+    inside = tuple(axis for axis in c.axes if axis != "slice")
+    here = rings(on, sizes, inside) if inside else ()
+    took = torus.seconds(c.op, wire * on.chip.devices, here, on.chip.link)
+    if "slice" in c.axes:
+        took += across(c, wire, on, math.prod(sizes[a] for a in inside)) / on.chip.dcn
+    return Sent(c, wire, took)
+
+
+def across(c: Collective, wire: float, on: Topology, inside: int) -> float:
+    """Bytes that a chip sends to other slices: what is reduced or gathered goes over once for a whole slice."""
+    part = (on.slices - 1) / on.slices * c.size / (c.size - 1)
+    return wire * part * on.chip.devices / (1 if c.op.endswith("all-to-all") else inside)
+
+
+def expected(c: Collective, exchange: Any) -> float:
+    """Bytes that travel of those there is room for: a ragged exchange sends balanced rows, and reserves far more."""
+    if c.op != "ragged-all-to-all" or not isinstance(exchange, Ragged):
+        return 1.0
+    room = c.size if exchange.buffer is None else min(c.size, exchange.buffer)
+    return min(1.0, 2 / (1 + room))  # there and back

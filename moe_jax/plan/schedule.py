@@ -1,0 +1,117 @@
+"""The schedule of a compiled TPU program: what runs how often, and what its compiler thinks that it takes."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moe_jax.audit import hlo
+from moe_jax.audit.hlo import Computation, Instruction
+
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
+
+
+class Schedule(NamedTuple):
+    """Computations whose instructions are scheduled one after another; fusions run as one instruction."""
+
+    computations: dict[str, Computation]
+    times: dict[str, int]  # how often each scheduled one runs in a step
+
+    @classmethod
+    def of(cls, text: str) -> "Schedule":
+        """From `compiled.as_text()`. Of a conditional, the branch that takes longest runs."""
+        entry, computations = hlo.parse(text)
+        times: dict[str, int] = {}
+        todo = [(entry, 1)]
+        while todo:
+            name, n = todo.pop()
+            times[name] = times.get(name, 0) + n
+            for i in computations[name].values():
+                todo += [(inner, n * m) for inner, m in runs(i, computations[name], computations)]
+        return cls(computations, times)
+
+    @property
+    def instructions(self) -> Iterator[tuple[Instruction, Computation, int]]:
+        """All that is scheduled, where, and how often it runs."""
+        return (
+            (i, self.computations[name], n) for name, n in self.times.items() for i in self.computations[name].values()
+        )
+
+    @property
+    def cycles(self) -> int:
+        """That the compiler estimates for all of it: compute and HBM, not what is communicated."""
+        return sum(n * cycles(i) for i, _, n in self.instructions)
+
+    @property
+    def flops(self) -> int:
+        """Of matrix multiplications, twice their multiply-adds."""
+        return sum(n * self.multiplied(i, around) for i, around, n in self.instructions)
+
+    def multiplied(self, i: Instruction, around: Computation) -> int:
+        """FLOPs of one instruction, and of what it fuses."""
+        if i.op == "convolution":
+            return convolution(i, around)
+        if i.op != "fusion":
+            return 0
+        inner = [self.computations[name] for name in hlo.called(i)]
+        return sum(self.multiplied(j, fused) for fused in inner for j in fused.values())
+
+
+def runs(i: Instruction, around: Computation, computations: dict[str, Computation]) -> list[tuple[str, int]]:
+    """Computations that an instruction runs, and how often."""
+    if i.op == "while":
+        body, condition = hlo.attribute(i, "body"), hlo.attribute(i, "condition")
+        try:
+            n = hlo.trips(i, around, computations[body], computations[condition])
+        except ValueError:  # nobody knows; such loops search or sort
+            n = 1
+        return [(body, n), (condition, n + 1)]
+    if i.op == "conditional":
+        return [(max(hlo.called(i), key=lambda name: sum(map(cycles, computations[name].values()))), 1)]
+    return [(name, 1) for name in hlo.called(i)] if i.op == "call" else []
+
+
+def cycles(i: Instruction) -> int:
+    """That the compiler estimates for it; 0 where it says nothing."""
+    found = CYCLES.search(i.rest)
+    return int(found[1]) if found else 0
+
+
+# ---------------------------------------------------------------- matrix multiplications, as convolutions
+
+
+def convolution(i: Instruction, around: Computation) -> int:
+    """FLOPs. A batch of matrices is written as a dimension of space where every output sees one input."""
+    labels = LABELS.search(i.rest)
+    assert labels is not None
+    left, right = (shape(around[name]) for name in hlo.operands(i)[:2])
+    given, kernel, result = (
+        dict(zip(names, sizes, strict=True))
+        for names, sizes in zip(labels.groups(), (left, right, shape(i)), strict=True)
+    )
+    taps = math.prod(seen(given[d], kernel[d], result[d], window) for d, window in windows(i) if d in kernel)
+    return 2 * taps * result["b"] * result["f"] * kernel["i"]
+
+
+def shape(i: Instruction) -> list[int]:
+    """Of its result, an array."""
+    return hlo.numbers(i.result[i.result.index("[") : i.result.index("]")])
+
+
+def windows(i: Instruction) -> Iterator[tuple[str, dict[str, str]]]:
+    """For each dimension of space, its window as it is written."""
+    found = WINDOW.search(i.rest)
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+    for d in range(len(fields.get("size", "").split("x")) if fields else 0):
+        yield str(d), {name: value.split("x")[d] for name, value in fields.items()}
+
+
+def seen(n: int, size: int, out: int, window: dict[str, str]) -> int:
+    """Pairs of an output and an input that it sees, along one dimension of space."""
+    step, gap, apart = (int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(window.get("pad", "0_0").split("_")[0])
+    places = (o * step + k * apart - before for o, k in itertools.product(range(out), range(size)))
+    return sum(0 <= at <= (n - 1) * gap and at % gap == 0 for at in places)

@@ -1,0 +1,263 @@
+"""A plan as sections, which are a text or part of a page; and so are the options of a search."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.plan.plan import Plan, Run
+from moe_jax.plan.search import Found
+
+Rows = list[tuple[str, ...]]
+
+
+class Section(NamedTuple):
+    """A table with a title; the first column is left-aligned."""
+
+    title: str
+    note: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def text(sections: Sequence[Section]) -> str:
+    """Tables of aligned columns, one below the other."""
+    return "\n\n".join("\n".join(lines(section)) for section in sections)
+
+
+def lines(section: Section) -> Iterator[str]:
+    cells = [section.head, *section.rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(section.head))]
+    prose = section.head[-1] in PROSE
+    yield section.title + (f" ({section.note})" if section.note else "")
+    for row in cells:
+        last = row[-1].ljust(widths[-1]) if prose else row[-1].rjust(widths[-1])
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        yield "  " + "  ".join([row[0].ljust(widths[0]), *numbers, *([last] if len(row) > 1 else [])]).rstrip()
+
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+PROSE = ("source", "for", "which", "example")  # heads of columns that hold sentences
+
+
+# ---------------------------------------------------------------- of a plan
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and how fast it may be, in a sentence or two."""
+    by = "compiled" if plan.compiled is not None else "predicted"
+    best, worst = plan.roofline.best, plan.roofline.worst
+    over = plan.compiled.over if plan.compiled is not None else -plan.room
+    fits = "fits" if plan.fits else f"does not fit, by {size(over)} a device"
+    return (
+        f"{plan.on.name}, {plan.on.chips:,} chips: {fits} ({by}). "
+        f"A step takes {seconds(best)} to {seconds(worst)}, bound by {plan.roofline.bound}: "
+        f"MFU {plan.roofline.mfu(worst):.0%} to {plan.roofline.mfu(best):.0%}."
+    )
+
+
+def sections(plan: Plan) -> list[Section]:
+    """All of a plan."""
+    found = [model(plan), step(plan), memory(plan), network(plan), times(plan), run(plan)]
+    return [*found, *compiled(plan), sources(plan)]
+
+
+def model(plan: Plan) -> Section:
+    count, said = plan.parameters, plan.published
+    rows: Rows = [(name, f"{kind.total:,}", f"{kind.active:,}") for name, kind in count.kinds.items() if kind.total]
+    rows.append(("in all", f"{count.total:,}", f"{count.active:,}"))
+    note = ""
+    if said:
+        pairs = (("total", count.total), ("active", count.active))
+        rows.append(("published", *(str(said.get(name, "")) for name, _ in pairs)))
+        rows.append(
+            ("difference", *(f"{n / number(said[name]) - 1:+.1%}" if said.get(name) else "" for name, n in pairs))
+        )
+        why = [f"{name}: {reason}" for name, reason in said.get("differs", {}).items()]
+        note = "; ".join([*(str(said[key]) for key in ("source", "note") if said.get(key)), *why])
+    return Section("Parameters", note, ("kind", "total", "active"), rows)
+
+
+def number(said: str | float | int) -> float:
+    """A figure as it is printed, 96.6B."""
+    if not isinstance(said, str):
+        return float(said)
+    return float(said.rstrip("KMBT")) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(said[-1], 1.0)
+
+
+def step(plan: Plan) -> Section:
+    line, n = plan.roofline, plan.on.devices
+    rows: Rows = [
+        ("tokens", f"{line.tokens:,}", f"{line.tokens / n:,.0f}"),
+        ("model FLOPs", f"{line.flops * n:.3e}", f"{line.flops:.3e}"),
+        ("executed FLOPs", f"{line.executed * n:.3e}", f"{line.executed:.3e}"),
+        *((f"HBM bytes, {name}", size(moved * n), size(moved)) for name, moved in line.memory.items()),
+    ]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.exp.mesh if size > 1) or "one device"
+    return Section("A step", mesh, ("", "in all", "a device"), rows)
+
+
+def memory(plan: Plan) -> Section:
+    need = plan.memory
+    rows: Rows = [(name, size(n)) for name, n in need._asdict().items()]
+    rows += [(f"at once, besides the state: {phase}", size(n)) for phase, n in need.phases.items()]
+    rows += [("state and the largest phase", size(need.total)), ("what a program may use", size(plan.on.chip.usable))]
+    return Section("Memory of a device", "predicted; parameters and optimizer are the state", ("", "bytes"), rows)
+
+
+def network(plan: Plan) -> Section:
+    rows: Rows = [
+        (
+            f"{s.what.op} over {' x '.join(s.what.axes)}",
+            f"{s.what.count:,}",
+            size(s.wire),
+            f"{s.wire / s.seconds / 1e9:,.0f}" if s.seconds else "-",
+            seconds(s.seconds),
+            s.what.where,
+        )
+        for s in plan.roofline.sent
+        if s.seconds >= plan.roofline.network / 1000
+    ]
+    head = ("collective", "count", "sent", "GB/s", "alone", "for")
+    return Section("Collectives of a device", "those of a thousandth of the network's time and more", head, rows)
+
+
+def times(plan: Plan) -> Section:
+    line = plan.roofline
+    rows: Rows = [(name, seconds(took), f"{took / line.best:.0%}") for name, took in line.parts.items()]
+    rows += [("all overlapped", seconds(line.best), f"MFU {line.mfu(line.best):.1%}")]
+    rows += [("nothing overlapped", seconds(line.worst), f"MFU {line.mfu(line.worst):.1%}")]
+    return Section("Time of a step", f"bound by {line.bound}", ("", "seconds", ""), rows)
+
+
+def run(plan: Plan) -> Section:
+    runs = list(plan.runs.values())
+
+    def row(name: str, what: Callable[[Run], str]) -> tuple[str, ...]:
+        return name, *(what(r) for r in runs)
+
+    def spent(what: Callable[[Any], str]) -> tuple[str, ...]:
+        return tuple("unknown" if r.energy is None else what(r.energy) for r in runs)
+
+    rows: Rows = [
+        row("tokens a day", lambda r: f"{r.tokens_per_day:.3g}"),
+        row("steps", lambda r: f"{r.steps:,.0f}"),
+        row("days", lambda r: f"{r.days:,.1f}"),
+        row("chip-hours", lambda r: f"{r.chip_hours:,.0f}"),
+        ("energy, MWh", *spent(lambda e: f"{e.mwh:,.1f}")),
+        ("carbon, tCO2e", *spent(lambda e: f"{e.tco2e:,.1f}")),
+    ]
+    if plan.site.price is not None:
+        rows.append(row("price", lambda r: f"{r.price:,.0f}"))
+    return Section("The run", f"{runs[0].tokens:.4g} tokens", ("", *plan.runs), rows)
+
+
+def compiled(plan: Plan) -> list[Section]:
+    """What the compiler says; nothing where it was not asked."""
+    c = plan.compiled
+    if c is None:
+        return []
+    known = {"arguments": c.arguments, "temporaries": c.temporaries}
+    rows: Rows = [("fits", "yes" if c.fits else "NO"), ("peak", size(c.peak)), ("limit", size(c.limit))]
+    rows += [("too much", size(c.over))] * bool(c.over)
+    rows += [(name, size(n)) for name, n in known.items() if n is not None]
+    rows += [("peak, predicted", f"{size(plan.memory.total)}, {plan.memory.total / c.peak - 1:+.0%}")]
+    if c.flops is not None:
+        rows += [
+            ("FLOPs of matrices", f"{c.flops:.3e}"),
+            ("executed, predicted", f"{plan.roofline.executed:.3e}"),
+        ]
+    if c.optimal_seconds is not None:
+        predicted = plan.roofline.compute + plan.roofline.hbm
+        rows += [("compute and memory, estimated", seconds(c.optimal_seconds)), ("both, predicted", seconds(predicted))]
+    rows += [("to trace, to compile", f"{c.lower_seconds:.0f} s, {c.compile_seconds:.0f} s")]
+    rows += [("memory of this host", size(c.host_bytes))]
+    found = [Section("Compiled", "of a device, by the TPU compiler", ("", ""), rows)]
+    sent: Rows = [
+        (
+            f"{r.compiled.op} over {' x '.join(r.compiled.axes)}",
+            f"{r.compiled.count:,}",
+            size(r.compiled.bytes),
+            size(r.predicted.bytes),
+            "yes" if r.holds else f"{r.compiled.bytes / r.predicted.bytes:.2f} times" if r.predicted.bytes else "no",
+        )
+        for r in plan.rows
+    ]
+    head = ("collective", "count", "compiled", "predicted", "as predicted")
+    found += [Section("Collectives, compiled against predicted", "", head, sent)] * bool(sent)
+    hidden: Rows = [(f"{o.op}, {o.how}", f"{o.count:,}", size(o.bytes), seconds(o.seconds)) for o in c.overlaps]
+    note = "what is computed while they travel, by the compiler's estimate"
+    titles = ("collective", "count", "bytes", "computed meanwhile")
+    return found + [Section("Overlap", note, titles, hidden)] * bool(hidden)
+
+
+def sources(plan: Plan) -> Section:
+    """Where every figure is from, and what is assumed."""
+    chip, site = plan.on.chip, plan.site
+    power = "not known" if site.watts is None else f"{site.watts:g} W a chip"
+    rows: Rows = [
+        ("compute", f"{chip.flops / 1e12:g} TFLOP/s a chip", f"dense bfloat16; {chip.source}"),
+        ("memory", f"{chip.hbm_rate / 1e9:g} GB/s a chip", chip.source),
+        ("links", f"{2 * chip.dims} of {chip.link / 1e9:g} GB/s, each way", chip.source),
+        ("usable memory", f"{size(chip.usable)} a device", "what the compiler allows a program"),
+        ("power", power, site.watts_source),
+        ("PUE", f"{site.pue:g}", site.pue_source),
+        ("grid", f"{site.carbon:g} kg CO2e per kWh", site.carbon_source),
+    ]
+    rows += [("price", f"{site.price:g} a chip-hour", "as given")] if site.price is not None else []
+    rows += [("between slices", f"{chip.dcn / 1e9:g} GB/s a chip", chip.source)] if plan.on.slices > 1 else []
+    rows += [("not compiled", "", plan.missing)] if plan.missing else []
+    return Section("Sources", "", ("", "figure", "source"), rows)
+
+
+# ---------------------------------------------------------------- searches
+
+
+def found_verdict(found: Found, on: str) -> str:
+    if found.options:
+        return f"{on}: {len(found.options)} of the options that fit, the fastest first."
+    if found.smallest is None:
+        return f"{on}: no mesh can be built whose devices hold the parameters and what the optimizer remembers."
+    return f"{on}: nothing fits; the least is {size(found.smallest.memory.total)} a device."
+
+
+def found_sections(found: Found, results: dict[int, str]) -> list[Section]:
+    """The options, what the compiler says of the first ones (`results`, by place), and why others are not there."""
+    rows = [
+        (
+            *option.words.values(),
+            size(option.memory.total),
+            seconds(option.roofline.best),
+            seconds(option.seconds),
+            f"{option.roofline.mfu(option.seconds):.0%}",
+            option.roofline.bound,
+            results.get(i, ""),
+        )
+        for i, option in enumerate(found.options or ([found.smallest] if found.smallest else []))
+    ]
+    head = (
+        "mesh",
+        "exchange",
+        "remat",
+        "pieces",
+        "zero1",
+        "memory",
+        "overlapped",
+        "not",
+        "MFU",
+        "bound by",
+        "compiled",
+    )
+    refused = [(why, f"{n:,}") for why, n in found.refused.items()]
+    refused += [("the state alone is more than a device has", f"{found.large:,}")] * bool(found.large)
+    sections = [Section("Options", f"{found.tried:,} tried on {found.meshes:,} meshes", head, rows)]
+    return sections + [Section("Left out", "", ("why", "meshes"), refused)] * bool(refused)
+
+
+def size(n: float | int) -> str:
+    """Bytes, in three digits."""
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if n >= UNITS[u]), "B")
+    value = n / UNITS[unit]
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"
+
+
+def seconds(n: float | int) -> str:
+    return f"{n:.3f} s" if n >= 0.01 or not n else f"{1000 * n:.3f} ms" if n >= 1e-5 else f"{1e6 * n:.1f} us"
