@@ -31,7 +31,9 @@ from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment
 
 cli.define_config()
-REPORT = flags.DEFINE_string("report", None, "An HTML file for the findings, with the table of communication.")
+REPORT = cli.flag(
+    flags.DEFINE_string, "report", None, "An HTML file for the findings, with the table of communication."
+)
 SIMULATED = flags.DEFINE_integer("simulated", 8, "How many devices to simulate, where the platform is the CPU.")
 STOP = flags.DEFINE_bool("stop", False, "Stop at the first law that is broken.")
 PLACEMENT = flags.DEFINE_bool("placement", False, "Show which parameter lies where, and stop.")

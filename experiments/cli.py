@@ -116,6 +116,13 @@ def connect() -> None:
         join.connect(FLAGS["coordinator"].value, here, FLAGS["peer_timeout"].value)
 
 
+def flag(define: Callable, name: str, default: Any, text: str) -> flags.FlagHolder:
+    """A flag, as absl's `define` makes it; of programs that are imported together, one is everybody's."""
+    if name in flags.FLAGS:
+        return flags.FlagHolder(flags.FLAGS, flags.FLAGS[name])
+    return define(name, default, text)
+
+
 def define_config() -> None:
     """--config=FILE; `experiment` reads it, and --config.a.b=VALUE for every field. Programs may share a process."""
     if "config" not in FLAGS:

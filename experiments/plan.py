@@ -39,7 +39,7 @@ CARBON = flags.DEFINE_float("carbon", None, "kg of CO2e per kWh of its grid.")
 POWER = flags.DEFINE_float("power", None, "Mean power of a chip, with its part of the host, in W.")
 PRICE = flags.DEFINE_float("price", None, "Price of a chip for an hour.")
 JSON = flags.DEFINE_string("json", None, "A file for all numbers.")
-REPORT = flags.DEFINE_string("report", None, "An HTML file for the same.")
+REPORT = cli.flag(flags.DEFINE_string, "report", None, "An HTML file for the same.")
 
 
 def main() -> None:

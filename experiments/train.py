@@ -30,7 +30,7 @@ from moe_jax.train import train
 
 cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a new folder, or this run's own.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
 COMPARE = flags.DEFINE_multi_string("compare", [], "Workdirs of other runs to draw in the report.")

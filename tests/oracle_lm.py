@@ -16,7 +16,7 @@ def gelu(x):
 def attention(p, x, segment):
     """Causal inside segments, relative positions nearer than 16 (each distance its own bias). x [B, L, D]."""
     B, L, _ = x.shape
-    q, k, v = (np.einsum("bld,dha->bhla", x, p[f"{n}_DHA"]) for n in ("query", "key", "value"))
+    q, k, v = (np.einsum("bld,dha->bhla", x, p[n]) for n in ("query_DHA", "key_DJA", "value_DJA"))
     y = np.zeros(q.shape)
     for b, h, at in np.ndindex(B, q.shape[1], L):
         seen = [m for m in range(at + 1) if segment[b, m] == segment[b, at]]

@@ -232,7 +232,7 @@ def test_the_examples_run():
 
 def test_the_conventions_are_those_of_the_code():
     """Slots at S=512, E=64, K=2, factor 1.25, and the balanced values."""
-    slots = dict(re.findall(r"\| `(\w+)` .* \| (\d+) \|\n", PAGE.read_text()))
+    slots = dict(re.findall(r"\| `([\w-]+)` .* \| (\d+) \|\n", PAGE.read_text()))
     assert slots == {c: str(capacity(512, 2, 64, 1.25, c)) for c in CONVENTIONS}
     said = re.findall(r"\| `(\w+)` \| (all|first) choices \| (\S+) \|", PAGE.read_text())
     code = load_balance.CONVENTIONS.items()

@@ -158,7 +158,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("model.moe.router=Sinkhorn()", "Sinkhorn() decides about a token by later ones; in a language model use"),
         ("model.moe.gating=(\"Temperature(shape='log')\",)", "Temperature(shape='log') is unknown; use one of linear"),
         ("model.moe.gating=Jitter(1.5)", "Jitter(size=1.5) must lie in (0, 1)"),
-        ("model.aux_over_layers=total", "aux_over_layers='total' is unknown; use 'mean' or 'sum'"),
+        ("model.aux_over_layers=total", "aux_over_layers='total' is unknown; use one of 'mean', 'sum'"),
     ],
 )
 def test_a_wrong_value(override, words, tmp_path):

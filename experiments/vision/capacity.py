@@ -1,7 +1,7 @@
 """How much of a trained V-MoE is left when its experts take fewer tokens, by which tokens go first?
 
-    python -m experiments.vision.capacity --workdir=runs/vmoe_nano
-    python -m experiments.vision.capacity --workdir=runs/vmoe_0 --workdir=runs/vmoe_1
+    python -m experiments.vision.capacity --run=runs/vmoe_nano
+    python -m experiments.vision.capacity --run=runs/vmoe_0 --run=runs/vmoe_1
 
 The held-out accuracy of finished runs at several capacities, as a table: their mean, and from the worst to the best.
 """
@@ -24,8 +24,8 @@ from moe_jax.models import ViTConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.train import Program, State, restore
 
-WORKDIR = flags.DEFINE_multi_string("workdir", [], "Where a finished run is kept; several may be given.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+RUN = flags.DEFINE_multi_string("run", [], "Where a finished run is kept; several may be given.")
+DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
 
 FACTORS = (2.0, 1.0, 0.5, 0.25)  # slots over choices, of all experts together
 PRIORITIES = {"probability": "surest first", "choice-major": "first choices first", "token-major": "in order"}
@@ -39,10 +39,10 @@ class Seen(NamedTuple):
 
 
 def main() -> None:
-    if not WORKDIR.value:
-        raise ValueError("No run was given; say --workdir=runs/vmoe_nano, once it is trained.")
+    if not RUN.value:
+        raise ValueError("No run was given; say --run=runs/vmoe_nano, once it is trained.")
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else default_directory()
-    runs = [opened(cli.folder("workdir", workdir)) for workdir in WORKDIR.value]
+    runs = [opened(cli.folder("run", workdir)) for workdir in RUN.value]
     print(f"| capacity | {' | '.join(PRIORITIES.values())} | dropped |\n|{'---|' * (len(PRIORITIES) + 2)}")
     for factor in FACTORS:
         seen = {p: [look(*run, Scatter(factor, p), data_dir) for run in runs] for p in PRIORITIES}

@@ -104,11 +104,12 @@ def read(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, co
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()
     schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), of_kind(kind)
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # Older compilers say the peak; in newer ones it leaves out what lies between buffers.
+    peak = getattr(memory, "total_allocation_bytes", 0) or memory.peak_memory_in_bytes
     return Compiled(
         fits=True,
         limit=int(known.usable) if known else None,
-        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + new,
+        peak=peak,
         over=0,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
