@@ -280,7 +280,7 @@ def test_bytes_of_one_matrix_by_hand():
 # ---- the search
 
 
-FEW = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, B=8))
+FEW = dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, B=4))
 SQUARE = topology("v5e:2x2")
 
 

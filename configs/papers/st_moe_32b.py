@@ -1,6 +1,6 @@
 """ST-MoE-32B: what does it hold, what does a step cost?
 
-    python -m experiments.plan --config=configs/papers/st_moe_32b.py --topology=v4:4x8x8
+    python -m experiments.plan --config=configs/papers/st_moe_32b.py --topology=v5p:4x8x8
     python -m experiments.train --config=configs/papers/st_moe_32b.py:nano --workdir=runs/st_moe_32b
 
 ST-MoE (arXiv:2202.08906), table 11: 64 experts in every fourth layer, two for a token, the second where its weight

@@ -1,6 +1,6 @@
 """Switch-XXL: what does it hold, what does a step cost?
 
-    python -m experiments.plan --config=configs/papers/switch_xxl.py --topology=v4:4x8x8
+    python -m experiments.plan --config=configs/papers/switch_xxl.py --topology=v5p:4x8x8
     python -m experiments.train --config=configs/papers/switch_xxl.py:nano --workdir=runs/switch_xxl
 
 Switch Transformer (arXiv:2101.03961), table 9, says 64 experts; the count needs the 128 of the release (64 give

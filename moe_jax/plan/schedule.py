@@ -9,6 +9,7 @@ from typing import NamedTuple
 from moe_jax.audit import hlo
 from moe_jax.audit.hlo import Computation, Instruction
 
+UNKNOWN = 2**63 - 1
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
@@ -75,9 +76,9 @@ def runs(i: Instruction, around: Computation, computations: dict[str, Computatio
 
 
 def cycles(i: Instruction) -> int:
-    """That the compiler estimates for it; 0 where it says nothing."""
+    """That the compiler estimates for it; 0 where it says nothing, or that it does not know (some scatters)."""
     found = CYCLES.search(i.rest)
-    return int(found[1]) if found else 0
+    return int(found[1]) if found and int(found[1]) < UNKNOWN else 0
 
 
 # ---------------------------------------------------------------- matrix multiplications, as convolutions
