@@ -108,7 +108,7 @@ NESTED = """HloModule nested, is_scheduled=true
   %p = f32[4]{0} parameter(0)
   %start = ((f32[4]{0}), f32[8]{0}, u32[]{:S(2)}) all-gather-start(%p), replica_groups={{0,1}}, dimensions={0}
   %add.1 = f32[4]{0} fusion(%p), kind=kLoop, calls=%nothing, backend_config={"estimated_cycles":"5"}
-  %unknown = f32[4]{0} fusion(%p), kind=kCustom, calls=%nothing, backend_config={"estimated_cycles":"9223372036854775807"}
+  %add.2 = f32[4]{0} fusion(%p), kind=kCustom, calls=%nothing, backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %done = f32[4]{0} all-gather-done(%start)
 }
 
@@ -252,7 +252,7 @@ def test_compiled(exp, topology):
     rows = compare(step(exp, dict(exp.mesh), "tpu"), found.collectives)
     exact = ("all-to-all", "all-gather") if exp is SMALL else ("all-to-all", "all-gather", "reduce-scatter")
     assert {r.compiled.op: r.detail for r in rows if r.compiled.op in exact} == dict.fromkeys(exact, "")
-    if exp is GLAM:  # of 24 GB; the squares of gradients are added up over all axes at once. Small ones it scatters not.
+    if exp is GLAM:  # small gradients are not scattered; here only sums of squares are made otherwise than predicted
         assert max(abs(r.compiled.bytes - r.predicted.bytes) for r in rows) < 128
     assert sum(o.count for o in found.overlaps) == sum(c.count for c in found.collectives)
     assert min(found.flops, found.optimal_seconds) > 0

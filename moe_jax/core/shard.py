@@ -64,7 +64,8 @@ def over_slices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
     slices = len({d.slice_index for d in devices})
     if sizes[0] != slices:
         raise ValueError(f"mesh.slice={sizes[0]}, but the devices lie in {slices} slices; set mesh.slice={slices}.")
-    return create_hybrid_device_mesh((1, *sizes[1:]), (slices, *[1] * (len(sizes) - 1)), devices)
+    across = (slices, *[1] * (len(sizes) - 1))
+    return create_hybrid_device_mesh((1, *sizes[1:]), across, devices, allow_split_physical_axes=True)
 
 
 def rules_for(exchange: Any = None, sizes: Mapping[str, int] | None = None) -> dims.Rules:
