@@ -229,11 +229,11 @@ def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Co
     cfg, A = exp.model, exp.data.accumulate
     found = []
     for name in (n for n, shape in params.items() if isinstance(shape, tuple)):
-        there, *back = gathers(part, {name: params[name]}) or [None]
+        here = gathers(part, {name: params[name]})
         if name in ("embed_VD", "source_VD"):  # kept and summed in float32; XLA for TPU gathers what is used of it
-            kept = gathers(part._replace(dtype="float32"), {name: params[name]}) or [None]
-            there, *back = [there if part.platform == "tpu" else kept[0], *kept[1:]]
-        found.append(run([s for s in (there, *back) if s], "none", 1, A))
+            kept = gathers(part._replace(dtype="float32"), {name: params[name]})
+            here = here[:1] + kept[1:] if part.platform == "tpu" else kept
+        found.append(run(here, "none", 1, A))
     for shape in cfg.stacks(exp.data.shapes(B=1)):
         first = True
         for i, (block, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
