@@ -209,24 +209,14 @@ def one(trial, start):
 @pytest.mark.parametrize(
     "mesh", [{"data": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=["d8", "d2e4", "f2e2t2"]
 )
-def test_one_model_every_mesh(mesh, start, one):
+def test_one_model_every_mesh(mesh, start, one, monkeypatch):
     """Law 1: logits, losses, drops, gradients, one step and its evaluation; with the router's noise."""
+    monkeypatch.setattr(meshes, "CLOSE", 2e-5)  # positions have gradients of all images, which nearly cancel
     exp = dataclasses.replace(EXP, mesh=tuple(mesh.items()))
     many = meshes.run_on(exp, start, DIGITS, jax.devices())
-    found = meshes.same(felt(one), felt(many), start)
+    found = meshes.same(one, many, start)
     assert [f"{name} {verdict.detail}" for name, verdict in found.items() if not verdict.holds] == []
     assert one.metrics.stats.kept.sum() < one.metrics.stats.choices_E.sum()
-
-
-def felt(seen):
-    """Without the bias of keys, which moves all scores of a query alike: its gradient alone is rounding."""
-
-    def leaf(path, g):
-        trained = path[-1].key != "key_JA"
-        assert (np.abs(g).max() > 1e-4) == trained, path
-        return g * trained
-
-    return seen._replace(grads=jax.tree.map_with_path(leaf, seen.grads))
 
 
 def test_padding_images_are_nowhere(trial, start, one):
