@@ -107,9 +107,8 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     cfg, data = exp.model, exp.data
     part = Part.of(exp.exchange, sizes, data.B // data.accumulate, data.L, cfg.D, cfg.dtype, platform)
     params, aux = shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
-    laid = new = dims.layouts(params, rules_for(exp.exchange, part.sizes))
-    if exp.optim.zero1:
-        new = dims.spread(params, laid, ("data", "expert"), part.sizes)
+    laid = dims.layouts(params, rules_for(exp.exchange, part.sizes))
+    new = exp.optim.sharded(params, laid, part.sizes)
     forward, backward = model(exp, part, part.local(params, laid), numbers(aux.stats) // cfg.moe_layers if aux else 0)
     agreed = cfg.moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
     pieces = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, as components around optax."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -144,6 +145,10 @@ class OptimConfig:
         rate = self.schedule(steps)
         tx = self.optimizer(rate, self.decayed)
         return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
+
+    def sharded(self, params: Any, laid: Any, sizes: Mapping[str, int]) -> Any:
+        """How gradients and what is remembered of parameters lie: as these are `laid`; with zero1, spread further."""
+        return dims.spread(params, laid, ("data", "expert"), sizes) if self.zero1 else laid
 
     def decayed(self, params: Any) -> Any:
         """A tree of booleans: which parameters weight decay acts on."""

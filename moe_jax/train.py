@@ -192,9 +192,8 @@ def layouts_of(exp: Experiment, state: State, sizes: Mapping[str, int]) -> Layou
     Parameters lie as the rules say. With `optim.zero1`, gradients and the optimizer's state are also spread over `data`
     and `expert` (ZeRO stage 1, arXiv:1910.02054); over `fsdp` everything is (stage 3).
     """
-    params = sharded = dims.layouts(state.params, shard.rules_for(exp.exchange, sizes))
-    if exp.optim.zero1:
-        sharded = dims.spread(state.params, params, ("data", "expert"), sizes)
+    params = dims.layouts(state.params, shard.rules_for(exp.exchange, sizes))
+    sharded = exp.optim.sharded(state.params, params, sizes)
     opt_state = optim.layouts(state.opt_state, state.params, sharded)
     router = jax.tree.map(lambda _: P(), state.router)
     whole: Any = P()

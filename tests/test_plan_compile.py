@@ -15,6 +15,7 @@ from moe_jax.optim import Adafactor, Constant
 from moe_jax.plan import compile as compiler
 from moe_jax.plan.overlap import Overlap, overlaps
 from moe_jax.plan.schedule import Schedule
+from tests import test_parallelism
 
 # Lines of programs for v5e:2x4 (libtpu 0.0.52), without metadata and most of their configuration.
 PROGRAM = """HloModule jit_train_step, is_scheduled=true, num_partitions=8
@@ -222,21 +223,9 @@ SMALL = Experiment(
     OptimConfig(Adafactor(), Constant(0.01)),
     mesh=(("fsdp", 2), ("expert", 4)),
 )
-GLAM = dataclasses.replace(  # arXiv:2112.06905, table 4
-    SMALL,
-    model=LMConfig(
-        V=256_000,
-        D=8192,
-        N=64,
-        H=128,
-        A=128,
-        ffn=GLU(F=32_768, activation="gelu"),
-        moe=MoEConfig(E=64, router=Top2(), experts=MLP(F=32_768), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),)),
-        position="relative",
-        remat="full",
-        dtype="bfloat16",
-    ),
-    data=DataConfig(L=1024, B=1024),
+GLAM = dataclasses.replace(  # as its table of communication has it, on a mesh where it fits
+    test_parallelism.GLAM,
+    model=dataclasses.replace(test_parallelism.GLAM.model, remat="full"),
     mesh=(("fsdp", 16), ("expert", 16), ("tensor", 4)),
 )
 

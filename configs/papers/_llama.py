@@ -56,3 +56,14 @@ def llama(
     }
     config.run = {"steps": 250_000, "log_every": 100, "eval_every": 5000, "save_every": 1000}
     return _nano.shaped(config, shape)
+
+
+def qwen3(shape: str, D: int, N: int, H: int, F: int) -> ConfigDict:
+    """Of these sizes, with four heads of keys and values of width 128, and 128 experts of width F."""
+    moe = {
+        "E": 128,
+        "router": "TopK(K=8)",
+        "experts": f"GLU(F={F}, activation='silu')",
+        "losses": ("LoadBalance(0.001, 'sum')",),
+    }
+    return llama(shape, D, N, H, A=128, V=151_936, moe=moe, J=4, rope=1e6, qk_norm="head")

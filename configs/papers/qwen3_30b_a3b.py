@@ -11,7 +11,7 @@ Nano: 2 CPU cores, a minute or two.
 
 from ml_collections import ConfigDict
 
-from configs.papers._llama import llama
+from configs.papers._llama import qwen3
 
 PUBLISHED = {
     "total": "30.5B",
@@ -24,20 +24,4 @@ PUBLISHED = {
 
 
 def get_config(shape: str = "") -> ConfigDict:
-    return llama(
-        shape,
-        D=2048,
-        N=48,
-        H=32,
-        J=4,
-        A=128,
-        V=151_936,
-        rope=1e6,
-        qk_norm="head",
-        moe={
-            "E": 128,
-            "router": "TopK(K=8)",
-            "experts": "GLU(F=768, activation='silu')",
-            "losses": ("LoadBalance(0.001, 'sum')",),
-        },
-    )
+    return qwen3(shape, D=2048, N=48, H=32, F=768)

@@ -127,9 +127,8 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
     """Parameters on one device, and bytes of them and of what the optimizer remembers."""
     data = dataclasses.replace(exp.data, B=1, accumulate=1)
     params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
-    laid = spread = dims.layouts(params, shard.rules_for(exp.exchange, sizes))
-    if exp.optim.zero1:
-        spread = dims.spread(params, laid, ("data", "expert"), sizes)
+    laid = dims.layouts(params, shard.rules_for(exp.exchange, sizes))
+    spread = exp.optim.sharded(params, laid, sizes)
     found = []
     for (path, x), layout in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(laid), strict=True):
         names = optim.names_of(path)
