@@ -86,10 +86,9 @@ class Context:
         return jnp.where(some_GE[:, None], FAR, logits_GSE)
 
     def dropped(self) -> Bool[Array, "G E"] | None:
-        """Experts that nobody may choose in this step."""
-        if not self.training:
-            return None
-        found = [t(self, self._step_key(i)) for i, t in enumerate(self.gating) if t.on == "experts"]
+        """Experts that nobody may choose in this step: those drawn while training, those shut in evaluation too."""
+        now = [(i, t) for i, t in enumerate(self.gating) if t.on == "experts" and (self.training or not t.random)]
+        found = [t(self, self._step_key(i) if t.random else None) for i, t in now]
         return sum(found[1:], found[0]) if found else None
 
     def pick(self, score_GSE: Float[Array, "G S I"], K: int) -> Int[Array, "G S K"]:
@@ -100,6 +99,8 @@ class Context:
         if self.replay_GSK is not None:
             return self.replay_GSK
         best_GSK, expert_GSK = lax.top_k(self.open(score_GSE), K)
+        # Otherwise XLA merges later slices of the choices into the selection, and then sorts all E scores.
+        expert_GSK = lax.optimization_barrier(expert_GSK)
         return expert_GSK if self.dropped() is None else jnp.where(best_GSK > -jnp.inf, expert_GSK, self.E)
 
     def open(self, score_GSE: Float[Array, "G S I"]) -> Float[Array, "G S I"]:

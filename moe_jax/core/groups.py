@@ -1,15 +1,16 @@
 """Layouts of "rows grouped by expert". What an expert computes is written once, for all of them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from moe_jax.core.by_expert import by_expert
 
 
 @runtime_checkable
@@ -24,16 +25,25 @@ class Groups(Protocol):
         """Every row plus its expert's vector."""
         ...
 
+    def apply(self, expert: Callable, params: Any, x: Array) -> Array:
+        """What experts make of their rows, expert(params, x, self), in the way that is fastest."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """One expert for all rows: x[..., I]. A dense feed-forward layer, or a shared expert."""
 
     def matmul(self, x: Float[Array, "... I"], w_IO: Float[Array, "I O"]) -> Float[Array, "... O"]:
-        return x @ w_IO.astype(x.dtype)
+        # Of rows in several dimensions, XLA's CPU backend transposes copies for the gradient of w.
+        y_TO = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w_IO.astype(x.dtype)
+        return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
     def bias(self, x: Float[Array, "... O"], b_O: Float[Array, "O"]) -> Float[Array, "... O"]:
         return x + jnp.broadcast_to(b_O.astype(x.dtype), x.shape)
+
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return expert(params, x, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +56,9 @@ class Padded:
     def bias(self, x_ECO: Float[Array, "E C O"], b_EO: Float[Array, "E O"]) -> Float[Array, "E C O"]:
         return x_ECO + b_EO[:, None, :].astype(x_ECO.dtype)
 
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
+        return expert(params, x, self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
@@ -57,7 +70,7 @@ class Ragged:
     sizes_E: Int[Array, "E"]
 
     def matmul(self, x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return ragged_matmul(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
+        return lax.ragged_dot(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
 
     def bias(self, x_RO: Float[Array, "R O"], b_EO: Float[Array, "E O"]) -> Float[Array, "R O"]:
         R = x_RO.shape[0]
@@ -65,87 +78,12 @@ class Ragged:
         mine_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows that are nobody's
         return x_RO + jnp.where(mine_R1, b_RO, 0)
 
-
-@jax.custom_vjp
-def ragged_matmul(
-    x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
-) -> Float[Array, "R O"]:
-    """Grouped matmul: `lax.ragged_dot`, which on CPU is E times as much work, and there a loop over experts.
-
-    The loop gives every expert a slice just large enough for its rows, from a ladder of static sizes.
-    """
-    return lax.platform_dependent(x_RI, w_EIO, sizes_E, cpu=_ladder_matmul, default=lax.ragged_dot)
-
-
-def _ragged_fwd(x_RI, w_EIO, sizes_E):
-    return ragged_matmul(x_RI, w_EIO, sizes_E), (x_RI, w_EIO, sizes_E)
-
-
-def _ragged_bwd(residuals, g_RO):
-    x_RI, w_EIO, sizes_E = residuals
-    dx_RI = ragged_matmul(g_RO, w_EIO.swapaxes(1, 2), sizes_E)
-    dw_EIO = lax.platform_dependent(x_RI, w_EIO, sizes_E, g_RO, cpu=_ladder_dw, default=_dot_dw)
-    return dx_RI, dw_EIO, None
-
-
-ragged_matmul.defvjp(_ragged_fwd, _ragged_bwd)
-
-
-def _dot_dw(x_RI, w_EIO, sizes_E, g_RO):
-    return jax.vjp(lambda w: lax.ragged_dot(x_RI, w, sizes_E), w_EIO)[1](g_RO)[0]
-
-
-def _ladder_matmul(x_RI, w_EIO, sizes_E):
-    def visit(e, rows, mine_C1, y_RO):
-        new_CO = rows.read(x_RI) @ w_EIO[e]
-        return rows.write(y_RO, jnp.where(mine_C1, new_CO, rows.read(y_RO)))
-
-    return _each_expert(visit, sizes_E, x_RI, (x_RI.shape[0], w_EIO.shape[2]))
-
-
-def _ladder_dw(x_RI, w_EIO, sizes_E, g_RO):
-    def visit(e, rows, mine_C1, dw_EIO):
-        g_CO = jnp.where(mine_C1, rows.read(g_RO), 0)
-        return dw_EIO.at[e].set(rows.read(x_RI).T @ g_CO)
-
-    return _each_expert(visit, sizes_E, x_RI, w_EIO.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """C rows from a first one on."""
-
-    first: Int[Array, ""]
-    C: int
-
-    def read(self, x_RI: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x_RI, self.first, self.C)
-
-    def write(self, x_RI: Array, new_CI: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(x_RI, new_CI, self.first, 0)
-
-
-def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], like: Array, shape: tuple[int, ...]) -> Array:
-    """Folds visit(e, rows, which of them are e's, carry) over experts, from zeros of this shape."""
-    (E,), R = sizes_E.shape, like.shape[0]
-    start_E, ladder = jnp.cumsum(sizes_E) - sizes_E, _ladder(R)
-
-    def body(e, carry):
-        def rung(C, carry):
-            rows = _Rows(jnp.minimum(start_E[e], R - C), C)  # at the end, earlier rows come along
-            row_C = rows.first + jnp.arange(C)
-            mine_C = (row_C >= start_E[e]) & (row_C < start_E[e] + sizes_E[e])
-            return visit(e, rows, mine_C[:, None], carry)
-
-        return lax.switch(jnp.searchsorted(ladder, sizes_E[e]), [partial(rung, int(C)) for C in ladder], carry)
-
-    return lax.fori_loop(0, E, body, lax.full_like(like, 0, shape=shape))
-
-
-def _ladder(R: int) -> np.ndarray:
-    """Static row counts, each about a quarter larger than the last, up to R."""
-    rungs, C = [], 16
-    while C < R:
-        rungs.append(C)
-        C = max(C + 16, C * 5 // 4 // 16 * 16)
-    return np.array([*rungs, R])
+    def apply(self, expert: Callable, params: Any, x_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
+        return lax.platform_dependent(
+            params,
+            x_RD,
+            self.sizes_E,
+            cpu=partial(by_expert, expert),
+            default=lambda params, x_RD, sizes_E: expert(params, x_RD, Ragged(sizes_E)),
+        )

@@ -7,10 +7,12 @@ The meaning of a routing, at C slots per expert and group, is two dense masks:
 Every dispatcher is a faster way to the same numbers.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -166,9 +168,22 @@ def _choice_major(expert_GSK, E):
 
 
 def _positions(expert_GR: Int[Array, "G R"], E: int) -> Int[Array, "G R"]:
-    """How many entries before each one name the same expert."""
-    hot_GRE = jax.nn.one_hot(expert_GR, E, dtype=jnp.int32)
-    return ((jnp.cumsum(hot_GRE, axis=1) - hot_GRE) * hot_GRE).sum(-1)
+    """How many entries before each one name the same expert: its rank after sorting, less the rank of the first."""
+    (G, R), group_G1 = expert_GR.shape, jnp.arange(len(expert_GR))[:, None]
+    sorted_GR, order_GR = _sorted(expert_GR, E)
+    first_GE = jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1)))(sorted_GR)
+    rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]
+    return jnp.zeros((G, R), jnp.int32).at[group_G1, order_GR].set(rank_GR.astype(jnp.int32), unique_indices=True)
+
+
+def _sorted(expert_GR: Int[Array, "G R"], E: int) -> tuple[Int[Array, "G R"], Int[Array, "G R"]]:
+    """Experts in order, and the entries they come from, the same experts in the order of entries."""
+    R = expert_GR.shape[1]
+    entry_GR = jnp.broadcast_to(jnp.arange(R)[None], expert_GR.shape)
+    if (E + 1) * R > jnp.iinfo(jnp.int32).max:
+        return tuple(lax.sort((expert_GR, entry_GR), num_keys=1))
+    packed_GR = lax.sort(expert_GR * R + entry_GR)  # one array of different numbers sorts three times as fast
+    return packed_GR // R, packed_GR % R
 
 
 class Masks(NamedTuple):

@@ -170,9 +170,10 @@ class Shard:
 
     def visit(self, experts: Callable, params: Any, x: Array, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
         """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
+        apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
-            return experts(params, x, groups), jnp.ones((), bool)
-        return self.exchange(self, experts, params, x, groups)
+            return apply(params, x, groups), jnp.ones((), bool)
+        return self.exchange(self, apply, params, x, groups)
 
     def count(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""

@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import routing as r
+from moe_jax.core import rows
 from moe_jax.core.capacity import capacity, check_capacity
-from moe_jax.core.groups import Padded
+from moe_jax.core.groups import Padded, Ragged
 from moe_jax.core.shard import Shard
 
 
@@ -40,17 +41,17 @@ class Scatter:
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
         S, K, E = x_GSD.shape[1], routing.expert_GSK.shape[-1], routing.E
-        queue_GSK = r.queue(routing, self.priority)
-        exchange = partial(_exchange, experts=experts, shard=shard)
-        if self.capacity_factor is not None:
-            C = capacity(S, K, E, self.capacity_factor, self.convention)
-            return exchange(x_GSD, routing, queue_GSK, params, C=C), queue_GSK < C
-        real_GSK = routing.expert_GSK < E
-        needed = shard.max(jnp.max(jnp.where(real_GSK, queue_GSK + 1, 0)))
-        ladder = capacities(S, K, E)
-        rungs = [partial(exchange, C=C) for C in ladder]
-        rung = jnp.searchsorted(np.array(ladder), needed)
-        return lax.switch(rung, rungs, x_GSD, routing, queue_GSK, params), real_GSK
+        queue_GSK, real_GSK = r.queue(routing, self.priority), routing.expert_GSK < E
+        C = S if self.capacity_factor is None else capacity(S, K, E, self.capacity_factor, self.convention)
+        kept_GSK = real_GSK & (queue_GSK < C)
+        weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
+        run = partial(_padded, experts=experts, shard=shard, C=None if self.capacity_factor is None else C)
+        args = (x_GSD, weighted, queue_GSK, kept_GSK, params)
+        if shard.experts:
+            return run(*args), kept_GSK
+        return lax.platform_dependent(
+            *args, cpu=partial(_occupied, experts=experts, shard=shard), default=run
+        ), kept_GSK
 
 
 def capacities(S: int, K: int, E: int) -> tuple[int, ...]:
@@ -61,23 +62,37 @@ def capacities(S: int, K: int, E: int) -> tuple[int, ...]:
     return tuple(ladder)
 
 
-def _exchange(
+def _padded(
     x_GSD: Float[Array, "G S D"],
     routing: r.TokenChoice,
     queue_GSK: Int[Array, "G S K"],
+    kept_GSK: Bool[Array, "G S K"],
     params: Mapping[str, Array],
     *,
     experts: Callable,
     shard: Shard,
-    C: int,
+    C: int | None,
 ) -> Float[Array, "G S D"]:
-    (G, S, D), E = x_GSD.shape, routing.E
-    group_G11 = jnp.arange(G)[:, None, None]
-    slot_GSK = (routing.expert_GSK * G + group_G11) * C + queue_GSK  # row of the [E*G*C, D] buffer
-    slot_GSK = jnp.where((queue_GSK < C) & (routing.expert_GSK < E), slot_GSK, E * G * C)
-    token_GSK = jnp.broadcast_to(group_G11 * S + jnp.arange(S)[None, :, None], slot_GSK.shape)
-    token_R = jnp.full((E * G * C,), G * S).at[slot_GSK].set(token_GSK, mode="drop")
-    x_RD = x_GSD.reshape(G * S, D).at[token_R].get(mode="fill", fill_value=0)
-    y_ECD, _ = shard.visit(experts, params, x_RD.reshape(E, G * C, D), Padded())
-    y_GSKD = y_ECD.reshape(E * G * C, D).at[slot_GSK].get(mode="fill", fill_value=0)
-    return jnp.einsum("gsk,gskd->gsd", shard.enter(routing.weight_GSK).astype(y_GSKD.dtype), y_GSKD)
+    """C slots per expert and group, or as many as it takes; the empty ones are computed too."""
+    (G, S, D), K, E = x_GSD.shape, queue_GSK.shape[-1], routing.E
+
+    def with_slots(C: int, x_GSD, weight_GSK, params):
+        row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + queue_GSK
+        places = rows.places(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
+        x_ECD = rows.send(x_GSD, places).reshape(E, G * C, D)
+        y_ECD, _ = shard.visit(experts, params, x_ECD, Padded())
+        return rows.combine(y_ECD.reshape(E * G * C, D), weight_GSK, places)
+
+    if C is not None:
+        return with_slots(C, x_GSD, routing.weight_GSK, params)
+    needed, ladder = shard.max(jnp.max(jnp.where(kept_GSK, queue_GSK + 1, 0))), capacities(S, K, E)
+    rung = jnp.searchsorted(np.array(ladder), needed)
+    return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
+
+
+def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard):
+    """The same numbers from occupied slots alone, where a platform is as fast with any number of rows per expert."""
+    row_GSK, sizes_E = rows.back_to_back(routing, queue_GSK, kept_GSK)
+    places = rows.places(row_GSK, row_GSK.size)
+    y_RD, _ = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
+    return rows.combine(y_RD, routing.weight_GSK, places)

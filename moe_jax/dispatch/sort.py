@@ -5,8 +5,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe_jax.core import rows
 from moe_jax.core.groups import Ragged
-from moe_jax.core.routing import TokenChoice
+from moe_jax.core.routing import TokenChoice, queue
 from moe_jax.core.shard import Shard
 
 
@@ -29,15 +30,10 @@ class Sort:
         params: Mapping[str, Array],
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
-        (G, S, D), K, E = x_GSD.shape, routing.expert_GSK.shape[-1], routing.E
-        expert_R = routing.expert_GSK.reshape(-1)
-        order_R = jnp.argsort(expert_R, stable=True)  # nowhere sorts last
-        real_R1 = (expert_R[order_R] < E)[:, None]
-        sizes_E = jnp.bincount(expert_R, length=E)
-        x_RD = jnp.where(real_R1, x_GSD.reshape(G * S, D)[order_R // K], 0)
-        y_RD, reached = shard.visit(experts, params, x_RD, Ragged(sizes_E))
-        back_R = jnp.argsort(order_R)
-        y_GSKD = jnp.where(real_R1, y_RD, 0)[back_R].reshape(G, S, K, D)
-        y_GSD = jnp.einsum("gsk,gskd->gsd", shard.enter(routing.weight_GSK).astype(y_GSKD.dtype), y_GSKD)
-        reached_R = jnp.broadcast_to(reached, order_R.shape)[back_R]
-        return y_GSD, (routing.expert_GSK < E) & reached_R.reshape(G, S, K)
+        kept_GSK = routing.expert_GSK < routing.E
+        row_GSK, sizes_E = rows.back_to_back(routing, queue(routing), kept_GSK)
+        places = rows.places(row_GSK, row_GSK.size)
+        y_RD, reached = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
+        y_GSD = rows.combine(y_RD, shard.enter(routing.weight_GSK), places)
+        reached_R = jnp.broadcast_to(reached, (row_GSK.size,))
+        return y_GSD, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)

@@ -1,0 +1,86 @@
+"""Tokens to the rows of experts and back, by gathers alone, in the gradients too: scattered sums are slow."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.core.routing import TokenChoice
+
+
+class Places(NamedTuple):
+    """Which row has which choice, token t's k-th being number t * K + k. Each map is the inverse of the other."""
+
+    row_TK: Int[Array, "T K"]  # R: nowhere
+    choice_R: Int[Array, "R"]  # T * K: nobody
+
+
+def places(row_GSK: Int[Array, "G S K"], R: int) -> Places:
+    """From the row of every choice, different ones of R, or R for those that go nowhere."""
+    (K,), choices = row_GSK.shape[2:], row_GSK.size
+    choice_R = jnp.full((R,), choices).at[row_GSK.reshape(-1)].set(jnp.arange(choices), mode="drop")
+    return Places(row_GSK.reshape(-1, K), choice_R)
+
+
+def back_to_back(
+    routing: TokenChoice, queue_GSK: Int[Array, "G S K"], kept_GSK: Bool[Array, "G S K"]
+) -> tuple[Int[Array, "G S K"], Int[Array, "E"]]:
+    """The row of every kept choice where rows lie by expert, group and place in the queue; how many each expert has."""
+    G, E, nowhere = len(queue_GSK), routing.E, queue_GSK.size
+    expert_GSK = jnp.where(kept_GSK, routing.expert_GSK, E)
+    count_GE = jnp.zeros((G, E), jnp.int32).at[jnp.arange(G)[:, None, None], expert_GSK].add(1, mode="drop")
+    before_EG = jnp.cumsum(count_GE.T.reshape(-1)).reshape(E, G) - count_GE.T
+    first_GSK = before_EG.at[expert_GSK, jnp.arange(G)[:, None, None]].get(mode="clip")
+    return jnp.where(kept_GSK, first_GSK + queue_GSK, nowhere), count_GE.sum(0)
+
+
+def send(x_GSD: Float[Array, "G S D"], to: Places) -> Float[Array, "R D"]:
+    """Every row's token; 0 where there is none."""
+    return _send(x_GSD.reshape(-1, x_GSD.shape[-1]), to)
+
+
+def combine(y_RD: Float[Array, "R D"], weight_GSK: Float[Array, "G S K"], of: Places) -> Float[Array, "G S D"]:
+    """The weighted sum of every token's rows, added up in float32."""
+    G, S, K = weight_GSK.shape
+    return _combine(y_RD, weight_GSK.reshape(G * S, K), of).reshape(G, S, -1)
+
+
+def _at(x: Array, index_I: Int[Array, "I"]) -> Array:
+    """Rows of x, 0 past its end."""
+    return x.at[index_I].get(mode="fill", fill_value=0)
+
+
+def _sum(rows_of: Callable[[int], Array], K: int) -> Array:
+    """A sum over choices, whose K addends are never stored."""
+    return sum((rows_of(k).astype(jnp.float32) for k in range(1, K)), rows_of(0).astype(jnp.float32))
+
+
+@jax.custom_vjp
+def _send(x_TD: Array, to: Places) -> Array:
+    return _at(x_TD, to.choice_R // to.row_TK.shape[1])
+
+
+def _send_bwd(to: Places, g_RD: Array):
+    return _sum(lambda k: _at(g_RD, to.row_TK[:, k]), to.row_TK.shape[1]).astype(g_RD.dtype), None
+
+
+_send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), _send_bwd)
+
+
+@jax.custom_vjp
+def _combine(y_RD: Array, weight_TK: Array, of: Places) -> Array:
+    rows_of = lambda k: weight_TK[:, k, None] * _at(y_RD, of.row_TK[:, k])  # noqa: E731
+    return _sum(rows_of, weight_TK.shape[1]).astype(y_RD.dtype)
+
+
+def _combine_bwd(residuals, g_TD: Array):
+    y_RD, weight_TK, of = residuals
+    g_RD = _at(g_TD, of.choice_R // weight_TK.shape[1])
+    dy_RD = _at(weight_TK.reshape(-1), of.choice_R)[:, None] * g_RD
+    dweight_R = (g_RD.astype(jnp.float32) * y_RD).sum(-1)
+    return dy_RD.astype(y_RD.dtype), _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
+
+
+_combine.defvjp(lambda *args: (_combine(*args), args), _combine_bwd)
