@@ -6,7 +6,7 @@ import importlib.util
 import jax
 import pytest
 
-from moe_jax import GLU, MLP, LMConfig, LoadBalance, MoEConfig, Scatter, Top2
+from moe_jax import GLU, MLP, AllToAll, LMConfig, LoadBalance, MoEConfig, Ragged, Scatter, Sort, Top2
 from moe_jax.audit.communication import compare
 from moe_jax.communication import step
 from moe_jax.config import DataConfig, Experiment, OptimConfig
@@ -245,6 +245,37 @@ def test_compiled(exp, topology):
         assert max(abs(r.compiled.bytes - r.predicted.bytes) for r in rows) < 128
     assert sum(o.count for o in found.overlaps) == sum(c.count for c in found.collectives)
     assert min(found.flops, found.optimal_seconds) > 0
+
+
+def with_layer(**fields) -> Experiment:
+    """SMALL with another MoE layer."""
+    moe = dataclasses.replace(SMALL.model.moe, **fields)
+    return dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, moe=moe))
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("optimized")
+def test_one_chunk_travels_while_another_is_computed():
+    """Of two chunks, more of the exchange lies behind computation than of one; none where nothing is asynchronous."""
+    hidden = {}
+    for chunks, asynchronous in ((1, True), (2, True), (2, False)):
+        options = {"xla_tpu_enable_async_all_to_all": asynchronous}
+        found = compiler.compiled(with_layer(exchange=AllToAll(chunks=chunks)), "v5e:2x4", options)
+        exchanges = [o for o in found.overlaps if o.op == "all-to-all"]
+        assert sum(o.count for o in exchanges) == 8 * chunks  # two layers of four
+        hidden[chunks, asynchronous] = sum(o.seconds for o in exchanges)
+    assert hidden[2, False] == 0
+    assert hidden[2, True] > 1.3 * hidden[1, True] > 0
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("optimized")
+def test_dropless_is_grouped_matmuls_on_a_tpu():
+    """All of a dropless layer's products are kernels over groups; XLA's own gradient of weights is E times the work."""
+    found = compiler.compiled(with_layer(dispatch=Sort(), exchange=Ragged()), "v5e:2x4")
+    rest = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, moe=None))
+    dense_layers = compiler.compiled(rest, "v5e:2x4").flops
+    assert found.flops <= dense_layers
 
 
 @pytest.mark.tpu

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core.by_expert import by_expert
+from moe_jax.core.ragged import ragged_matmul
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ class Ragged:
     sizes_E: Int[Array, "E"]
 
     def matmul(self, x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return lax.ragged_dot(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
+        return ragged_matmul(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
 
     def bias(self, x_RO: Float[Array, "R O"], b_EO: Float[Array, "E O"]) -> Float[Array, "R O"]:
         R = x_RO.shape[0]

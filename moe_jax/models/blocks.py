@@ -40,6 +40,11 @@ class LayerNorm(nn.Module):
         return (x + bias_D[None, None]).astype(x_BLD.dtype)
 
 
+def heads(x_BLD: Float[Array, "B L D"], w_DHA: Float[Array, "D H A"]) -> Float[Array, "B L H A"]:
+    """Every token's queries, keys or values."""
+    return Dense().matmul(x_BLD, w_DHA.reshape(len(w_DHA), -1)).reshape(*x_BLD.shape[:2], *w_DHA.shape[1:])
+
+
 def normalised(
     x: Float[Array, "B L ..."], axes: tuple[int, ...], scale: Float[Array, "..."]
 ) -> Float[Array, "B L ..."]:
@@ -103,9 +108,8 @@ class Attention(nn.Module):
 
         x_BLD = here.enter(x_BLD)
         memory_BMD = x_BLD if memory_BMD is None else here.enter(memory_BMD)
-        q_BLHA = jnp.einsum("bld,dha->blha", x_BLD, matrix("query_DHA"))
-        k_BMJA = jnp.einsum("bmd,dja->bmja", memory_BMD, matrix("key_DJA"))
-        v_BMJA = jnp.einsum("bmd,dja->bmja", memory_BMD, matrix("value_DJA"))
+        q_BLHA = heads(x_BLD, matrix("query_DHA"))
+        k_BMJA, v_BMJA = heads(memory_BMD, matrix("key_DJA")), heads(memory_BMD, matrix("value_DJA"))
         if self.bias:
             names = ("query_HA", "key_JA", "value_JA")
             q_BLHA, k_BMJA, v_BMJA = (
@@ -122,7 +126,8 @@ class Attention(nn.Module):
             bias_1HLM = table_PH[relative_buckets(L)].transpose(2, 0, 1)[None]
         bias_1HLM = None if bias_1HLM is None else bias_1HLM.astype(dtype)
         y_BLHA = jax.nn.dot_product_attention(q_BLHA, k_BMJA, v_BMJA, bias=bias_1HLM, mask=mask_BLM[:, None])
-        y_BLD = jnp.einsum("blha,had->bld", y_BLHA, matrix("out_HAD"))
+        out_HAD = matrix("out_HAD")
+        y_BLD = Dense().matmul(y_BLHA.reshape(*y_BLHA.shape[:2], -1), out_HAD.reshape(-1, out_HAD.shape[-1]))
         if self.bias:
             y_BLD += here.once("out_D", vector("out_D")).astype(dtype)[None, None]
         return here.leave(y_BLD)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.core import dims
 from moe_jax.core.context import Ids
+from moe_jax.core.groups import Dense
 from moe_jax.core.parameter import weight
 from moe_jax.models.blocks import RMSNorm, attention_mask, sinusoids
 from moe_jax.models.transformer import Around, StackShape, TransformerConfig, joined, position_bias, stack
@@ -91,4 +92,4 @@ def logits(
         head_DV = embed_VD.T
     else:
         head_DV = weight(module, "head_DV", vars(cfg), dims.kernel_init("DV"), cfg.dtype)
-    return jnp.einsum("bld,dv->blv", x_BLD, head_DV.astype(cfg.dtype)).astype(jnp.float32)
+    return Dense().matmul(x_BLD, head_DV).astype(jnp.float32)

@@ -1,0 +1,136 @@
+"""What is timed: an MoE layer with all that a training step uses of it, and its dense twin."""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from experiments.bench.shapes import Shape
+from experiments.bench.timing import Program, compiled
+from experiments.bench.tokens import Tokens
+from moe_jax.core import dims, shard
+from moe_jax.core.groups import Dense
+from moe_jax.core.shard import Shard
+from moe_jax.moe import MoE, MoEConfig, shared_layout, sizes_of
+
+
+class Place(NamedTuple):
+    """Where arrays lie: on the first device, or spread over a mesh."""
+
+    mesh: Mesh | None = None
+
+    def here(self, exchange: Any = None) -> Shard:
+        """A shard of the mesh; alone without one."""
+        with self.active():
+            return shard.current(exchange)
+
+    def active(self) -> contextlib.AbstractContextManager:
+        return jax.set_mesh(self.mesh) if self.mesh else jax.default_device(jax.devices()[0])
+
+    def put(self, tree: Any, layouts: Any) -> Any:
+        """Arrays in their layouts, of which one may stand for several."""
+        if self.mesh is None:
+            return jax.device_put(tree, jax.devices()[0])
+        laid = jax.tree.map(partial(NamedSharding, self.mesh), layouts, is_leaf=lambda p: isinstance(p, PartitionSpec))
+        return jax.device_put(tree, laid)
+
+    def count(self, axes: tuple[str, ...]) -> int:
+        """How many shards these axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
+
+    @property
+    def shards(self) -> int:
+        """How many the tokens are spread over."""
+        return self.count(shard.TOKENS)
+
+
+class Passes(NamedTuple):
+    """Forward alone, and forward with backward."""
+
+    forward: Program
+    both: Program
+
+    @property
+    def seconds(self) -> list[float]:
+        return [program.seconds for program in self]
+
+
+# ---------------------------------------------------------------- the layer
+
+
+def layer_passes(cfg: MoEConfig, place: Place, params: Any, x_BLD: Array, mask_BL: Array) -> Passes:
+    """Outputs, auxiliary losses and statistics; their objective and its gradients by parameters and tokens."""
+
+    def forward(params, x_BLD, mask_BL):
+        y_BLD, aux = MoE(cfg).apply({"params": params}, x_BLD, mask_BL)
+        return y_BLD, aux.loss, aux.stats
+
+    def objective(params, x_BLD, mask_BL):
+        y_BLD, loss, stats = forward(params, x_BLD, mask_BL)
+        return square(y_BLD) + loss, stats
+
+    both = jax.value_and_grad(objective, (0, 1), has_aux=True)
+    with place.active():
+        return Passes(*(compiled(f, params, x_BLD, mask_BL) for f in (forward, both)))
+
+
+def layer_inputs(cfg: MoEConfig, shape: Shape, tokens: Tokens, place: Place, params: Any = None) -> tuple[Any, ...]:
+    """(params, x_BLD, mask_BL); parameters that are there already get the gate of these tokens."""
+    here = place.here(cfg.exchange)
+    if params is None:
+        x_BLD = jax.ShapeDtypeStruct((1, shape.L, shape.D), jnp.float32)
+        shapes = jax.eval_shape(MoE(cfg).init, jax.random.key(0), x_BLD)["params"]
+        params = drawn({name: s.shape for name, s in shapes.items()})
+        params = place.put(params, dims.layouts(params, here.rules))
+    gate = {"router_gate_DE": place.put(jnp.asarray(tokens.gate_DE), PartitionSpec())}
+    x_BLD = jnp.asarray(tokens.x_TD.reshape(-1, shape.L, shape.D), shape.dtype)
+    rows = shard.token_spec(here)
+    return params | gate, *place.put((x_BLD, jnp.ones(x_BLD.shape[:2], bool)), (rows, rows))
+
+
+# ---------------------------------------------------------------- its twin
+
+
+def twin_passes(shape: Shape, place: Place, params: Any, x_TD: Array) -> Passes:
+    """The same of the dense layer, whose tokens are in one dimension: the faster way on XLA's CPU backend."""
+
+    def forward(params, x_TD):
+        return shape.twin(params, x_TD, Dense())
+
+    both = jax.value_and_grad(lambda params, x_TD: square(forward(params, x_TD)), (0, 1))
+    with place.active():
+        return Passes(*(compiled(f, params, x_TD) for f in (forward, both)))
+
+
+def twin_inputs(shape: Shape, place: Place) -> tuple[Any, Array]:
+    """(params, x_TD), with random tokens: a dense layer takes as long for any."""
+    here, sizes = place.here(), {**sizes_of(shape.twin), "D": shape.D}
+    shapes = {name: dims.shape(dims.dims_of(name.replace("_E", "_")), sizes) for name in shape.twin.params}
+    params = drawn(shapes)
+    x_TD = jax.random.normal(jax.random.key(1), (shape.T, shape.D)).astype(shape.dtype)
+    return place.put(params, shared_layout(params, here)), place.put(x_TD, shard.token_spec(here))
+
+
+# ---------------------------------------------------------------- both
+
+
+def square(y: Array) -> Array:
+    """What is minimised: the mean square, in float32."""
+    return (y.astype(jnp.float32) ** 2).mean()
+
+
+def drawn(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Parameters of these shapes, of variance 1 / fan in."""
+
+    @jax.jit
+    def draw(key):
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+        return {n: jax.random.normal(keys[n], s) * (s[-2] if len(s) > 1 else 1) ** -0.5 for n, s in shapes.items()}
+
+    return draw(jax.random.key(0))

@@ -1,0 +1,90 @@
+"""Rows of the table: one layer, by one routing and one dispatcher, against its dense twin."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from experiments.bench import stages, timing
+from experiments.bench.layers import Passes, Place, layer_inputs, layer_passes, twin_inputs, twin_passes
+from experiments.bench.shapes import GiB, Shape, masks_bytes
+from experiments.bench.tokens import ROUTINGS, Tokens
+from experiments.bench.work import work
+from moe_jax.core.capacity import capacity
+from moe_jax.dispatch import Einsum
+from moe_jax.moe import check_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is measured, and where."""
+
+    shapes: dict[str, Shape]
+    routings: tuple[str, ...]
+    dispatchers: dict[str, Any]
+    place: Place = Place()
+    mesh: str = ""  # in words
+    repeats: int = 15
+    patience: float = timing.PATIENCE
+    stages: bool = False
+
+    def check(self) -> None:
+        """Refuses, before anything is compiled, what does not fit the mesh."""
+        for shape in self.shapes.values() if self.place.mesh else ():
+            for dispatch in self.dispatchers.values():
+                check_mesh(shape.layer(dispatch), dict(self.place.mesh.shape), shape.D)
+            if shape.T // shape.L % self.place.shards:
+                raise ValueError(
+                    f"{shape.name} has {shape.T // shape.L} sequences, which do not spread evenly over "
+                    f"{self.place.shards} shards; choose other --shapes, or another --mesh."
+                )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One after another: a twin is compiled once for its shape, a layer once for all routings."""
+        self.check()
+        for shape in self.shapes.values():
+            tokens = {name: ROUTINGS[name](shape) for name in self.routings}
+            twin = twin_inputs(shape, self.place)
+            dense = twin_passes(shape, self.place, *twin)
+            for name, dispatch in self.dispatchers.items():
+                if self.fits(shape, name, dispatch):
+                    yield from self.of_layer(shape, name, dispatch, tokens, dense, twin)
+
+    def fits(self, shape: Shape, name: str, dispatch: Any) -> bool:
+        """Whether dense masks are small enough; says so if not."""
+        if not isinstance(dispatch, Einsum):
+            return True
+        C = capacity(shape.L, shape.K, shape.E, dispatch.capacity_factor, dispatch.convention)
+        if (size := masks_bytes(shape, C)) <= GiB:
+            return True
+        say(f"{shape.name} {name}: left out, its masks take {size / GiB:.1f} GiB")
+        return False
+
+    def of_layer(
+        self, shape: Shape, name: str, dispatch: Any, tokens: dict[str, Tokens], dense: Passes, twin: Any
+    ) -> Iterator[dict[str, Any]]:
+        """A row for each routing."""
+        cfg, passes, inputs, known = shape.layer(dispatch), None, None, {}
+        for routing, given in tokens.items():
+            inputs = layer_inputs(cfg, shape, given, self.place, inputs and inputs[0])
+            passes = passes or layer_passes(cfg, self.place, *inputs)
+            count_GE = given.count_GE(shape.L)
+            row: dict[str, Any] = {"shape": shape.name, "routing": routing, "dispatch": name, "mesh": self.mesh}
+            row["load"] = given.load
+            spread = bool(self.place.here(cfg.exchange).experts)
+            row |= work(cfg, shape, count_GE, jax.default_backend(), spread, self.place.shards)
+            for what, mine, its in zip(("forward", "both"), passes, dense, strict=True):
+                calls = mine.on(*inputs), its.on(*twin)
+                row[what] = timing.compare(timing.in_turn(calls, self.repeats, self.patience))
+            row["compile_seconds"] = {"layer": passes.seconds, "dense": dense.seconds}
+            row["temp_bytes"] = {"layer": passes.both.temp_bytes, "dense": dense.both.temp_bytes}
+            if self.stages:
+                row["stages"] = stages.measure(cfg, shape, given, self.place, inputs, self.repeats, known)
+            say(f"{shape.name} {routing} {name}: {row['forward']['tau']:.2f} forward, {row['both']['tau']:.2f} both")
+            yield row
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

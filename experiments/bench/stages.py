@@ -1,0 +1,154 @@
+"""Parts of a layer, each alone in a program of its own: what they take does not add up exactly to the whole.
+
+route      logits, choice, statistics, auxiliary losses
+dispatch   rows to where experts find them, and their weighted sums, without any expert
+exchange   rows to the shards of their experts and back; on a mesh that spreads experts
+experts    their matmuls on rows that lie ready
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from experiments.bench.layers import Place, square
+from experiments.bench.shapes import Shape
+from experiments.bench.timing import Program, compiled, in_turn, quartiles
+from experiments.bench.tokens import Tokens
+from experiments.bench.work import by_rows, kept, slots
+from moe_jax.core import dims, shard
+from moe_jax.core.context import Ids
+from moe_jax.core.groups import Padded, Ragged
+from moe_jax.core.shard import Shard
+from moe_jax.core.stats import stats
+from moe_jax.moe import MoEConfig, context, usable
+
+STAGES = ("route", "dispatch", "exchange", "experts")
+
+
+class Still(Shard):
+    """A shard whose rows come back as they are."""
+
+    def visit(self, experts: Callable, params: Any, x: Array, groups: Any) -> tuple[Array, Array]:
+        return x, jnp.ones((), bool)
+
+
+def measure(
+    cfg: MoEConfig, shape: Shape, tokens: Tokens, place: Place, inputs: Any, repeats: int, known: dict[Any, Any]
+) -> dict[str, dict[str, list[float]]]:
+    """Quartiles of milliseconds by stage, of forward and of forward with backward.
+
+    known: programs of this layer that are compiled already, which is added to.
+    """
+    params, x_BLD, _ = inputs
+    found = {}
+    with place.active():
+        here = shard.current(cfg.exchange)
+        x_GSD = x_BLD.reshape(-1, shape.L, shape.D)
+        run, gate = router(cfg, here), params["router_gate_DE"]
+        routing = jax.jit(run)((gate, x_GSD))[2]
+        parts = {
+            "route": (lambda by: run(by)[:2], (gate, x_GSD)),
+            "dispatch": (dispatcher(cfg, here), (x_GSD, routing.weight_GSK), routing),
+            "exchange": exchange(cfg, here, shape, tokens, place),
+            "experts": experts(cfg, here, shape, tokens, place, params),
+        }
+        for name, part in parts.items():
+            if part is not None:
+                f, *args = part
+                key = name, str(jax.tree.map(jnp.shape, args))
+                known[key] = known.get(key) or programs(f, *args)
+                both = in_turn([program.on(*args) for program in known[key]], repeats)
+                found[name] = {"forward": quartiles(both[:, 0]), "both": quartiles(both[:, 1])}
+    return found
+
+
+def programs(f: Callable, by: Any, *rest: Any) -> tuple[Program, Program]:
+    """Of f(by, *rest) -> (value, ...) or an array to be squared; and of its gradients by `by`."""
+
+    def objective(by, *rest):
+        y = f(by, *rest)
+        return (y[0], y[1:]) if isinstance(y, tuple) else (square(y), ())
+
+    return compiled(f, by, *rest), compiled(jax.value_and_grad(objective, has_aux=True), by, *rest)
+
+
+def router(cfg: MoEConfig, here: Shard) -> Callable:
+    """(gate, x) -> objective, statistics and routing; weights have gradients, as experts' outputs would give them."""
+
+    def local(gate_DE, x_GSD):  # groups are sequences
+        mask_GS = jnp.ones(x_GSD.shape[:2], bool)
+        ctx = context(cfg, here, {}, None, len(x_GSD), Ids())
+        routing = cfg.router(here.vary({"gate_DE": gate_DE}), x_GSD, mask_GS, ctx)
+        total = here.sum(stats(routing, routing.expert_GSK < cfg.E, len(x_GSD)))
+        losses = sum(part.weight * part(total, {}, cfg.router) for part in cfg.losses)
+        return losses + (total.gains_E**2).mean(), total, routing
+
+    rows = shard.token_spec(here)
+    run = shard.per_shard(local, here, (P(), rows), (P(), P(), rows))
+    return lambda by: run(*by)
+
+
+def dispatcher(cfg: MoEConfig, here: Shard) -> Callable:
+    """((x, weights), routing) -> y, with experts that do nothing, where they are."""
+    still = Still(here.tokens, here.experts, here.fsdp, here.tensor, here.exchange)
+
+    def local(by, routing):
+        x_GSD, weight_GSK = by
+        y_GSD, _ = cfg.dispatch(still.enter(x_GSD), routing._replace(weight_GSK=weight_GSK), cfg.experts, {}, still)
+        return still.leave(y_GSD)
+
+    rows = shard.token_spec(here)
+    return shard.per_shard(local, here, ((rows, rows), rows), rows)
+
+
+def exchange(cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, place: Place) -> tuple | None:
+    """Rows of every shard to their experts and back; None where they need not travel."""
+    if not here.experts:
+        return None
+    count_GE, rows = tokens.count_GE(shape.L), shard.token_spec(here)  # every shard has rows for all experts
+    padded = not by_rows(cfg, jax.default_backend(), spread=True)
+
+    def local(x, count_GE):
+        groups = Padded() if padded else Ragged(count_GE.sum(0))
+        return here.exchange(here, lambda params, x, groups: x, {}, x, groups)[0]
+
+    many = (cfg.E * place.shards, shape.T // shape.L // place.shards * slots(cfg, count_GE, shape.L))
+    x = lying(shape, *(many if padded else (shape.T * shape.K,)))
+    run = shard.per_shard(local, here, (rows, rows), rows)
+    return run, place.put(x, rows), place.put(jnp.asarray(count_GE, jnp.int32), rows)
+
+
+def experts(
+    cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, place: Place, params: dict[str, Array]
+) -> tuple | None:
+    """Experts on rows in slots or back to back, as they find them; None where those of several shards meet."""
+    count_GE, by_row = tokens.count_GE(shape.L), by_rows(cfg, jax.default_backend(), bool(here.experts))
+    if by_row and here.experts:
+        return None
+    own = {name: params[name] for name in cfg.experts.params}
+    rows, layout = shard.token_spec(here), dims.layouts(own, here.rules)
+
+    def local(by, kept_GE):
+        params, x = by
+        groups = Ragged(kept_GE.sum(0)) if by_row else Padded()
+        y = groups.apply(cfg.experts, usable(here, here.vary(params), x.dtype, "E"), here.enter(x))
+        return here.leave(y)
+
+    run = shard.per_shard(local, here, ((layout, rows), rows), rows)
+    if by_row:
+        size: tuple[int, ...] = (shape.T * shape.K,)
+    else:  # what shards of tokens have of experts is stacked in front
+        E = cfg.E * place.shards // place.count(here.experts)
+        size = (E, cfg.E * len(count_GE) * slots(cfg, count_GE, shape.L) // E)
+    kept_GE = jnp.asarray(kept(cfg, count_GE, shape.L), jnp.int32)
+    return run, (own, place.put(lying(shape, *size), rows)), place.put(kept_GE, rows)
+
+
+def lying(shape: Shape, *size: int) -> Array:
+    """Rows of random numbers."""
+    return jnp.asarray(np.random.default_rng(1).standard_normal((*size, shape.D), np.float32), shape.dtype)

@@ -1,0 +1,61 @@
+"""Programs compiled ahead, and their times in turn."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+PATIENCE = 20.0  # seconds for a pair of programs
+LEAST = 3  # repeats, however slow
+
+
+class Program(NamedTuple):
+    """A compiled function: how long that took, and the temporary memory it takes."""
+
+    run: Callable
+    seconds: float
+    temp_bytes: int | None
+
+    def on(self, *args: Any) -> Callable[[], Any]:
+        """A call that waits for all that it makes."""
+        return lambda: jax.block_until_ready(self.run(*args))
+
+
+def compiled(f: Callable, *args: Any) -> Program:
+    """The function for arrays like these, which are its arguments: constants would be worked on by the compiler."""
+    jitted, began = f if hasattr(f, "lower") else jax.jit(f), time.perf_counter()
+    program = jitted.lower(*args).compile()
+    seconds, memory = time.perf_counter() - began, program.memory_analysis()
+    return Program(program, seconds, getattr(memory, "temp_size_in_bytes", None))
+
+
+def in_turn(calls: Sequence[Callable[[], Any]], repeats: int, patience: float = PATIENCE) -> np.ndarray:
+    """Milliseconds [repeats, calls], after one turn that warms up.
+
+    The calls alternate, so that all see the same machine, and their order too. Slow ones are repeated less often.
+    """
+    start, times = time.perf_counter(), np.zeros((repeats + 1, len(calls)))
+    for number in range(repeats + 1):
+        if number > LEAST and time.perf_counter() - start > patience:
+            times = times[:number]
+            break
+        order = list(range(len(calls)))
+        for i in order[:: -1 if number % 2 else 1]:
+            began = time.perf_counter()
+            calls[i]()
+            times[number, i] = time.perf_counter() - began
+    return 1e3 * times[1:]
+
+
+def quartiles(sample: np.ndarray) -> list[float]:
+    """First quartile, median, third quartile."""
+    return [float(q) for q in np.percentile(sample, (25, 50, 75))]
+
+
+def compare(times: np.ndarray) -> dict[str, Any]:
+    """Of times [repeats, 2] of layer and twin: quartiles of each, and of the pairs' ratios, whose median is tau."""
+    layer, dense = (quartiles(times[:, i]) for i in range(2))
+    low, tau, high = quartiles(times[:, 0] / times[:, 1])
+    return {"layer_ms": layer, "dense_ms": dense, "tau": tau, "tau_spread": [low, high]}

@@ -1,0 +1,147 @@
+"""The grouped matmul and its back-ends: every pattern of empty groups, rows that are nobody's, very large experts."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
+from moe_jax.core import ragged
+from moe_jax.core.by_expert import _pieces, by_expert, ladder
+from moe_jax.core.groups import Ragged
+from tests import oracle
+from tests.cases import close, normal
+
+E, D, F, NOBODY = 8, 4, 6, 5
+FULL = np.array([3, 1, 8, 5, 2, 9, 4, 6])
+PATTERNS = [FULL * np.array(kept) for kept in itertools.product((0, 1), repeat=E)]
+R = int(FULL.sum()) + NOBODY
+SHAPES = {"up_EDF": (E, D, F), "gate_EDF": (E, D, F), "down_EFD": (E, F, D), "up_EF": (E, F), "down_ED": (E, D)}
+X, G = normal(0, R, D), normal(1, R, D)
+
+
+def weights(expert):
+    return {n: 0.5 * normal(i, *SHAPES[n]) for i, n in enumerate(expert.params)}
+
+
+def mine(x, sizes):
+    """Rows of experts; the others are NaN, which is what they may hold."""
+    return np.where((np.arange(R) < sizes.sum())[:, None], x, np.nan).astype(np.float32)
+
+
+WAYS = {
+    "one after another": by_expert,
+    "at once": lambda expert, params, x, sizes: expert(params, x, Ragged(sizes)),
+    "as the platform likes": lambda expert, params, x, sizes: Ragged(sizes).apply(expert, params, x),
+}
+
+
+@functools.cache
+def pulled(way, expert):
+    """Output, and gradients by params and rows, of groups of any sizes."""
+
+    def f(params, x, sizes, g):
+        real = (jnp.arange(R) < sizes.sum())[:, None]
+        y, pull = jax.vjp(lambda p, x: jnp.where(real, WAYS[way](expert, p, x, sizes), 0), params, x)
+        return y, pull(g)
+
+    return jax.jit(f)
+
+
+@pytest.mark.parametrize("expert", [MLP(F=F, bias=True), GLU(F=F)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_pattern_of_empty_experts(way, expert):
+    """All 2^8: each row gets its expert's output, each expert the gradient of its rows, and NaN elsewhere stays out."""
+    params = weights(expert)
+    double = {n: w.astype(np.float64) for n, w in params.items()}
+    for sizes in PATTERNS:
+        n, owner = sizes.sum(), np.repeat(np.arange(E), sizes)
+        x = X if way == "at once" else mine(X, sizes)  # there, what is not read is still multiplied with 0
+        y, (dparams, dx) = jax.tree.map(np.asarray, pulled(way, expert)(params, x, sizes, G))
+        of = [{name: w[e] for name, w in double.items()} for e in owner]
+        close(y[:n], np.reshape([oracle.expert(expert, p, row) for p, row in zip(of, X, strict=False)], (n, D)))
+        assert not y[n:].any()
+        assert not dx[n:].any()
+        assert not any(w[sizes == 0].any() for w in dparams.values())
+        close((dparams, dx), pulled("at once", expert)(params, X, sizes, G)[1])
+
+
+def test_weight_gradient_of_the_tpu(monkeypatch):
+    """Its kernel, interpreted, in tiles of 8 rows: all 2^8 patterns against numpy."""
+    monkeypatch.setattr(ragged, "ROWS", 8)
+    outer = jax.jit(functools.partial(ragged.ragged_outer, interpret=True))
+    for sizes in PATTERNS:
+        x, g, until = mine(X, sizes), mine(G, sizes), np.cumsum(sizes)
+        close(outer(x, g, sizes), np.stack([x[b - n : b].T @ g[b - n : b] for b, n in zip(until, sizes, strict=True)]))
+
+
+@pytest.mark.parametrize("sizes", [(40, 0, 0, 3), (0, 0, 0, 43), (11, 11, 11, 10), (1, 41, 1, 0)], ids=str)
+def test_very_large_experts_are_visited_in_pieces(sizes):
+    """Values and gradients of experts that have more rows than the longest slice."""
+    expert, sizes = MLP(F=F), np.array([*sizes, 0, 0, 0, 0])
+    assert sizes.max() > ladder(R, E)[-1] or sizes.max() == 11
+    one, other = (pulled(way, expert)(weights(expert), X, sizes, G) for way in ("one after another", "at once"))
+    close(one, other)
+
+
+def test_pieces_are_all_rows_once():
+    """However rows are shared out: pieces lie inside of their expert's rows, none is too long, all rows are in one."""
+    pieces = jax.jit(_pieces, static_argnums=(1, 2))
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        most = int(rng.choice([4, 8, 16]))
+        sizes = rng.multinomial(rng.integers(0, 65), rng.dirichlet(np.full(E, 0.3)))
+        begin, covered = np.cumsum(sizes) - sizes, np.zeros(64, int)
+        for e, start, n in zip(*map(np.asarray, pieces(sizes, 64, most)), strict=True):
+            assert 0 <= n <= most
+            assert not n or begin[e] <= start <= start + n <= begin[e] + sizes[e]
+            covered[start : start + n] += 1
+        np.testing.assert_array_equal(covered, np.arange(64) < sizes.sum())
+
+
+def test_ladder():
+    """The balanced number of rows costs nothing extra, others around it an eighth or 16 rows; rungs are few."""
+    for rows, experts in ((4096, 8), (8192, 64), (32768, 128), (64, 8), (3, 8), (16384, 512)):
+        rungs = ladder(rows, experts)
+        balanced = -(-rows // experts)
+        assert balanced in rungs
+        assert rungs[-1] == min(rows, 2 * balanced)
+        assert len(rungs) <= 22
+        for n in range(int(0.6 * balanced), rungs[-1] + 1):
+            assert min(C for C in rungs if n <= C) <= max(n + 16, 1.15 * n)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Forward and backward of a layer as XLA's CPU backend compiles it, with its optimizations."""
+    x = jax.ShapeDtypeStruct((2, 64, 8), np.float32)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        found = {}
+        for dispatch in (Sort(), Scatter(1.25)):
+            layer = MoE.of(E=32, router=TopK(K=2), experts=MLP(F=16), dispatch=dispatch)
+            params = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+            def value(params, x, layer=layer):
+                y, aux = layer.apply(params, x)
+                return (y**2).sum() + aux.loss, aux.stats
+
+            step = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
+            found[dispatch] = step.lower(params, x).compile().as_text()
+        return found
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_what_would_be_slow_is_not_in_the_program(programs):
+    """No branches, which copy what loops carry; no sort of all E scores for K of them; no scattered rows."""
+    for text in programs.values():
+        assert "while(" in text
+        assert " conditional(" not in text
+        assert 'custom_call_target="TopK"' in text
+        assert not re.search(r"\[2,64,32\]\S* sort\(", text)
+        assert not re.search(r"f32\[\d+,8\]\S* scatter\(", text)
