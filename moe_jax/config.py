@@ -90,6 +90,8 @@ class RunConfig:
 
     eval_windows: held-out windows looked at each time.
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
+    watts, pue, carbon: for the energy that the run's last record estimates (`costs.energy`): W of a chip or a CPU core
+        (None: what is published), power usage effectiveness, kg of CO2e per kWh.
     """
 
     steps: int = 1000
@@ -100,6 +102,15 @@ class RunConfig:
     keep_last: int = 2
     keep_best: int = 1
     max_bad_steps: int = 10
+    watts: float | None = None
+    pue: float = 1.1
+    carbon: float = 0.429
+
+    def __post_init__(self):
+        if not (0 <= (self.watts or 0) < math.inf and 0 <= self.carbon < math.inf):
+            raise ValueError(f"watts={self.watts} and carbon={self.carbon} must be numbers that are not negative.")
+        if not 1 <= self.pue < math.inf:
+            raise ValueError(f"pue={self.pue} must be at least 1, which is a data centre that wastes nothing.")
 
     @property
     def intervals(self) -> dict[str, int]:

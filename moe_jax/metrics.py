@@ -171,7 +171,7 @@ def last(records: list[dict], kind: str) -> dict:
 def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
     """What a run came to: (words, value), without rows for what the run does not have."""
     train, held_out = last(records, "train"), last(records, "eval")
-    moe = held_out.get("moe") or train.get("moe") or {}
+    moe, energy = held_out.get("moe") or train.get("moe") or {}, last(records, "end").get("energy") or {}
     speeds = curve(records, "tokens_per_second")[1]
     values = [
         ("steps", "{:,}", max((r["step"] for r in records), default=None)),
@@ -195,7 +195,10 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
     ]
     rows = [(words, form.format(value)) for words, form, value in values if value is not None]
     wall = max((r["seconds"] for r in records if r.get("seconds") is not None), default=None)
-    return rows if wall is None else [*rows, ("wall time", duration(wall))]
+    rows += [] if wall is None else [("wall time", duration(wall))]
+    if energy.get("kwh") is not None:
+        rows.append(("energy", f"{energy['kwh']:.3g} kWh, {energy['kg_co2e']:.3g} kg CO2e"))
+    return [*rows, ("energy, by", energy["basis"])] if energy.get("basis") else rows
 
 
 def summary(records: list[dict]) -> rich.table.Table:

@@ -22,7 +22,15 @@ from moe_jax.core.stats import Stats, describe, stats
 from moe_jax.losses import LOGGED
 from moe_jax.moe_config import MoEConfig, State, sizes_of
 
-__all__ = ["Aux", "MoE", "MoEConfig", "State"]
+__all__ = ["Aux", "MoE", "MoEConfig", "Recorded", "State"]
+
+
+class Recorded(NamedTuple):
+    """What else there is to know of each token's choices. Layers may be stacked in front."""
+
+    weight_BLK: Float[Array, "*N B L K"]  # what the expert's output is multiplied with
+    kept_BLK: Bool[Array, "*N B L K"]  # whether it has reached its expert
+    probs_BLE: Float[Array, "*N B L E"]  # of the router
 
 
 class Aux(NamedTuple):
@@ -31,6 +39,7 @@ class Aux(NamedTuple):
     loss: Float[Array, "*N"]  # auxiliary losses times their coefficients, equal on all shards
     stats: Stats  # sums over all tokens of all shards
     expert_BLK: Int[Array, "*N B L K"] | None = None  # each token's choices, E nowhere; for token choice
+    recorded: Recorded | None = None  # where it was asked for
 
     @property
     def metrics(self) -> dict[str, Array]:
@@ -56,7 +65,8 @@ def forward(
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"],
     ids: Ids,
-) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, tuple[Float[Array, ""], Stats]]:
+    record: bool = False,
+) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
     """Route, exchange, compute, combine: the layer on one shard's tokens."""
     (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
     if B * L % S and cfg.groups_are_free(key):
@@ -75,8 +85,12 @@ def forward(
     y_GSD = here.leave(y_GSD)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
-    chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
-    return y_GSD.reshape(x_BLD.shape), chosen, (loss, total)
+    chosen = recorded = None
+    if isinstance(routing, TokenChoice):
+        by_token = lambda *arrays: (a.reshape(B, L, -1) for a in arrays)  # noqa: E731
+        (chosen,) = by_token(routing.expert_GSK)
+        recorded = Recorded(*by_token(routing.weight_GSK, kept, routing.probs_GSE)) if record else None
+    return y_GSD.reshape(x_BLD.shape), chosen, recorded, (loss, total)
 
 
 def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
@@ -111,18 +125,20 @@ class MoE(nn.Module):
         key: Key[Array, ""] | None = None,
         state: State | None = None,
         ids: Ids = Ids(),
+        record: bool = False,
     ) -> tuple[Float[Array, "B L D"], Aux]:
         """Output and what there is to report; without a key nothing is random (evaluation).
 
         state: what the layer remembers, where its config has any (`MoEConfig.init_state`); it is not changed here.
         ids: of tokens and tasks, for what routes by them, and recorded choices to replay (the selection is theirs,
         weights and gradients are alive).
+        record: whether to report each token's weights, drops and probabilities too; it changes nothing else.
         """
         cfg, here, (B, L, D) = self.cfg, shard.current(self.cfg.exchange), x_BLD.shape
         if self.is_initializing():  # only shapes matter, and the batch may be of any size
             cfg, here, state = dataclasses.replace(cfg, S=None), Shard(), cfg.init_state()
             ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
-        check_call(cfg, here, x_BLD, state, ids)
+        check_call(cfg, here, x_BLD, state, ids, record)
         x_BLD = jnp.asarray(x_BLD)
         if mask_BL is None:
             mask_BL = jnp.ones((B, L), bool)
@@ -134,9 +150,11 @@ class MoE(nn.Module):
         tokens, everywhere = shard.token_spec(here), P()
         layout = Parameters(everywhere, dims.layouts(params.experts, here.rules), shared_layout(params.shared, here))
         specs = (layout, everywhere, everywhere, tokens, tokens, tokens)
-        run = shard.per_shard(partial(forward, cfg, here), here, specs, (tokens, tokens, everywhere))
-        y_BLD, expert_BLK, (loss, total) = run(params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
-        return y_BLD, Aux(loss, total, expert_BLK)
+        layer = partial(forward, cfg, here, record=record)
+        run = shard.per_shard(layer, here, specs, (tokens, tokens, tokens, everywhere))
+        given = (params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
+        y_BLD, expert_BLK, recorded, (loss, total) = run(*given)
+        return y_BLD, Aux(loss, total, expert_BLK, recorded)
 
     def _params(self, component: Any, pattern: str, D: int) -> dict[str, Array]:
         sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, getattr(component, "zeros", ())
@@ -171,7 +189,7 @@ def param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) 
     return parameter(module, name, sizes, nn.initializers.zeros if zero else dims.kernel_init(letters, scale))
 
 
-def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, ids: Ids) -> None:
+def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, ids: Ids, record: bool = False) -> None:
     """Refuses a call without what the layer needs, or that cannot be spread over the current mesh."""
     if missing := set(cfg.init_state()) - set(state or {}):
         raise ValueError(
@@ -183,8 +201,10 @@ def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, i
             raise ValueError(
                 f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
             )
-    if ids.expert_BLK is not None and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
-        raise ValueError(f"{type(cfg.router).__name__}() records no choices of tokens that could be replayed.")
+    if (record or ids.expert_BLK is not None) and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
+        raise ValueError(
+            f"{type(cfg.router).__name__}() makes no choices of tokens that could be recorded or replayed."
+        )
     if here.alone or shard.inside():
         return
     sizes = dict(jax.sharding.get_abstract_mesh().shape)

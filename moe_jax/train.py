@@ -22,6 +22,7 @@ from moe_jax.core import dims, shard
 from moe_jax.core.shard import RULES, TOKENS, make_mesh
 from moe_jax.core.stats import Stats
 from moe_jax.costs import chips
+from moe_jax.costs.energy import of_run
 from moe_jax.data import AnyBatch, batches, default_directory, evaluation_batches
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, evaluation_step
 from moe_jax.models import aux_loss as auxiliary
@@ -331,10 +332,16 @@ def train(
                     f"its parameters are the last good ones{f' and saved in {workdir}' if workdir else ''}: go on "
                     "with a lower learning rate, or look at the data."
                 )
-        yield {"kind": "end", "step": step, "seconds": tally.seconds()}
+        yield {"kind": "end", "step": step, "seconds": (seconds := tally.seconds()), "energy": taken(exp, seconds)}
     finally:
         if checkpoints is not None:
             checkpoints.close()
+
+
+def taken(exp: Experiment, seconds: float) -> dict[str, Any]:
+    """What these seconds of a run took from the grid and emitted, estimated as `config.run` says."""
+    run, kind = exp.run, jax.devices()[0].device_kind
+    return dict(of_run(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
 
 def restore(checkpoints: Checkpoints | None, program: Program) -> tuple[State, float]:

@@ -104,7 +104,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("model.moe.ruoter=Switch()", "config.model.moe has no field 'ruoter'; did you mean 'router'?"),
         ("modle.moe.E=8", "config has no field 'modle'; did you mean 'model'?"),
         ("run.stesp=8", "config.run has no field 'stesp'; did you mean 'steps'?"),
-        ("run.=8", "config.run has no field ''; there are eval_every"),
+        ("run.=8", "config.run has no field ''; there are carbon, eval_every"),
         ("model.moe.router.K=1", "set it as a whole"),
         (
             "model.moe.router=TopKK()",

@@ -88,3 +88,7 @@ def test_records_say_everything(text, tmp_path, monkeypatch):
     assert held_out["loss"] != held_out["loss_capacity"]
     np.testing.assert_allclose(held_out["bits_per_byte"], held_out["loss"] / math.log(2), rtol=1e-6)
     assert len(held_out["loss_by_domain"]) == 1
+    end = records[-1]
+    assert end["energy"]["seconds"] == end["seconds"]
+    assert end["energy"]["kwh"] > 0
+    assert end["energy"]["basis"].startswith("estimate for ")

@@ -27,12 +27,12 @@ def by_expert(
 
 
 def ladder(R: int, E: int) -> tuple[int, ...]:
-    """Static row counts around R / E rows, up to twice as many: finer where most experts are."""
+    """Static row counts around R / E rows, up to twice as many: an eighth apart where most experts are."""
     balanced = -(-R // E)
     rungs, C, most = {balanced}, 16, min(R, 2 * balanced)
     while C < most:
         rungs.add(C)
-        C = max(C + 16, int(C * (1.5 if 2 * C < balanced else 1.125)) // 16 * 16)
+        C = 2 * C if 4 * C < balanced else max(C + 8, C * 9 // 8 // 8 * 8)
     return tuple(sorted({*rungs, most}))
 
 
@@ -130,7 +130,8 @@ class _Alone:
     """One expert's rows x[C, I]. Remembers what its matmuls make; the first of them may be `known` already."""
 
     def __init__(self, known: list[Array] | None = None):
-        self.known, self.made = list(known or ()), []
+        self.known = list(known or ())
+        self.made: list[Array] = []
 
     def matmul(self, x_CI: Array, w_IO: Array) -> Array:
         w_IO = w_IO.astype(x_CI.dtype)

@@ -181,7 +181,8 @@ def _sorted(expert_GR: Int[Array, "G R"], E: int) -> tuple[Int[Array, "G R"], In
     R = expert_GR.shape[1]
     entry_GR = jnp.broadcast_to(jnp.arange(R)[None], expert_GR.shape)
     if (E + 1) * R > jnp.iinfo(jnp.int32).max:
-        return tuple(lax.sort((expert_GR, entry_GR), num_keys=1))
+        sorted_GR, order_GR = lax.sort((expert_GR, entry_GR), num_keys=1)
+        return sorted_GR, order_GR
     packed_GR = lax.sort(expert_GR * R + entry_GR)  # one array of different numbers sorts three times as fast
     return packed_GR // R, packed_GR % R
 

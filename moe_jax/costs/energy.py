@@ -5,11 +5,16 @@ tCO2e = kWh x kg of CO2e per kWh / 1000
 """
 
 import math
+import os
 from typing import NamedTuple
+
+from moe_jax.costs import chips
 
 # Where a user says nothing else: a large cloud's data centre, and the average grid of the United States in 2020.
 PUE, PUE_SOURCE = 1.10, "Google's data centres in arXiv:2104.10350, table 4: 1.08 to 1.12"
 CARBON, CARBON_SOURCE = 0.429, "US average, arXiv:2104.10350, table 4 (GPT-3)"
+# Of a CPU core at work, where the processor is not known; memory is not in it.
+CORE_WATTS, CORE_SOURCE = 12.0, "Green Algorithms' figure for any CPU, arXiv:2007.07610"
 
 
 class Energy(NamedTuple):
@@ -36,3 +41,43 @@ def energy(hours: float, processors: int, watts: float, pue: float = PUE, carbon
         raise ValueError(f"pue={pue} must be at least 1: a data centre takes all that its machines take; 1.1 is good.")
     kwh = hours * processors * watts * pue / 1000
     return Energy(kwh, kwh * carbon / 1000)
+
+
+def of_run(
+    seconds: float,
+    kind: str,
+    devices: int,
+    watts: float | None = None,
+    pue: float = PUE,
+    carbon: float = CARBON,
+    cores: int | None = None,
+) -> dict[str, float | str | None]:
+    """What a run of `seconds` on so many JAX devices of this kind took, as its log has it, with what was assumed.
+
+    watts: of a chip, or of a CPU core; None is the published mean of the chip, or `CORE_WATTS`. cores: of a CPU,
+    however many devices it simulates; None counts those this process may use. kWh and kg of CO2e are None where nothing
+    is published of the chip's power. Time is measured; power is not.
+    """
+    chip, published, source = chips.of_kind(kind), None, "not published"
+    processors, what = float(devices), kind
+    if chip is not None:
+        processors, what, published, source = devices / chip.devices, f"{chip.name} chip", chip.watts, chip.watts_source
+    elif kind == "cpu":
+        processors, what, published, source = float(cores or usable_cores()), "core", CORE_WATTS, CORE_SOURCE
+    if watts is None:
+        watts = published
+    else:
+        source = "as configured"
+    said = {"seconds": seconds, "processors": processors, "pue": pue, "carbon": carbon}
+    number = f"{processors:g} {what}{'s' * (processors != 1 and source != 'not published')}"
+    if watts is None:
+        words = f"no estimate: the power of {number} is not published; set config.run.watts"
+        return {**said, "watts": None, "kwh": None, "kg_co2e": None, "basis": words}
+    taken = energy(seconds / 3600, 1, processors * watts, pue, carbon)
+    words = f"estimate for {number} at {watts:g} W ({source}), PUE {pue:g}, {1000 * carbon:g} gCO2e/kWh"
+    return {**said, "watts": watts, "kwh": taken.kwh, "kg_co2e": 1000 * taken.tco2e, "basis": words}
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

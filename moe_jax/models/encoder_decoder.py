@@ -39,11 +39,17 @@ class EncoderDecoderConfig(TransformerConfig):
         return EncoderDecoder(self).init(key, batch.source_BM, batch.tokens_BL)["params"]
 
     def apply(
-        self, params: Any, batch: Any, key: Key[Array, ""] | None = None, router: State | None = None
+        self,
+        params: Any,
+        batch: Any,
+        key: Key[Array, ""] | None = None,
+        router: State | None = None,
+        replay: Int[Array, "N B _ K"] | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """The model of these parameters, and what its routers remember, on a `data.Pairs`; domains are tasks."""
         segments = (batch.source_segment_BM, batch.segment_BL)
-        given = (batch.source_BM, batch.tokens_BL, *segments, key, router, batch.domain_B)
+        given = (batch.source_BM, batch.tokens_BL, *segments, key, router, batch.domain_B, replay, record)
         return cast(tuple[Array, Aux | None], EncoderDecoder(self).apply({"params": params}, *given))
 
     def stacks(self, batch: Any) -> tuple[StackShape, ...]:
@@ -80,10 +86,13 @@ class EncoderDecoder(nn.Module):
         key: Key[Array, ""] | None = None,
         router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
+        replay: Int[Array, "N B _ K"] | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """tokens_BL: the target so far, one behind. Segments: pairs packed into a row, 0 is padding.
 
         Without a key nothing is random. router: what the MoE layers remember (`init_router`), the encoder's first.
+        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
         """
         cfg, N = self.cfg, self.cfg.moe_layers // 2
         if source_segment_BM is None:
@@ -93,22 +102,24 @@ class EncoderDecoder(nn.Module):
         if self.is_initializing():
             router = cfg.init_router()
         states = [jax.tree.map(lambda a, i=i: a[i * N : (i + 1) * N], router or {}) for i in range(2)]
+        lengths = (source_BM.shape[1], tokens_BL.shape[1])
+        replays = [None if replay is None else replay[i * N : (i + 1) * N, :, :n] for i, n in enumerate(lengths)]
         keys = [None if key is None else jax.random.fold_in(key, i) for i in range(2)]
         embed_VD = weight(self, "embed_VD", vars(cfg), nn.initializers.normal(cfg.D**-0.5))
         source_VD = embed_VD
         if cfg.V_source is not None:
             sizes = {"V": cfg.V_source, "D": cfg.D}
             source_VD = weight(self, "source_VD", sizes, nn.initializers.normal(cfg.D**-0.5))
-        encoder_shape, decoder_shape = cfg.shapes(source_BM.shape[1], tokens_BL.shape[1])
+        encoder_shape, decoder_shape = cfg.shapes(*lengths)
         source = self._around("encoder_", source_BM, source_segment_BM, task_B)
         m_BMD = embedded(cfg, source_VD, source_BM, source.position_BL)
-        m_BMD, encoder = stack(cfg, encoder_shape, m_BMD, source, keys[0], states[0])
+        m_BMD, encoder = stack(cfg, encoder_shape, m_BMD, source, keys[0], states[0], replays[0], record)
         m_BMD = RMSNorm(name="encoder_norm")(m_BMD)
         target = self._around("decoder_", tokens_BL, segment_BL, task_B)
         mask_BLM = same_segment(segment_BL, source_segment_BM)
         target = target._replace(memory_BMD=m_BMD, memory_mask_BLM=mask_BLM)
         x_BLD = embedded(cfg, embed_VD, tokens_BL, target.position_BL)
-        x_BLD, decoder = stack(cfg, decoder_shape, x_BLD, target, keys[1], states[1])
+        x_BLD, decoder = stack(cfg, decoder_shape, x_BLD, target, keys[1], states[1], replays[1], record)
         x_BLD = RMSNorm(name="decoder_norm")(x_BLD)
         return logits(self, cfg, x_BLD, embed_VD), after(joined(encoder), joined(decoder))
 
@@ -130,7 +141,7 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def after(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
-    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere."""
+    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere, and zeros."""
     if encoder is None or decoder is None:
         return None
     E, both = encoder.stats.choices_E.shape[-1], (encoder, decoder)
@@ -140,6 +151,7 @@ def after(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
         if a.expert_BLK is None:
             return a
         pad = ((0, 0), (0, 0), (0, longest - a.expert_BLK.shape[2]), (0, 0))
-        return a._replace(expert_BLK=jnp.pad(a.expert_BLK, pad, constant_values=E))
+        recorded = jax.tree.map(lambda x: jnp.pad(x, pad), a.recorded)
+        return a._replace(expert_BLK=jnp.pad(a.expert_BLK, pad, constant_values=E), recorded=recorded)
 
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(long, both))

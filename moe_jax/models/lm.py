@@ -27,10 +27,16 @@ class LMConfig(TransformerConfig):
         return LM(self).init(key, batch.tokens_BL)["params"]
 
     def apply(
-        self, params: Any, batch: Any, key: Key[Array, ""] | None = None, router: State | None = None
+        self,
+        params: Any,
+        batch: Any,
+        key: Key[Array, ""] | None = None,
+        router: State | None = None,
+        replay: Int[Array, "N B L K"] | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """The model of these parameters, and what its routers remember, on a `data.Batch`; domains are tasks."""
-        given = (batch.tokens_BL, batch.segment_BL, batch.position_BL, key, router, batch.domain_B)
+        given = (batch.tokens_BL, batch.segment_BL, batch.position_BL, key, router, batch.domain_B, replay, record)
         return cast(tuple[Array, Aux | None], LM(self).apply({"params": params}, *given))
 
     def stacks(self, batch: Any) -> tuple[StackShape, ...]:
@@ -53,11 +59,12 @@ class LM(nn.Module):
         router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
         replay: Int[Array, "N B L K"] | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """segment_BL: documents packed into a row, 0 is padding. Without a key nothing is random.
 
         router: what the MoE layers remember (`LMConfig.init_router`). task_B: a task or domain for each row.
-        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again.
+        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
         """
         cfg, L = self.cfg, tokens_BL.shape[1]
         if segment_BL is None:
@@ -72,7 +79,7 @@ class LM(nn.Module):
         mask_BLL = attention_mask(segment_BL, cfg.window)
         bias_1HLL = position_bias(self, cfg, "", L, both=False)
         around = Around(mask_BLL, position_BL, segment_BL > 0, Ids(tokens_BL, task_BL), bias_1HLL)
-        x_BLD, reports = stack(cfg, StackShape("", L, 0, cfg.moe), x_BLD, around, key, router, replay)
+        x_BLD, reports = stack(cfg, StackShape("", L, 0, cfg.moe), x_BLD, around, key, router, replay, record)
         return logits(self, cfg, RMSNorm(name="norm")(x_BLD), embed_VD), joined(reports)
 
 

@@ -175,10 +175,11 @@ def stack(
     key: Key[Array, ""] | None,
     router: State | None = None,
     replay: Int[Array, "N B L K"] | None = None,
+    record: bool = False,
 ) -> tuple[Float[Array, "B L D"], list[Aux]]:
     """The layers of a stack, as modules of the one that calls this; and what their MoE layers report, in pieces.
 
-    router, replay: of the MoE layers of this stack.
+    router, replay: of the MoE layers of this stack. record: whether these report all there is to know.
     """
     reports, layer = [], 0
     for i, (block, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
@@ -193,7 +194,9 @@ def stack(
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
         )
-        x_BLD, report = Stack(cfg, shape.moe, block, name=f"{shape.prefix}stack_{i}")(x_BLD, keys_N, own, around)
+        x_BLD, report = Stack(cfg, shape.moe, block, record, name=f"{shape.prefix}stack_{i}")(
+            x_BLD, keys_N, own, around
+        )
         if report is not None:  # [n, MoE layers in the block, ...] -> [layers, ...]
             reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
     return x_BLD, reports
@@ -213,6 +216,7 @@ class Block(nn.Module):
     cfg: TransformerConfig
     moe: Any
     sparse: tuple[bool, ...]
+    record: bool = False
 
     @nn.compact
     def __call__(
@@ -230,7 +234,8 @@ class Block(nn.Module):
                 layer_key = None if key is None else jax.random.fold_in(key, i)
                 state, replay_BLK = jax.tree.map(lambda a: a[len(reports)], own)
                 ids = around.ids._replace(expert_BLK=replay_BLK)
-                y_BLD, aux = MoE(self.moe, name=f"moe_{i}")(h_BLD, around.real_BL, layer_key, state, ids)
+                given = (around.real_BL, layer_key, state, ids, self.record)
+                y_BLD, aux = MoE(self.moe, name=f"moe_{i}")(h_BLD, *given)
                 reports.append(aux)
             else:
                 ffn = self.moe if sparse else cfg.ffn

@@ -52,10 +52,16 @@ class ViTConfig(TransformerConfig):
         return ViT(self).init(key, batch.image_BYXC)["params"]
 
     def apply(
-        self, params: Any, batch: Any, key: Key[Array, ""] | None = None, router: State | None = None
+        self,
+        params: Any,
+        batch: Any,
+        key: Key[Array, ""] | None = None,
+        router: State | None = None,
+        replay: Int[Array, "N B L K"] | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
         """The model of these parameters, and what its routers remember, on `data.Images`; domains are tasks."""
-        given = (batch.image_BYXC, batch.loss_mask_BL[:, 0], key, router, batch.domain_B)
+        given = (batch.image_BYXC, batch.loss_mask_BL[:, 0], key, router, batch.domain_B, replay, record)
         return cast(tuple[Array, Aux | None], ViT(self).apply({"params": params}, *given))
 
     def stacks(self, batch: Any) -> tuple[StackShape, ...]:
@@ -76,8 +82,13 @@ class ViT(nn.Module):
         key: Key[Array, ""] | None = None,
         router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
+        replay: Int[Array, "N B L K"] | None = None,
+        record: bool = False,
     ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
-        """real_B: which images are no padding. Without a key nothing is random. task_B: a task for each image."""
+        """real_B: which images are no padding. Without a key nothing is random. task_B: a task for each image.
+
+        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
+        """
         cfg, B = self.cfg, len(image_BYXC)
         if real_B is None:
             real_B = jnp.ones(B, bool)
@@ -100,7 +111,7 @@ class ViT(nn.Module):
         position_BL = jnp.broadcast_to(jnp.arange(cfg.L), (B, cfg.L))
         ids = Ids(task_BL=None if task_B is None else of_tokens(task_B))
         around = Around(jnp.ones((B, cfg.L, cfg.L), bool), position_BL, of_tokens(real_B), ids)
-        x_BLD, reports = stack(cfg, StackShape("", cfg.L, 0, cfg.moe), x_BLD, around, key, router)
+        x_BLD, reports = stack(cfg, StackShape("", cfg.L, 0, cfg.moe), x_BLD, around, key, router, replay, record)
         x_BLD = LayerNorm(name="norm")(x_BLD[:, :1])
         if cfg.representation:
             x_BLD = jnp.einsum("bld,do->blo", x_BLD, matrix("representation_DO"))

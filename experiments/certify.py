@@ -1,0 +1,166 @@
+"""Certifies a trained model: what was measured of it against limits, checksums of its weights and config, signed.
+
+    python -m experiments.certify --workdir=runs/glam_nano --out=runs/glam_nano.json
+    python -m experiments.certify --workdir=runs/glam_nano --out=runs/signed.json --key=secret.key --limit=loss_gap=1.5
+    python -m experiments.certify --workdir=runs/glam_nano --verify=runs/signed.json --key=secret.key
+
+Measured on held-out text: load, dead experts and drop rate with the model's limit of slots; the loss without each
+expert (a pass over the text for each); the largest differences between domains. The exit code is 1 where a statistic is
+above its limit, and the certificate says so. --verify says what does not hold of a certificate, with exit code 2: any
+change of a weight, of the config or of what the certificate says. Without a key it has a plain digest, which anybody
+can make.
+"""
+
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from experiments.train import DATA_DIR, WORKDIR
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Experiment, suggestion
+from moe_jax.data import default_directory, evaluation_batches
+from moe_jax.inspect import certificate
+from moe_jax.inspect.certificate import LIMITS, Check
+from moe_jax.inspect.fairness import Fairness, columns, fairness
+from moe_jax.inspect.knockout import Effects, knock_out
+from moe_jax.inspect.look import Seen, look
+
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("data_dir")
+OUT = cli.flag(flags.DEFINE_string, "out", None, "The file for the certificate.")
+VERIFY = flags.DEFINE_string("verify", None, "A certificate to verify, of the run in --workdir.")
+KEY = flags.DEFINE_string("key", None, "A file whose bytes are the key to sign or verify with.")
+LIMIT = flags.DEFINE_multi_string("limit", [], f"NAME=VALUE, the most a statistic may be: {', '.join(LIMITS)}.")
+WINDOWS = flags.DEFINE_integer("windows", 256, "Held-out windows to measure on.", lower_bound=1)
+STEP = flags.DEFINE_integer("step", None, "The checkpoint (default: the newest; of a certificate, its own).")
+LEAST = 20  # windows of a domain that is compared with others
+
+
+class Run(NamedTuple):
+    """A trained model."""
+
+    exp: Experiment
+    step: int
+    params: Any
+    router: Mapping[str, np.ndarray]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """All that makes its outputs: parameters, and what routers remember."""
+        return {"params": self.params, "router": dict(self.router)}
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise ValueError("No run was given; say --workdir=runs/glam_nano, for instance.")
+    if bool(OUT.value) == bool(VERIFY.value):
+        raise ValueError("Say --out=FILE to certify the run, or --verify=FILE to verify its certificate.")
+    key = certificate.read_key(pathlib.Path(KEY.value)) if KEY.value else None
+    workdir = cli.folder("workdir", WORKDIR.value)
+    if VERIFY.value:
+        verified(workdir, pathlib.Path(VERIFY.value), key)
+        return
+    out, limits = pathlib.Path(OUT.value), limits_of(LIMIT.value)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it, or give another file.")
+    sys.exit(certified(restored(workdir, STEP.value), out, key, limits))
+
+
+def limits_of(given: list[str]) -> dict[str, float]:
+    """The limits, those on the command line in place of the usual ones."""
+    limits = dict(LIMITS)
+    for word in given:
+        name, _, value = word.partition("=")
+        if name not in limits:
+            raise ValueError(f"--limit={word}: there is no statistic {name!r}{suggestion(name, list(limits))}")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--limit={word}: {value!r} is no number; write --limit={name}=0.5, say.") from None
+        if not np.isfinite(limits[name]):
+            raise ValueError(f"--limit={word}: a limit is a finite number; write --limit={name}=0.5, say.")
+    return limits
+
+
+def restored(workdir: pathlib.Path, step: int | None) -> Run:
+    """The run in a workdir at a checkpoint, whose bytes are checked."""
+    saved = workdir / "config.json"
+    if not saved.is_file():
+        raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
+    exp = Experiment.from_json(saved.read_text())
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, _, at = checkpoints.restore(step=step)
+    return Run(exp, at, state["params"], state.get("router", {}))
+
+
+def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[str, float]) -> int:
+    """Measures a run and writes its certificate; 1 where a statistic is above its limit."""
+    exp, data_dir = run.exp, pathlib.Path(DATA_DIR.value) if DATA_DIR.value else default_directory()
+    _, held_out = exp.data.prepare(data_dir)
+    batches = list(evaluation_batches(held_out, exp.data.B // exp.data.accumulate, WINDOWS.value))
+    seen = look(exp.model, run.params, batches, run.router)
+    effects = knock_out(exp.model, run.params, batches, run.router, domains=len(held_out.domains))
+    found = statistics(seen, effects, fair(seen))
+    checks = [Check(name, found[name], limit) for name, limit in limits.items() if name in found]
+    about = {"step": run.step, "tokens": len(seen.token_T), "data": held_out.fingerprint, "measured": "held-out text"}
+    about |= {"not measured": sorted(set(limits) - set(found)), "knocked out": list(effects.worst[0])}
+    written = certificate.certify(checks, run.weights, exp.to_json(), key, about)
+    certificate.write(out, written)
+    for check in checks:
+        words = f"{check.name:<20} {check.value:>10.4f}  at most {check.limit:<8g}"
+        print(f"{words} {'yes' if check.passes else 'NO'}")
+    if missing := about["not measured"]:
+        print(f"not measured: {', '.join(missing)} (fewer than two domains of {LEAST} windows)")
+    print(f"{len(written['weights'])} weights of step {run.step}; {written[certificate.SEAL]['algorithm']}: {out}")
+    return int(not written["passes"])
+
+
+def fair(seen: Seen) -> Fairness | None:
+    """Differences between domains, None where there are not two with enough text."""
+    windows = [len(np.unique(seen.sequence_T[seen.domain_T == z])) for z in np.unique(seen.domain_T)]
+    return fairness(columns(seen), seen.domain_T, least=LEAST) if sum(n >= LEAST for n in windows) > 1 else None
+
+
+def statistics(seen: Seen, effects: Effects, differences: Fairness | None) -> dict[str, float]:
+    """What is held against `LIMITS`, by name."""
+    N, E = len(seen.expert_NTK), seen.probs_NTE.shape[-1]
+    choices_NE = np.array([np.bincount(seen.expert_NTK[n].ravel(), minlength=E + 1)[:E] for n in range(N)])
+    taken = seen.expert_NTK < E
+    found = {
+        "load_max_over_mean": float((choices_NE.max(1) / np.maximum(choices_NE.mean(1), 1e-9)).max()),
+        "dead_experts": float((choices_NE == 0).sum()),
+        "drop_rate": float(1 - (taken & seen.kept_NTK).sum() / max(taken.sum(), 1)),
+        "worst_knock_out": effects.worst[1],
+    }
+    if differences is not None:
+        found |= {f"{name}_gap": abs(differences.largest(name).difference) for name in differences.value}
+    return found
+
+
+def verified(workdir: pathlib.Path, path: pathlib.Path, key: bytes | None) -> None:
+    """Says that a certificate holds of a run; ValueError with all that does not."""
+    said = certificate.read(path)
+    about = said.get("about")
+    step = about.get("step") if isinstance(about, dict) else None
+    run = restored(workdir, STEP.value if STEP.value is not None else step if isinstance(step, int) else None)
+    if wrong := certificate.verify(said, run.weights, run.exp.to_json(), key):
+        for line in wrong:
+            print(line)
+        raise ValueError(f"{path} does not hold of {workdir}: {wrong[0]}{more(len(wrong) - 1)}.")
+    kind = "its signature" if key else "its digest (nobody has signed it)"
+    print(f"{path} holds: {kind}, the config and {len(said['weights'])} weights of step {run.step}.")
+    if not said["passes"]:
+        print(f"above their limits: {', '.join(c['name'] for c in said['checks'] if not c['pass'])}")
+
+
+def more(n: int) -> str:
+    return f", and {n} more" if n else ""
+
+
+if __name__ == "__main__":
+    cli.run(main)

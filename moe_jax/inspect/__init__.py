@@ -1,0 +1,89 @@
+"""Recordings of routing, what can be read from them, and what can be tried on a trained model."""
+
+from moe_jax.inspect.balance import (
+    dead_experts,
+    drop_rate_by,
+    entropy_by,
+    expert_choices,
+    expert_load,
+    load_over_time,
+    load_percentiles,
+    repeated_drops,
+    router_margin,
+)
+from moe_jax.inspect.card import Card
+from moe_jax.inspect.certificate import certify, verify
+from moe_jax.inspect.explain import Explanation
+from moe_jax.inspect.fairness import Fairness
+from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
+from moe_jax.inspect.look import Seen, look, places
+from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistics, transitions
+from moe_jax.inspect.probes import Search, probe, targets
+from moe_jax.inspect.recorder import record, record_run, recordings
+from moe_jax.inspect.recording import Recording, choices, joined, load, manifest, parts, save
+from moe_jax.inspect.similarity import (
+    chosen_together,
+    duplicates,
+    output_similarity,
+    router_saturation,
+    weight_similarity,
+)
+from moe_jax.inspect.specialisation import (
+    domain_information,
+    domain_specialisation,
+    mutual_information,
+    specialisation,
+    vocabulary_specialisation,
+)
+
+__all__ = [
+    "Card",
+    "Explanation",
+    "Fairness",
+    "Recording",
+    "Search",
+    "Seen",
+    "certify",
+    "choices",
+    "chosen_together",
+    "coactivation",
+    "dead_experts",
+    "domain_information",
+    "domain_specialisation",
+    "drop_rate_by",
+    "duplicates",
+    "entropy_by",
+    "expert_choices",
+    "expert_load",
+    "joined",
+    "knock_out",
+    "layer_dependence",
+    "load",
+    "load_over_time",
+    "load_percentiles",
+    "look",
+    "losses",
+    "manifest",
+    "mutual_information",
+    "only",
+    "output_similarity",
+    "parts",
+    "path_statistics",
+    "places",
+    "probe",
+    "record",
+    "record_run",
+    "recordings",
+    "repeated_drops",
+    "router_margin",
+    "router_saturation",
+    "save",
+    "shut",
+    "specialisation",
+    "substitute",
+    "targets",
+    "transitions",
+    "verify",
+    "vocabulary_specialisation",
+    "weight_similarity",
+]

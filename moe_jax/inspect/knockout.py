@@ -1,0 +1,145 @@
+"""What breaks without an expert: knock-out, isolation and substitution, by the loss on held-out data per domain."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from moe_jax.evaluate import evaluation_step
+from moe_jax.gating.masked import Masked
+from moe_jax.inspect.look import check_expert, place
+from moe_jax.moe import MoEConfig
+
+SHUT = "shut_E"  # in the state of a layer: see `Masked`
+
+
+class Losses(NamedTuple):
+    """Of a model on held-out data, by domain."""
+
+    nats_Z: Float[np.ndarray, "Z"]
+    targets_Z: Float[np.ndarray, "Z"]
+
+    @property
+    def by_domain_Z(self) -> Float[np.ndarray, "Z"]:
+        """Nats per target; NaN for a domain without any."""
+        return np.where(self.targets_Z > 0, self.nats_Z / np.maximum(self.targets_Z, 1), np.nan)
+
+    @property
+    def mean(self) -> float:
+        return float(self.nats_Z.sum() / self.targets_Z.sum())
+
+
+class Effects(NamedTuple):
+    """What the loss is, and by how much it rises without each of P experts, in nats per target."""
+
+    expert_P: tuple[tuple[int, int], ...]  # (layer, expert)
+    base: Losses
+    rise_P: Float[np.ndarray, "P"]
+    rise_PZ: Float[np.ndarray, "P Z"]
+
+    @property
+    def worst(self) -> tuple[tuple[int, int], float]:
+        """The expert that is missed most, and the rise without it."""
+        p = int(self.rise_P.argmax())
+        return self.expert_P[p], float(self.rise_P[p])
+
+
+def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
+    """The mask that takes these experts (layer, expert) out of reach."""
+    shut_NE = np.zeros((model.moe_layers, model.moe.E if model.moe_layers else 0), bool)
+    for layer, expert in experts:
+        check_expert(model, layer, expert)
+        shut_NE[layer, expert] = True
+    return shut_NE
+
+
+def only(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
+    """The mask that isolates experts: in this layer nobody else may be chosen, other layers stay as they are."""
+    place(model, layer)
+    shut_NE = shut(model, [(layer, e) for e in experts])
+    shut_NE[layer] = ~shut_NE[layer]
+    return shut_NE
+
+
+def masked(model: Any) -> Any:
+    """The model, whose routers never choose what the state's `shut_E` [N, E] says, with nothing dropped."""
+    if not isinstance(model.moe, MoEConfig) or not model.moe_layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layers to take experts from; give a model that has some.")
+    free = model.dropless()
+    return dataclasses.replace(free, moe=dataclasses.replace(free.moe, gating=(*free.moe.gating, Masked())))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sums(model: Any, domains: int, params: Any, router: Any, batch: Any) -> tuple[Array, Array]:
+    sums = evaluation_step(model, domains, params, router, batch)
+    return sums.nats_Z, sums.targets_Z
+
+
+def losses(
+    model: Any,
+    params: Any,
+    batches: Sequence[Any],
+    router: Mapping[str, Any] | None = None,
+    shut_NE: Bool[np.ndarray, "N E"] | None = None,
+    domains: int | None = None,
+) -> Losses:
+    """Held-out losses with these experts out of reach (`shut`, `only`), nothing dropped, on one device.
+
+    A token chooses among those that are left, its weights are theirs (of a softmax: renormalised over them); it goes
+    nowhere where fewer are left than it chooses. router: what the routers remember. domains: how many the data has;
+    None: as many as the batches name. ValueError without a target, or for a batch of other domains.
+    """
+    Z = count_domains(batches, domains)
+    mask_NE = shut(model, []) if shut_NE is None else shut_NE
+    state = {**(router or {}), SHUT: jnp.asarray(mask_NE)}
+    total = Losses(np.zeros(Z), np.zeros(Z))
+    for batch in batches:
+        nats_Z, targets_Z = jax.device_get(_sums(masked(model), Z, params, state, batch))
+        total = Losses(total.nats_Z + nats_Z, total.targets_Z + targets_Z)
+    if not total.targets_Z.sum():
+        raise ValueError("The batches hold no target to predict; give some held-out text.")
+    return total
+
+
+def count_domains(batches: Sequence[Any], domains: int | None) -> int:
+    """How many domains the data has, by the numbers in its batches where it is not said."""
+    named = 1 + max((int(np.max(batch.domain_B)) for batch in batches), default=0)
+    if domains is not None and named > domains:
+        raise ValueError(f"A batch is of domain {named - 1}, but there are domains={domains}; give {named}, or None.")
+    return named if domains is None else domains
+
+
+def knock_out(
+    model: Any,
+    params: Any,
+    batches: Sequence[Any],
+    router: Mapping[str, Any] | None = None,
+    domains: int | None = None,
+    experts: Iterable[tuple[int, int]] | None = None,
+) -> Effects:
+    """The rise of the loss without each expert alone, all of them if none are named: one pass for each."""
+    every = [(n, e) for n in range(model.moe_layers) for e in range(model.moe.E)] if experts is None else [*experts]
+    Z = count_domains(batches, domains)
+    measure = partial(losses, model, params, batches, router, domains=Z)
+    base, without = measure(), [measure(shut(model, [one])) for one in every]
+    rise_PZ = np.reshape([one.by_domain_Z - base.by_domain_Z for one in without], (len(every), Z))
+    return Effects(tuple(every), base, np.array([one.mean - base.mean for one in without]), rise_PZ)
+
+
+def substitute(model: Any, params: Any, layer: int, old: int, new: int) -> Any:
+    """The parameters with which every choice of expert `old` is computed by expert `new`, at the same weight.
+
+    It is `new`'s weights in `old`'s place; where nothing is dropped, that is what sending the rows there gives.
+    """
+    check_expert(model, layer, old)
+    check_expert(model, layer, new)
+    at = place(model, layer)
+    module = dict(params[at.stack][at.module])
+    for name in model.moe.experts.params:
+        module[name] = jnp.asarray(module[name]).at[at.repeat, old].set(module[name][at.repeat, new])
+    return {**params, at.stack: {**params[at.stack], at.module: module}}

@@ -1,0 +1,208 @@
+"""Records the routing of an experiment's model, on the experiment's mesh, batch by batch."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Experiment
+from moe_jax.core import shard
+from moe_jax.core.stats import entropy
+from moe_jax.data import AnyBatch, Images, Pairs, default_directory, evaluation_batches
+from moe_jax.data.windows import positions
+from moe_jax.inspect.recording import Recording, save
+from moe_jax.models import Model, cross_entropy
+from moe_jax.moe import State
+from moe_jax.train import Program
+
+STACKS = ("encoder", "decoder")  # of models with two
+
+
+class Routed(NamedTuple):
+    """What the MoE layers of a stack have decided about a batch."""
+
+    expert_NBLK: Int[Array, "N B L K"]
+    weight_NBLK: Float[Array, "N B L K"]
+    kept_NBLK: Bool[Array, "N B L K"]
+    top_NBLP: Float[Array, "N B L P"]
+    top_id_NBLP: Int[Array, "N B L P"]
+    entropy_NBL: Float[Array, "N B L"]
+    probs_NBLE: Float[Array, "N B L E"] | None
+
+
+class Tokens(NamedTuple):
+    """What a stack is given of a batch."""
+
+    token_BL: Int[np.ndarray, "B L"]
+    position_BL: Int[np.ndarray, "B L"]
+    segment_BL: Int[np.ndarray, "B L"]  # 0 is padding
+
+
+def record(
+    exp: Experiment,
+    params: Any,
+    batches: Iterable[AnyBatch],
+    folder: str | Path,
+    router: State | None = None,
+    domains: Sequence[str] = (),
+    dropless: bool = False,
+    keep_probs: bool = False,
+    stack: str = "decoder",
+    key: Key[Array, ""] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Path:
+    """Records what a model's routers do with batches, to a folder, holding one batch at a time; see `recording`.
+
+    router: what they remember (those of the start by default). domains: names of the domains, by number.
+    dropless: without the limit of slots. keep_probs: all probabilities, not the largest ones alone. stack: which one
+    of an encoder and a decoder. key: as in training, with its noise; without, as in evaluation. about: kept with it.
+    """
+    recorded = recordings(exp, params, batches, router, domains, dropless, keep_probs, stack, key)
+    return save(recorded, folder, {"config": exp.to_json(), "dropless": dropless, "stack": stack, **(about or {})})
+
+
+def record_run(
+    workdir: str | Path,
+    folder: str | Path,
+    windows: int | None = 256,
+    held_out: bool = True,
+    step: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+    data_dir: Path | None = None,
+    **options: Any,
+) -> Path:
+    """Records a finished or interrupted run, by its newest valid checkpoint or that of `step`.
+
+    windows: at most so many examples, spread over domains, of the held-out or the training split, in a fixed order,
+    so that two recordings are of the same tokens. mesh: in place of the run's. options: those of `record`.
+    """
+    config = Path(workdir) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
+    exp = Experiment.from_json(config.read_text())
+    if mesh is not None:
+        exp = dataclasses.replace(exp, mesh=tuple(mesh.items()))
+    split = exp.data.prepare(data_dir or default_directory())[held_out]
+    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
+        state, _, at = checkpoints.restore(step=step)
+    batches = evaluation_batches(split, exp.data.B // exp.data.accumulate, windows)
+    about = {"step": at, "data": split.fingerprint}
+    given = (exp, state["params"], batches, folder, state.get("router", {}), split.domains)
+    return record(*given, about=about, **options)
+
+
+def recordings(
+    exp: Experiment,
+    params: Any,
+    batches: Iterable[AnyBatch],
+    router: State | None = None,
+    domains: Sequence[str] = (),
+    dropless: bool = False,
+    keep_probs: bool = False,
+    stack: str = "decoder",
+    key: Key[Array, ""] | None = None,
+) -> Iterator[Recording]:
+    """The recordings of batches, one by one, as they are asked for."""
+    check(exp, stack)
+    model, program = exp.model.dropless() if dropless else exp.model, Program(exp, max(len(domains), 1))
+    look = compiled(program, exp, partial(routed, model, stack, keep_probs))
+    params = jax.device_put(params, program.shardings.params)
+    state = dict(exp.model.init_router() if router is None else router)
+    rows = documents = 0
+    for n, batch in enumerate(batches):
+        with jax.set_mesh(program.mesh):
+            now = None if key is None else jax.random.fold_in(key, n)
+            seen, nats_BL = jax.device_get(look(params, state, now, program.place(batch)))
+        part = columns(seen, nats_BL, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
+        yield part._replace(sequence_T=part.sequence_T + rows, document_T=part.document_T + documents)
+        rows, documents = rows + len(batch.domain_B), documents + part.document_T.max(initial=-1) + 1
+
+
+def check(exp: Experiment, stack: str) -> None:
+    """Refuses what cannot be recorded."""
+    if not exp.model.moe_layers:
+        raise ValueError("The model has no MoE layer to record; set config.model.moe, and a layout with sparse layers.")
+    if stack not in STACKS:
+        raise ValueError(f"stack={stack!r} is unknown; use one of {', '.join(map(repr, STACKS))}.")
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes cannot write one recording; record in a single process.")
+
+
+def compiled(program: Program, exp: Experiment, look: Callable) -> Callable:
+    """(params, router, key, batch) -> what `look` says of it, spread over the program's mesh."""
+    with jax.set_mesh(program.mesh):
+        tokens = shard.token_spec(here := shard.current(exp.exchange))
+        specs = (program.layouts.params, P(), P(), tokens)
+        return jax.jit(shard.per_shard(look, here, specs, (P(None, *tokens), tokens)))
+
+
+def routed(
+    model: Model,
+    stack: str,
+    keep_probs: bool,
+    params: Any,
+    router: State,
+    key: Key[Array, ""] | None,
+    batch: AnyBatch,
+) -> tuple[Routed, Float[Array, "B L"]]:
+    """What the layers of a stack decide of one shard's rows, and nats per target, NaN where there is none."""
+    logits_BLV, aux = model.apply(params, batch, key, router, record=True)
+    predicts_BL = batch.loss_mask_BL & (model.STACKS == 1 or stack == "decoder")
+    nats_BL = jnp.where(predicts_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
+    seen = cast(Any, aux)  # there are MoE layers, and they record
+    N, L = model.moe_layers // model.STACKS, length(model, batch, stack)
+    first = N if model.STACKS > 1 and stack == "decoder" else 0
+    expert, weight, kept, probs = (a[first : first + N, :, :L] for a in (seen.expert_BLK, *seen.recorded))
+    top, top_id = lax.top_k(probs, min(probs.shape[-1], expert.shape[-1] + 2))
+    sums = (top, top_id.astype(jnp.int16), entropy(probs), probs if keep_probs else None)
+    return Routed(expert.astype(jnp.int16), weight, kept, *sums), nats_BL
+
+
+def length(model: Any, batch: Any, stack: str) -> int:
+    """Tokens of a sequence of this stack."""
+    if isinstance(batch, Pairs):
+        return (batch.source_BM if stack == "encoder" else batch.tokens_BL).shape[1]
+    return model.L if isinstance(batch, Images) else batch.tokens_BL.shape[1]
+
+
+def tokens_of(model: Any, batch: AnyBatch, stack: str = "decoder") -> Tokens:
+    """The tokens that a stack is given; patches of images have no number in a vocabulary."""
+    if isinstance(batch, Images):
+        place_BL = np.broadcast_to(np.arange(model.L), (len(batch.domain_B), model.L))
+        return Tokens(np.full_like(place_BL, -1), place_BL, np.broadcast_to(batch.loss_mask_BL, place_BL.shape) + 0)
+    if isinstance(batch, Pairs) and stack == "encoder":
+        return Tokens(batch.source_BM, positions(batch.source_segment_BM), batch.source_segment_BM)
+    place_BL = positions(batch.segment_BL) if isinstance(batch, Pairs) else batch.position_BL
+    return Tokens(batch.tokens_BL, place_BL, batch.segment_BL)
+
+
+def columns(
+    seen: Routed,
+    nats_BL: Float[np.ndarray, "B L"],
+    tokens: Tokens,
+    domain_B: Int[np.ndarray, "B"],
+    E: int,
+    domains: Sequence[str],
+) -> Recording:
+    """A batch's real tokens, row by row, sequences and documents counted from 0."""
+    real_BL = tokens.segment_BL > 0
+    *by_layer, probs_TNE = [None if a is None else np.moveaxis(np.asarray(a)[:, real_BL], 0, 1) for a in tuple(seen)]
+    row_BL = np.broadcast_to(np.arange(len(real_BL))[:, None], real_BL.shape)
+    of_tokens: list[Any] = [*tokens, row_BL]
+    token_T, position_T, segment_T, row_T = (np.asarray(a)[real_BL].astype(np.int32) for a in of_tokens)
+    document_T = np.cumsum(np.diff(row_T, prepend=0).astype(bool) | np.diff(segment_T, prepend=1).astype(bool))
+    loss_BL = np.full(real_BL.shape, np.nan, np.float32)
+    loss_BL[:, : nats_BL.shape[1]] = nats_BL[:, : real_BL.shape[1]]  # an image has one target, by its first token
+    domain_T = np.asarray(domain_B)[row_T].astype(np.int16)
+    by_token = (token_T, position_T, document_T.astype(np.int32), domain_T, row_T, loss_BL[real_BL])
+    given: list[Any] = [*by_layer, *by_token, E, tuple(domains), probs_TNE]
+    return Recording(*given)

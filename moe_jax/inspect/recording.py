@@ -1,0 +1,172 @@
+"""What routing a model does, as columns with a row for each token; kept in a folder of files with checksums.
+
+<folder>/part-00000.npz, ...    the columns of one batch each
+<folder>/manifest.json          E, N, K, domains, config, sha256 and tokens of every part; written last
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+class Recording(NamedTuple):
+    """The routing of T real tokens by N MoE layers, in the order of the data, padding left out."""
+
+    expert_TNK: Int[np.ndarray, "T N K"]  # E is nowhere: a choice that was not taken
+    weight_TNK: Float[np.ndarray, "T N K"]
+    kept_TNK: Bool[np.ndarray, "T N K"]  # reached its expert
+    top_TNP: Float[np.ndarray, "T N P"]  # the P = min(E, K + 2) largest probabilities, largest first
+    top_id_TNP: Int[np.ndarray, "T N P"]  # and whose they are
+    entropy_TN: Float[np.ndarray, "T N"]  # of the router's probabilities, nats
+    token_T: Int[np.ndarray, "T"]  # in the vocabulary; -1 unknown, here and below
+    position_T: Int[np.ndarray, "T"]  # in its document
+    document_T: Int[np.ndarray, "T"]  # a number for each document, or the part of one, in each sequence
+    domain_T: Int[np.ndarray, "T"]
+    sequence_T: Int[np.ndarray, "T"]  # the row in the data: which sender
+    loss_T: Float[np.ndarray, "T"]  # nats of the target predicted there; NaN without one
+    E: int
+    domains: tuple[str, ...] = ()
+    probs_TNE: Float[np.ndarray, "T N E"] | None = None  # where all of them are kept
+
+    @property
+    def tokens(self) -> int:
+        return self.expert_TNK.shape[0]
+
+    @property
+    def layers(self) -> int:
+        return self.expert_TNK.shape[1]
+
+    @property
+    def K(self) -> int:
+        return self.expert_TNK.shape[2]
+
+    @property
+    def taken_TNK(self) -> Bool[np.ndarray, "T N K"]:
+        """Choices of an expert."""
+        return self.expert_TNK < self.E
+
+    @property
+    def dropped_TNK(self) -> Bool[np.ndarray, "T N K"]:
+        """Choices that did not reach their expert."""
+        return self.taken_TNK & ~self.kept_TNK
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """By name, those that there are."""
+        return {name: a for name, a in self._asdict().items() if isinstance(a, np.ndarray)}
+
+    def where(self, chosen_T: Any) -> "Recording":
+        """Some of its tokens: a mask, a slice or numbers."""
+        chosen: dict[str, Any] = {name: a[chosen_T] for name, a in self.columns.items()}
+        return self._replace(**chosen)
+
+
+def joined(parts: Iterable[Recording]) -> Recording:
+    """Recordings of the same layers, one after another; ValueError without any."""
+    several = list(parts)
+    if not several:
+        raise ValueError("There is no recording to join; give at least one.")
+    names = several[0].columns
+    whole: dict[str, Any] = {n: np.concatenate([getattr(part, n) for part in several]) for n in names}
+    return several[0]._replace(**whole)
+
+
+def choices(part: Recording, real_BL: Bool[np.ndarray, "B L"]) -> Int[np.ndarray, "N B L K"]:
+    """What was chosen in a batch whose real tokens these are, as a model takes it for `replay`."""
+    if real_BL.sum() != part.tokens:
+        raise ValueError(
+            f"The recording has {part.tokens} tokens, but the batch {real_BL.sum()}; give the part of this batch."
+        )
+    expert_BLNK = np.full((*real_BL.shape, *part.expert_TNK.shape[1:]), part.E, np.int32)
+    expert_BLNK[real_BL] = part.expert_TNK
+    return np.moveaxis(expert_BLNK, 2, 0)
+
+
+# ---------------------------------------------------------------- files
+
+
+def save(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Writes parts as they come, one file each, and in the end the manifest, without which there is no recording.
+
+    about: JSON that is kept with it, the config for instance. ValueError where there is a recording already, or no
+    token comes.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"There is a recording in {folder} already; give another folder, or delete this one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("part-*"):  # of one that was interrupted
+        left.unlink()
+    files, facts = list[dict[str, Any]](), dict[str, Any]()
+    for part in parts:
+        name = f"part-{len(files):05}.npz"
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **part.columns)  # type: ignore[arg-type]
+        _write(folder / name, buffer.getvalue())
+        files.append({"file": name, "sha256": _sha256(buffer.getvalue()), "tokens": part.tokens})
+        facts = {"E": part.E, "N": part.layers, "K": part.K, "domains": list(part.domains)}
+    if not sum(file["tokens"] for file in files):
+        raise ValueError(f"The batches hold no token to record in {folder}; give some data.")
+    manifest = {"version": VERSION, **facts, **(about or {}), "parts": files}
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+    _write(folder / MANIFEST, text.encode())
+    return folder
+
+
+def manifest(folder: str | Path) -> dict[str, Any]:
+    """What a recording says of itself; ValueError where there is none, or it has been changed."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"There is no recording in {folder}: it has no {MANIFEST}; record again, to the end.")
+    try:
+        found = json.loads(path.read_bytes())
+        intact = found.pop("sha256") == _digest(found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged: it does not match its checksum; record again, or take a copy.")
+    if found["version"] != VERSION:
+        raise ValueError(f"{path} has version {found['version']}, but {VERSION} is read here; record again.")
+    return found
+
+
+def parts(folder: str | Path) -> Iterator[Recording]:
+    """The recording batch by batch, each checked when it is read; ValueError where a byte has been changed."""
+    facts = manifest(folder)
+    for file in facts["parts"]:
+        path = Path(folder) / file["file"]
+        data = path.read_bytes() if path.is_file() else b""
+        if _sha256(data) != file["sha256"]:
+            what = "does not match its checksum" if path.is_file() else "is missing"
+            raise ValueError(f"{path} {what}; record again, or take a copy.")
+        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
+            yield Recording(**columns, E=facts["E"], domains=tuple(facts["domains"]))
+
+
+def load(folder: str | Path) -> Recording:
+    """The whole recording in a folder."""
+    return joined(parts(folder))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(facts, sort_keys=True).encode())
