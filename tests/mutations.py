@@ -181,7 +181,7 @@ MUTATIONS = (
         "mask_GS1 = jnp.ones_like(routing.mask_GS[..., None], jnp.float32)",
     ),
     Mutation("drops_not_counted", STATS, "kept=kept.sum(dtype=jnp.float32)", "kept=visits_GSE.sum()"),
-    Mutation("drops_not_seen", SCATTER, "params, C=C), queue_GSK < C", "params, C=C), routing.expert_GSK < E"),
+    Mutation("drops_not_seen", SCATTER, "default=run), kept_GSK", "default=run), real_GSK"),
     Mutation(
         "evaluation_of_one_shard",
         "moe_jax/evaluate.py",
@@ -322,8 +322,8 @@ MUTATIONS = (
     Mutation(
         "later_tokens_first",
         "moe_jax/core/routing.py",
-        "return ((jnp.cumsum(hot_GRE, axis=1) - hot_GRE) * hot_GRE)",
-        "return ((hot_GRE.sum(1, keepdims=True) - jnp.cumsum(hot_GRE, axis=1)) * hot_GRE)",
+        "rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]",
+        "rank_GR = first_GE[group_G1, sorted_GR + 1] - 1 - jnp.arange(R)[None]",
     ),
     Mutation(
         "attention_sees_the_next_token",
@@ -353,8 +353,8 @@ MUTATIONS = (
     Mutation(
         "overflowing_slot_used_again",
         SCATTER,
-        "jnp.where((queue_GSK < C) & (routing",
-        "jnp.where((queue_GSK <= C) & (routing",
+        "kept_GSK = real_GSK & (queue_GSK < C)",
+        "kept_GSK = real_GSK & (queue_GSK <= C)",
     ),
     Mutation(
         "too_few_slots_for_everybody",
@@ -365,16 +365,16 @@ MUTATIONS = (
     ),
     Mutation(
         "rows_of_a_neighbour_in_a_gradient",
-        "moe_jax/core/groups.py",
-        "g_CO = jnp.where(mine_C1, rows.read(g_RO), 0)",
-        "g_CO = rows.read(g_RO)",
+        "moe_jax/core/by_expert.py",
+        "pull(rows.mine(g_RD))",
+        "pull(rows.read(g_RD))",
         RAGGED,
     ),
     Mutation(
         "rows_back_in_the_wrong_order",
-        "moe_jax/dispatch/sort.py",
-        "back_R = jnp.argsort(order_R)",
-        "back_R = order_R",
+        "moe_jax/core/rows.py",
+        "return Places(row_GSK.reshape(-1, K), choice_R)",
+        "return Places(choice_R[:choices].reshape(-1, K), choice_R)",
         RAGGED,
     ),
     # communication, of the same numbers

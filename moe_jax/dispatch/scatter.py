@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import routing as r
 from moe_jax.core import rows
+from moe_jax.core.by_expert import by_expert
 from moe_jax.core.capacity import capacity, check_capacity
-from moe_jax.core.groups import Padded, Ragged
+from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard
 
 
@@ -49,9 +50,8 @@ class Scatter:
         args = (x_GSD, weighted, queue_GSK, kept_GSK, params)
         if shard.experts:
             return run(*args), kept_GSK
-        return lax.platform_dependent(
-            *args, cpu=partial(_occupied, experts=experts, shard=shard), default=run
-        ), kept_GSK
+        occupied = partial(_occupied, experts=experts)
+        return lax.platform_dependent(*args, cpu=occupied, default=run), kept_GSK
 
 
 def capacities(S: int, K: int, E: int) -> tuple[int, ...]:
@@ -90,9 +90,9 @@ def _padded(
     return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
 
 
-def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard):
-    """The same numbers from occupied slots alone, where a platform is as fast with any number of rows per expert."""
+def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable) -> Float[Array, "G S D"]:
+    """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
     row_GSK, sizes_E = rows.back_to_back(routing, queue_GSK, kept_GSK)
     places = rows.places(row_GSK, row_GSK.size)
-    y_RD, _ = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
+    y_RD = by_expert(experts, params, rows.send(x_GSD, places), sizes_E)
     return rows.combine(y_RD, routing.weight_GSK, places)
