@@ -251,7 +251,8 @@ def test_one_model_every_mesh(case):
         np.testing.assert_allclose(new[sure], expected[sure], rtol=1e-5, atol=1e-4 * RATE, err_msg=where)
 
     jax.tree.map_with_path(check, one.params, true.params, true.moments["mu"])
-    np.testing.assert_allclose(one.third, true.third, rtol=1e-4)
+    # Two steps later: Adam's first ones are signs, of the least gradients by rounding, and experts may choose by it.
+    np.testing.assert_allclose(one.third, true.third, rtol=5e-4)
     assert (copies_of(last) > 50) == (exp.devices > 1)
 
 
