@@ -23,7 +23,7 @@ def by_expert(
 
     params: a tree of arrays with E in front.
     """
-    return _forward(expert, params, x_RD, sizes_E, saves=0)[0]
+    return _forward(expert, params, x_RD, sizes_E, [])[0]
 
 
 def ladder(R: int, E: int) -> tuple[int, ...]:
@@ -37,7 +37,8 @@ def ladder(R: int, E: int) -> tuple[int, ...]:
 
 
 def _by_expert_fwd(expert, params, x_RD, sizes_E):
-    y_RD, saved = _forward(expert, params, x_RD, sizes_E, saves=len(_widths(expert, params, x_RD)) - 1)
+    # What the last one makes is not needed again, or can be made again.
+    y_RD, saved = _forward(expert, params, x_RD, sizes_E, _widths(expert, params, x_RD)[:-1])
     return y_RD, (params, x_RD, sizes_E, saved)
 
 
@@ -60,15 +61,15 @@ def _by_expert_bwd(expert, residuals, g_RD):
 by_expert.defvjp(_by_expert_fwd, _by_expert_bwd)
 
 
-def _forward(expert, params, x_RD, sizes_E, saves: int):
-    """The output, and what comes out of the first so many matmuls."""
+def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
+    """The output, and what comes out of the first matmuls, which are so wide."""
 
     def visit(e, rows, carry):
         (y_RD, saved), alone = carry, _Alone()
         y_RD = rows.write(y_RD, expert(_of(e, params), rows.mine(x_RD), alone))
         return y_RD, [rows.write(h_RF, made) for h_RF, made in zip(saved, alone.made, strict=False)]
 
-    saved = [lax.full_like(x_RD, 0, shape=(len(x_RD), F)) for F in _widths(expert, params, x_RD)[:saves]]
+    saved = [lax.full_like(x_RD, 0, shape=(len(x_RD), F)) for F in widths]
     return _each_expert(visit, sizes_E, len(x_RD), (lax.full_like(x_RD, 0), saved))
 
 
