@@ -14,45 +14,30 @@ can make.
 import pathlib
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from experiments import cli
 from experiments.train import DATA_DIR, WORKDIR
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import Experiment, suggestion
+from moe_jax.config import suggestion
 from moe_jax.data import default_directory, evaluation_batches
 from moe_jax.inspect import certificate
 from moe_jax.inspect.certificate import LIMITS, Check
 from moe_jax.inspect.fairness import Fairness, columns, fairness
 from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import Seen, look
+from moe_jax.inspect.run import Run, open_run
 
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("data_dir")
-OUT = cli.flag(flags.DEFINE_string, "out", None, "The file for the certificate.")
+OUT = cli.flag(flags.DEFINE_string, "out", None, "Where to write.")
 VERIFY = flags.DEFINE_string("verify", None, "A certificate to verify, of the run in --workdir.")
 KEY = flags.DEFINE_string("key", None, "A file whose bytes are the key to sign or verify with.")
 LIMIT = flags.DEFINE_multi_string("limit", [], f"NAME=VALUE, the most a statistic may be: {', '.join(LIMITS)}.")
-WINDOWS = flags.DEFINE_integer("windows", 256, "Held-out windows to measure on.", lower_bound=1)
-STEP = flags.DEFINE_integer("step", None, "The checkpoint (default: the newest; of a certificate, its own).")
+WINDOWS = cli.flag(flags.DEFINE_integer, "windows", 256, "Held-out windows to look at.")
+STEP = cli.flag(flags.DEFINE_integer, "step", None, "The checkpoint (default: the newest).")
 LEAST = 20  # windows of a domain that is compared with others
-
-
-class Run(NamedTuple):
-    """A trained model."""
-
-    exp: Experiment
-    step: int
-    params: Any
-    router: Mapping[str, np.ndarray]
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """All that makes its outputs: parameters, and what routers remember."""
-        return {"params": self.params, "router": dict(self.router)}
 
 
 def main() -> None:
@@ -60,6 +45,8 @@ def main() -> None:
         raise ValueError("No run was given; say --workdir=runs/glam_nano, for instance.")
     if bool(OUT.value) == bool(VERIFY.value):
         raise ValueError("Say --out=FILE to certify the run, or --verify=FILE to verify its certificate.")
+    if WINDOWS.value < 1:
+        raise ValueError(f"--windows={WINDOWS.value} must be at least 1.")
     key = certificate.read_key(pathlib.Path(KEY.value)) if KEY.value else None
     workdir = cli.folder("workdir", WORKDIR.value)
     if VERIFY.value:
@@ -68,7 +55,7 @@ def main() -> None:
     out, limits = pathlib.Path(OUT.value), limits_of(LIMIT.value)
     if not out.parent.is_dir():
         raise ValueError(f"--out={out}: there is no folder {out.parent}; make it, or give another file.")
-    sys.exit(certified(restored(workdir, STEP.value), out, key, limits))
+    sys.exit(certified(open_run(workdir, STEP.value), out, key, limits))
 
 
 def limits_of(given: list[str]) -> dict[str, float]:
@@ -85,17 +72,6 @@ def limits_of(given: list[str]) -> dict[str, float]:
         if not np.isfinite(limits[name]):
             raise ValueError(f"--limit={word}: a limit is a finite number; write --limit={name}=0.5, say.")
     return limits
-
-
-def restored(workdir: pathlib.Path, step: int | None) -> Run:
-    """The run in a workdir at a checkpoint, whose bytes are checked."""
-    saved = workdir / "config.json"
-    if not saved.is_file():
-        raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
-    exp = Experiment.from_json(saved.read_text())
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, _, at = checkpoints.restore(step=step)
-    return Run(exp, at, state["params"], state.get("router", {}))
 
 
 def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[str, float]) -> int:
@@ -147,7 +123,7 @@ def verified(workdir: pathlib.Path, path: pathlib.Path, key: bytes | None) -> No
     said = certificate.read(path)
     about = said.get("about")
     step = about.get("step") if isinstance(about, dict) else None
-    run = restored(workdir, STEP.value if STEP.value is not None else step if isinstance(step, int) else None)
+    run = open_run(workdir, STEP.value if STEP.value is not None else step if isinstance(step, int) else None)
     if wrong := certificate.verify(said, run.weights, run.exp.to_json(), key):
         for line in wrong:
             print(line)

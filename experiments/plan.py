@@ -22,7 +22,8 @@ from absl import flags
 from experiments import cli
 from moe_jax.config import Experiment
 from moe_jax.plan import compile as compiler
-from moe_jax.plan import page, sections
+from moe_jax.plan import sections
+from moe_jax.plan.page import found_page, plan_page
 from moe_jax.plan.plan import Site, plain, plan
 from moe_jax.plan.search import search
 from moe_jax.plan.topology import Topology, sizes, topology
@@ -92,7 +93,7 @@ def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | Non
     found = plan(exp, on, site, tokens, said, ANALYTIC.value)
     print(sections.text(sections.sections(found)), sections.verdict(found), sep="\n\n")
     write(table, lambda: json.dumps(plain(found), indent=2))
-    write(report, lambda: page.page(found))
+    write(report, lambda: plan_page(found))
 
 
 def searched(exp: Experiment, on: Topology, table: pathlib.Path | None, report: pathlib.Path | None) -> None:
@@ -111,7 +112,7 @@ def searched(exp: Experiment, on: Topology, table: pathlib.Path | None, report: 
         fitting = [i for i in range(len(found.options)) if not compiled.get(i, "").startswith("no")]
         print(f"The first{' that compiles' if compiled else ''}: {found.options[fitting[0]].flags}" if fitting else "")
     write(table, lambda: json.dumps({"topology": on.name, **plain(found), "compiled": plain(compiled)}, indent=2))
-    write(report, lambda: page.found_page(found, on.name, shown))
+    write(report, lambda: found_page(found, on.name, shown))
 
 
 def outcome(exp: Experiment, on: Topology) -> str:

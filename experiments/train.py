@@ -33,7 +33,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a new fol
 DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
-COMPARE = flags.DEFINE_multi_string("compare", [], "Workdirs of other runs to draw in the report.")
+COMPARE = flags.DEFINE_multi_string("compare", [], "Other runs to compare with in the report: their workdirs.")
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run

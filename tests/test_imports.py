@@ -15,6 +15,8 @@ ORDER = (
     ("moe",),
     ("models",),
     ("data", "optim", "metrics", "checkpoint"),
+    ("plots",),
+    ("page",),
     ("report",),
     ("config",),
     ("costs", "communication"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pathlib
 from collections import Counter
 
 import numpy as np
@@ -347,3 +348,9 @@ def test_what_cannot_be_tested_is_refused(rec):
         i.domain_information(rec._replace(domain_T=rec.position_T))
     with pytest.raises(ValueError, match="permutations=0"):
         i.domain_information(rec, 0)
+
+
+def test_the_page_names_all_there_is():
+    """docs/inspection.md has every public name of the package."""
+    text = pathlib.Path("docs/inspection.md").read_text()
+    assert [name for name in i.__all__ if f"`{name}" not in text and f".{name}`" not in text] == []

@@ -276,7 +276,7 @@ def test_the_report_has_its_figures_and_nothing_from_outside(tmp_path, sparse):
         assert any(f.startswith(title) for f in found) == sparse, title
     assert page.count("<svg") == len(found)
     assert "TopK(K=2)&#x27;  # &lt;&amp;&gt;" in page
-    for outside in ("<script", "<link", "@import", 'src="', 'href="http', "url(http"):
+    for outside in ("<script", "stylesheet", "@import", 'src="', 'href="http', "url(http"):
         assert outside not in page
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "metrics.jsonl",

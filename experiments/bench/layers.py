@@ -15,7 +15,7 @@ from experiments.bench.shapes import Shape
 from experiments.bench.timing import Program, compiled
 from experiments.bench.tokens import Tokens
 from moe_jax.core import dims, shard
-from moe_jax.core.groups import Dense
+from moe_jax.core.groups import Dense, Padded
 from moe_jax.core.shard import Shard
 from moe_jax.moe import MoE, MoEConfig, shared_layout, sizes_of
 
@@ -115,6 +115,23 @@ def twin_inputs(shape: Shape, place: Place) -> tuple[Any, Array]:
     params = drawn(shapes)
     x_TD = jax.random.normal(jax.random.key(1), (shape.T, shape.D)).astype(shape.dtype)
     return place.put(params, shared_layout(params, here)), place.put(x_TD, shard.token_spec(here))
+
+
+# ---------------------------------------------------------------- the least it could be
+
+
+def batched_passes(shape: Shape) -> tuple[Passes, Any]:
+    """The experts' matmuls alone, as XLA batches them: rows lie ready, as many for each expert. And their inputs."""
+    sizes = {**sizes_of(shape.experts), "D": shape.D, "E": shape.E}
+    params = drawn({name: dims.shape(dims.dims_of(name), sizes) for name in shape.experts.params})
+    rows = shape.E, -(-shape.T * shape.K // shape.E), shape.D
+    x_ECD = jax.random.normal(jax.random.key(1), rows).astype(shape.dtype)
+
+    def forward(params, x_ECD):
+        return shape.experts(params, x_ECD, Padded())
+
+    both = jax.value_and_grad(lambda params, x_ECD: square(forward(params, x_ECD)), (0, 1))
+    return Passes(*(compiled(f, params, x_ECD) for f in (forward, both))), (params, x_ECD)
 
 
 # ---------------------------------------------------------------- both

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from experiments.bench import stages, timing
-from experiments.bench.layers import Passes, Place, layer_inputs, layer_passes, twin_inputs, twin_passes
+from experiments.bench.layers import Passes, Place, batched_passes, layer_inputs, layer_passes, twin_inputs, twin_passes
+from experiments.bench.record import PASSES
 from experiments.bench.shapes import GiB, Shape, masks_bytes
 from experiments.bench.tokens import ROUTINGS, Tokens
 from experiments.bench.work import work
@@ -48,9 +49,20 @@ class Job:
             tokens = {name: ROUTINGS[name](shape) for name in self.routings}
             twin = twin_inputs(shape, self.place)
             dense = twin_passes(shape, self.place, *twin)
+            least = None if self.place.mesh else self.batched(shape, dense, twin)
             for name, dispatch in self.dispatchers.items():
                 if self.fits(shape, name, dispatch):
-                    yield from self.of_layer(shape, name, dispatch, tokens, dense, twin)
+                    for row in self.of_layer(shape, name, dispatch, tokens, dense, twin):
+                        yield row | {"batched": least}
+
+    def batched(self, shape: Shape, dense: Passes, twin: Any) -> dict[str, float]:
+        """tau of the experts' matmuls alone: what a layer would cost whose routing and moving of rows were free."""
+        passes, inputs = batched_passes(shape)
+        calls = ((mine.on(*inputs), its.on(*twin)) for mine, its in zip(passes, dense, strict=True))
+        return {
+            w: timing.compare(timing.in_turn(c, self.repeats, self.patience))["tau"]
+            for w, c in zip(PASSES, calls, strict=True)
+        }
 
     def fits(self, shape: Shape, name: str, dispatch: Any) -> bool:
         """Whether dense masks are small enough; says so if not."""

@@ -6,23 +6,15 @@ from typing import Any
 
 from experiments.bench.record import PASSES, Row
 from experiments.bench.stages import STAGES
-from experiments.routing_zoo.present import STYLE, lines
+from experiments.routing_zoo.present import lines
+from moe_jax.plots.style import BLACK, HATCHES, Plot, colour
 
-# Okabe and Ito's colours, told apart by every eye; hatches tell them apart without colour.
-LOOKS = (
-    ("#0072B2", ""),
-    ("#56B4E9", "///"),
-    ("#009E73", ""),
-    ("#E69F00", "\\\\\\"),
-    ("#CC79A7", "..."),
-    ("#D55E00", ""),
-)
 MiB = 2**20
 HEADS = (
     *("shape", "routing", "dispatch", "max/mean load", "kept"),
     *("forward, ms", "dense", "ratio", "quartiles"),
     *("with backward, ms", "dense", "ratio", "quartiles"),
-    *("compile, s", "dense", "temp., MiB", "dense", "FLOPs done/useful", "weights, MiB"),
+    *("compile, s", "dense", "temp., MiB", "dense", "FLOPs done/useful", "weights, MiB", "matmuls alone"),
 )
 
 
@@ -41,7 +33,9 @@ def cells(row: Row) -> list[str]:
     found += [f"{sum(row['compile_seconds'][which]):.1f}" for which in ("layer", "dense")]
     found += [mebibytes(row["temp_bytes"][which]) for which in ("layer", "dense")]
     useful = row["flops"]["useful"]
-    return [*found, f"{row['flops']['done'] / useful:.2f}" if useful else "-", mebibytes(row["weight_bytes"])]
+    found += [f"{row['flops']['done'] / useful:.2f}" if useful else "-", mebibytes(row["weight_bytes"])]
+    least = row.get("batched")
+    return [*found, " / ".join(f"{least[what]:.2f}" for what in PASSES) if least else "-"]
 
 
 def stage_table(rows: Sequence[Row]) -> str:
@@ -67,14 +61,10 @@ def mebibytes(n: int | None) -> str:
 
 def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """Bars of the ratio by shape and dispatcher, a panel for each routing and pass; strokes between quartiles."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     routings = list(dict.fromkeys(row["routing"] for row in rows))
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    with matplotlib.rc_context(STYLE):
-        size = max(7.5, 2 + 1.1 * len(shapes) * len(PASSES)), 1 + 2.3 * len(routings)
-        figure = Figure(figsize=size, layout="constrained")
+
+    def draw(figure: Any) -> None:
         panels = figure.subplots(len(routings), len(PASSES), sharey=True, squeeze=False)
         for i, routing in enumerate(routings):
             for j, (what, words) in enumerate(PASSES.items()):
@@ -82,9 +72,9 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
                 panels[i, j].set_title(f"{routing}, {words}", loc="left")
             panels[i, 0].set_ylabel("time / dense twin's")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
-        kind = path.suffix.removeprefix(".")
-        clean: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}} if kind == "svg" else {"dpi": 150}
-        figure.savefig(path, format=kind, facecolor="white", **clean)
+
+    size = max(7.5, 2 + 1.1 * len(shapes) * len(PASSES)), 1 + 2.3 * len(routings)
+    Plot(draw, size=size).save(path)
 
 
 def bars(axes: Any, rows: Sequence[Row], what: str, shapes: Sequence[str]) -> None:
@@ -92,12 +82,10 @@ def bars(axes: Any, rows: Sequence[Row], what: str, shapes: Sequence[str]) -> No
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         mine = [row for row in rows if row["dispatch"] == name]
-        colour, hatch = LOOKS[i % len(LOOKS)]
+        look = {"color": colour(i), "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white"}
         at = [shapes.index(row["shape"]) + (i + 0.5) * width - 0.4 for row in mine]
-        axes.bar(
-            at, [row[what]["tau"] for row in mine], width, color=colour, hatch=hatch, edgecolor="white", label=name
-        )
+        axes.bar(at, [row[what]["tau"] for row in mine], width, label=name, **look)
         for x, row in zip(at, mine, strict=True):
-            axes.plot([x, x], row[what]["tau_spread"], color="#333333", lw=1)
-    axes.axhline(1, color="#000000", lw=0.9, ls=(0, (4, 3)))
+            axes.plot([x, x], row[what]["tau_spread"], color=BLACK, lw=1)
+    axes.axhline(1, color=BLACK, lw=0.9, ls=(0, (4, 3)))
     axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")

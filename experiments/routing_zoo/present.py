@@ -9,12 +9,13 @@ import rich.table
 
 from experiments.routing_zoo.sweep import ranked, summaries
 from experiments.routing_zoo.zoo import DENSE
+from moe_jax.plots.style import BLACK, COLOURS, Plot
 
-# Okabe and Ito's colours, and a marker for each, so that none is told by colour alone.
+# A colour and a marker for each, so that none is told by colour alone.
 LOOKS = {
-    "gate": ("#0072B2", "o", "learned gate"),
-    "fixed": ("#D55E00", "s", "nothing learned"),
-    DENSE: ("#000000", "D", "dense twin"),
+    "gate": (COLOURS[0], "o", "learned gate"),
+    "fixed": (COLOURS[1], "s", "nothing learned"),
+    DENSE: (BLACK, "D", "dense twin"),
 }
 # Heading, key, format.
 COLUMNS = (
@@ -28,16 +29,6 @@ COLUMNS = (
     ("FLOPs", "active_flops", "{:.2f}"),
     ("ms/step", "ms_per_step", "{:.0f}"),
 )
-STYLE: Any = {
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.2,
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "routing_zoo",  # the same results give the same file
-}
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -89,16 +80,14 @@ def lines(heads: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[in
 
 def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Held-out loss by contestant, a point for each seed; and over the time of a step, by rank."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     names = [name for name in ranked(results) if not math.isnan(summaries(results)[name]["loss"][0])]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 1.6 + 0.21 * len(names)), layout="constrained")  # no pyplot, no global state
+
+    def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1), sharex=True)
         draw_losses(left, names, results)
         draw_times(right, names, results)
-        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+
+    Plot(draw, size=(11, 1.6 + 0.21 * len(names))).save(path)
 
 
 def draw_losses(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
@@ -112,9 +101,9 @@ def draw_losses(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any
             axes.scatter([r["loss"] for r in points], places, label=label, **look)
     for place, name in enumerate(names):
         if sum(r["contestant"] == name for r in results) > 1:
-            axes.plot([means[name]] * 2, [place - 0.38, place + 0.38], color="#333333", lw=1.4, zorder=4)
+            axes.plot([means[name]] * 2, [place - 0.38, place + 0.38], color=BLACK, lw=1.4, zorder=4)
     if DENSE in names:
-        axes.axvline(means[DENSE], color="#000000", lw=0.9, ls=(0, (4, 3)))
+        axes.axvline(means[DENSE], color=BLACK, lw=0.9, ls=(0, (4, 3)))
     axes.set_yticks(range(len(names)), [f"{name}  {place}" for place, name in enumerate(names, 1)])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set(xlabel="held-out loss, nats per byte, nothing dropped")

@@ -1,16 +1,12 @@
 """What an audit has found, as one static HTML page."""
 
-import html
 from collections.abc import Sequence
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
+from moe_jax import page, plots
 from moe_jax.audit.communication import Row
 from moe_jax.audit.experiment import Finding
 from moe_jax.audit.placement import Placed
 from moe_jax.config import Experiment
-from moe_jax.report import COLOURS, PAGE, STYLE, figure_of
 
 
 def findings_page(
@@ -18,32 +14,24 @@ def findings_page(
 ) -> str:
     """Everything inside one page: laws, communication (drawn too), placement of the real experiment, its config."""
     broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
-    said = "; ".join(shrunk) or "nothing"
     parts = [
-        f"<p>{broken} of {len(found) + len(rows)} findings break a law that the config claims. "
-        f"Shrunk: {html.escape(said)}.</p>",
-        table(("law", "tried on", "holds", "figure"), [_law(f) for f in found]),
-        _drawn(rows),
-        table(
+        page.text(
+            f"{broken} of {len(found) + len(rows)} findings break a law that the config claims. "
+            f"Shrunk: {'; '.join(shrunk) or 'nothing'}."
+        ),
+        page.table(("law", "tried on", "holds", "figure"), [_law(f) for f in found]),
+        *([page.figure(drawn(step), wide=True)] if (step := _of_step(rows)) else []),
+        page.table(
             ("pass", "collective", "over", "count", "bytes", "on the wire", "predicted", "holds", "predicted for"),
             [_row(row) for row in rows],
         ),
-        table(
+        page.table(
             ("parameter", "shape", "spread over", "bytes on a device", "optimizer"),
             [_placed(p) for p in placed] + [_total(placed)],
         ),
-        f"<details><summary>config</summary><pre>{html.escape(exp.to_json())}</pre></details>",
+        page.folded("config", exp.to_json()),
     ]
-    return PAGE.replace("TITLE", "Audit").replace("BODY", "\n".join(parts))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(word)}</th>" for word in head)
-    body = "".join(
-        f"<tr><th>{html.escape(first)}</th>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in rest) + "</tr>"
-        for first, *rest in rows
-    )
-    return f"<table><tr>{cells}</tr>{body}</table>"
+    return page.page("Audit", parts)
 
 
 def _law(f: Finding) -> tuple[str, ...]:
@@ -66,18 +54,13 @@ def _total(placed: Sequence[Placed]) -> tuple[str, ...]:
     return "on a device", "", "", *(f"{n:,}" for n in sums)
 
 
-def _drawn(rows: Sequence[Row]) -> str:
-    """Bytes of a step by collective and axes, on the wire, predicted beside compiled."""
-    step = [row for row in rows if row.part == "step" and max(row.compiled.bytes, row.predicted.bytes)]
-    with rc_context(STYLE):
-        return figure_of("Communication of a step", "bytes that a device sends", _bars, step, wide=True) if step else ""
+def _of_step(rows: Sequence[Row]) -> list[Row]:
+    """What a step sends."""
+    return [row for row in rows if row.part == "step" and max(row.compiled.bytes, row.predicted.bytes)]
 
 
-def _bars(figure: Figure, step: Sequence[Row]) -> None:
-    axes, places = figure.subplots(), range(len(step))
-    for name, shift, colour in (("predicted", -0.2, COLOURS[0]), ("compiled", 0.2, COLOURS[1])):
-        wires = [getattr(row, name).wire for row in step]
-        axes.barh([i + shift for i in places], wires, 0.38, color=colour, label=name)
-    axes.set_yticks(list(places), [f"{row.compiled.op}, {' x '.join(row.compiled.axes)}" for row in step])
-    axes.invert_yaxis()
-    axes.legend()
+def drawn(step: Sequence[Row]) -> plots.Plot:
+    """Bytes by collective and axes, on the wire, predicted beside compiled."""
+    names = [f"{row.compiled.op}, {' x '.join(row.compiled.axes)}" for row in step]
+    wires = {name: [getattr(row, name).wire for row in step] for name in ("predicted", "compiled")}
+    return plots.bars(names, wires, "bytes", "Communication of a step", "bytes that a device sends", plots.WIDE)

@@ -21,6 +21,7 @@ from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistic
 from moe_jax.inspect.probes import Search, probe, targets
 from moe_jax.inspect.recorder import record, record_run, recordings
 from moe_jax.inspect.recording import Recording, choices, joined, load, manifest, parts, save
+from moe_jax.inspect.run import Run, open_run
 from moe_jax.inspect.similarity import (
     chosen_together,
     duplicates,
@@ -41,6 +42,7 @@ __all__ = [
     "Explanation",
     "Fairness",
     "Recording",
+    "Run",
     "Search",
     "Seen",
     "certify",
@@ -66,6 +68,7 @@ __all__ = [
     "manifest",
     "mutual_information",
     "only",
+    "open_run",
     "output_similarity",
     "parts",
     "path_statistics",

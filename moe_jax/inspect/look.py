@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.core.capacity import capacity
 from moe_jax.core.context import Context
-from moe_jax.core.routing import TokenChoice, queue
+from moe_jax.core.routing import TokenChoice
 from moe_jax.models import cross_entropy
 from moe_jax.models.layout import sparse_layers, stacks
 from moe_jax.moe import MoEConfig, State
@@ -90,17 +89,12 @@ class Seen(NamedTuple):
 
 @functools.lru_cache
 def tapped(moe: MoEConfig) -> MoEConfig:
-    """The same layer on one device, whose statistics' `sums` hold what it saw and decided of each token."""
-    kind, d = type(moe.router), moe.dispatch
+    """The same layer on one device; `sums` of its statistics hold what its router is given of tokens, and logits."""
+    kind = type(moe.router)
 
     def call(self, params, x_GSD, mask_GS, ctx=Context()):
         routing = kind.__call__(self, params, x_GSD, mask_GS, ctx)
-        (_, S, K), E = routing.expert_GSK.shape, routing.E
-        kept_GSK = routing.expert_GSK < E
-        if d.capacity_factor is not None:
-            kept_GSK &= queue(routing, d.priority) < capacity(S, K, E, d.capacity_factor, d.convention)
-        sums = {"input": x_GSD, "logits": routing.logits_GSE, "probs": routing.probs_GSE, "kept": kept_GSK}
-        return routing._replace(sums=sums | {"expert": routing.expert_GSK, "weight": routing.weight_GSK})
+        return routing._replace(sums={"input": x_GSD, "logits": routing.logits_GSE})
 
     router = type(kind.__name__, (kind,), {"__call__": call})
     fields = {f.name: getattr(moe.router, f.name) for f in dataclasses.fields(moe.router)}
@@ -109,10 +103,11 @@ def tapped(moe: MoEConfig) -> MoEConfig:
 
 def peek(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dict[str, Array], Float[Array, "B L V"]]:
     """What the MoE layers saw and decided of a batch, each [N, B, L, ...], and the logits of the model."""
-    B, L = batch.tokens_BL.shape
     tap = dataclasses.replace(model, moe=tapped(model.moe))
-    logits_BLV, aux = tap.apply(params, batch, router=router)
-    return {name: a.reshape(len(a), B, L, a.shape[-1]) for name, a in aux.stats.sums.items()}, logits_BLV
+    logits_BLV, aux = tap.apply(params, batch, router=router, record=True)
+    tapped_NGS = {name: a.reshape(len(a), *batch.tokens_BL.shape, a.shape[-1]) for name, a in aux.stats.sums.items()}
+    weight, kept, probs = aux.recorded
+    return tapped_NGS | {"expert": aux.expert_BLK, "weight": weight, "kept": kept, "probs": probs}, logits_BLV
 
 
 @partial(jax.jit, static_argnums=0)

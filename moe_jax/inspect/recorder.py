@@ -13,13 +13,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.core import shard
 from moe_jax.core.stats import entropy
 from moe_jax.data import AnyBatch, Images, Pairs, default_directory, evaluation_batches
 from moe_jax.data.windows import positions
 from moe_jax.inspect.recording import Recording, save
+from moe_jax.inspect.run import open_run
 from moe_jax.models import Model, cross_entropy
 from moe_jax.moe import State
 from moe_jax.train import Program
@@ -85,19 +85,12 @@ def record_run(
     windows: at most so many examples, spread over domains, of the held-out or the training split, in a fixed order,
     so that two recordings are of the same tokens. mesh: in place of the run's. options: those of `record`.
     """
-    config = Path(workdir) / "config.json"
-    if not config.is_file():
-        raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
-    exp = Experiment.from_json(config.read_text())
-    if mesh is not None:
-        exp = dataclasses.replace(exp, mesh=tuple(mesh.items()))
+    run = open_run(workdir, step)
+    exp = run.exp if mesh is None else dataclasses.replace(run.exp, mesh=tuple(mesh.items()))
     split = exp.data.prepare(data_dir or default_directory())[held_out]
-    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
-        state, _, at = checkpoints.restore(step=step)
     batches = evaluation_batches(split, exp.data.B // exp.data.accumulate, windows)
-    about = {"step": at, "data": split.fingerprint}
-    given = (exp, state["params"], batches, folder, state.get("router", {}), split.domains)
-    return record(*given, about=about, **options)
+    about = {"step": run.step, "data": split.fingerprint}
+    return record(exp, run.params, batches, folder, run.router, split.domains, about=about, **options)
 
 
 def recordings(

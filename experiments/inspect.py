@@ -1,0 +1,194 @@
+"""Looks inside a run: what its routers and experts do, as one HTML page and as JSON; or at one in progress.
+
+    python -m experiments.inspect --workdir=runs/glam_nano
+    python -m experiments.inspect --workdir=runs/glam_nano --step=600 --out=runs/inspect_600
+    python -m experiments.inspect --workdir=runs/glam_nano --compare=runs/glam_nano@600 --compare=runs/switch_nano
+    python -m experiments.inspect --workdir=runs/glam_nano --live
+
+Records the routing of held-out data by a checkpoint, on the run's mesh and with its limit of slots, takes out every
+expert in turn, and writes report.html, report.json and, with --figures, every figure as a file. A run that is compared
+is recorded on the same data; where layers and experts are the same, so are choices counted. --live shows a run that is
+still going on, in the terminal and as a page (live.html) that loads itself again, until it ends.
+"""
+
+import json
+import pathlib
+import sys
+from contextlib import suppress
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.live import Live
+
+from experiments import cli
+from experiments.train import COMPARE, DATA_DIR, WORKDIR
+from moe_jax import page
+from moe_jax.config import Experiment
+from moe_jax.data import default_directory, evaluation_batches
+from moe_jax.inspect import live, report
+from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, plain, weights_of
+from moe_jax.inspect.card import card, text
+from moe_jax.inspect.knockout import Effects, knock_out
+from moe_jax.inspect.look import look
+from moe_jax.inspect.recorder import STACKS, check, recordings
+from moe_jax.inspect.recording import Recording, joined
+from moe_jax.inspect.run import Run, experiment, open_run
+from moe_jax.report import write_report
+
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("data_dir")
+flags.declare_key_flag("compare")
+STEP = cli.flag(flags.DEFINE_integer, "step", None, "The checkpoint (default: the newest).")
+OUT = cli.flag(flags.DEFINE_string, "out", None, "Where to write.")
+WINDOWS = cli.flag(flags.DEFINE_integer, "windows", 256, "Held-out windows to look at.")
+KNOCK_OUT = flags.DEFINE_bool("knock_out", True, "Take out every expert in turn: a pass over the text for each.")
+STACK = flags.DEFINE_enum("stack", "decoder", STACKS, "Of a model with two, the one to look into.")
+FIGURES = flags.DEFINE_string("figures", None, "A folder for the figures, each as a file of its own.")
+KIND = flags.DEFINE_enum("figure_kind", "svg", ["svg", "png", "pdf"], "What files they are.")
+LIVE = flags.DEFINE_bool("live", False, "Show a run in progress, until it ends.")
+CARDS = 8  # experts that get a card
+CARD_WINDOWS = 64
+SECONDS = 1.0  # between looks at a run in progress
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise ValueError("No run was given; say --workdir=runs/glam_nano, for instance.")
+    workdir = cli.folder("workdir", WORKDIR.value)
+    if LIVE.value:
+        watch(workdir)
+        return
+    if WINDOWS.value < 1:
+        raise ValueError(f"--windows={WINDOWS.value} must be at least 1.")
+    out = cli.folder("out", OUT.value) if OUT.value else workdir / "inspect"
+    drawn = cli.folder("figures", FIGURES.value) if FIGURES.value else None
+    cli.simulate(experiment(workdir))
+    run, others = open_run(workdir, STEP.value), [(name, opened(name)) for name in COMPARE.value]
+    found, cards = inspected(run, others)
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{workdir.resolve().name}, step {run.step:,}"
+    page.write(out / "report.json", json.dumps(plain(found), indent=1))
+    path = page.write(out / "report.html", report.inspection_page(name, found, run.exp.to_json(), cards))
+    say(f"written: {path}, and report.json beside it")
+    if drawn is not None:
+        drawn.mkdir(parents=True, exist_ok=True)
+        for title, plot in report.named_figures(found).items():
+            plot.save(drawn / f"{title}.{KIND.value}")
+        say(f"figures: {drawn}")
+
+
+def opened(name: str) -> Run:
+    """RUN or RUN@STEP."""
+    path, _, step = name.partition("@")
+    if step and not step.isdecimal():
+        raise ValueError(f"--compare={name}: {step!r} is no step; write --compare={path}@600, say.")
+    return open_run(cli.folder("compare", path), int(step) if step else None)
+
+
+# ---------------------------------------------------------------- a checkpoint
+
+
+def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], list[str]]:
+    """All that is found of a run beside others, and the cards of a few experts."""
+    exp = run.exp
+    check(exp, STACK.value)
+    split = exp.data.prepare(pathlib.Path(DATA_DIR.value) if DATA_DIR.value else default_directory())[1]
+    batches = list(evaluation_batches(split, exp.data.B // exp.data.accumulate, WINDOWS.value))
+    decode = None if not hasattr(split, "tokenizer") else lambda token: words(split.tokenizer, token)
+    say("recording")
+    rec = recorded(run, batches, split.domains)
+    found = described(run, rec, decode)
+    found |= {"step": run.step, "data": split.fingerprint, "compare": []}
+    cards: list[str] = []
+    if KNOCK_OUT.value:
+        say(f"taking out {exp.model.moe_layers * exp.model.moe.E} experts, one by one")
+        effects = knock_out(exp.model, run.params, batches, run.router, domains=len(split.domains))
+        found["knock_out"] = effects_of(effects)
+        if exp.model.takes == "tokens":
+            cards = cards_of(run, batches, effects, split.domains, decode)
+    for name, other in others:
+        say(f"recording {name}")
+        found["compare"].append(beside(name, other, rec, exp, batches, split.domains))
+    return found, cards
+
+
+def recorded(run: Run, batches: list[Any], domains: tuple[str, ...]) -> Recording:
+    """What a run's routers do with these batches, with its limit of slots."""
+    return joined(recordings(run.exp, run.params, batches, run.router, domains, stack=STACK.value))
+
+
+def described(run: Run, rec: Recording, decode: Any) -> dict[str, Any]:
+    found = analyse(rec, layer_names(run.exp.model, STACK.value), decode)
+    if run.exp.model.STACKS == 1:
+        found["weights"] = weights_of(run.exp.model, run.params)
+    return found
+
+
+def beside(
+    name: str, other: Run, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
+) -> dict[str, Any]:
+    """Another run on the same data; ValueError where it takes other data."""
+    if (other.exp.data.tokenizer, other.exp.data.L, other.exp.data.objective) != (
+        exp.data.tokenizer,
+        exp.data.L,
+        exp.data.objective,
+    ):
+        raise ValueError(
+            f"--compare={name}: it reads other tokens, or sequences of another length; compare runs that agree."
+        )
+    if not other.exp.model.moe_layers:
+        raise ValueError(f"--compare={name}: it has no MoE layer; compare with a run that has some.")
+    its = recorded(other, batches, domains)
+    found = {"name": name, "step": other.step, **analyse(its, layer_names(other.exp.model, STACK.value))}
+    with suppress(ValueError):  # other layers, or other experts
+        found["same"] = compared(rec, its)
+    return found
+
+
+def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:
+    """Cards of the experts that are missed most, on a part of the text."""
+    rows, few = 0, []
+    for batch in batches:
+        if rows < CARD_WINDOWS:
+            few.append(batch)
+            rows += len(batch.domain_B)
+    seen = look(run.exp.model, run.params, few, run.router)
+    order = sorted(range(len(effects.expert_P)), key=lambda p: -effects.rise_P[p])[:CARDS]
+    made = (card(run.exp.model, run.params, seen, *effects.expert_P[p], effects) for p in order)
+    return [text(one, domains, decode) for one in made]
+
+
+def words(tokenizer: Any, token: int) -> str:
+    """A token as it is read; control characters by their escapes."""
+    written = tokenizer.decode([token]).decode(errors="backslashreplace")
+    return written.encode("unicode_escape").decode() if not written.isprintable() else written or f"<{token}>"
+
+
+# ---------------------------------------------------------------- a run in progress
+
+
+def watch(workdir: pathlib.Path) -> None:
+    """Shows a run until it ends, or somebody has seen enough."""
+    saved = workdir / "config.json"
+    exp = Experiment.from_json(saved.read_text()) if saved.is_file() else None
+    config, total = (exp.to_json(), exp.run.steps) if exp else ("", None)
+    console, records = Console(stderr=True), live.follow(workdir, SECONDS)
+    if not console.is_terminal:
+        for now in records:
+            write_report(workdir, config, file="live.html", reload=5)
+            console.print(live.view(now, total))
+        return
+    say(f"also as a page: {workdir / 'live.html'}")
+    with Live(console=console, auto_refresh=False) as shown, suppress(KeyboardInterrupt):
+        for now in records:
+            write_report(workdir, config, file="live.html", reload=5)
+            shown.update(live.view(now, total), refresh=True)
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,180 @@
+"""All that is read from a recording, as named arrays and plain values: what the report draws and its JSON holds."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.inspect.balance import (
+    check_same_tokens,
+    dead_experts,
+    drop_rate_by,
+    entropy_by,
+    expert_choices,
+    expert_load,
+    load_percentiles,
+    repeated_drops,
+    router_margin,
+)
+from moe_jax.inspect.fairness import Fairness, fairness
+from moe_jax.inspect.knockout import Effects
+from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistics, transitions
+from moe_jax.inspect.recording import Recording
+from moe_jax.inspect.similarity import chosen_together, duplicates, router_saturation, weight_similarity
+from moe_jax.inspect.specialisation import domain_information, domain_specialisation, vocabulary_specialisation
+from moe_jax.models.layout import sparse_layers
+
+POSITIONS = 32  # bins of positions
+LEAST = 20  # sequences of a domain that is compared with others
+TOKENS = 8  # of an expert that are named
+
+
+def layer_names(model: Any, stack: str = "decoder") -> list[str]:
+    """Of a stack's MoE layers: their numbers among all of its layers."""
+    return [f"layer {n}" for n, sparse in enumerate(sparse_layers(model.layout, model.N)) if sparse]
+
+
+def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] | None = None) -> dict[str, Any]:
+    """Everything that a recording says by itself. names: of its layers. decode: a token, as words."""
+    domains = list(rec.domains) or [str(z) for z in range(int(rec.domain_T.max(initial=0)) + 1)]
+    several = len(np.unique(rec.domain_T[rec.domain_T >= 0])) > 1
+    loss = rec.loss_T[np.isfinite(rec.loss_T)]
+    found: dict[str, Any] = {
+        "tokens": rec.tokens,
+        "sequences": len(np.unique(rec.sequence_T)),
+        "layers": list(names),
+        "E": rec.E,
+        "K": rec.K,
+        "domains": domains,
+        "loss": float(loss.mean()) if loss.size else None,
+        "choices": expert_choices(rec),
+        "load": expert_load(rec),
+        "load_percentiles": load_percentiles(rec),
+        "dead": dead_experts(rec),
+        "drop_rate": rec.dropped_TNK.sum((0, 2)) / np.maximum(rec.taken_TNK.sum((0, 2)), 1),
+        "entropy": rec.entropy_TN.mean(0),
+        "margin": margins(rec),
+        "drops_again": repeated_drops(rec)._asdict(),
+        "coactivation": coactivation(rec),
+        "chosen_together": [duplicates(s_EE, 0.9) for s_EE in chosen_together(rec)],
+        "transitions": transitions(rec),
+        "dependence": layer_dependence(rec)._asdict(),
+        "paths": path_statistics(rec)._asdict(),
+        "by_position": by_position(rec),
+        "by_domain": by_domain(rec) if several else None,
+        "specialisation": domain_specialisation(rec)._asdict() if several else None,
+        "information": information(rec) if several else None,
+        "fairness": fair(rec) if several else None,
+        "favourites": favourites(rec, decode) if decode and (rec.token_T >= 0).any() else None,
+    }
+    return found
+
+
+def margins(rec: Recording) -> dict[str, Any] | None:
+    """How far choices are from being others, by layer: percentiles, and a histogram over tokens."""
+    if rec.K >= rec.E:
+        return None
+    margin_TN = router_margin(rec)
+    edges = np.linspace(0, max(float(margin_TN.max(initial=0)), 1e-6), 41)
+    share_NX = np.stack([np.histogram(m_T, edges)[0] for m_T in margin_TN.T]) / max(rec.tokens, 1)
+    return {"percentiles": np.percentile(margin_TN, (5, 25, 50, 75, 95), axis=0).T, "edges": edges, "share": share_NX}
+
+
+def by_position(rec: Recording) -> dict[str, Any]:
+    """Drops and entropy over the position in a document, in at most so many bins."""
+    width = -(-(int(rec.position_T.max(initial=0)) + 1) // POSITIONS)
+    bin_T = rec.position_T // width
+    drops, entropy = drop_rate_by(rec, bin_T), entropy_by(rec, bin_T)
+    return {"position": drops.group_A * width, "drop_rate": drops.value_AN, "entropy": entropy.value_AN}
+
+
+def by_domain(rec: Recording) -> dict[str, Any]:
+    """Tokens, loss, drops and entropy of every domain that is known."""
+    known = rec.where(rec.domain_T >= 0)
+    drops, entropy = drop_rate_by(known, known.domain_T), entropy_by(known, known.domain_T)
+    loss = [np.nan_to_num(known.loss_T[known.domain_T == z], nan=0).sum() for z in drops.group_A]
+    targets = [np.isfinite(known.loss_T[known.domain_T == z]).sum() for z in drops.group_A]
+    return {
+        "domain": drops.group_A,
+        "tokens": drops.tokens_A,
+        "loss": np.array(loss) / np.maximum(targets, 1),
+        "drop_rate": drops.value_AN,
+        "entropy": entropy.value_AN,
+    }
+
+
+def information(rec: Recording) -> dict[str, Any] | None:
+    """Mutual information of domain and expert; None where sequences are of several domains."""
+    try:
+        return domain_information(rec)._asdict()
+    except ValueError:
+        return None
+
+
+def fair(rec: Recording) -> dict[str, Any] | None:
+    """The largest difference between domains of each metric; None where not two have enough sequences."""
+    windows = [len(np.unique(rec.sequence_T[rec.domain_T == z])) for z in np.unique(rec.domain_T[rec.domain_T >= 0])]
+    if sum(n >= LEAST for n in windows) < 2:
+        return None
+    it: Fairness = fairness(rec, rec.domain_T, least=LEAST)
+    return {
+        "domain": it.groups,
+        "value": dict(it.value),
+        "interval": dict(it.interval),
+        "largest": [it.largest(name)._asdict() for name in it.value],
+    }
+
+
+def favourites(rec: Recording, decode: Callable[[int], str]) -> list[list[list[dict[str, Any]]]]:
+    """By layer and expert: the tokens that choose it most often over their share of all, frequent ones only."""
+    spec = vocabulary_specialisation(rec, least=max(8, rec.tokens // 2000))
+    words = [decode(int(token)) for token in spec.class_A]
+    found = []
+    for lift_EA, share_EA in zip(np.nan_to_num(spec.lift_NEA), spec.share_NEA, strict=True):
+        order_EA = np.argsort(-lift_EA, 1, kind="stable")[:, :TOKENS]
+        found.append(
+            [
+                [{"token": words[a], "lift": float(lift_EA[e, a]), "share": float(share_EA[e, a])} for a in order_A]
+                for e, order_A in enumerate(order_EA)
+            ]
+        )
+    return found
+
+
+def effects_of(effects: Effects) -> dict[str, Any]:
+    """What a knock-out of every expert has shown."""
+    return {
+        "expert": np.array(effects.expert_P),
+        "base": effects.base.by_domain_Z,
+        "rise": effects.rise_P,
+        "rise_by_domain": effects.rise_PZ,
+    }
+
+
+def weights_of(model: Any, params: Any) -> dict[str, Any]:
+    """How alike the experts' weights are, by layer, and which are twins."""
+    similarity_NEE = np.stack([weight_similarity(model, params, n) for n in range(model.moe_layers)])
+    return {"similarity": similarity_NEE, "duplicates": [duplicates(s_EE) for s_EE in similarity_NEE]}
+
+
+def compared(rec: Recording, other: Recording) -> dict[str, Any]:
+    """Two recordings of the same tokens, of the same layers and experts: the share of choices they have in common."""
+    check_same_tokens(rec, other)
+    chance_N = [float(rec.K * (a_E * b_E).sum()) for a_E, b_E in zip(expert_load(rec), expert_load(other), strict=True)]
+    return {"saturation": router_saturation(other, rec), "chance": np.minimum(chance_N, 1.0)}
+
+
+# ---------------------------------------------------------------- as JSON
+
+
+def plain(value: Any, digits: int = 5) -> Any:
+    """What strict JSON can hold: arrays as lists, so many digits, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, digits) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), digits)
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+    return value

@@ -1,0 +1,41 @@
+"""A trained model, opened from the folder of its run."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Experiment
+from moe_jax.moe import State
+
+
+class Run(NamedTuple):
+    """An experiment and a checkpoint of it."""
+
+    exp: Experiment
+    step: int
+    params: Any
+    router: State  # what routers remember
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """All that makes its outputs."""
+        return {"params": self.params, "router": dict(self.router)}
+
+
+def experiment(workdir: str | Path) -> Experiment:
+    """What was run in a workdir; ValueError where nothing was."""
+    config = Path(workdir) / "config.json"
+    if not config.is_file():
+        raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
+    return Experiment.from_json(config.read_text())
+
+
+def open_run(workdir: str | Path, step: int | None = None) -> Run:
+    """The run in a workdir at the newest valid checkpoint or that of `step`, whose bytes are checked.
+
+    ValueError where there is no run, or no such checkpoint.
+    """
+    exp = experiment(workdir)
+    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
+        state, _, at = checkpoints.restore(step=step)
+    return Run(exp, at, state["params"], state.get("router", {}))

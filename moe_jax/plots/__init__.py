@@ -1,0 +1,24 @@
+"""Every figure of reports and notebooks, in one style that is safe for colour-blind readers and for print."""
+
+from moe_jax.plots.charts import Curve, bars, histogram, lines, matrices, regions
+from moe_jax.plots.runs import Runs, auxiliary, domains, layers, loads, losses
+from moe_jax.plots.style import NARROW, WIDE, Plot, beside
+
+__all__ = [
+    "NARROW",
+    "WIDE",
+    "Curve",
+    "Plot",
+    "Runs",
+    "auxiliary",
+    "bars",
+    "beside",
+    "domains",
+    "histogram",
+    "layers",
+    "lines",
+    "loads",
+    "losses",
+    "matrices",
+    "regions",
+]

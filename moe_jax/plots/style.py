@@ -1,0 +1,115 @@
+"""One style for every figure: in a page it takes the page's colours, in a notebook or a file it is black on white."""
+
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
+
+# Okabe and Ito's colours, told apart by every eye and seen on white and on black; a mark for each, for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKS = ("o", "s", "^", "D", "v", "P")
+HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
+Number = int | float | np.number
+Size = tuple[int | float, int | float]  # inches, width and height
+INK = "#123456"  # stands for the page's text colour in a figure, so that one page serves light and dark
+BLACK = "#1f2328"
+WIDE, NARROW = (11.4, 3.0), (5.6, 3.1)
+
+
+def style(ink: str = BLACK) -> Any:
+    """matplotlib's settings; text and strokes in this colour."""
+    return {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.alpha": 0.15,
+        "grid.color": ink,
+        "lines.color": ink,
+        "font.size": 9.5,
+        "axes.titlesize": 9.5,
+        "figure.titlesize": 10.5,
+        "hatch.linewidth": 0.6,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "moe_jax",  # the same numbers give the same file
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A figure that is drawn where it is shown: `svg` for a page, a picture in a notebook, `save` for a file.
+
+    draw: draws into an empty matplotlib figure, whose settings are set. size: in inches, width and height.
+    """
+
+    draw: Callable[["FigureBase"], None]
+    title: str = ""
+    note: str = ""  # what is to be known to read it
+    size: Size = NARROW
+
+    def svg(self) -> str:
+        """The figure as an <svg> whose ink is the colour of the text around it."""
+        text = self._bytes("svg", INK, facecolor="none", metadata=_UNDATED).decode()
+        return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :].replace(INK, "currentColor"))  # ids repeat
+
+    def save(self, path: str | Path) -> Path:
+        """Writes it to a .png, .svg or .pdf file, titles and all; ValueError for another kind."""
+        path = Path(path)
+        kinds: dict[str, dict[str, Any]] = {".png": {"dpi": 150}, ".svg": {"metadata": _UNDATED}, ".pdf": {}}
+        if path.suffix not in kinds:
+            raise ValueError(f"{path} is of no kind that can be drawn; end it in {', '.join(kinds)}.")
+        path.write_bytes(self._bytes(path.suffix[1:], BLACK, titled=True, facecolor="white", **kinds[path.suffix]))
+        return path
+
+    def _repr_png_(self) -> bytes:
+        return self._bytes("png", BLACK, titled=True, dpi=110, facecolor="white")
+
+    def _bytes(self, kind: str, ink: str, titled: bool = False, **options: Any) -> bytes:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        written = io.BytesIO()
+        with matplotlib.rc_context(style(ink)):
+            figure = Figure(figsize=self.size, layout="constrained")  # no pyplot, no global state
+            self.draw(figure)
+            if titled and self.title:
+                figure.suptitle(f"{self.title}   ({self.note})" if self.note else self.title, x=0.01, ha="left")
+            figure.savefig(written, format=kind, **options)
+        return written.getvalue()
+
+
+_UNDATED: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def beside(plots: Sequence[Plot], columns: int | None = None, title: str = "", note: str = "") -> Plot:
+    """Several figures as one, row by row, each under its own title; all in one row by default."""
+    columns = columns or len(plots)
+    rows = [plots[i : i + columns] for i in range(0, len(plots), columns)]
+
+    def draw(figure: Any) -> None:
+        heights = [max(plot.size[1] for plot in row) for row in rows]
+        for whole, row in zip(
+            figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights).flat, rows, strict=True
+        ):
+            widths = [plot.size[0] for plot in row] + [NARROW[0]] * (columns - len(row))
+            for part, plot in zip(
+                whole.subfigures(1, columns, squeeze=False, width_ratios=widths).flat, row, strict=False
+            ):
+                plot.draw(part)
+                part.suptitle(plot.title)
+
+    width = max(sum(plot.size[0] for plot in row) for row in rows)
+    height = sum(max(plot.size[1] for plot in row) for row in rows)
+    return Plot(draw, title, note, (width, height))
