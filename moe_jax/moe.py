@@ -16,7 +16,7 @@ from moe_jax.core import dims, shard
 from moe_jax.core.context import Context, Ids
 from moe_jax.core.groups import Dense, Ragged
 from moe_jax.core.parameter import parameter
-from moe_jax.core.routing import TokenChoice
+from moe_jax.core.routing import TokenChoice, queue
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
 from moe_jax.losses import LOGGED
@@ -30,6 +30,7 @@ class Recorded(NamedTuple):
 
     weight_BLK: Float[Array, "*N B L K"]  # what the expert's output is multiplied with
     kept_BLK: Bool[Array, "*N B L K"]  # whether it has reached its expert
+    slot_BLK: Int[Array, "*N B L K"]  # place in its expert's queue, in its routing group, from 0; -1 nowhere
     probs_BLE: Float[Array, "*N B L E"]  # of the router
 
 
@@ -89,7 +90,10 @@ def forward(
     if isinstance(routing, TokenChoice):
         by_token = lambda *arrays: (a.reshape(B, L, -1) for a in arrays)  # noqa: E731
         (chosen,) = by_token(routing.expert_GSK)
-        recorded = Recorded(*by_token(routing.weight_GSK, kept, routing.probs_GSE)) if record else None
+        if record:
+            place_GSK = queue(routing, getattr(cfg.dispatch, "priority", "token-major"))
+            slot_GSK = jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
+            recorded = Recorded(*by_token(routing.weight_GSK, kept, slot_GSK, routing.probs_GSE))
     return y_GSD.reshape(x_BLD.shape), chosen, recorded, (loss, total)
 
 

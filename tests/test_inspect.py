@@ -27,6 +27,7 @@ def made(expert_TNK, E=E, domain_T=None, token_T=None, sequence_T=None, kept=Non
         expert_TNK,
         np.where(expert_TNK < E, 0.5, 0).astype(np.float32),
         (expert_TNK < E) if kept is None else kept,
+        np.where(expert_TNK < E, 0, -1),
         np.take_along_axis(probs, top, -1),
         top,
         -(probs * np.log(probs)).sum(-1),

@@ -158,12 +158,14 @@ def test_a_layer_is_trained_the_same():
 
 def says_what_happened(aux):
     """The recording agrees with what is counted, and with itself."""
-    expert, (weight, kept, probs), stats = aux.expert_BLK, aux.recorded, aux.stats
+    expert, (weight, kept, slot, probs), stats = aux.expert_BLK, aux.recorded, aux.stats
     taken = expert < E
     for n in range(len(expert)):
         np.testing.assert_array_equal(np.bincount(expert[n].ravel(), minlength=E + 1)[:E], stats.choices_E[n])
     np.testing.assert_array_equal(kept.sum((1, 2, 3)), stats.kept)
     assert not kept[~taken].any()
+    assert (slot[taken] >= 0).all()
+    assert (slot[~taken] == -1).all()
     assert not weight[~taken].any()
     np.testing.assert_allclose(
         (weight[..., None] * (expert[..., None] == np.arange(E))).sum((1, 2, 3)), stats.gains_E, 1e-5
@@ -183,6 +185,7 @@ def test_drops_are_those_of_a_queue():
         for at, k in np.ndindex(L, K):
             e = aux.expert_BLK[n, b, at, k]
             assert aux.recorded.kept_BLK[n, b, at, k] == (e < E and taken[e] < C)
+            assert aux.recorded.slot_BLK[n, b, at, k] == (taken[e] if e < E else -1)
             if e < E:
                 taken[e] += 1
         dropped += sum(max(0, t - C) for t in taken)
@@ -197,7 +200,7 @@ def test_a_layer_records_and_refuses():
     (y, plain), (z, aux) = run(params, x), run(params, x, record=True)
     assert plain.recorded is None
     np.testing.assert_array_equal(y, z)
-    assert [a.shape for a in aux.recorded] == [(2, L, K), (2, L, K), (2, L, E)]
+    assert [a.shape for a in aux.recorded] == [(2, L, K), (2, L, K), (2, L, K), (2, L, E)]
     soft = MoE(MoEConfig(E=E, router=ExpertChoice(), experts=MLP(F=4), dispatch=Gather()))
     with pytest.raises(ValueError, match="makes no choices of tokens"):
         jax.eval_shape(partial(soft.init, record=True), jax.random.key(0), x)
@@ -240,6 +243,7 @@ def test_a_recording_is_what_the_model_does(folder, params):
                     "expert_TNK": aux.expert_BLK[:, b, at],
                     "weight_TNK": aux.recorded.weight_BLK[:, b, at],
                     "kept_TNK": aux.recorded.kept_BLK[:, b, at],
+                    "slot_TNK": aux.recorded.slot_BLK[:, b, at],
                     "probs_TNE": p,
                     "top_id_TNP": best,
                     "top_TNP": [[p[n, e] for e in best[n]] for n in range(2)],
@@ -307,7 +311,15 @@ def small(tokens: int = 5, first: int = 0) -> recording.Recording:
     n = np.arange(first, first + tokens)
     two = np.zeros((tokens, 1, 2), np.float32)
     return recording.Recording(
-        *(np.zeros((tokens, 1, 2), np.int16), two, two > 0, two, two.astype(np.int16), two[..., 0]),
+        *(
+            np.zeros((tokens, 1, 2), np.int16),
+            two,
+            two > 0,
+            two.astype(np.int32),
+            two,
+            two.astype(np.int16),
+            two[..., 0],
+        ),
         *(n, n, n, n, n, two[:, 0, 0]),
         E=4,
         domains=("x",),

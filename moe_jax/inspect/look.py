@@ -106,8 +106,9 @@ def peek(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dic
     tap = dataclasses.replace(model, moe=tapped(model.moe))
     logits_BLV, aux = tap.apply(params, batch, router=router, record=True)
     tapped_NGS = {name: a.reshape(len(a), *batch.tokens_BL.shape, a.shape[-1]) for name, a in aux.stats.sums.items()}
-    weight, kept, probs = aux.recorded
-    return tapped_NGS | {"expert": aux.expert_BLK, "weight": weight, "kept": kept, "probs": probs}, logits_BLV
+    it = aux.recorded
+    decided = {"expert": aux.expert_BLK, "weight": it.weight_BLK, "kept": it.kept_BLK, "probs": it.probs_BLE}
+    return tapped_NGS | decided, logits_BLV
 
 
 @partial(jax.jit, static_argnums=0)

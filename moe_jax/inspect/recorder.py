@@ -33,6 +33,7 @@ class Routed(NamedTuple):
     expert_NBLK: Int[Array, "N B L K"]
     weight_NBLK: Float[Array, "N B L K"]
     kept_NBLK: Bool[Array, "N B L K"]
+    slot_NBLK: Int[Array, "N B L K"]
     top_NBLP: Float[Array, "N B L P"]
     top_id_NBLP: Int[Array, "N B L P"]
     entropy_NBL: Float[Array, "N B L"]
@@ -154,10 +155,10 @@ def routed(
     seen = cast(Any, aux)  # there are MoE layers, and they record
     N, L = model.moe_layers // model.STACKS, length(model, batch, stack)
     first = N if model.STACKS > 1 and stack == "decoder" else 0
-    expert, weight, kept, probs = (a[first : first + N, :, :L] for a in (seen.expert_BLK, *seen.recorded))
+    expert, weight, kept, slot, probs = (a[first : first + N, :, :L] for a in (seen.expert_BLK, *seen.recorded))
     top, top_id = lax.top_k(probs, min(probs.shape[-1], expert.shape[-1] + 2))
     sums = (top, top_id.astype(jnp.int16), entropy(probs), probs if keep_probs else None)
-    return Routed(expert.astype(jnp.int16), weight, kept, *sums), nats_BL
+    return Routed(expert.astype(jnp.int16), weight, kept, slot, *sums), nats_BL
 
 
 def length(model: Any, batch: Any, stack: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 class Recording(NamedTuple):
@@ -24,6 +24,7 @@ class Recording(NamedTuple):
     expert_TNK: Int[np.ndarray, "T N K"]  # E is nowhere: a choice that was not taken
     weight_TNK: Float[np.ndarray, "T N K"]
     kept_TNK: Bool[np.ndarray, "T N K"]  # reached its expert
+    slot_TNK: Int[np.ndarray, "T N K"]  # place in its expert's queue, in its routing group, from 0; -1 nowhere
     top_TNP: Float[np.ndarray, "T N P"]  # the P = min(E, K + 2) largest probabilities, largest first
     top_id_TNP: Int[np.ndarray, "T N P"]  # and whose they are
     entropy_TN: Float[np.ndarray, "T N"]  # of the router's probabilities, nats

@@ -141,7 +141,7 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def after(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
-    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere, and zeros."""
+    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere, where no slot is."""
     if encoder is None or decoder is None:
         return None
     E, both = encoder.stats.choices_E.shape[-1], (encoder, decoder)
@@ -151,7 +151,10 @@ def after(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
         if a.expert_BLK is None:
             return a
         pad = ((0, 0), (0, 0), (0, longest - a.expert_BLK.shape[2]), (0, 0))
-        recorded = jax.tree.map(lambda x: jnp.pad(x, pad), a.recorded)
+        recorded = a.recorded
+        if recorded is not None:
+            slot_BLK = jnp.pad(recorded.slot_BLK, pad, constant_values=-1)
+            recorded = jax.tree.map(lambda x: jnp.pad(x, pad), recorded)._replace(slot_BLK=slot_BLK)
         return a._replace(expert_BLK=jnp.pad(a.expert_BLK, pad, constant_values=E), recorded=recorded)
 
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(long, both))

@@ -1,7 +1,7 @@
 """Lines, bars, matrices, histograms and regions: what every figure here is made of."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def matrices(
     size: Size | None = None,
     extent: tuple[Number, Number, Number, Number] | None = None,  # as in matplotlib's imshow
     limit: Number | None = None,  # the end of the scale; by default the largest value
-    write: str | None = None,  # how to write every value into its field
+    write: str | Callable[[float], str] | None = None,  # how to write every value into its field: "{:.2f}", a function
 ) -> Plot:
     """Heat maps that share a scale: "share" from 0, "signed" around 0, "ratio" around 1, in powers of two."""
     arrays = [np.asarray(panel, float) for panel in panels.values()]
@@ -167,9 +167,8 @@ def matrices(
             for (i, j), value in np.ndenumerate(values) if write else ():
                 dark = scale == "share" and array[i, j] < 0.6 * look["vmax"]
                 dark |= scale != "share" and abs(array[i, j]) > 0.6 * look["vmax"]
-                axes.text(
-                    j, i, f"{write}".format(value), ha="center", va="center", fontsize=7.5, color="w" if dark else "k"
-                )
+                words = write(value) if callable(write) else f"{write}".format(value)
+                axes.text(j, i, words, ha="center", va="center", fontsize=7.5, color="w" if dark else "k")
         figure.supxlabel(x, fontsize=9.5)
         figure.supylabel(y, fontsize=9.5)
         bar = figure.colorbar(image, ax=grid, label=label, pad=0.01)
