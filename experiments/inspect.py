@@ -156,7 +156,8 @@ def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str,
     seen = look(run.exp.model, run.params, few, run.router)
     order = sorted(range(len(effects.expert_P)), key=lambda p: -effects.rise_P[p])[:CARDS]
     made = (card(run.exp.model, run.params, seen, *effects.expert_P[p], effects) for p in order)
-    return [text(one, domains, decode) for one in made]
+    names = layer_names(run.exp.model)
+    return [text(one, domains, decode, names[one.layer]) for one in made]
 
 
 def words(tokenizer: Any, token: int) -> str:

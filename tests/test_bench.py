@@ -110,24 +110,24 @@ def test_a_layer_drops_what_is_said():
 
 def test_rows_done():
     """Slots where all are computed, rungs where rows lie back to back, and just the rows in a grouped matmul."""
-    count_GE, S = np.array([[8, 0, 1, 7], [8, 4, 0, 4]]), 8  # K=2, four experts, C=5
+    count_GE, S, D = np.array([[8, 0, 1, 7], [8, 4, 0, 4]]), 8, 2**20  # K=2, four experts, C=5
     layer = lambda dispatch: MoEConfig(E=4, dispatch=dispatch)  # noqa: E731
-    done = lambda dispatch, *where: work.rows_done(layer(dispatch), count_GE, S, *where)  # noqa: E731
+    done = lambda dispatch, *where: work.rows_done(layer(dispatch), count_GE, S, D, *where)  # noqa: E731
     assert done(Einsum(1.25), "cpu") == done(Scatter(1.25), "gpu") == done(Scatter(1.25), "cpu", True) == 4 * 2 * 5
     assert done(Scatter(None), "gpu") == 4 * 2 * 8
     assert done(Sort(), "gpu") == 32
-    rung = lambda n: min(C for C in ladder(32, 4) if C >= n)  # noqa: E731
-    most = ladder(32, 4)[-1]
+    rung = lambda n: min(C for C in ladder(32, 4, D) if C >= n)  # noqa: E731
+    most = ladder(32, 4, D)[-1]
     assert 16 <= most
     assert done(Sort(), "cpu") == rung(16) + rung(4) + rung(1) + rung(11)
     assert done(Scatter(1.25), "cpu") == rung(10) + rung(4) + rung(1) + rung(9)
     all_to_one = np.array([[8, 0, 0, 0]] * 2 * most)  # more rows than the largest rung, as ladders go up to 2 R / E
-    some = work.rows_done(MoEConfig(E=4, dispatch=Sort()), all_to_one, S, "cpu")
-    assert 16 * most <= some < 16 * most + ladder(32 * most, 4)[-1]
+    some = work.rows_done(MoEConfig(E=4, dispatch=Sort()), all_to_one, S, D, "cpu")
+    assert 16 * most <= some < 16 * most + ladder(32 * most, 4, D)[-1]
     many_GE = 20 * count_GE
-    parts = [work.rows_done(layer(Sort()), part, 20 * S, "cpu") for part in np.split(many_GE, 2)]
-    two_shards = work.rows_done(layer(Sort()), many_GE, 20 * S, "cpu", False, 2)
-    assert two_shards == sum(parts) != work.rows_done(layer(Sort()), many_GE, 20 * S, "cpu")
+    parts = [work.rows_done(layer(Sort()), part, 20 * S, D, "cpu") for part in np.split(many_GE, 2)]
+    two_shards = work.rows_done(layer(Sort()), many_GE, 20 * S, D, "cpu", False, 2)
+    assert two_shards == sum(parts) != work.rows_done(layer(Sort()), many_GE, 20 * S, D, "cpu")
     assert work.kept(layer(Scatter(1.25)), count_GE, S).tolist() == [[5, 0, 1, 5], [5, 4, 0, 4]]
     assert masks_bytes(QUICK, 3) == 2 * 4 * 64 * 8 * 3
 

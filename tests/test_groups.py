@@ -83,7 +83,7 @@ def test_weight_gradient_of_the_tpu(monkeypatch):
 def test_very_large_experts_are_visited_in_pieces(sizes):
     """Values and gradients of experts that have more rows than the longest slice."""
     expert, sizes = MLP(F=F), np.array([*sizes, 0, 0, 0, 0])
-    assert sizes.max() > ladder(R, E)[-1] or sizes.max() == 11
+    assert sizes.max() > ladder(R, E, D)[-1] or sizes.max() == 11
     one, other = (pulled(way, expert)(weights(expert), X, sizes, G) for way in ("one after another", "at once"))
     close(one, other)
 
@@ -104,15 +104,44 @@ def test_pieces_are_all_rows_once():
 
 
 def test_ladder():
-    """The balanced number of rows costs nothing extra, others at most an eighth, or 16 rows; rungs are few."""
+    """The balanced number of rows costs nothing extra, others little, where most are; rungs are few."""
     for rows, experts in ((4096, 8), (8192, 64), (32768, 128), (64, 8), (3, 8), (16384, 512)):
-        rungs = ladder(rows, experts)
+        rungs, small = ladder(rows, experts, 2**18), ladder(rows, experts, 1)
         balanced = -(-rows // experts)
         assert balanced in rungs
-        assert rungs[-1] == min(rows, 2 * balanced)
-        assert len(rungs) <= 26
-        for n in range(balanced // 2, rungs[-1] + 1):
-            assert min(C for C in rungs if n <= C) <= max(n + 16, 1.14 * n)
+        assert balanced in small
+        assert rungs[-1] == small[-1] == min(rows, 2 * balanced)
+        assert len(rungs) <= 19
+        assert len(small) <= 3
+        for n in range(1, rungs[-1] + 1):
+            over = min(C for C in rungs if n <= C) - n
+            assert over <= max(
+                16, balanced / (16 if abs(n / balanced - 0.95) < 0.3 else 8 if n <= 1.5 * balanced else 4) + 8
+            )
+
+
+def test_every_rung_of_a_long_ladder(monkeypatch):
+    """As large layers have it: values and gradients, of experts on each rung, and of one that is larger than any."""
+    monkeypatch.setattr("moe_jax.core.by_expert.SMALL", 0)
+    rungs, kind, params = ladder(512, E, D), MLP(F=F), weights(MLP(F=F))
+    assert len(rungs) == 12
+    x, g = normal(2, 512, D), normal(3, 512, D)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pulled_back(way, sizes, params, x, g):
+        real = (jnp.arange(512) < sizes.sum())[:, None]
+        y, pull = jax.vjp(lambda p, x: jnp.where(real, WAYS[way](kind, p, x, sizes), 0), params, x)
+        return y, pull(g)
+
+    for few in (
+        [*rungs[:6], 30, 3],
+        [*rungs[6:10], 0, 1, 0, 0],
+        [*rungs[10:], 0, 60, 17, 9, 0, 0],
+        [0, 400, 0, 1, 40, 0, 7, 64],
+    ):
+        sizes = np.array(few)
+        assert sizes.sum() <= 512
+        close(*(pulled_back(way, sizes, params, x, g) for way in ("one after another", "at once")))
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,17 @@ def test_what_is_drawn_is_what_was_given():
     assert (edges[0], edges[-1]) == (0, 4)
 
 
+def test_numbers_stand_in_their_regions():
+    area = np.zeros((7, 9), int)
+    area[1:6, 2:9] = 4
+    (axes,) = drawn(plots.regions({"": area}, (0, 9, 0, 7))).axes
+    places = {text.get_text(): text.get_position() for text in axes.texts}
+    assert set(places) == {"0", "4"}
+    assert places["4"] == (5.5, 3.5)
+    x, y = places["0"]
+    assert area[int(y), int(x)] == 0
+
+
 def test_several_figures_are_one():
     svg = EVERY["beside"].svg()
     assert svg.count(">first<") == svg.count(">second<") == 2

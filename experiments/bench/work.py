@@ -42,15 +42,21 @@ def by_rows(cfg: MoEConfig, platform: str, spread: bool = False) -> bool:
 
 
 def rows_done(
-    cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int, platform: str, spread: bool = False, shards: int = 1
+    cfg: MoEConfig,
+    count_GE: Int[np.ndarray, "G E"],
+    S: int,
+    D: int,
+    platform: str,
+    spread: bool = False,
+    shards: int = 1,
 ) -> int:
-    """Rows that experts compute for groups of S tokens whose choices are counted here, padding included."""
+    """Rows of width D that experts compute for groups of S tokens whose choices are counted here, padding included."""
     if not by_rows(cfg, platform, spread):
         return cfg.E * len(count_GE) * slots(cfg, count_GE, S)
     kept_GE = kept(cfg, count_GE, S)
     if platform != "cpu" or spread:  # grouped matmuls; which rows meet on a shard is not followed here
         return int(kept_GE.sum())
-    rungs = np.array(ladder(len(count_GE) * S * cfg.router.K // shards, cfg.E))
+    rungs = np.array(ladder(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
     pieces, rest = np.divmod(np.concatenate([part.sum(0) for part in np.split(kept_GE, shards)]), rungs[-1])
     return int(pieces.sum() * rungs[-1] + rungs[np.searchsorted(rungs, rest[rest > 0])].sum())
 
@@ -75,7 +81,7 @@ def work(
 ) -> dict[str, Any]:
     """A forward pass of the experts: FLOPs done and of use, the twin's, the part of choices kept, bytes of weights."""
     useful, each = int(kept(cfg, count_GE, shape.L).sum()), flops_per_row(shape)
-    done = rows_done(cfg, count_GE, shape.L, platform, spread, shards)
+    done = rows_done(cfg, count_GE, shape.L, shape.D, platform, spread, shards)
     return {
         "flops": {"done": done * each, "useful": useful * each, "twin": shape.T * shape.K * each},
         "kept": useful / (shape.T * shape.K),

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+SMALL = 2**18  # numbers of all rows
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_expert(
@@ -26,14 +28,16 @@ def by_expert(
     return _forward(expert, params, x_RD, sizes_E, [])[0]
 
 
-def ladder(R: int, E: int) -> tuple[int, ...]:
-    """Static row counts around R / E rows, up to twice as many: an eighth apart where most experts are."""
+def ladder(R: int, E: int, D: int) -> tuple[int, ...]:
+    """Static row counts around R / E rows, up to twice as many: a sixteenth of it apart where most experts are.
+
+    Every rung is a loop that has to be compiled. Small layers, whose rows take no time, have few.
+    """
     balanced = -(-R // E)
-    rungs, C, most = {balanced}, 16, min(R, 2 * balanced)
-    while C < most:
-        rungs.add(C)
-        C = 2 * C if 4 * C < balanced else max(C + 8, C * 9 // 8 // 8 * 8)
-    return tuple(sorted({*rungs, most}))
+    most = min(R, 2 * balanced)
+    sixteenths = (8,) if R * D < SMALL else (2, 4, 6, 8, *range(10, 21), 22, 24, 28)
+    rungs = {-(-balanced * n // 128) * 8 for n in sixteenths}
+    return tuple(sorted({balanced, most, *(C for C in rungs if 16 <= C < most)}))
 
 
 def _by_expert_fwd(expert, params, x_RD, sizes_E):
@@ -55,7 +59,7 @@ def _by_expert_bwd(expert, residuals, g_RD):
         return dparams, rows.write(dx_RD, dx_CD)
 
     start = jax.tree.map(lambda w: lax.full_like(x_RD, 0, w.dtype, w.shape), params), lax.full_like(x_RD, 0)
-    return *_each_expert(visit, sizes_E, len(x_RD), start), None
+    return *_each_expert(visit, sizes_E, x_RD.shape, start), None
 
 
 by_expert.defvjp(_by_expert_fwd, _by_expert_bwd)
@@ -70,12 +74,13 @@ def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
         return y_RD, [rows.write(h_RF, made) for h_RF, made in zip(saved, alone.made, strict=False)]
 
     saved = [lax.full_like(x_RD, 0, shape=(len(x_RD), F)) for F in widths]
-    return _each_expert(visit, sizes_E, len(x_RD), (lax.full_like(x_RD, 0), saved))
+    return _each_expert(visit, sizes_E, x_RD.shape, (lax.full_like(x_RD, 0), saved))
 
 
-def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], R: int, carry: Any) -> Any:
+def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, int], carry: Any) -> Any:
     """Folds visit(e, rows, carry) over all rows, an expert's at once; those of very large ones in several pieces."""
-    rungs = ladder(R, len(sizes_E))
+    R, D = shape
+    rungs = ladder(R, len(sizes_E), D)
     expert_P, start_P, size_P = _pieces(sizes_E, R, rungs[-1])
     rung_P = (size_P[:, None] > jnp.array([[0, *rungs[:-1]]])).sum(1)  # 0: no rows
     piece_P = jnp.argsort(rung_P)

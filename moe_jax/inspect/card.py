@@ -109,14 +109,14 @@ def promoted(params: Any, direction_D: Float[np.ndarray, "D"], top: int) -> tupl
     return tuple((int(v), float(logits_V[v])) for v in np.argsort(-logits_V, kind="stable")[:top])
 
 
-def text(card: Card, domains: Sequence[str] = (), decode: Callable[[int], str] = str) -> str:
-    """A card in a few lines; decode: a token, as words."""
+def text(card: Card, domains: Sequence[str] = (), decode: Callable[[int], str] = str, layer: str | None = None) -> str:
+    """A card in a few lines; decode: a token, as words; layer: its name."""
     name = lambda z: domains[z] if 0 <= z < len(domains) else str(z)  # noqa: E731
     of_domains = ", ".join(f"{name(s.what)} {s.share:.0%} ({s.lift:.1f}x)" for s in card.domains)
     of_tokens = ", ".join(f"{decode(s.what)!r} {s.share:.0%} ({s.lift:.1f}x)" for s in card.tokens)
     lines = [
-        f"expert {card.expert} of MoE layer {card.layer}: {card.choices} choices, {card.load:.2f}x the mean load, "
-        f"{card.drop_rate:.1%} dropped, mean weight {card.weight:.3f}",
+        f"expert {card.expert} of {layer or f'MoE layer {card.layer}'}: {card.choices} choices, "
+        f"{card.load:.2f}x the mean load, {card.drop_rate:.1%} dropped, mean weight {card.weight:.3f}",
         f"  serves   {of_domains or 'nobody'}",
         f"  tokens   {of_tokens or 'none'}",
         f"  writes   {card.writes:.3g} per token; promotes {', '.join(repr(decode(v)) for v, _ in card.promotes)}",

@@ -28,28 +28,23 @@ def shown(names: Sequence[str], most: int = PANELS) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), most))})
 
 
-def specialisation(
-    lift_NEA: Any,
-    names: Sequence[str],
-    classes: Sequence[str],
-    title: str = "Domains of experts",
-) -> Plot:
-    """Of `domain_specialisation`: experts beside one another by the domain that prefers them most."""
+def specialisation(lift_NEA: Any, names: Sequence[str], classes: Sequence[str], of: str = "domain") -> Plot:
+    """Of `domain_specialisation` and the like: experts in the order of the class of tokens that prefers them most."""
     panels = {}
     for n in shown(names):
         lift_EA = np.nan_to_num(np.asarray(lift_NEA[n], float), nan=1.0)
         order_E = np.lexsort((-lift_EA.max(1), lift_EA.argmax(1)))
         panels[names[n]] = lift_EA[order_E].T
-    note = "how often a token of the domain chooses the expert, over the share of all tokens that do"
+    note = f"how often a token of the {of} chooses the expert, over the share of all tokens that do"
     across = 1 if np.shape(lift_NEA)[1] > 32 else min(len(panels), 2)
     height = (0.9 + 0.24 * len(classes)) * -(-len(panels) // across)
     return matrices(
         panels,
-        "experts, by the domain that prefers them",
+        f"experts, by the {of} that prefers them",
         "",
         "lift",
         "ratio",
-        title,
+        f"{of.capitalize()}s of experts",
         note,
         rows=classes,
         columns=[],

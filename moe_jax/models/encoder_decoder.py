@@ -141,7 +141,7 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def after(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
-    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere, where no slot is."""
+    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere, without a slot."""
     if encoder is None or decoder is None:
         return None
     E, both = encoder.stats.choices_E.shape[-1], (encoder, decoder)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from moe_jax.plots.style import HATCHES, MARKS, NARROW, Number, Plot, Size, colour
+from moe_jax.plots.style import COLOURS, HATCHES, MARKS, NARROW, Number, Plot, Size, colour
 
 # How a matrix is coloured: map, limits, and what its bar says where.
 SCALES: dict[str, dict[str, Any]] = {
@@ -15,6 +15,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "signed": {"cmap": "RdBu_r"},  # blue below 0, red above
     "ratio": {"cmap": "RdBu_r", "vmin": -2, "vmax": 2},  # of log2: blue less than even, red more
 }
+AREAS = [*COLOURS, "#F0E442", "#999999"]  # the rest of Okabe and Ito's colours, that are too pale for lines
 RATIOS = {-2: "≤ ¼", -1: "½", 0: "1", 1: "2", 2: "≥ 4"}
 
 
@@ -213,18 +214,36 @@ def regions(
     title: str = "",
     note: str = "",
 ) -> Plot:
-    """Maps of a plane, a colour for each number (the first row is at the bottom), and circles on points."""
+    """Maps of numbers on a plane, each in its region too (the first row is at the bottom), and circles on points."""
+    across = min(across, len(panels))
     down = -(-len(panels) // across)
 
     def draw(figure: Any) -> None:
+        from matplotlib.colors import ListedColormap
+
         grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, (name, array) in zip(grid.flat, panels.items(), strict=False):
             axes.grid(False)
-            axes.imshow(array, extent=extent, origin="lower", cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
+            look = {"cmap": ListedColormap(AREAS), "vmin": -0.5, "vmax": len(AREAS) - 0.5, "interpolation": "nearest"}
+            axes.imshow(array % len(AREAS), extent=extent, origin="lower", **look)
+            for number in np.unique(array):
+                row, column = inside(array == number)
+                x = extent[0] + (column + 0.5) / array.shape[1] * (extent[1] - extent[0])
+                y = extent[2] + (row + 0.5) / array.shape[0] * (extent[3] - extent[2])
+                axes.text(x, y, str(number), ha="center", va="center", fontsize=8, color="black")
             if points is not None:
-                axes.scatter(*points.T, s=120, facecolors="none", edgecolors="white", linewidths=1.4)
+                axes.scatter(*points.T, s=120, facecolors="none", edgecolors="black", linewidths=1)
             axes.set_title(name)
 
     return Plot(draw, title, note, (11.4, 0.4 + 2.9 * down))
+
+
+def inside(area: Bool[np.ndarray, "_ _"]) -> tuple[int, int]:
+    """A field (row, column) of an area, far from its edge: one of the last that are left if edges are peeled."""
+    while area.any():
+        left, padded = area, np.pad(area, 1)
+        area = area & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    rows, columns = np.nonzero(left)
+    return int(rows[len(rows) // 2]), int(columns[len(rows) // 2])

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ Number = int | float | np.number
 Size = tuple[int | float, int | float]  # inches, width and height
 INK = "#123456"  # stands for the page's text colour in a figure, so that one page serves light and dark
 BLACK = "#1f2328"
+PER_INCH = 12  # characters of a title
 WIDE, NARROW = (11.4, 3.0), (5.6, 3.1)
 
 
@@ -69,6 +71,14 @@ class Plot:
         path.write_bytes(self._bytes(path.suffix[1:], BLACK, titled=True, facecolor="white", **kinds[path.suffix]))
         return path
 
+    @property
+    def heading(self) -> str:
+        """Title and note, in as many lines as they take at this width."""
+        room = int(PER_INCH * self.size[0])
+        if len(f"{self.title}   ({self.note})") <= room:
+            return f"{self.title}   ({self.note})" if self.note else self.title
+        return "\n".join([self.title, *textwrap.wrap(self.note, room)])
+
     def _repr_png_(self) -> bytes:
         return self._bytes("png", BLACK, titled=True, dpi=110, facecolor="white")
 
@@ -81,7 +91,7 @@ class Plot:
             figure = Figure(figsize=self.size, layout="constrained")  # no pyplot, no global state
             self.draw(figure)
             if titled and self.title:
-                figure.suptitle(f"{self.title}   ({self.note})" if self.note else self.title, x=0.01, ha="left")
+                figure.suptitle(self.heading, x=0.01, ha="left")
             figure.savefig(written, format=kind, **options)
         return written.getvalue()
 
@@ -108,7 +118,7 @@ def beside(plots: Sequence[Plot], columns: int | None = None, title: str = "", n
                 whole.subfigures(1, columns, squeeze=False, width_ratios=widths).flat, row, strict=False
             ):
                 plot.draw(part)
-                part.suptitle(plot.title)
+                part.suptitle(plot.heading)
 
     width = max(sum(plot.size[0] for plot in row) for row in rows)
     height = sum(max(plot.size[1] for plot in row) for row in rows)
