@@ -174,15 +174,9 @@ def watch(workdir: pathlib.Path) -> None:
     saved = workdir / "config.json"
     exp = Experiment.from_json(saved.read_text()) if saved.is_file() else None
     config, total = (exp.to_json(), exp.run.steps) if exp else ("", None)
-    console, records = Console(stderr=True), live.follow(workdir, SECONDS)
-    if not console.is_terminal:
-        for now in records:
-            write_report(workdir, config, file="live.html", reload=5)
-            console.print(live.view(now, total))
-        return
     say(f"also as a page: {workdir / 'live.html'}")
-    with Live(console=console, auto_refresh=False) as shown, suppress(KeyboardInterrupt):
-        for now in records:
+    with Live(console=Console(stderr=True), auto_refresh=False) as shown, suppress(KeyboardInterrupt):
+        for now in live.follow(workdir, SECONDS):
             write_report(workdir, config, file="live.html", reload=5)
             shown.update(live.view(now, total), refresh=True)
 

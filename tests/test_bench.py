@@ -14,15 +14,17 @@ import pytest
 
 import experiments.bench.__main__ as bench
 from experiments.bench import huggingface, peers, record, steps, timing, watch, work
-from experiments.bench.layers import Place, drawn, layer_inputs, layer_passes, twin_inputs
+from experiments.bench.layers import Place, batched_passes, drawn, layer_inputs, layer_passes, twin_inputs
 from experiments.bench.shapes import QUICK, QUICK_GLU, SHAPES, masks_bytes
 from experiments.bench.tokens import ROUTINGS
 from experiments.cli import load
 from moe_jax.config import build
 from moe_jax.core.by_expert import ladder
+from moe_jax.core.groups import Dense
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig
 from tests import programs
+from tests.cases import close
 
 TINY = """
 from ml_collections import ConfigDict
@@ -91,6 +93,17 @@ def test_twin_parameters():
     assert shapes == {"gate_EDF": (32, 32), "up_EDF": (32, 32), "down_EFD": (32, 32)}
     assert x_TD.shape == (64, 32)
     assert float(drawn({"up_EDF": (4, 64, 64)})["up_EDF"].std()) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_matmuls_alone_are_the_experts():
+    """As many rows for each expert, all of the twin's work; each has its own matrices, and a gradient of them."""
+    passes, (params, x_ECD) = batched_passes(QUICK_GLU)
+    assert x_ECD.shape == (QUICK_GLU.E, QUICK_GLU.T * QUICK_GLU.K // QUICK_GLU.E, QUICK_GLU.D)
+    y_ECD = passes.forward.run(params, x_ECD)
+    for e in range(QUICK_GLU.E):
+        close(y_ECD[e], QUICK_GLU.experts({name: w[e] for name, w in params.items()}, x_ECD[e], Dense()))
+    _, (gradients, _) = passes.both.run(params, x_ECD)
+    assert all(np.abs(w).max((1, 2)).min() > 0 for w in jax.tree.leaves(jax.device_get(gradients)))
 
 
 def test_a_layer_drops_what_is_said():
@@ -194,6 +207,7 @@ def test_a_record(measured):
             assert row[what]["layer_ms"] == sorted(row[what]["layer_ms"])
         assert min(row["temp_bytes"].values()) > 0
         assert len(row["compile_seconds"]["layer"]) == 2
+        assert set(row["batched"]) == set(record.PASSES)
     record.save(folder / "again.json", saved["rows"])
     assert record.load(folder / "again.json") == saved
     record.save(folder / "nan.json", [{**saved["rows"][0], "load": float("nan")}])

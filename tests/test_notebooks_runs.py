@@ -69,7 +69,7 @@ def test_specialisation(finished):
     assert f"tokens, 1 MoE layer(s) of {E} experts, 2 for each token" in printed
     favourites = [line for line in printed.splitlines() if line.startswith("layer 1, expert")]
     assert len(favourites) == E
-    (card,) = [line for line in printed.splitlines() if "of MoE layer 0" in line]
+    (card,) = [line for line in printed.splitlines() if "of layer 1: " in line]
     assert int(card.split()[1]) < E
     (without,) = [line for line in printed.splitlines() if line.startswith("  without")]
     assert all(domain in without for domain in SYMBOLS)

@@ -143,7 +143,7 @@ def test_what_is_drawn_is_what_was_given():
 
 def test_numbers_stand_in_their_regions():
     area = np.zeros((7, 9), int)
-    area[1:6, 2:9] = 4
+    area[1:6, 2:9], area[0] = 4, -1
     (axes,) = drawn(plots.regions({"": area}, (0, 9, 0, 7))).axes
     places = {text.get_text(): text.get_position() for text in axes.texts}
     assert set(places) == {"0", "4"}

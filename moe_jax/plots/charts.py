@@ -214,7 +214,7 @@ def regions(
     title: str = "",
     note: str = "",
 ) -> Plot:
-    """Maps of numbers on a plane, each in its region too (the first row is at the bottom), and circles on points."""
+    """Numbers on a plane, each written in its region (row 0 is at the bottom), blank below 0; circles on points."""
     across = min(across, len(panels))
     down = -(-len(panels) // across)
 
@@ -227,8 +227,8 @@ def regions(
         for axes, (name, array) in zip(grid.flat, panels.items(), strict=False):
             axes.grid(False)
             look = {"cmap": ListedColormap(AREAS), "vmin": -0.5, "vmax": len(AREAS) - 0.5, "interpolation": "nearest"}
-            axes.imshow(array % len(AREAS), extent=extent, origin="lower", **look)
-            for number in np.unique(array):
+            axes.imshow(np.where(array < 0, np.nan, array % len(AREAS)), extent=extent, origin="lower", **look)
+            for number in np.unique(array[array >= 0]):
                 row, column = inside(array == number)
                 x = extent[0] + (column + 0.5) / array.shape[1] * (extent[1] - extent[0])
                 y = extent[2] + (row + 0.5) / array.shape[0] * (extent[3] - extent[2])
