@@ -102,9 +102,12 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
     found |= {"step": run.step, "data": split.fingerprint, "compare": []}
     cards: list[str] = []
     if KNOCK_OUT.value:
-        say(f"taking out {exp.model.moe_layers * exp.model.moe.E} experts, one by one")
-        effects = knock_out(exp.model, run.params, batches, run.router, domains=len(split.domains))
-        found["knock_out"] = effects_of(effects)
+        N = exp.model.moe_layers // exp.model.STACKS
+        first = N if exp.model.STACKS > 1 and STACK.value == "decoder" else 0
+        every = [(first + n, e) for n in range(N) for e in range(exp.model.moe.E)]
+        say(f"taking out {len(every)} experts, one by one")
+        effects = knock_out(exp.model, run.params, batches, run.router, len(split.domains), every)
+        found["knock_out"] = effects_of(effects._replace(expert_P=tuple((n - first, e) for n, e in effects.expert_P)))
         if exp.model.takes == "tokens":
             cards = cards_of(run, batches, effects, split.domains, decode)
     for name, other in others:

@@ -137,10 +137,10 @@ def test_rows_done():
     all_to_one = np.array([[8, 0, 0, 0]] * 2 * most)  # more rows than the largest rung, as ladders go up to 2 R / E
     some = work.rows_done(MoEConfig(E=4, dispatch=Sort()), all_to_one, S, D, "cpu")
     assert 16 * most <= some < 16 * most + ladder(32 * most, 4, D)[-1]
-    many_GE = 20 * count_GE
-    parts = [work.rows_done(layer(Sort()), part, 20 * S, D, "cpu") for part in np.split(many_GE, 2)]
-    two_shards = work.rows_done(layer(Sort()), many_GE, 20 * S, D, "cpu", False, 2)
-    assert two_shards == sum(parts) != work.rows_done(layer(Sort()), many_GE, 20 * S, D, "cpu")
+    many_GE = 25 * count_GE
+    parts = [work.rows_done(layer(Sort()), part, 25 * S, D, "cpu") for part in np.split(many_GE, 2)]
+    two_shards = work.rows_done(layer(Sort()), many_GE, 25 * S, D, "cpu", False, 2)
+    assert two_shards == sum(parts) != work.rows_done(layer(Sort()), many_GE, 25 * S, D, "cpu")
     assert work.kept(layer(Scatter(1.25)), count_GE, S).tolist() == [[5, 0, 1, 5], [5, 4, 0, 4]]
     assert masks_bytes(QUICK, 3) == 2 * 4 * 64 * 8 * 3
 

@@ -124,7 +124,7 @@ def test_every_rung_of_a_long_ladder(monkeypatch):
     """As large layers have it: values and gradients, of experts on each rung, and of one that is larger than any."""
     monkeypatch.setattr("moe_jax.core.by_expert.SMALL", 0)
     rungs, kind, params = ladder(512, E, D), MLP(F=F), weights(MLP(F=F))
-    assert len(rungs) == 12
+    assert len(rungs) == 13
     x, g = normal(2, 512, D), normal(3, 512, D)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -136,7 +136,7 @@ def test_every_rung_of_a_long_ladder(monkeypatch):
     for few in (
         [*rungs[:6], 30, 3],
         [*rungs[6:10], 0, 1, 0, 0],
-        [*rungs[10:], 0, 60, 17, 9, 0, 0],
+        [*rungs[10:], 60, 17, 9, 0, 0],
         [0, 400, 0, 1, 40, 0, 7, 64],
     ):
         sizes = np.array(few)

@@ -400,7 +400,7 @@ class Tags(html.parser.HTMLParser):
         self.open, self.words = [], ""
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "br", "use", "path", "image"):
+        if tag not in ("meta", "link", "br", "use", "path", "image"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
