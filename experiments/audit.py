@@ -22,6 +22,7 @@ import jax
 from absl import flags
 
 from experiments import cli
+from moe_jax import page
 from moe_jax.audit.communication import Row
 from moe_jax.audit.communication import audit as communication
 from moe_jax.audit.experiment import Finding, findings
@@ -71,7 +72,7 @@ def check(exp: Experiment, path: pathlib.Path | None = None, stop: bool = False)
     broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
     print(f"{len(found) + len(rows)} findings, {broken} broken, {time.monotonic() - began:.0f} s")
     if path is not None:
-        path.write_text(findings_page(exp, shrunk, found, rows, placement(exp)), encoding="utf-8")
+        page.write(path, findings_page(exp, shrunk, found, rows, placement(exp)))
         print(f"report: {path}")
     return int(broken > 0)
 

@@ -21,13 +21,12 @@ from absl import flags
 from experiments import cli
 from experiments.train import DATA_DIR, WORKDIR
 from moe_jax.config import suggestion
-from moe_jax.data import default_directory, evaluation_batches
 from moe_jax.inspect import certificate
 from moe_jax.inspect.certificate import LIMITS, Check
-from moe_jax.inspect.fairness import Fairness, columns, fairness
+from moe_jax.inspect.fairness import LEAST, Fairness, between_domains, columns
 from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import Seen, look
-from moe_jax.inspect.run import Run, open_run
+from moe_jax.inspect.run import Run, examples, open_run
 
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("data_dir")
@@ -37,7 +36,6 @@ KEY = flags.DEFINE_string("key", None, "A file whose bytes are the key to sign o
 LIMIT = flags.DEFINE_multi_string("limit", [], f"NAME=VALUE, the most a statistic may be: {', '.join(LIMITS)}.")
 WINDOWS = cli.flag(flags.DEFINE_integer, "windows", 256, "Held-out windows to look at.")
 STEP = cli.flag(flags.DEFINE_integer, "step", None, "The checkpoint (default: the newest).")
-LEAST = 20  # windows of a domain that is compared with others
 
 
 def main() -> None:
@@ -76,12 +74,10 @@ def limits_of(given: list[str]) -> dict[str, float]:
 
 def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[str, float]) -> int:
     """Measures a run and writes its certificate; 1 where a statistic is above its limit."""
-    exp, data_dir = run.exp, pathlib.Path(DATA_DIR.value) if DATA_DIR.value else default_directory()
-    _, held_out = exp.data.prepare(data_dir)
-    batches = list(evaluation_batches(held_out, exp.data.B // exp.data.accumulate, WINDOWS.value))
+    exp, (held_out, batches) = run.exp, examples(run.exp, DATA_DIR.value, WINDOWS.value)
     seen = look(exp.model, run.params, batches, run.router)
     effects = knock_out(exp.model, run.params, batches, run.router, domains=len(held_out.domains))
-    found = statistics(seen, effects, fair(seen))
+    found = statistics(seen, effects, between_domains(columns(seen), seen.domain_T, seen.sequence_T))
     checks = [Check(name, found[name], limit) for name, limit in limits.items() if name in found]
     about = {"step": run.step, "tokens": len(seen.token_T), "data": held_out.fingerprint, "measured": "held-out text"}
     about |= {"not measured": sorted(set(limits) - set(found)), "knocked out": list(effects.worst[0])}
@@ -94,12 +90,6 @@ def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[st
         print(f"not measured: {', '.join(missing)} (fewer than two domains of {LEAST} windows)")
     print(f"{len(written['weights'])} weights of step {run.step}; {written[certificate.SEAL]['algorithm']}: {out}")
     return int(not written["passes"])
-
-
-def fair(seen: Seen) -> Fairness | None:
-    """Differences between domains, None where there are not two with enough text."""
-    windows = [len(np.unique(seen.sequence_T[seen.domain_T == z])) for z in np.unique(seen.domain_T)]
-    return fairness(columns(seen), seen.domain_T, least=LEAST) if sum(n >= LEAST for n in windows) > 1 else None
 
 
 def statistics(seen: Seen, effects: Effects, differences: Fairness | None) -> dict[str, float]:

@@ -25,15 +25,15 @@ from experiments import cli
 from experiments.train import COMPARE, DATA_DIR, WORKDIR
 from moe_jax import page
 from moe_jax.config import Experiment
-from moe_jax.data import default_directory, evaluation_batches
 from moe_jax.inspect import live, report
-from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, plain, weights_of
+from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, weights_of
 from moe_jax.inspect.card import card, text
 from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import look
-from moe_jax.inspect.recorder import STACKS, check, recordings
+from moe_jax.inspect.recorder import STACKS, check, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
-from moe_jax.inspect.run import Run, experiment, open_run
+from moe_jax.inspect.run import Run, examples, experiment, open_run
+from moe_jax.metrics import plain
 from moe_jax.report import write_report
 
 flags.declare_key_flag("workdir")
@@ -47,6 +47,7 @@ STACK = flags.DEFINE_enum("stack", "decoder", STACKS, "Of a model with two, the 
 FIGURES = flags.DEFINE_string("figures", None, "A folder for the figures, each as a file of its own.")
 KIND = flags.DEFINE_enum("figure_kind", "svg", ["svg", "png", "pdf"], "What files they are.")
 LIVE = flags.DEFINE_bool("live", False, "Show a run in progress, until it ends.")
+DIGITS = 5  # of numbers in the JSON
 CARDS = 8  # experts that get a card
 CARD_WINDOWS = 64
 SECONDS = 1.0  # between looks at a run in progress
@@ -68,7 +69,7 @@ def main() -> None:
     found, cards = inspected(run, others)
     out.mkdir(parents=True, exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    page.write(out / "report.json", json.dumps(plain(found), indent=1))
+    page.write(out / "report.json", json.dumps(plain(found, DIGITS), indent=1))
     path = page.write(out / "report.html", report.inspection_page(name, found, run.exp.to_json(), cards))
     say(f"written: {path}, and report.json beside it")
     if drawn is not None:
@@ -93,8 +94,7 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
     """All that is found of a run beside others, and the cards of a few experts."""
     exp = run.exp
     check(exp, STACK.value)
-    split = exp.data.prepare(pathlib.Path(DATA_DIR.value) if DATA_DIR.value else default_directory())[1]
-    batches = list(evaluation_batches(split, exp.data.B // exp.data.accumulate, WINDOWS.value))
+    split, batches = examples(exp, DATA_DIR.value, WINDOWS.value)
     decode = None if not hasattr(split, "tokenizer") else lambda token: words(split.tokenizer, token)
     say("recording")
     rec = recorded(run, batches, split.domains)
@@ -102,12 +102,13 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
     found |= {"step": run.step, "data": split.fingerprint, "compare": []}
     cards: list[str] = []
     if KNOCK_OUT.value:
-        N = exp.model.moe_layers // exp.model.STACKS
-        first = N if exp.model.STACKS > 1 and STACK.value == "decoder" else 0
-        every = [(first + n, e) for n in range(N) for e in range(exp.model.moe.E)]
+        own = layers_of(exp.model, STACK.value)
+        every = [(n, e) for n in own for e in range(exp.model.moe.E)]
         say(f"taking out {len(every)} experts, one by one")
         effects = knock_out(exp.model, run.params, batches, run.router, len(split.domains), every)
-        found["knock_out"] = effects_of(effects._replace(expert_P=tuple((n - first, e) for n, e in effects.expert_P)))
+        found["knock_out"] = effects_of(
+            effects._replace(expert_P=tuple((n - own.start, e) for n, e in effects.expert_P))
+        )
         if exp.model.takes == "tokens":
             cards = cards_of(run, batches, effects, split.domains, decode)
     for name, other in others:

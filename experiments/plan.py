@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from moe_jax import page
 from moe_jax.config import Experiment
 from moe_jax.plan import compile as compiler
 from moe_jax.plan import sections
@@ -126,7 +127,7 @@ def outcome(exp: Experiment, on: Topology) -> str:
 
 def write(path: pathlib.Path | None, text: Callable[[], str]) -> None:
     if path is not None:
-        path.write_text(text(), encoding="utf-8")
+        page.write(path, text())
         say(f"written: {path}")
 
 

@@ -68,7 +68,7 @@ class Logger:
         """Appends one record, at once on disk; NaN and infinity become null, arrays become lists."""
         if not self._active:
             return
-        record = _plain(record)
+        record = plain(record)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         for tag, value in _scalars(record):
             self._board.add_scalar(tag, value, record["step"])
@@ -231,15 +231,17 @@ def _lookup(record: dict, key: str) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    """What strict JSON can hold: arrays as lists, numbers that are not finite as None."""
+def plain(value: Any, digits: int = 17) -> Any:
+    """What strict JSON can hold: arrays as lists, numbers that are not finite as None, others to so many digits."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     if hasattr(value, "tolist"):  # arrays and scalars of numpy and JAX
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return plain(value.tolist(), digits)
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
 
 
 def _drop_after(path: Path, step: int) -> None:

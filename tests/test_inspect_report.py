@@ -22,9 +22,10 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import build
 from moe_jax.data import evaluation_batches
 from moe_jax.inspect import live, report
-from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, plain
+from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names
 from moe_jax.inspect.knockout import Effects, Losses
-from moe_jax.metrics import FILE
+from moe_jax.inspect.recorder import layers_of
+from moe_jax.metrics import FILE, plain
 from moe_jax.train import State
 from tests import programs
 from tests.test_inspect import made
@@ -144,10 +145,11 @@ def test_every_section_has_its_figures(found):
 
 def test_the_json_makes_the_same_page(found):
     """Nothing is in the page that is not in the JSON, which is strict."""
-    text = json.dumps(plain(found), allow_nan=False)
+    text = json.dumps(plain(found, 5), allow_nan=False)
     assert [h for h, *_ in report.sections(json.loads(text))] == [h for h, *_ in report.sections(found)]
     assert report.summary(json.loads(text)) == report.summary(found)
-    assert plain({"a": np.array([1 / 3, np.nan]), 1: (np.float32(2), None)}) == {"a": [0.33333, None], "1": [2.0, None]}
+    values = {"a": np.array([1 / 3, np.nan]), 1: (np.float32(2), None)}
+    assert plain(values, 5) == {"a": [0.33333, None], "1": [2.0, None]}
 
 
 def test_little_is_told_of_little(rec):
@@ -157,7 +159,7 @@ def test_little_is_told_of_little(rec):
     found = analyse(few, ["layer 0"]) | {"step": 1}
     for absent in ("specialisation", "information", "fairness", "favourites", "by_domain"):
         assert found[absent] is None
-    page = stands_alone(report.inspection_page("a", plain(found), ""))
+    page = stands_alone(report.inspection_page("a", plain(found, 5), ""))
     assert "From layer to layer" not in page.titles
     assert "paths" not in report.paths(found)
 
@@ -341,3 +343,16 @@ def test_layers_have_the_numbers_of_the_model():
         {"model": {"D": 8, "N": 4, "H": 2, "A": 4, "moe": {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}}}
     ).model
     assert layer_names(model) == ["layer 1", "layer 3"]
+
+
+def test_each_stack_has_its_layers():
+    """Of an encoder and a decoder each its own, counted as knock-outs count them; a single stack has them all."""
+    moe = {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}
+    sizes = {"D": 8, "N": 4, "H": 2, "A": 4, "moe": moe}
+    data = {"source": "ToyTranslation()", "objective": "Translation()"}
+    two = build({"model": {"kind": "EncoderDecoder", **sizes}, "data": data}).model
+    assert list(layers_of(two, "encoder")) == [0, 1]
+    assert list(layers_of(two, "decoder")) == [2, 3]
+    assert [p.stack.split("_")[0] for p in i.places(two)] == ["encoder"] * 2 + ["decoder"] * 2
+    one = build({"model": sizes}).model
+    assert list(layers_of(one, "decoder")) == [0, 1]

@@ -1,7 +1,6 @@
 """A file of all figures, and what has become slower since another one."""
 
 import json
-import math
 import os
 import pathlib
 import platform
@@ -10,6 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+
+from moe_jax.metrics import plain
 
 FORMAT = 1
 WORSE = 0.05  # a ratio that has grown by more is told
@@ -42,15 +43,6 @@ def processor() -> str:
 def save(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """All figures; those that are not finite as null."""
     path.write_text(json.dumps({"format": FORMAT, "machine": machine(), "rows": plain(list(rows))}, indent=1) + "\n")
-
-
-def plain(value: Any) -> Any:
-    """What strict JSON can hold."""
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:

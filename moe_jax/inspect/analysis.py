@@ -1,6 +1,6 @@
 """All that is read from a recording, as named arrays and plain values: what the report draws and its JSON holds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from moe_jax.inspect.balance import (
     repeated_drops,
     router_margin,
 )
-from moe_jax.inspect.fairness import Fairness, fairness
+from moe_jax.inspect.fairness import between_domains
 from moe_jax.inspect.knockout import Effects
 from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistics, transitions
 from moe_jax.inspect.recording import Recording
@@ -25,7 +25,6 @@ from moe_jax.inspect.specialisation import domain_information, domain_specialisa
 from moe_jax.models.layout import sparse_layers
 
 POSITIONS = 32  # bins of positions
-LEAST = 20  # sequences of a domain that is compared with others
 TOKENS = 8  # of an expert that are named
 
 
@@ -39,7 +38,7 @@ def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] |
     domains = list(rec.domains) or [str(z) for z in range(int(rec.domain_T.max(initial=0)) + 1)]
     several = len(np.unique(rec.domain_T[rec.domain_T >= 0])) > 1
     loss = rec.loss_T[np.isfinite(rec.loss_T)]
-    found: dict[str, Any] = {
+    return {
         "tokens": rec.tokens,
         "sequences": len(np.unique(rec.sequence_T)),
         "layers": list(names),
@@ -67,7 +66,6 @@ def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] |
         "fairness": fair(rec) if several else None,
         "favourites": favourites(rec, decode) if decode and (rec.token_T >= 0).any() else None,
     }
-    return found
 
 
 def margins(rec: Recording) -> dict[str, Any] | None:
@@ -113,11 +111,8 @@ def information(rec: Recording) -> dict[str, Any] | None:
 
 def fair(rec: Recording) -> dict[str, Any] | None:
     """The largest difference between domains of each metric; None where not two have enough sequences."""
-    windows = [len(np.unique(rec.sequence_T[rec.domain_T == z])) for z in np.unique(rec.domain_T[rec.domain_T >= 0])]
-    if sum(n >= LEAST for n in windows) < 2:
-        return None
-    it: Fairness = fairness(rec, rec.domain_T, least=LEAST)
-    return {
+    it = between_domains(rec, rec.domain_T, rec.sequence_T)
+    return it and {
         "domain": it.groups,
         "value": dict(it.value),
         "interval": dict(it.interval),
@@ -162,19 +157,3 @@ def compared(rec: Recording, other: Recording) -> dict[str, Any]:
     check_same_tokens(rec, other)
     chance_N = [float(rec.K * (a_E * b_E).sum()) for a_E, b_E in zip(expert_load(rec), expert_load(other), strict=True)]
     return {"saturation": router_saturation(other, rec), "chance": np.minimum(chance_N, 1.0)}
-
-
-# ---------------------------------------------------------------- as JSON
-
-
-def plain(value: Any, digits: int = 5) -> Any:
-    """What strict JSON can hold: arrays as lists, so many digits, what is not finite as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item, digits) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, digits) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist(), digits)
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if np.isfinite(value) else None
-    return value

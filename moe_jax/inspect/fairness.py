@@ -10,6 +10,7 @@ from moe_jax.inspect.look import Seen
 from moe_jax.inspect.resample import Drawn, as_it_is, bootstrap
 
 METRICS = ("drop_rate", "active_compute", "entropy", "loss")
+LEAST = 20  # sequences of a group that is compared with others
 NOTHING = 1e-9  # a difference this small, relative to the values, is rounding
 
 
@@ -72,7 +73,7 @@ def fairness(
     level: float = 0.05,
     resamples: int = 2000,
     seed: int = 0,
-    least: int = 20,
+    least: int = LEAST,
 ) -> Fairness:
     """Differences between groups of a recording's tokens; negative numbers are no group.
 
@@ -110,6 +111,12 @@ def fairness(
         gaps(it, draws, [int(g) for g in used], {m: names[m] for m in measured}, level),
         tuple(int(g) for g in groups[~kept_A]),
     )
+
+
+def between_domains(rec: Any, domain_T: np.ndarray, sequence_T: np.ndarray) -> Fairness | None:
+    """Differences between domains; None where there are not two with enough sequences."""
+    sequences = [len(np.unique(sequence_T[domain_T == z])) for z in np.unique(domain_T[domain_T >= 0])]
+    return fairness(rec, domain_T, least=LEAST) if sum(n >= LEAST for n in sequences) > 1 else None
 
 
 def check(rec: Any, group_T: np.ndarray, level: float, resamples: int) -> None:

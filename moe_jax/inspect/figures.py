@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.plots import NARROW, WIDE, Curve, Plot, bars, beside, histogram, lines, matrices
+from moe_jax.plots import NARROW, WIDE, Curve, Plot, bars, beside, lines, matrices
 
 PANELS = 6  # layers that are drawn, of more an even selection
 MOST = 24  # experts in a figure that has a row for each
@@ -97,12 +97,6 @@ def by_position(
     return lines(curves, "position in the document", y, title, ylim=(0, None), level=level)
 
 
-def by_domain(value_AN: Any, classes: Sequence[str], names: Sequence[str], x: str, title: str) -> Plot:
-    """Of `drop_rate_by` or `entropy_by` over domains."""
-    values = np.asarray(value_AN, float)
-    return bars(classes, {names[n]: values[:, n] for n in shown(names, 3)}, x, title)
-
-
 def margin(edges: Any, share_NX: Any, names: Sequence[str]) -> Plot:
     """Of `router_margin`: how many tokens were how close to another expert."""
     middle = (np.asarray(edges)[1:] + np.asarray(edges)[:-1]) / 2
@@ -154,8 +148,3 @@ def saturation(share_N: Any, chance_N: Any, names: Sequence[str], other: str) ->
     values = {"the same choice": share_N, "by chance": chance_N}
     note = f"choices that are the same in {other}"
     return bars(list(names), values, "share", "Router saturation", note, write="{:.2f}", xlim=(0, 1.15))
-
-
-def loss_histogram(losses: Mapping[str, Any]) -> Plot:
-    """How often a target costs how much."""
-    return histogram(losses, "nats", "Loss of targets")

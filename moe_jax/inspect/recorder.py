@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.config import Experiment
 from moe_jax.core import shard
 from moe_jax.core.stats import entropy
-from moe_jax.data import AnyBatch, Images, Pairs, default_directory, evaluation_batches
+from moe_jax.data import AnyBatch, Images, Pairs
 from moe_jax.data.windows import positions
 from moe_jax.inspect.recording import Recording, save
-from moe_jax.inspect.run import open_run
+from moe_jax.inspect.run import examples, open_run
 from moe_jax.models import Model, cross_entropy
 from moe_jax.moe import State
 from moe_jax.train import Program
@@ -53,22 +53,16 @@ def record(
     params: Any,
     batches: Iterable[AnyBatch],
     folder: str | Path,
-    router: State | None = None,
-    domains: Sequence[str] = (),
-    dropless: bool = False,
-    keep_probs: bool = False,
-    stack: str = "decoder",
-    key: Key[Array, ""] | None = None,
     about: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
     """Records what a model's routers do with batches, to a folder, holding one batch at a time; see `recording`.
 
-    router: what they remember (those of the start by default). domains: names of the domains, by number.
-    dropless: without the limit of slots. keep_probs: all probabilities, not the largest ones alone. stack: which one
-    of an encoder and a decoder. key: as in training, with its noise; without, as in evaluation. about: kept with it.
+    about: kept with it. options: those of `recordings`.
     """
-    recorded = recordings(exp, params, batches, router, domains, dropless, keep_probs, stack, key)
-    return save(recorded, folder, {"config": exp.to_json(), "dropless": dropless, "stack": stack, **(about or {})})
+    kept = {"config": exp.to_json(), "dropless": False, "stack": "decoder"}
+    kept |= {name: options[name] for name in ("dropless", "stack") if name in options}
+    return save(recordings(exp, params, batches, **options), folder, {**kept, **(about or {})})
 
 
 def record_run(
@@ -88,10 +82,9 @@ def record_run(
     """
     run = open_run(workdir, step)
     exp = run.exp if mesh is None else dataclasses.replace(run.exp, mesh=tuple(mesh.items()))
-    split = exp.data.prepare(data_dir or default_directory())[held_out]
-    batches = evaluation_batches(split, exp.data.B // exp.data.accumulate, windows)
+    split, batches = examples(exp, data_dir, windows, held_out)
     about = {"step": run.step, "data": split.fingerprint}
-    return record(exp, run.params, batches, folder, run.router, split.domains, about=about, **options)
+    return record(exp, run.params, batches, folder, about, router=run.router, domains=split.domains, **options)
 
 
 def recordings(
@@ -105,7 +98,12 @@ def recordings(
     stack: str = "decoder",
     key: Key[Array, ""] | None = None,
 ) -> Iterator[Recording]:
-    """The recordings of batches, one by one, as they are asked for."""
+    """The recordings of batches, one by one, as they are asked for.
+
+    router: what they remember (those of the start by default). domains: names of the domains, by number.
+    dropless: without the limit of slots. keep_probs: all probabilities, not the largest ones alone. stack: which one
+    of an encoder and a decoder. key: as in training, with its noise; without, as in evaluation.
+    """
     check(exp, stack)
     model, program = exp.model.dropless() if dropless else exp.model, Program(exp, max(len(domains), 1))
     look = compiled(program, exp, partial(routed, model, stack, keep_probs))
@@ -153,12 +151,19 @@ def routed(
     predicts_BL = batch.loss_mask_BL & (model.STACKS == 1 or stack == "decoder")
     nats_BL = jnp.where(predicts_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
     seen = cast(Any, aux)  # there are MoE layers, and they record
-    N, L = model.moe_layers // model.STACKS, length(model, batch, stack)
-    first = N if model.STACKS > 1 and stack == "decoder" else 0
-    expert, weight, kept, slot, probs = (a[first : first + N, :, :L] for a in (seen.expert_BLK, *seen.recorded))
+    own, L = layers_of(model, stack), length(model, batch, stack)
+    mine = (a[own.start : own.stop, :, :L] for a in (seen.expert_BLK, *seen.recorded))
+    expert, weight, kept, slot, probs = mine
     top, top_id = lax.top_k(probs, min(probs.shape[-1], expert.shape[-1] + 2))
     sums = (top, top_id.astype(jnp.int16), entropy(probs), probs if keep_probs else None)
     return Routed(expert.astype(jnp.int16), weight, kept, slot, *sums), nats_BL
+
+
+def layers_of(model: Any, stack: str) -> range:
+    """Which of the model's MoE layers, counted from 0, are this stack's."""
+    N = model.moe_layers // model.STACKS
+    first = N if model.STACKS > 1 and stack == "decoder" else 0
+    return range(first, first + N)
 
 
 def length(model: Any, batch: Any, stack: str) -> int:

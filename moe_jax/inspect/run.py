@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
+from moe_jax.data import AnyBatch, default_directory, evaluation_batches
 from moe_jax.moe import State
 
 
@@ -28,6 +29,17 @@ def experiment(workdir: str | Path) -> Experiment:
     if not config.is_file():
         raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
     return Experiment.from_json(config.read_text())
+
+
+def examples(
+    exp: Experiment, data_dir: str | Path | None = None, windows: int | None = None, held_out: bool = True
+) -> tuple[Any, list[AnyBatch]]:
+    """The held-out split of an experiment, or the training split, and batches of it.
+
+    windows: at most so many examples, spread over domains, in a fixed order; all without it.
+    """
+    split = exp.data.prepare(Path(data_dir) if data_dir else default_directory())[held_out]
+    return split, list(evaluation_batches(split, exp.data.B // exp.data.accumulate, windows))
 
 
 def open_run(workdir: str | Path, step: int | None = None) -> Run:
