@@ -1,4 +1,4 @@
-# make train | make test | make matrix | make tpu | make lint    everything is installed on the way, from uv.lock into .venv
+# make train | make test | make matrix | make tpu | make gpu | make lint    everything is installed on the way, from uv.lock into .venv
 PYTHON ?= python3
 UV     := .tools/bin/uv
 RUN    := .venv/bin/python
@@ -10,7 +10,7 @@ export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test matrix tpu lint format clean
+.PHONY: setup train test matrix tpu gpu lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -27,6 +27,11 @@ tpu:
 	$(MAKE) setup ENV=.venv-tpu EXTRA="--extra tpu"
 	.venv-tpu/bin/python -m pytest -m tpu --durations=5
 
+# For a machine with an NVIDIA GPU, and Python >= 3.12.
+gpu:
+	$(MAKE) setup ENV=.venv-gpu EXTRA="--extra cuda"
+	TEST_PLATFORMS=cuda,cpu .venv-gpu/bin/python -m pytest -m gpu --durations=5
+
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -37,7 +42,7 @@ format: setup
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-tpu .tools
+	rm -rf .venv .venv-tpu .venv-gpu .tools
 
 # An environment made by another Python is made anew. Where certificates are the system's own, uv is told to use them.
 setup:

@@ -1,9 +1,9 @@
-"""Eight simulated devices, before JAX starts."""
+"""Eight simulated devices, before JAX starts; a GPU where its own tests are run (make gpu)."""
 
 import os
 from importlib.metadata import version
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORMS = os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
 if version("jaxlib") < "0.11":  # tests compile more than they compute: this halves it; later ones do not know it
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
@@ -14,7 +14,7 @@ from moe_jax.core.shard import make_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", PLATFORMS == "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
-from moe_jax.core import ragged
+from moe_jax.core import ragged_gpu, ragged_tpu, rows_gpu
 from moe_jax.core.by_expert import _pieces, by_expert, ladder
 from moe_jax.core.groups import Ragged
 from tests import oracle
@@ -72,11 +72,57 @@ def test_every_pattern_of_empty_experts(way, expert):
 
 def test_weight_gradient_of_the_tpu(monkeypatch):
     """Its kernel, interpreted, in tiles of 8 rows: all 2^8 patterns against numpy."""
-    monkeypatch.setattr(ragged, "ROWS", 8)
-    outer = jax.jit(functools.partial(ragged.ragged_outer, interpret=True))
+    monkeypatch.setattr(ragged_tpu, "ROWS", 8)
+    outer = jax.jit(functools.partial(ragged_tpu.outer, interpret=True))
     for sizes in PATTERNS:
-        x, g, until = mine(X, sizes), mine(G, sizes), np.cumsum(sizes)
-        close(outer(x, g, sizes), np.stack([x[b - n : b].T @ g[b - n : b] for b, n in zip(until, sizes, strict=True)]))
+        x, g = mine(X, sizes), mine(G, sizes)
+        close(outer(x, g, sizes), outer_of(x, g, sizes))
+
+
+def outer_of(x, g, sizes):
+    return np.stack([x[b - n : b].T @ g[b - n : b] for b, n in zip(np.cumsum(sizes), sizes, strict=True)])
+
+
+@pytest.mark.parametrize("widths", [(D, F), (40, 32)], ids=str)
+def test_kernels_of_the_gpu(widths):
+    """Interpreted: all 2^8 patterns against numpy, of rows in place and of rows that are fetched by their numbers.
+
+    Widths in parts of blocks, and in several of them. tests/test_gpu.py runs them as they are compiled.
+    """
+    I, O = widths
+    x, g, w = normal(0, R, I), normal(1, R, O), normal(2, E, I, O)
+    token = np.random.default_rng(0).permutation(R).astype(np.int32)
+    small = {"tile": ragged_gpu.Tile(16, 16, 64), "interpret": True}
+
+    @jax.jit
+    def kernels(x, there, g, sizes):
+        rows = ragged_gpu.matmul(x, w, sizes, **small), ragged_gpu.matmul(there, w, sizes, token, **small)
+        weights = ragged_gpu.outer(x, g, sizes, **small), ragged_gpu.outer(there, g, sizes, token, **small)
+        return rows, ragged_gpu.matmul(g, w, sizes, transposed=True, **small), weights
+
+    for sizes in PATTERNS:
+        n, of = sizes.sum(), w[np.repeat(np.arange(E), sizes)]
+        real, upper = mine(x, sizes), mine(g, sizes)
+        there = np.empty_like(real)
+        there[token] = real
+        rows, back, weights = kernels(real, there, upper, sizes)
+        for y in rows:
+            close(y[:n], np.einsum("ri,rio->ro", x[:n], of))
+        close(back[:n], np.einsum("ro,rio->ri", g[:n], of))
+        for dw in weights:
+            close(dw, outer_of(x, g, sizes))
+
+
+def test_weighted_rows_back_on_the_gpu():
+    """Interpreted: the gradients of rows and weights, and nothing of rows that are nobody's."""
+    T, width = 11, 40
+    y, g, token = normal(0, R, width), normal(1, T, width), np.random.default_rng(0).integers(0, T + 1, R)
+    weight, of = np.where(token < T, normal(2, R), 0), np.concatenate([g, np.zeros((1, width), np.float32)])[token]
+    unread = np.where((token < T)[:, None], y, np.nan).astype(np.float32)
+    args = unread, g, weight.astype(np.float32), token.astype(np.int32)
+    dy, dweight = jax.jit(functools.partial(rows_gpu.weighted_back, interpret=True))(*args)
+    close(dy, weight[:, None] * of)
+    close(dweight, (of * y).sum(1))
 
 
 @pytest.mark.parametrize("sizes", [(40, 0, 0, 3), (0, 0, 0, 43), (11, 11, 11, 10), (1, 41, 1, 0)], ids=str)

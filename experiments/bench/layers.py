@@ -86,7 +86,7 @@ def layer_inputs(cfg: MoEConfig, shape: Shape, tokens: Tokens, place: Place, par
     if params is None:
         x_BLD = jax.ShapeDtypeStruct((1, shape.L, shape.D), jnp.float32)
         shapes = jax.eval_shape(MoE(cfg).init, jax.random.key(0), x_BLD)["params"]
-        params = drawn({name: s.shape for name, s in shapes.items()})
+        params = drawn({name: s.shape for name, s in shapes.items()}, shape.weights)
         params = place.put(params, dims.layouts(params, here.rules))
     gate = {"router_gate_DE": place.put(jnp.asarray(tokens.gate_DE), PartitionSpec())}
     x_BLD = jnp.asarray(tokens.x_TD.reshape(-1, shape.L, shape.D), shape.dtype)
@@ -112,7 +112,7 @@ def twin_inputs(shape: Shape, place: Place) -> tuple[Any, Array]:
     """(params, x_TD), with random tokens: a dense layer takes as long for any."""
     here, sizes = place.here(), {**sizes_of(shape.twin), "D": shape.D}
     shapes = {name: dims.shape(dims.dims_of(name.replace("_E", "_")), sizes) for name in shape.twin.params}
-    params = drawn(shapes)
+    params = drawn(shapes, shape.weights)
     x_TD = jax.random.normal(jax.random.key(1), (shape.T, shape.D)).astype(shape.dtype)
     return place.put(params, shared_layout(params, here)), place.put(x_TD, shard.token_spec(here))
 
@@ -123,7 +123,7 @@ def twin_inputs(shape: Shape, place: Place) -> tuple[Any, Array]:
 def batched_passes(shape: Shape) -> tuple[Passes, Any]:
     """The experts' matmuls alone, as XLA batches them: rows lie ready, as many for each expert. And their inputs."""
     sizes = {**sizes_of(shape.experts), "D": shape.D, "E": shape.E}
-    params = drawn({name: dims.shape(dims.dims_of(name), sizes) for name in shape.experts.params})
+    params = drawn({name: dims.shape(dims.dims_of(name), sizes) for name in shape.experts.params}, shape.weights)
     rows = shape.E, -(-shape.T * shape.K // shape.E), shape.D
     x_ECD = jax.random.normal(jax.random.key(1), rows).astype(shape.dtype)
 
@@ -142,12 +142,13 @@ def square(y: Array) -> Array:
     return (y.astype(jnp.float32) ** 2).mean()
 
 
-def drawn(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Parameters of these shapes, of variance 1 / fan in."""
+def drawn(shapes: Mapping[str, tuple[int, ...]], dtype: str = "float32") -> dict[str, Array]:
+    """Parameters of these shapes and this type, of variance 1 / fan in."""
 
     @jax.jit
     def draw(key):
         keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
-        return {n: jax.random.normal(keys[n], s) * (s[-2] if len(s) > 1 else 1) ** -0.5 for n, s in shapes.items()}
+        scale = {n: (s[-2] if len(s) > 1 else 1) ** -0.5 for n, s in shapes.items()}
+        return {n: (scale[n] * jax.random.normal(keys[n], s)).astype(dtype) for n, s in shapes.items()}
 
     return draw(jax.random.key(0))

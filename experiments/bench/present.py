@@ -14,7 +14,7 @@ HEADS = (
     *("shape", "routing", "dispatch", "max/mean load", "kept"),
     *("forward, ms", "dense", "ratio", "quartiles"),
     *("with backward, ms", "dense", "ratio", "quartiles"),
-    *("compile, s", "dense", "temp., MiB", "dense", "FLOPs done/useful", "weights, MiB", "matmuls alone"),
+    *("compile, s", "dense", "temp., MiB", "dense", "TFLOP/s", "FLOPs done/useful", "weights, MiB", "matmuls alone"),
 )
 
 
@@ -33,6 +33,7 @@ def cells(row: Row) -> list[str]:
     found += [f"{sum(row['compile_seconds'][which]):.1f}" for which in ("layer", "dense")]
     found += [mebibytes(row["temp_bytes"][which]) for which in ("layer", "dense")]
     useful = row["flops"]["useful"]
+    found += [number(useful / row["forward"]["layer_ms"][1] / 1e9)]
     found += [f"{row['flops']['done'] / useful:.2f}" if useful else "-", mebibytes(row["weight_bytes"])]
     least = row.get("batched")
     return [*found, " / ".join(f"{least[what]:.2f}" for what in PASSES) if least else "-"]

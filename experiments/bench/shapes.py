@@ -21,7 +21,8 @@ GiB = 2**30
 class Shape:
     """T tokens of width D in sequences of L, which are the routing groups; each visits K of E experts.
 
-    dtype: of tokens, and so of all that is computed; parameters are float32 as in training, and cast where used.
+    dtype: of tokens, and so of all that is computed.
+    weights: type of the experts' parameters; float32 ones are cast where they are used, as in training.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Shape:
     experts: Any
     L: int = 512
     dtype: str = "float32"
+    weights: str = "float32"
     gpu: bool = False
 
     def layer(self, dispatch: Any) -> MoEConfig:
@@ -47,6 +49,10 @@ class Shape:
 
 
 GROWTH = {"T": 4096, "D": 256, "K": 2, "experts": MLP(F=256)}  # the same rows and FLOPs, among more and more experts
+GPU: tuple[tuple[str, Any], ...] = (
+    ("", {"dtype": "bfloat16", "weights": "bfloat16", "gpu": True}),
+    ("-cast", {"dtype": "bfloat16", "gpu": True}),
+)
 NAMED = (
     Shape("coarse-k1", T=4096, D=512, E=8, K=1, experts=MLP(F=2048)),
     Shape("coarse-k2", T=4096, D=512, E=8, K=2, experts=MLP(F=2048)),
@@ -55,8 +61,8 @@ NAMED = (
     Shape("mixtral", T=4096, D=512, E=8, K=2, experts=GLU(F=1792)),  # Mixtral 8x7B: 14336 / 4096
     Shape("qwen3", T=4096, D=512, E=128, K=8, experts=GLU(F=192)),  # Qwen3-30B-A3B: 768 / 2048
     *(Shape(f"growth-{E}", E=E, **GROWTH) for E in (8, 64, 512)),
-    Shape("gpu-a", T=24576, D=1536, E=128, K=8, experts=MLP(F=256), dtype="bfloat16", gpu=True),
-    Shape("gpu-b", T=32768, D=4096, E=64, K=4, experts=MLP(F=1024), dtype="bfloat16", gpu=True),
+    *(Shape(f"gpu-a{cast}", T=24576, D=1536, E=128, K=8, experts=MLP(F=256), **types) for cast, types in GPU),
+    *(Shape(f"gpu-b{cast}", T=32768, D=4096, E=64, K=4, experts=MLP(F=1024), **types) for cast, types in GPU),
 )
 SHAPES = {shape.name: shape for shape in NAMED}
 QUICK = Shape("quick", T=64, D=32, E=8, K=2, experts=MLP(F=16), L=8)

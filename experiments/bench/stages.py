@@ -23,6 +23,7 @@ from experiments.bench.work import by_rows, kept, slots
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Padded, Ragged
+from moe_jax.core.rows import Sent, written
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import stats
 from moe_jax.moe import MoEConfig, context, usable
@@ -33,8 +34,8 @@ STAGES = ("route", "dispatch", "exchange", "experts")
 class Still(Shard):
     """A shard whose rows come back as they are."""
 
-    def visit(self, experts: Callable, params: Any, x: Array, groups: Any) -> tuple[Array, Array]:
-        return x, jnp.ones((), bool)
+    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Array]:
+        return written(x), jnp.ones((), bool)
 
 
 def measure(

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -8,16 +9,62 @@ from moe_jax.core.context import Context
 def linear(x_GSD: Float[Array, "G S I"], gate_DE: Float[Array, "I O"]) -> Float[Array, "G S O"]:
     """Logits, in full float32 whatever the compute type is (arXiv:2101.03961, sec. 2.4).
 
-    A TPU would otherwise multiply float32 matrices in bfloat16.
+    An accelerator would otherwise multiply float32 matrices in less.
     """
-    return jnp.einsum(
-        "gsd,de->gse",
-        x_GSD.astype(jnp.float32),
-        gate_DE.astype(jnp.float32),
-        precision=lax.Precision.HIGHEST,
-    )
+    if x_GSD.dtype == jnp.bfloat16:
+        return _of_bfloat16(x_GSD, gate_DE.astype(jnp.float32))
+    return _linear(x_GSD, gate_DE)
 
 
 def gate(x_GSD: Float[Array, "G S D"], gate_DE: Float[Array, "D E"], ctx: Context = Context()) -> Float[Array, "G S E"]:
     """The logits of a linear gate, with what the context does to its input and to them."""
     return ctx.logits(linear(ctx.input(x_GSD), gate_DE))
+
+
+def _linear(x_GSD: Array, gate_DE: Array) -> Array:
+    x_GSD, gate_DE = x_GSD.astype(jnp.float32), gate_DE.astype(jnp.float32)
+    return jnp.einsum("gsd,de->gse", x_GSD, gate_DE, precision=lax.Precision.HIGHEST)
+
+
+# ---------------------------------------------------------------- on the matrix units of a GPU
+
+
+@jax.custom_vjp
+def _of_bfloat16(x_GSD: Array, gate_DE: Array) -> Array:
+    return lax.platform_dependent(x_GSD, gate_DE, cuda=_in_parts, default=_linear)
+
+
+def _of_bfloat16_bwd(residuals, g_GSE):
+    plainly = lambda x, gate, g: jax.vjp(_linear, x, gate)[1](g)  # noqa: E731
+    return lax.platform_dependent(*residuals, g_GSE, cuda=_in_parts_bwd, default=plainly)
+
+
+_of_bfloat16.defvjp(lambda *args: (_of_bfloat16(*args), args), _of_bfloat16_bwd)
+
+
+def _in_parts(x_GSD: Array, gate_DE: Array) -> Array:
+    """A float32 is the sum of three bfloat16, whose products with x are exact in float32."""
+    y_GSE3 = jnp.dot(x_GSD, jnp.concatenate(parts(gate_DE, 3), 1), preferred_element_type=jnp.float32)
+    first, second, third = jnp.split(y_GSE3, 3, axis=-1)
+    return third + second + first
+
+
+def _in_parts_bwd(x_GSD: Array, gate_DE: Array, g_GSE: Array) -> tuple[Array, Array]:
+    (g1, g2, g3), (w1, w2) = parts(g_GSE, 3), parts(gate_DE, 2)
+    whole = {"preferred_element_type": jnp.float32}
+    # Rounded to bfloat16 in the end: products of what is small with what is small are lost in that.
+    g_GSE3, w_DE3 = jnp.concatenate([g2, g1, g1], -1), jnp.concatenate([w1, w2, w1], -1)
+    dx_GSD = jnp.einsum("gse,de->gsd", g_GSE3, w_DE3, **whole)
+    dgate_DE3 = jnp.einsum("gsd,gse->de", x_GSD, jnp.concatenate([g3, g2, g1], -1), **whole)
+    third, second, first = jnp.split(dgate_DE3, 3, axis=1)
+    return dx_GSD.astype(x_GSD.dtype), third + second + first
+
+
+def parts(x: Float[Array, "..."], n: int) -> list[Float[Array, "..."]]:
+    """bfloat16 arrays, the largest first, that add up to a float32 array: three are all of its 24 digits."""
+    found = []
+    for _ in range(n):
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # a conversion to and fro may be left out
+        found.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return found

@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moe_jax.core.blocks import TYPES
 from moe_jax.core.by_expert import by_expert
-from moe_jax.core.ragged import ragged_matmul
+from moe_jax.core.ragged import ragged_matmul, sent_matmul
+from moe_jax.core.rows import Sent, written
 
 
 @runtime_checkable
@@ -26,7 +27,7 @@ class Groups(Protocol):
         """Every row plus its expert's vector."""
         ...
 
-    def apply(self, expert: Callable, params: Any, x: Array) -> Array:
+    def apply(self, expert: Callable, params: Any, x: Array | Sent) -> Array:
         """What experts make of their rows, expert(params, x, self), in the way that is fastest."""
         ...
 
@@ -61,6 +62,13 @@ class Padded:
         return expert(params, x, self)
 
 
+class Fetched(NamedTuple):
+    """The rows that an expert is given, and where a matmul that knows them can fetch them: then nobody writes them."""
+
+    rows: Float[Array, "R D"]
+    sent: Sent
+
+
 @dataclasses.dataclass(frozen=True)
 class Ragged:
     """The rows of all experts back to back: x[R, I], the first sizes_E[0] of them expert 0's, and so on.
@@ -69,9 +77,13 @@ class Ragged:
     """
 
     sizes_E: Int[Array, "E"]
+    fetched: Fetched | None = None
 
     def matmul(self, x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"]) -> Float[Array, "R O"]:
-        return ragged_matmul(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
+        w_EIO = w_EIO.astype(x_RI.dtype)
+        if self.fetched and x_RI is self.fetched.rows:
+            return sent_matmul(*self.fetched.sent, w_EIO, self.sizes_E)
+        return ragged_matmul(x_RI, w_EIO, self.sizes_E)
 
     def bias(self, x_RO: Float[Array, "R O"], b_EO: Float[Array, "E O"]) -> Float[Array, "R O"]:
         R = x_RO.shape[0]
@@ -79,12 +91,25 @@ class Ragged:
         mine_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows that are nobody's
         return x_RO + jnp.where(mine_R1, b_RO, 0)
 
-    def apply(self, expert: Callable, params: Any, x_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R D"]:
         """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
-        return lax.platform_dependent(
-            params,
-            x_RD,
-            self.sizes_E,
-            cpu=partial(by_expert, expert),
-            default=lambda params, x_RD, sizes_E: expert(params, x_RD, Ragged(sizes_E)),
-        )
+
+        def one_by_one(params, x, sizes_E):
+            return by_expert(expert, params, written(x), sizes_E)
+
+        def at_once(params, x, sizes_E):
+            return expert(params, written(x), Ragged(sizes_E))
+
+        def fetching(params, x, sizes_E):
+            rows = written(x)
+            known = Fetched(rows, x) if isinstance(x, Sent) and rows.dtype in TYPES else None
+            return expert(params, rows, Ragged(sizes_E, known))
+
+        return lax.platform_dependent(params, x, self.sizes_E, cpu=one_by_one, cuda=fetching, default=at_once)
+
+
+class OneByOne(Ragged):
+    """Rows like these on a platform without a grouped matmul."""
+
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R D"]:
+        return by_expert(expert, params, written(x), self.sizes_E)

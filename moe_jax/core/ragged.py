@@ -1,17 +1,19 @@
-"""The grouped matmul of accelerators. XLA has a TPU kernel for it and for the gradient of its rows; the gradient of its
-weights would be E times the work there (E products with all other experts' rows masked), and is a kernel of ours.
+"""The grouped matmul of accelerators, by the platform that a program is lowered for.
+
+XLA has a TPU kernel for it and for the gradient of its rows. Everywhere else its own way, and that of the gradient of
+the weights on TPU too, is dense: E times the work (all rows of other experts masked), and on a GPU E times the rows in
+memory. What is missing are kernels of ours.
 """
 
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-ROWS = 512  # of a tile
+from moe_jax.core import ragged_gpu, ragged_tpu
+from moe_jax.core.blocks import TYPES
+from moe_jax.core.rows import Places, Sent, back
 
 
 @jax.custom_vjp
@@ -19,85 +21,44 @@ def ragged_matmul(
     x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
     """Every row times its expert's matrix; what comes back for rows past sum(sizes_E) is unspecified."""
-    return lax.ragged_dot(x_RI, w_EIO, sizes_E)
+    if x_RI.dtype not in TYPES:
+        return lax.ragged_dot(x_RI, w_EIO, sizes_E)
+    return lax.platform_dependent(x_RI, w_EIO, sizes_E, cuda=ragged_gpu.matmul, default=lax.ragged_dot)
 
 
 def _ragged_bwd(residuals, g_RO):
     x_RI, w_EIO, sizes_E = residuals
-    dx_RI = lax.ragged_dot(g_RO, w_EIO.swapaxes(1, 2), sizes_E)
-    dw_EIO = lax.platform_dependent(x_RI, g_RO, sizes_E, tpu=ragged_outer, default=partial(_masked_outer, w_EIO))
+    on_gpu = x_RI.dtype in TYPES
+    of_rows = {"cuda": partial(ragged_gpu.matmul, transposed=True)} if on_gpu else {}
+    of_weights = {"tpu": ragged_tpu.outer} | ({"cuda": ragged_gpu.outer} if on_gpu else {})
+    dx_RI = lax.platform_dependent(g_RO, w_EIO, sizes_E, default=_dot_transposed, **of_rows)
+    dw_EIO = lax.platform_dependent(x_RI, g_RO, sizes_E, default=partial(_masked_outer, w_EIO), **of_weights)
     return dx_RI, dw_EIO, None
 
 
 ragged_matmul.defvjp(lambda *args: (ragged_matmul(*args), args), _ragged_bwd)
 
 
+def _dot_transposed(g_RO, w_EIO, sizes_E):
+    return lax.ragged_dot(g_RO, w_EIO.swapaxes(1, 2), sizes_E)
+
+
 def _masked_outer(w_EIO, x_RI, g_RO, sizes_E):
     return jax.vjp(lambda w: lax.ragged_dot(x_RI, w, sizes_E), w_EIO)[1](g_RO)[0]
 
 
-def ragged_outer(
-    x_RI: Float[Array, "R I"], g_RO: Float[Array, "R O"], sizes_E: Int[Array, "E"], interpret: bool = False
-) -> Float[Array, "E I O"]:
-    """x[rows of e].T @ g[rows of e] for every expert, in the type of x, added up in float32: a Pallas TPU kernel.
-
-    A visit is an expert with a tile of rows in which it has some; those of an expert follow one another, and an expert
-    without rows has one visit, which writes zeros (the schedule of MegaBlocks, arXiv:2211.15841, sec. 5.1).
-    """
-    (R, I), O, E = x_RI.shape, g_RO.shape[1], len(sizes_E)
-    rows, tile_I, tile_O = min(ROWS, R), _tile(I), _tile(O)
-    visits = _visits(sizes_E, R, rows)
-    shape = jax.ShapeDtypeStruct((E, I, O), x_RI.dtype, manual_axis_type=jax.typeof(x_RI).manual_axis_type)
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=len(visits),
-        grid=(pl.cdiv(I, tile_I), pl.cdiv(O, tile_O), len(visits[0])),
-        in_specs=[
-            pl.BlockSpec((rows, tile_I), lambda i, o, v, expert, tile, *_: (tile[v], i)),
-            pl.BlockSpec((rows, tile_O), lambda i, o, v, expert, tile, *_: (tile[v], o)),
-        ],
-        out_specs=pl.BlockSpec((1, tile_I, tile_O), lambda i, o, v, expert, *_: (expert[v], i, o)),
-        scratch_shapes=[pltpu.VMEM((tile_I, tile_O), jnp.float32)],
-    )
-    parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-    call = pl.pallas_call(_kernel, shape, grid_spec=grid, compiler_params=parallel, interpret=interpret)
-    return call(*visits, x_RI, g_RO)
+@jax.custom_vjp
+def sent_matmul(
+    x_TI: Float[Array, "T I"], to: Places, w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
+) -> Float[Array, "R O"]:
+    """The same of rows that are still where their tokens are, on a GPU."""
+    return ragged_gpu.matmul(x_TI, w_EIO, sizes_E, Sent(x_TI, to).token_R)
 
 
-def _kernel(expert_V, tile_V, start_V, end_V, x, g, out, total):
-    v, last = pl.program_id(2), pl.num_programs(2) - 1
-
-    @pl.when((v == 0) | (expert_V[v] != expert_V[jnp.maximum(v - 1, 0)]))
-    def _():
-        total[...] = jnp.zeros_like(total)
-
-    @pl.when(start_V[v] < end_V[v])
-    def _():
-        row = tile_V[v] * len(x) + lax.broadcasted_iota(jnp.int32, (len(x), 1), 0)
-        mine = (row >= start_V[v]) & (row < end_V[v])  # other rows may be anything, NaN too
-        mine_of = lambda rows: jnp.where(mine, rows[...].astype(jnp.float32), 0)  # noqa: E731
-        x_IC, g_CO = mine_of(x).swapaxes(0, 1).astype(x.dtype), mine_of(g).astype(g.dtype)
-        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        total[...] += jnp.dot(x_IC, g_CO, preferred_element_type=jnp.float32, precision=precision)
-
-    @pl.when((v == last) | (expert_V[v] != expert_V[jnp.minimum(v + 1, last)]))
-    def _():
-        out[0] = total[...].astype(out.dtype)
+def _sent_bwd(residuals, g_RO):
+    x_TI, to, w_EIO, sizes_E = residuals
+    dx_RI = ragged_gpu.matmul(g_RO, w_EIO, sizes_E, transposed=True)
+    return back(dx_RI, to), None, ragged_gpu.outer(x_TI, g_RO, sizes_E, Sent(x_TI, to).token_R), None
 
 
-def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:
-    """Expert, tile, first row and last of every visit; there are never more than tiles + experts."""
-    E, tiles = len(sizes_E), pl.cdiv(R, rows)
-    end_E = jnp.cumsum(sizes_E)
-    start_E = end_E - sizes_E
-    tiles_E = jnp.where(sizes_E > 0, (end_E - 1) // rows - start_E // rows + 1, 1)
-    until_E = jnp.cumsum(tiles_E)
-    visit_V = jnp.arange(tiles + E)
-    expert_V = jnp.minimum((until_E[None] <= visit_V[:, None]).sum(1), E - 1)  # what is left over, the last expert
-    tile_V = start_E[expert_V] // rows + visit_V - (until_E - tiles_E)[expert_V]
-    end_V = jnp.where(visit_V < until_E[-1], end_E[expert_V], 0)
-    return tuple(a.astype(jnp.int32) for a in (expert_V, jnp.clip(tile_V, 0, tiles - 1), start_E[expert_V], end_V))
-
-
-def _tile(n: int) -> int:
-    """Of a width: a few lanes' worth that divide it, or all of it."""
-    return next((t for t in (512, 256, 128) if n % t == 0), n)
+sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)

@@ -171,9 +171,15 @@ def _positions(expert_GR: Int[Array, "G R"], E: int) -> Int[Array, "G R"]:
     """How many entries before each one name the same expert: its rank after sorting, less the rank of the first."""
     (G, R), group_G1 = expert_GR.shape, jnp.arange(len(expert_GR))[:, None]
     sorted_GR, order_GR = _sorted(expert_GR, E)
-    first_GE = jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1)))(sorted_GR)
+    looping, counting = (partial(_firsts, E=E, method=method) for method in ("scan", "compare_all"))
+    first_GE = lax.platform_dependent(sorted_GR, cuda=counting, default=looping)  # on a GPU a loop is slow
     rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]
     return jnp.zeros((G, R), jnp.int32).at[group_G1, order_GR].set(rank_GR.astype(jnp.int32), unique_indices=True)
+
+
+def _firsts(sorted_GR: Int[Array, "G R"], *, E: int, method: str) -> Int[Array, "G _"]:
+    """Where each number up to E is first."""
+    return jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1), method=method))(sorted_GR)
 
 
 def _sorted(expert_GR: Int[Array, "G R"], E: int) -> tuple[Int[Array, "G R"], Int[Array, "G R"]]:

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.core import blocks, rows_gpu
 from moe_jax.core.routing import TokenChoice
 
 
@@ -15,6 +17,28 @@ class Places(NamedTuple):
 
     row_TK: Int[Array, "T K"]  # R: nowhere
     choice_R: Int[Array, "R"]  # T * K: nobody
+
+
+class Sent(NamedTuple):
+    """Rows of tokens that have not been written yet: some kernels fetch them by themselves."""
+
+    x_TD: Float[Array, "T D"]
+    to: Places
+
+    @property
+    def token_R(self) -> Int[Array, "R"]:
+        """Which token each row has; T: none."""
+        return self.to.choice_R // self.to.row_TK.shape[1]
+
+    @property
+    def rows(self) -> Float[Array, "R D"]:
+        """Every row's token; 0 where there is none."""
+        return _send(self.x_TD, self.to)
+
+
+def written(x: Array | Sent) -> Array:
+    """Rows, wherever they are."""
+    return x.rows if isinstance(x, Sent) else x
 
 
 def places(row_GSK: Int[Array, "G S K"], R: int) -> Places:
@@ -36,9 +60,9 @@ def back_to_back(
     return jnp.where(kept_GSK, first_GSK + queue_GSK, nowhere), count_GE.sum(0)
 
 
-def send(x_GSD: Float[Array, "G S D"], to: Places) -> Float[Array, "R D"]:
-    """Every row's token; 0 where there is none."""
-    return _send(x_GSD.reshape(-1, x_GSD.shape[-1]), to)
+def send(x_GSD: Float[Array, "G S D"], to: Places) -> Sent:
+    """Tokens to their rows."""
+    return Sent(x_GSD.reshape(-1, x_GSD.shape[-1]), to)
 
 
 def combine(y_RD: Float[Array, "R D"], weight_GSK: Float[Array, "G S K"], of: Places) -> Float[Array, "G S D"]:
@@ -57,16 +81,17 @@ def _sum(rows_of: Callable[[int], Array], K: int) -> Array:
     return sum((rows_of(k).astype(jnp.float32) for k in range(1, K)), rows_of(0).astype(jnp.float32))
 
 
+def back(g_RD: Float[Array, "R D"], to: Places) -> Float[Array, "T D"]:
+    """The gradient of tokens from that of their rows."""
+    return _sum(lambda k: _at(g_RD, to.row_TK[:, k]), to.row_TK.shape[1]).astype(g_RD.dtype)
+
+
 @jax.custom_vjp
 def _send(x_TD: Array, to: Places) -> Array:
     return _at(x_TD, to.choice_R // to.row_TK.shape[1])
 
 
-def _send_bwd(to: Places, g_RD: Array):
-    return _sum(lambda k: _at(g_RD, to.row_TK[:, k]), to.row_TK.shape[1]).astype(g_RD.dtype), None
-
-
-_send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), _send_bwd)
+_send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), lambda to, g_RD: (back(g_RD, to), None))
 
 
 @jax.custom_vjp
@@ -77,10 +102,17 @@ def _combine(y_RD: Array, weight_TK: Array, of: Places) -> Array:
 
 def _combine_bwd(residuals, g_TD: Array):
     y_RD, weight_TK, of = residuals
-    g_RD = _at(g_TD, of.choice_R // weight_TK.shape[1])
-    dy_RD = _at(weight_TK.reshape(-1), of.choice_R)[:, None] * g_RD
+    weight_R, token_R = _at(weight_TK.reshape(-1), of.choice_R), of.choice_R // weight_TK.shape[1]
+    ways = {"cuda": rows_gpu.weighted_back} if y_RD.dtype in blocks.TYPES else {}
+    dy_RD, dweight_R = lax.platform_dependent(y_RD, g_TD, weight_R, token_R, default=_weighted_back, **ways)
+    return dy_RD, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
+
+
+def _weighted_back(y_RD: Array, g_TD: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
+    """Of rows that were multiplied with their weights and added to tokens: their gradient, and the weights'."""
+    g_RD = _at(g_TD, token_R)
     dweight_R = (g_RD.astype(jnp.float32) * y_RD).sum(-1)
-    return dy_RD.astype(y_RD.dtype), _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
+    return (weight_R[:, None] * g_RD).astype(y_RD.dtype), dweight_R
 
 
 _combine.defvjp(lambda *args: (_combine(*args), args), _combine_bwd)

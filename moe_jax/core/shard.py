@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
+from moe_jax.core.rows import Sent, written
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
 TOKENS = AXES[:-1]  # axes that the batch is spread over
@@ -168,12 +169,12 @@ class Shard:
 
     # ---- experts
 
-    def visit(self, experts: Callable, params: Any, x: Array, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
+    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
         """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
             return apply(params, x, groups), jnp.ones((), bool)
-        return self.exchange(self, apply, params, x, groups)
+        return self.exchange(self, apply, params, written(x), groups)
 
     def count(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""

@@ -10,9 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import routing as r
 from moe_jax.core import rows
-from moe_jax.core.by_expert import by_expert
 from moe_jax.core.capacity import capacity, check_capacity
-from moe_jax.core.groups import Padded
+from moe_jax.core.groups import OneByOne, Padded
 from moe_jax.core.shard import Shard
 
 
@@ -50,7 +49,7 @@ class Scatter:
         args = (x_GSD, weighted, queue_GSK, kept_GSK, params)
         if shard.experts:
             return run(*args), kept_GSK
-        occupied = partial(_occupied, experts=experts)
+        occupied = partial(_occupied, experts=experts, shard=shard)
         return lax.platform_dependent(*args, cpu=occupied, default=run), kept_GSK
 
 
@@ -79,7 +78,7 @@ def _padded(
     def with_slots(C: int, x_GSD, weight_GSK, params):
         row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + queue_GSK
         places = rows.places(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
-        x_ECD = rows.send(x_GSD, places).reshape(E, G * C, D)
+        x_ECD = rows.send(x_GSD, places).rows.reshape(E, G * C, D)
         y_ECD, _ = shard.visit(experts, params, x_ECD, Padded())
         return rows.combine(y_ECD.reshape(E * G * C, D), weight_GSK, places)
 
@@ -90,9 +89,9 @@ def _padded(
     return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
 
 
-def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable) -> Float[Array, "G S D"]:
+def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard) -> Float[Array, "G S D"]:
     """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
     row_GSK, sizes_E = rows.back_to_back(routing, queue_GSK, kept_GSK)
     places = rows.places(row_GSK, row_GSK.size)
-    y_RD = by_expert(experts, params, rows.send(x_GSD, places), sizes_E)
+    y_RD, _ = shard.visit(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
     return rows.combine(y_RD, routing.weight_GSK, places)

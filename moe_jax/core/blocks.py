@@ -1,0 +1,91 @@
+"""What our kernels for GPUs are written with: parts of arrays, some of which may be beyond their end."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array
+
+TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+class Block(NamedTuple):
+    """A part of a dimension, and which of it there is: None where it is all of it."""
+
+    at: Any  # a slice, or numbers
+    inside: Array | None
+
+    @property
+    def size(self) -> int:
+        return len(self.at) if isinstance(self.at, jax.Array) else self.at.size
+
+
+class Span(NamedTuple):
+    """A width in blocks of a power of two, of which the last may be beyond its end."""
+
+    width: int
+    size: int
+    blocks: int
+
+    @classmethod
+    def of(cls, width: int, most: int) -> "Span":
+        even = width & -width  # the largest power of two that divides it
+        size = min(most, even if even >= min(most, 64) else max(16, pl.next_power_of_2(width)))
+        return cls(width, size, pl.cdiv(width, size))
+
+    def at(self, n: Any) -> Block:
+        first = n * self.size
+        inside = first + jnp.arange(self.size) < self.width if self.width % self.size else None
+        return Block(pl.ds(first, self.size), inside)
+
+
+def place(*counts: int) -> list[Any]:
+    """Of this program, among so many along each dimension, the last one fastest."""
+    left, place = pl.program_id(0), []
+    for count in reversed(counts):
+        place.append(left % count)
+        left = left // count
+    return place[::-1]
+
+
+def some_rows(first: Any, end: Any, n: int) -> Block:
+    """n rows, of which those before the end are there."""
+    return Block(pl.ds(first, n), first + jnp.arange(n) < end)
+
+
+def tokens_of(rows: Block, token: Any) -> Block:
+    """Where the tokens are that rows have: token is a reference to their numbers."""
+    return Block(triton.load(token.at[rows.at], mask=rows.inside, other=0), rows.inside)
+
+
+def load(ref: Any, down: Block, across: Block, *of: Any) -> Array:
+    """0 where there is nothing: what lies there may be anything, NaN too. `of`: the indices before these two."""
+    mask, places = _mask(down, across), [down.at, across.at]
+    if isinstance(down.at, jax.Array):
+        numbers = down.at[:, None], (across.at.start + jnp.arange(across.size))[None]
+        places = [jnp.broadcast_to(n, (down.size, across.size)) for n in numbers]
+    return triton.load(ref.at[*of, *places], mask=mask, other=None if mask is None else 0)
+
+
+def store(ref: Any, down: Block, across: Block, total: Array, *of: Any) -> None:
+    triton.store(ref.at[*of, down.at, across.at], total.astype(ref.dtype), mask=_mask(down, across))
+
+
+def _mask(down: Block, across: Block) -> Array | None:
+    parts = [jnp.expand_dims(b.inside, axis) for axis, b in ((1, down), (0, across)) if b.inside is not None]
+    return jnp.broadcast_to(parts[0] & parts[-1], (down.size, across.size)) if parts else None
+
+
+def dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def launch(kernel: Any, programs: int, outs: Any, warps: int, stages: int, interpret: bool, *args: Array) -> Any:
+    """Runs so many programs of a kernel. outs: (shape, type) of a result, or a tuple of them."""
+    varies = jax.typeof(args[-1]).manual_axis_type
+    shape = lambda out: jax.ShapeDtypeStruct(*out, manual_axis_type=varies)  # noqa: E731
+    shapes = tuple(map(shape, outs)) if isinstance(outs[0][0], tuple) else shape(outs)
+    params = triton.CompilerParams(num_warps=warps, num_stages=stages)
+    return pl.pallas_call(kernel, shapes, grid=(programs,), compiler_params=params, interpret=interpret)(*args)

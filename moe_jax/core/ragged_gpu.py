@@ -1,0 +1,117 @@
+"""The grouped matmul and the gradient of its weights on NVIDIA GPUs: Pallas kernels, by way of Triton.
+
+Tiles begin where an expert's rows begin, so that no tile has rows of two experts, and one tile of an expert at most is
+not full. Rows may still be where their tokens are: then a tile fetches its tokens by number, and no row is ever written
+(ScatterMoE, arXiv:2403.08245). Everything is added up in float32. Matrices of float32 are multiplied as XLA multiplies
+them, in TF32 unless `jax.default_matmul_precision` says otherwise.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from moe_jax.core.blocks import Span, dot, launch, load, place, some_rows, store, tokens_of
+
+
+class Tile(NamedTuple):
+    """What one program makes, and how it walks through what is summed over."""
+
+    rows: int  # of the result
+    columns: int
+    step: int  # bytes
+    warps: int = 8
+    stages: int = 3  # steps that are on their way at once
+
+
+MATMUL = Tile(128, 128, 128)
+OUTER = Tile(128, 128, 128)
+
+
+@partial(jax.jit, static_argnames=("transposed", "tile", "interpret"))
+def matmul(
+    x: Float[Array, "_ I"],
+    w: Float[Array, "E _ _"],
+    sizes_E: Int[Array, "E"],
+    token_R: Int[Array, "R"] | None = None,
+    transposed: bool = False,
+    tile: Tile = MATMUL,
+    interpret: bool = False,
+) -> Float[Array, "R O"]:
+    """Every row times its expert's matrix, w_EIO, or w_EOI where it is transposed; rows past sum(sizes_E) are not set.
+
+    x: the rows, or tokens, of which row r has the token_R[r]-th.
+    """
+    R, I, O = len(x if token_R is None else token_R), x.shape[1], w.shape[1 if transposed else 2]
+    walk, columns = Span.of(I, tile.step // x.dtype.itemsize), Span.of(O, tile.columns)
+    visits, token = _visits(sizes_E, R, tile.rows), () if token_R is None else (token_R,)
+
+    def kernel(expert_V, first_V, end_V, *refs):
+        *token, x, w, out = refs
+        visit, column = place(len(visits[0]), columns.blocks)
+        e, first, end = expert_V[visit], first_V[visit], end_V[visit]
+
+        @pl.when(first < end)
+        def _():
+            mine, o = some_rows(first, end, tile.rows), columns.at(column)
+            source = tokens_of(mine, *token) if token else mine
+
+            def step(i, total):
+                i = walk.at(i)
+                w_IO = load(w, o, i, e).T if transposed else load(w, i, o, e)
+                return total + dot(load(x, source, i), w_IO)
+
+            total = lax.fori_loop(0, walk.blocks, step, jnp.zeros((tile.rows, columns.size), jnp.float32))
+            store(out, mine, o, total)
+
+    programs, out = len(visits[0]) * columns.blocks, ((R, O), x.dtype)
+    return launch(kernel, programs, out, tile.warps, tile.stages, interpret, *visits, *token, x, w)
+
+
+@partial(jax.jit, static_argnames=("tile", "interpret"))
+def outer(
+    x: Float[Array, "_ I"],
+    g_RO: Float[Array, "R O"],
+    sizes_E: Int[Array, "E"],
+    token_R: Int[Array, "R"] | None = None,
+    tile: Tile = OUTER,
+    interpret: bool = False,
+) -> Float[Array, "E I O"]:
+    """x[rows of e].T @ g[rows of e] for every expert, in the type of x: rows, or the tokens that rows have."""
+    (E,), I, O = sizes_E.shape, x.shape[1], g_RO.shape[1]
+    across, columns, rows = Span.of(I, tile.rows), Span.of(O, tile.columns), tile.step // x.dtype.itemsize
+    end_E, token = jnp.cumsum(sizes_E).astype(jnp.int32), () if token_R is None else (token_R,)
+
+    def kernel(start_E, end_E, *refs):
+        *token, x, g, out = refs
+        e, row, column = place(E, across.blocks, columns.blocks)
+        i, o, start, end = across.at(row), columns.at(column), start_E[e], end_E[e]
+
+        def step(n, total):
+            mine = some_rows(start + n * rows, end, rows)
+            source = tokens_of(mine, *token) if token else mine
+            return total + dot(load(x, source, i).T, load(g, mine, o))
+
+        total = lax.fori_loop(0, pl.cdiv(end - start, rows), step, jnp.zeros((across.size, columns.size), jnp.float32))
+        store(out, i, o, total, e)
+
+    programs, out = E * across.blocks * columns.blocks, ((E, I, O), x.dtype)
+    bounds = end_E - sizes_E.astype(jnp.int32), end_E
+    return launch(kernel, programs, out, tile.warps, tile.stages, interpret, *bounds, *token, x, g_RO)
+
+
+def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:
+    """Expert, first row and end of its rows for every tile; there are never more than R / rows + E."""
+    E = len(sizes_E)
+    end_E = jnp.cumsum(sizes_E)
+    tiles_E = -(-sizes_E // rows)
+    until_E = jnp.cumsum(tiles_E)
+    visit_V = jnp.arange(pl.cdiv(R, rows) + E)
+    expert_V = jnp.minimum((until_E[None] <= visit_V[:, None]).sum(1), E - 1)
+    first_V = (end_E - sizes_E)[expert_V] + (visit_V - (until_E - tiles_E)[expert_V]) * rows
+    end_V = jnp.where(visit_V < until_E[-1], end_E[expert_V], 0)
+    return tuple(a.astype(jnp.int32) for a in (expert_V, first_V, end_V))
