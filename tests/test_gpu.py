@@ -94,12 +94,12 @@ def layer(expert, dispatch):
 @pytest.mark.parametrize("expert", [MLP(F=48, bias=True), GLU(F=48)], ids=str)
 def test_layers_are_those_of_the_cpu(expert, dispatch):
     """Outputs, losses and all gradients, in float32."""
-    moe, x = layer(expert, dispatch), normal(0, 4, 96, 40)
-    params = jax.tree.map(np.asarray, moe.init(jax.random.key(0), x))
+    moe, x = layer(expert, dispatch), jnp.asarray(normal(0, 4, 96, 40))
+    params, direction = jax.tree.map(np.asarray, moe.init(jax.random.key(0), x)), normal(1, 4, 96, 40)
 
     def value(params, x):
         y, aux = moe.apply(params, x)
-        return (y * jnp.cos(jnp.arange(40.0))).sum() + aux.loss, y
+        return (y * direction).sum() + aux.loss, y
 
     found = {}
     with jax.default_matmul_precision("highest"):
@@ -113,11 +113,11 @@ def test_layers_are_those_of_the_cpu(expert, dispatch):
 def test_nothing_is_dense_and_no_row_is_written():
     """Of 64 experts, each computes its own rows; rows of tokens are fetched by the matmuls that need them."""
     moe = MoE.of(E=64, router=TopK(K=2), experts=GLU(F=128), dispatch=Sort())
-    x = jax.ShapeDtypeStruct((4, 512, 256), jnp.bfloat16)
-    params = jax.eval_shape(moe.init, jax.random.key(0), x)
+    x = jax.ShapeDtypeStruct((4, 512, 1024), jnp.bfloat16)
+    params = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, x.dtype), jax.eval_shape(moe.init, jax.random.key(0), x)
+    )
     forward = jax.jit(lambda params, x: moe.apply(params, x)[0]).lower(params, x).compile()
     assert forward.as_text().count("__gpu$xla.gpu.triton") == 3
-    rows = 2 * 4 * 512 * 256 * 2
-    assert (
-        forward.memory_analysis().temp_size_in_bytes < 3 * rows
-    )  # hidden units and outputs; dense ones are 64 times it
+    rows = 2 * 4 * 512 * 1024 * 2
+    assert forward.memory_analysis().temp_size_in_bytes < 2 * rows  # outputs, and what is narrower

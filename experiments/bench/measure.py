@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -59,10 +59,11 @@ class Job:
         """tau of the experts' matmuls alone: what a layer would cost whose routing and moving of rows were free."""
         passes, inputs = batched_passes(shape)
         calls = ((mine.on(*inputs), its.on(*twin)) for mine, its in zip(passes, dense, strict=True))
-        return {
-            w: timing.compare(timing.in_turn(c, self.repeats, self.patience))["tau"]
-            for w, c in zip(PASSES, calls, strict=True)
-        }
+        return {what: self.compare(c)["tau"] for what, c in zip(PASSES, calls, strict=True)}
+
+    def compare(self, calls: tuple[Callable, Callable]) -> dict[str, Any]:
+        """A layer's time and its twin's."""
+        return timing.compare(timing.in_turn(calls, self.repeats, self.patience, timing.in_a_row()))
 
     def fits(self, shape: Shape, name: str, dispatch: Any) -> bool:
         """Whether dense masks are small enough; says so if not."""
@@ -88,8 +89,7 @@ class Job:
             spread = bool(self.place.here(cfg.exchange).experts)
             row |= work(cfg, shape, count_GE, jax.default_backend(), spread, self.place.shards)
             for what, mine, its in zip(("forward", "both"), passes, dense, strict=True):
-                calls = mine.on(*inputs), its.on(*twin)
-                row[what] = timing.compare(timing.in_turn(calls, self.repeats, self.patience))
+                row[what] = self.compare((mine.on(*inputs), its.on(*twin)))
             row["compile_seconds"] = {"layer": passes.seconds, "dense": dense.seconds}
             row["temp_bytes"] = {"layer": passes.both.temp_bytes, "dense": dense.both.temp_bytes}
             if self.stages:

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from experiments.bench.layers import Place, square
 from experiments.bench.shapes import Shape
-from experiments.bench.timing import Program, compiled, in_turn, quartiles
+from experiments.bench.timing import Program, compiled, in_a_row, in_turn, quartiles
 from experiments.bench.tokens import Tokens
 from experiments.bench.work import by_rows, kept, slots
 from moe_jax.core import dims, shard
@@ -63,7 +63,7 @@ def measure(
                 f, *args = part
                 key = name, str(jax.tree.map(jnp.shape, args))
                 known[key] = known.get(key) or programs(f, *args)
-                both = in_turn([program.on(*args) for program in known[key]], repeats)
+                both = in_turn([program.on(*args) for program in known[key]], repeats, row=in_a_row())
                 found[name] = {"forward": quartiles(both[:, 0]), "both": quartiles(both[:, 1])}
     return found
 

@@ -9,6 +9,7 @@ import numpy as np
 
 PATIENCE = 20.0  # seconds for a pair of programs
 LEAST = 3  # repeats, however slow
+IN_A_ROW = 10  # calls on an accelerator
 
 
 class Program(NamedTuple):
@@ -19,8 +20,8 @@ class Program(NamedTuple):
     temp_bytes: int | None
 
     def on(self, *args: Any) -> Callable[[], Any]:
-        """A call that waits for all that it makes."""
-        return lambda: jax.block_until_ready(self.run(*args))
+        """A call of it."""
+        return lambda: self.run(*args)
 
 
 def compiled(f: Callable, *args: Any) -> Program:
@@ -31,10 +32,16 @@ def compiled(f: Callable, *args: Any) -> Program:
     return Program(program, seconds, getattr(memory, "temp_size_in_bytes", None))
 
 
-def in_turn(calls: Sequence[Callable[[], Any]], repeats: int, patience: float = PATIENCE) -> np.ndarray:
-    """Milliseconds [repeats, calls], after one turn that warms up.
+def in_a_row() -> int:
+    """How many calls are waited for together: on an accelerator some, since the next is sent meanwhile in training."""
+    return 1 if jax.default_backend() == "cpu" else IN_A_ROW
+
+
+def in_turn(calls: Sequence[Callable[[], Any]], repeats: int, patience: float = PATIENCE, row: int = 1) -> np.ndarray:
+    """Milliseconds [repeats, calls] until all is there that a call makes, after one turn that warms up.
 
     The calls alternate, so that all see the same machine, and their order too. Slow ones are repeated less often.
+    row: how often a call is made before it is waited for; the time is that of each.
     """
     start, times = time.perf_counter(), np.zeros((repeats + 1, len(calls)))
     for number in range(repeats + 1):
@@ -44,8 +51,10 @@ def in_turn(calls: Sequence[Callable[[], Any]], repeats: int, patience: float = 
         order = list(range(len(calls)))
         for i in order[:: -1 if number % 2 else 1]:
             began = time.perf_counter()
-            calls[i]()
-            times[number, i] = time.perf_counter() - began
+            for _ in range(row):
+                made = calls[i]()
+            jax.block_until_ready(made)
+            times[number, i] = (time.perf_counter() - began) / row
     return 1e3 * times[1:]
 
 

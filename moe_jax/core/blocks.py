@@ -9,6 +9,30 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array
 
 TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+# CUDA C++ programming guide, technical specifications by compute capability.
+KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+
+
+def shared_memory() -> int:
+    """Bytes that a program may have on this machine's GPU; on an H100 where there is none."""
+    try:
+        return KIB.get(jax.local_devices(backend="cuda")[0].compute_capability, 99) * 1024
+    except RuntimeError:
+        return KIB["9.0"] * 1024
+
+
+class Tile(NamedTuple):
+    """What one program makes, and how it walks through what is summed over."""
+
+    rows: int  # of the result
+    columns: int
+    step: int = 128  # bytes
+    warps: int = 8
+    most: int = 4  # steps that are on their way at once, where there is room
+
+    @property
+    def stages(self) -> int:
+        return max(1, min(self.most, shared_memory() // (self.step * (self.rows + self.columns))))
 
 
 class Block(NamedTuple):
@@ -82,10 +106,10 @@ def dot(a: Array, b: Array) -> Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def launch(kernel: Any, programs: int, outs: Any, warps: int, stages: int, interpret: bool, *args: Array) -> Any:
+def launch(kernel: Any, programs: int, outs: Any, tile: Tile, interpret: bool, *args: Array) -> Any:
     """Runs so many programs of a kernel. outs: (shape, type) of a result, or a tuple of them."""
     varies = jax.typeof(args[-1]).manual_axis_type
     shape = lambda out: jax.ShapeDtypeStruct(*out, manual_axis_type=varies)  # noqa: E731
     shapes = tuple(map(shape, outs)) if isinstance(outs[0][0], tuple) else shape(outs)
-    params = triton.CompilerParams(num_warps=warps, num_stages=stages)
+    params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     return pl.pallas_call(kernel, shapes, grid=(programs,), compiler_params=params, interpret=interpret)(*args)

@@ -63,11 +63,10 @@ class Context:
         return self.state[name]
 
     def input(self, x_GSD: Float[Array, "G S D"]) -> Float[Array, "G S D"]:
-        """What the router sees of its tokens, in float32; the experts see them as they are."""
-        x_GSD = x_GSD.astype(jnp.float32)
+        """What the router sees of its tokens, in float32 if it is made of them; the experts see them as they are."""
         for i, transform in enumerate(self.gating):
             if transform.on == "input":
-                x_GSD = transform(x_GSD, self, self._keys(i))
+                x_GSD = transform(x_GSD.astype(jnp.float32), self, self._keys(i))
         return x_GSD
 
     def scale(self, logits: Float[Array, "G S I"]) -> Float[Array, "G S I"]:

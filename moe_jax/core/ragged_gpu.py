@@ -7,7 +7,6 @@ them, in TF32 unless `jax.default_matmul_precision` says otherwise.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import Span, dot, launch, load, place, some_rows, store, tokens_of
+from moe_jax.core.blocks import Span, Tile, dot, launch, load, place, some_rows, store, tokens_of
 
-
-class Tile(NamedTuple):
-    """What one program makes, and how it walks through what is summed over."""
-
-    rows: int  # of the result
-    columns: int
-    step: int  # bytes
-    warps: int = 8
-    stages: int = 3  # steps that are on their way at once
-
-
-MATMUL = Tile(128, 128, 128)
-OUTER = Tile(128, 128, 128)
+# The fastest of a dozen, each, on an H100 (docs/speed.md).
+WIDE, NARROW = Tile(128, 256), Tile(128, 128, step=64, warps=4)  # of matmuls that sum over much, and over little
+OUTER, FETCHING = Tile(128, 256), Tile(128, 128, warps=4, most=3)  # of gradients of weights, whose rows may be fetched
+LITTLE = 512  # bytes of a row
 
 
 @partial(jax.jit, static_argnames=("transposed", "tile", "interpret"))
@@ -39,7 +29,7 @@ def matmul(
     sizes_E: Int[Array, "E"],
     token_R: Int[Array, "R"] | None = None,
     transposed: bool = False,
-    tile: Tile = MATMUL,
+    tile: Tile | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R O"]:
     """Every row times its expert's matrix, w_EIO, or w_EOI where it is transposed; rows past sum(sizes_E) are not set.
@@ -47,6 +37,7 @@ def matmul(
     x: the rows, or tokens, of which row r has the token_R[r]-th.
     """
     R, I, O = len(x if token_R is None else token_R), x.shape[1], w.shape[1 if transposed else 2]
+    tile = tile or (NARROW if I * x.dtype.itemsize <= LITTLE else WIDE)
     walk, columns = Span.of(I, tile.step // x.dtype.itemsize), Span.of(O, tile.columns)
     visits, token = _visits(sizes_E, R, tile.rows), () if token_R is None else (token_R,)
 
@@ -69,7 +60,7 @@ def matmul(
             store(out, mine, o, total)
 
     programs, out = len(visits[0]) * columns.blocks, ((R, O), x.dtype)
-    return launch(kernel, programs, out, tile.warps, tile.stages, interpret, *visits, *token, x, w)
+    return launch(kernel, programs, out, tile, interpret, *visits, *token, x, w)
 
 
 @partial(jax.jit, static_argnames=("tile", "interpret"))
@@ -78,11 +69,12 @@ def outer(
     g_RO: Float[Array, "R O"],
     sizes_E: Int[Array, "E"],
     token_R: Int[Array, "R"] | None = None,
-    tile: Tile = OUTER,
+    tile: Tile | None = None,
     interpret: bool = False,
 ) -> Float[Array, "E I O"]:
     """x[rows of e].T @ g[rows of e] for every expert, in the type of x: rows, or the tokens that rows have."""
     (E,), I, O = sizes_E.shape, x.shape[1], g_RO.shape[1]
+    tile = tile or (OUTER if token_R is None else FETCHING)
     across, columns, rows = Span.of(I, tile.rows), Span.of(O, tile.columns), tile.step // x.dtype.itemsize
     end_E, token = jnp.cumsum(sizes_E).astype(jnp.int32), () if token_R is None else (token_R,)
 
@@ -101,7 +93,7 @@ def outer(
 
     programs, out = E * across.blocks * columns.blocks, ((E, I, O), x.dtype)
     bounds = end_E - sizes_E.astype(jnp.int32), end_E
-    return launch(kernel, programs, out, tile.warps, tile.stages, interpret, *bounds, *token, x, g_RO)
+    return launch(kernel, programs, out, tile, interpret, *bounds, *token, x, g_RO)
 
 
 def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:

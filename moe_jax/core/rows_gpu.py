@@ -9,17 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import Span, launch, load, place, some_rows, store, tokens_of
+from moe_jax.core.blocks import Span, Tile, launch, load, place, some_rows, store, tokens_of
 
-ROWS, COLUMNS = 16, 512  # of a program at a time
+TILE = Tile(16, 512)
 
 
-@partial(jax.jit, static_argnames=("interpret",))
+@partial(jax.jit, static_argnames=("tile", "interpret"))
 def weighted_back(
     y_RD: Float[Array, "R D"],
     g_TD: Float[Array, "T D"],
     weight_R: Float[Array, "R"],
     token_R: Int[Array, "R"],
+    tile: Tile = TILE,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R D"], Float[Array, "R"]]:
     """Of rows that were multiplied with weights and added to their tokens: their gradient, and that of the weights.
@@ -27,11 +28,11 @@ def weighted_back(
     token_R: T for rows that are nobody's, whose gradients are 0 whatever they hold.
     """
     (R, D), T = y_RD.shape, len(g_TD)
-    columns = Span.of(D, COLUMNS)
+    columns = Span.of(D, tile.columns)
 
     def kernel(weight, token, y, g, dy, dweight):
-        (n,) = place(pl.cdiv(R, ROWS))
-        there = some_rows(n * ROWS, R, ROWS)
+        (n,) = place(pl.cdiv(R, tile.rows))
+        there = some_rows(n * tile.rows, R, tile.rows)
         of = tokens_of(there, token)
         mine = there.inside & (of.at < T)
         weight_C1 = triton.load(weight.at[there.at], mask=mine, other=0)[:, None]
@@ -43,9 +44,9 @@ def weighted_back(
             store(dy, there, d, weight_C1 * g_CD)
             return total + (g_CD * load(y, rows, d).astype(jnp.float32)).sum(1)
 
-        total = lax.fori_loop(0, columns.blocks, step, jnp.zeros((ROWS,), jnp.float32))
+        total = lax.fori_loop(0, columns.blocks, step, jnp.zeros((tile.rows,), jnp.float32))
         triton.store(dweight.at[there.at], total, mask=there.inside)
 
     outs = (y_RD.shape, y_RD.dtype), ((R,), jnp.dtype(jnp.float32))
     args = weight_R.astype(jnp.float32), token_R.astype(jnp.int32), y_RD, g_TD
-    return launch(kernel, pl.cdiv(R, ROWS), outs, 8, 3, interpret, *args)
+    return launch(kernel, pl.cdiv(R, tile.rows), outs, tile, interpret, *args)
