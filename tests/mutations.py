@@ -310,8 +310,9 @@ MUTATIONS = (
     Mutation(
         "router_sees_the_mean_of_its_group",
         "moe_jax/core/context.py",
-        "x_GSD = x_GSD.astype(jnp.float32)",
-        "x_GSD = x_GSD.astype(jnp.float32) + 0.01 * x_GSD.mean(1, keepdims=True)",
+        '        for i, transform in enumerate(self.gating):\n            if transform.on == "input":',
+        "        x_GSD += 0.01 * x_GSD.mean(1, keepdims=True)\n"
+        '        for i, transform in enumerate(self.gating):\n            if transform.on == "input":',
     ),
     Mutation(
         "first_choices_first",

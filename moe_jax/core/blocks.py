@@ -65,6 +65,12 @@ class Span(NamedTuple):
         return Block(pl.ds(first, self.size), inside)
 
 
+def varying(*args: Array) -> Any:
+    """Of what is made of all of these: the mesh axes that it differs along."""
+    types = [jax.typeof(a).manual_axis_type for a in args]
+    return type(types[0])(varying=frozenset().union(*(t.varying for t in types)))
+
+
 def place(*counts: int) -> list[Any]:
     """Of this program, among so many along each dimension, the last one fastest."""
     left, place = pl.program_id(0), []
@@ -108,7 +114,7 @@ def dot(a: Array, b: Array) -> Array:
 
 def launch(kernel: Any, programs: int, outs: Any, tile: Tile, interpret: bool, *args: Array) -> Any:
     """Runs so many programs of a kernel. outs: (shape, type) of a result, or a tuple of them."""
-    varies = jax.typeof(args[-1]).manual_axis_type
+    varies = varying(*args)
     shape = lambda out: jax.ShapeDtypeStruct(*out, manual_axis_type=varies)  # noqa: E731
     shapes = tuple(map(shape, outs)) if isinstance(outs[0][0], tuple) else shape(outs)
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)

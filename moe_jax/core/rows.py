@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import blocks, rows_gpu
@@ -100,9 +101,20 @@ def _combine(y_RD: Array, weight_TK: Array, of: Places) -> Array:
     return _sum(rows_of, weight_TK.shape[1]).astype(y_RD.dtype)
 
 
-def _combine_bwd(residuals, g_TD: Array):
+def _combine_fwd(y_RD, weight_TK, of):
+    """Rows are not kept where weights have no gradient: on a mesh they might come back a second time, for nothing."""
+    kept_RD = y_RD.value if weight_TK.perturbed else None
+    y_RD, weight_TK, of = custom_vjp_primal_tree_values((y_RD, weight_TK, of))
+    return _combine(y_RD, weight_TK, of), (kept_RD, weight_TK, of)
+
+
+def _combine_bwd(residuals, g_TD):
     y_RD, weight_TK, of = residuals
+    if isinstance(g_TD, SymbolicZero):
+        g_TD = jnp.zeros(g_TD.shape, g_TD.dtype)
     weight_R, token_R = _at(weight_TK.reshape(-1), of.choice_R), of.choice_R // weight_TK.shape[1]
+    if y_RD is None:
+        return (weight_R[:, None] * _at(g_TD, token_R)).astype(g_TD.dtype), None, None
     ways = {"cuda": rows_gpu.weighted_back} if y_RD.dtype in blocks.TYPES else {}
     dy_RD, dweight_R = lax.platform_dependent(y_RD, g_TD, weight_R, token_R, default=_weighted_back, **ways)
     return dy_RD, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
@@ -115,4 +127,4 @@ def _weighted_back(y_RD: Array, g_TD: Array, weight_R: Array, token_R: Array) ->
     return (weight_R[:, None] * g_RD).astype(y_RD.dtype), dweight_R
 
 
-_combine.defvjp(lambda *args: (_combine(*args), args), _combine_bwd)
+_combine.defvjp(_combine_fwd, _combine_bwd, symbolic_zeros=True)

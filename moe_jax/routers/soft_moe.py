@@ -40,7 +40,7 @@ class SoftMoE:
     ) -> SoftSlots:
         (D, E, C), (G, S, _) = params["phi_DEC"].shape, x_GSD.shape
         phi_DR = unit(params["phi_DEC"].reshape(D, E * C), axis=0) * jnp.exp(params["scale_"])
-        x_GSD = unit(ctx.input(x_GSD), axis=-1)
+        x_GSD = unit(ctx.input(x_GSD).astype(jnp.float32), axis=-1)
         logits_GSR = ctx.scale(jnp.einsum("gsd,dr->gsr", x_GSD, phi_DR, precision=lax.Precision.HIGHEST))
         used_GSR = jnp.broadcast_to(mask_GS[..., None], logits_GSR.shape)
         if (dropped_GE := ctx.dropped()) is not None:
