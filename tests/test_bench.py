@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import experiments.bench.__main__ as bench
-from experiments.bench import huggingface, peers, record, steps, timing, watch, work
+from experiments.bench import huggingface, peers, record, stages, steps, timing, watch, work
 from experiments.bench.layers import Place, batched_passes, drawn, layer_inputs, layer_passes, twin_inputs
 from experiments.bench.shapes import QUICK, QUICK_GLU, SHAPES, masks_bytes
 from experiments.bench.tokens import ROUTINGS
@@ -21,6 +21,7 @@ from experiments.cli import load
 from moe_jax.config import build
 from moe_jax.core.by_expert import ladder
 from moe_jax.core.groups import Dense
+from moe_jax.core.routing import queue
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig
 from tests import programs
@@ -189,9 +190,9 @@ def test_a_table(measured):
     assert {len(row) for row in cells[:6]} == {len(bench.present.HEADS)}
     stages = [row[3:] for row in cells[8:]]
     assert len(stages) == 4
-    for route, dispatch, exchange, experts, layer in stages:
+    for route, dispatch, exchange, experts, combine, layer in stages:
         assert exchange == "-"
-        assert all(len(cell.split(" / ")) == 2 for cell in (route, dispatch, experts, layer))
+        assert all(len(cell.split(" / ")) == 2 for cell in (route, dispatch, experts, combine, layer))
 
 
 def test_a_record(measured):
@@ -248,11 +249,30 @@ def test_what_has_become_slower_is_told(measured):
     assert "old.json was measured with another cores." in record.against(new, "old.json", here)
 
 
+@pytest.mark.parametrize("dispatch", bench.DISPATCHERS)
+def test_stages_of_every_dispatcher(dispatch):
+    """Each alone: sending is not in what combines, and what combines gives weighted sums of the rows that are ready."""
+    shape, place = QUICK, Place()
+    cfg, tokens = shape.layer(bench.DISPATCHERS[dispatch]), ROUTINGS["real"](shape)
+    inputs = layer_inputs(cfg, shape, tokens, place)
+    found = stages.measure(cfg, shape, tokens, place, inputs, 2, {})
+    assert set(found) == {"route", "dispatch", "experts", "combine"}
+    assert all(q[0] <= q[1] <= q[2] for part in found.values() for q in part.values())
+
+    x_GSD, here = inputs[1].reshape(-1, shape.L, shape.D), place.here(cfg.exchange)
+    routing = jax.jit(stages.router(cfg, here))((inputs[0]["router_gate_DE"], x_GSD))[2]
+    rows = jnp.ones_like(stages.ready(cfg, here, shape, tokens, place))
+    combine = jax.jit(stages.dispatcher(cfg, here, stages.Ready))
+    y_GSD = combine((jnp.full_like(x_GSD, jnp.nan), rows, routing.weight_GSK), routing)
+    kept_GSK = queue(routing) < stages.slots(cfg, tokens.count_GE(shape.L), shape.L)
+    np.testing.assert_allclose(y_GSD[..., 0], (routing.weight_GSK * kept_GSK).sum(-1), rtol=1e-5)
+
+
 def test_layers_on_a_mesh():
     flags = ["--quick", "--stages", "--routing=skewed", "--dispatch=Scatter(1.0)", "--mesh=data=2,expert=4"]
     outcome = programs.call(bench, *flags)
     assert outcome.code == 0, outcome
-    stages = outcome.out.splitlines()[-1].split("|")[4:8]
+    stages = outcome.out.splitlines()[-1].split("|")[4:9]
     assert "-" not in [cell.strip() for cell in stages], "rows travel"
 
 

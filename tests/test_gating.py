@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import moe, moe_config
+from moe_jax.core import gate
 from moe_jax.core.context import Context, Ids
 from moe_jax.core.routing import SoftSlots, TokenChoice
 from moe_jax.core.shard import Shard
@@ -457,3 +458,19 @@ def test_refusals(make, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_logits_in_parts():
+    """On the matrix units of a GPU: as exact as float32, gradients too, where a rounded gate would be wrong by 2e-3."""
+    rng = np.random.default_rng(2)
+    x, w, g = (rng.normal(size=size).astype(np.float32) for size in ((2, 32, 96), (96, E), (2, 32, E)))
+    x = jnp.asarray(x, jnp.bfloat16)
+    y, (dx, dw) = jax.jit(gate.in_parts)(x, w), jax.jit(gate.in_parts_back)(x, w, g)
+    x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
+    error = lambda got, exact: np.abs(np.asarray(got, np.float64) - exact).max() / np.abs(exact).max()  # noqa: E731
+    assert error(y, x @ w) < 3e-7
+    assert error(dw, np.einsum("gsd,gse->de", x, g)) < 3e-7
+    assert error(dx, g @ w.T) < 2**-8
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    back = jnp.asarray(g @ w.T, jnp.bfloat16)
+    assert (np.asarray(dx) != np.asarray(back)).mean() < 0.01, "rounded once, but for ties"

@@ -70,6 +70,19 @@ def test_every_pattern_of_empty_experts(way, expert):
         close((dparams, dx), pulled("at once", expert)(params, X, sizes, G)[1])
 
 
+@pytest.mark.parametrize("way", ["at once", "as the platform likes"])
+def test_under_vmap(way):
+    """Over two axes of rows, group sizes and gradients, one of them of weights too: as each alone."""
+    expert, sizes = MLP(F=F), np.stack([PATTERNS[i] for i in (255, 93, 4, 0)]).reshape(2, 2, E)
+    params = {n: normal(i, 2, *SHAPES[n]) for i, n in enumerate(expert.params)}
+    x, g = normal(2, 2, 2, R, D), normal(3, 2, 2, R, D)
+    alone = pulled(way, expert)
+    many = jax.jit(jax.vmap(jax.vmap(alone, (None, 0, 0, 0)), (0, 0, 0, 0)))(params, x, sizes, g)
+    for at in itertools.product(range(2), repeat=2):
+        mine = {n: w[at[0]] for n, w in params.items()}
+        close(jax.tree.map(lambda a, at=at: a[at], many), alone(mine, x[at], sizes[at], g[at]))
+
+
 def test_weight_gradient_of_the_tpu(monkeypatch):
     """Its kernel, interpreted, in tiles of 8 rows: all 2^8 patterns against numpy."""
     monkeypatch.setattr(ragged_tpu, "ROWS", 8)
@@ -108,9 +121,31 @@ def test_kernels_of_the_gpu(widths):
         rows, back, weights = kernels(real, there, upper, sizes)
         for y in rows:
             close(y[:n], np.einsum("ri,rio->ro", x[:n], of))
+            assert np.isnan(y[n:]).all(), "nobody writes there; the interpreter has NaN where nobody has written"
         close(back[:n], np.einsum("ro,rio->ri", g[:n], of))
         for dw in weights:
             close(dw, outer_of(x, g, sizes))
+
+
+def abstract_gpu():
+    """What a program is lowered for where there is no GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "kernels"), [(Sort(), 7), (Scatter(1.0), 1)], ids=lambda v: v if isinstance(v, int) else str(v)
+)
+def test_program_of_a_gpu(dispatch, kernels):
+    """Forward and backward of a layer, lowered: six kernels of matmuls, one of rows back, and nothing dense."""
+    layer, x = MoE.of(E=E, router=TopK(K=2), experts=MLP(F=32), dispatch=dispatch), jnp.zeros((2, 8, 16), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    step = jax.jit(jax.grad(lambda params, x: layer.apply(params, x)[0].astype(jnp.float32).sum(), (0, 1)))
+    with abstract_gpu():
+        text = step.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == kernels
+    assert "ragged_dot" not in text
 
 
 def test_weighted_rows_back_on_the_gpu():

@@ -5,10 +5,12 @@ the weights on TPU too, is dense: E times the work (all rows of other experts ma
 memory. What is missing are kernels of ours.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core import ragged_gpu, ragged_tpu
@@ -21,30 +23,15 @@ def ragged_matmul(
     x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
     """Every row times its expert's matrix; what comes back for rows past sum(sizes_E) is unspecified."""
-    if x_RI.dtype not in TYPES:
-        return lax.ragged_dot(x_RI, w_EIO, sizes_E)
-    return lax.platform_dependent(x_RI, w_EIO, sizes_E, cuda=ragged_gpu.matmul, default=lax.ragged_dot)
+    return _matmul(x_RI, w_EIO, sizes_E)
 
 
 def _ragged_bwd(residuals, g_RO):
     x_RI, w_EIO, sizes_E = residuals
-    on_gpu = x_RI.dtype in TYPES
-    of_rows = {"cuda": partial(ragged_gpu.matmul, transposed=True)} if on_gpu else {}
-    of_weights = {"tpu": ragged_tpu.outer} | ({"cuda": ragged_gpu.outer} if on_gpu else {})
-    dx_RI = lax.platform_dependent(g_RO, w_EIO, sizes_E, default=_dot_transposed, **of_rows)
-    dw_EIO = lax.platform_dependent(x_RI, g_RO, sizes_E, default=partial(_masked_outer, w_EIO), **of_weights)
-    return dx_RI, dw_EIO, None
+    return _matmul_transposed(g_RO, w_EIO, sizes_E), _outer(x_RI, g_RO, w_EIO, sizes_E), None
 
 
 ragged_matmul.defvjp(lambda *args: (ragged_matmul(*args), args), _ragged_bwd)
-
-
-def _dot_transposed(g_RO, w_EIO, sizes_E):
-    return lax.ragged_dot(g_RO, w_EIO.swapaxes(1, 2), sizes_E)
-
-
-def _masked_outer(w_EIO, x_RI, g_RO, sizes_E):
-    return jax.vjp(lambda w: lax.ragged_dot(x_RI, w, sizes_E), w_EIO)[1](g_RO)[0]
 
 
 @jax.custom_vjp
@@ -52,13 +39,51 @@ def sent_matmul(
     x_TI: Float[Array, "T I"], to: Places, w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
     """The same of rows that are still where their tokens are, on a GPU."""
-    return ragged_gpu.matmul(x_TI, w_EIO, sizes_E, Sent(x_TI, to).token_R)
+    return _fetching_matmul(x_TI, w_EIO, sizes_E, Sent(x_TI, to).token_R)
 
 
 def _sent_bwd(residuals, g_RO):
     x_TI, to, w_EIO, sizes_E = residuals
-    dx_RI = ragged_gpu.matmul(g_RO, w_EIO, sizes_E, transposed=True)
-    return back(dx_RI, to), None, ragged_gpu.outer(x_TI, g_RO, sizes_E, Sent(x_TI, to).token_R), None
+    dx_RI = _matmul_transposed(g_RO, w_EIO, sizes_E)
+    return back(dx_RI, to), None, _fetching_outer(x_TI, g_RO, sizes_E, Sent(x_TI, to).token_R), None
 
 
 sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)
+
+# ---------------------------------------------------------------- by platform; under vmap one after another
+
+
+@sequential_vmap
+def _matmul(x_RI, w_EIO, sizes_E):
+    return lax.platform_dependent(
+        x_RI, w_EIO, sizes_E, default=lax.ragged_dot, **_if_known(x_RI, cuda=ragged_gpu.matmul)
+    )
+
+
+@sequential_vmap
+def _matmul_transposed(g_RO, w_EIO, sizes_E):
+    kernel = partial(ragged_gpu.matmul, transposed=True)
+    default = lambda g_RO, w_EIO, sizes_E: lax.ragged_dot(g_RO, w_EIO.swapaxes(1, 2), sizes_E)  # noqa: E731
+    return lax.platform_dependent(g_RO, w_EIO, sizes_E, default=default, **_if_known(g_RO, cuda=kernel))
+
+
+@sequential_vmap
+def _outer(x_RI, g_RO, w_EIO, sizes_E):
+    masked = lambda x_RI, g_RO, sizes_E: jax.vjp(lambda w: lax.ragged_dot(x_RI, w, sizes_E), w_EIO)[1](g_RO)[0]  # noqa: E731
+    kernels = {"tpu": ragged_tpu.outer, **_if_known(x_RI, cuda=ragged_gpu.outer)}
+    return lax.platform_dependent(x_RI, g_RO, sizes_E, default=masked, **kernels)
+
+
+@sequential_vmap
+def _fetching_matmul(x_TI, w_EIO, sizes_E, token_R):
+    return ragged_gpu.matmul(x_TI, w_EIO, sizes_E, token_R)
+
+
+@sequential_vmap
+def _fetching_outer(x_TI, g_RO, sizes_E, token_R):
+    return ragged_gpu.outer(x_TI, g_RO, sizes_E, token_R)
+
+
+def _if_known(x: Array, **kernels: Callable) -> dict[str, Callable]:
+    """Kernels for GPUs, of types that they know."""
+    return kernels if x.dtype in TYPES else {}
