@@ -398,7 +398,8 @@ def test_the_fastest_peer_is_compared_with(monkeypatch):
         yield "mixed", (Peer(1), Peer(9))
 
     off = 0.0
-    (row,) = peers.compared(QUICK_GLU, "real", make, repeats=2)
+    row, dense = peers.compared(QUICK_GLU, "real", make, repeats=2)
+    assert dense.ours == "dense twin"
     assert row.peer == ("mixed", "slow")
     assert "(mixed)" in peers.table([row])
     off = 0.5

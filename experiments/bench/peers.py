@@ -6,7 +6,7 @@
 `MixtralSparseMoeBlock` with each of the implementations of experts that the installed version has, on the same tokens,
 with the same weights, float32, all cores; outputs are compared before anything is timed. Forward, and forward with
 backward by all parameters and the tokens. The layers here have auxiliary losses and statistics besides; those with a
-capacity leave out what is over it.
+capacity leave out what is over it. The last row of a shape is the dense layer of the same active FLOPs here.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.bench.huggingface import Calls, libraries, peers
-from experiments.bench.layers import Place, layer_inputs, layer_passes
+from experiments.bench.layers import Passes, Place, layer_inputs, layer_passes, twin_inputs, twin_passes
 from experiments.bench.measure import say
 from experiments.bench.options import at_least_one, option
 from experiments.bench.present import number
@@ -80,11 +80,10 @@ def compared(shape: Shape, routing: str, make: Callable[..., Iterator], repeats:
     wanted = np.asarray(jax.jit(output, static_argnums=0)(shape.layer(Sort()), params, x_BLD))
     found = dict(checked(make(shape, jax.device_get(params), np.asarray(x_BLD)), wanted))
     fastest = [min(found, key=lambda name: alone(found[name][i])) for i in range(2)]
-    for name, dispatch in OURS.items():
-        passes = layer_passes(shape.layer(dispatch), place, params, x_BLD, mask_BL)
+    for name, passes, inputs in ours(shape, place, params, x_BLD, mask_BL):
         mine, its, ratio = [], [], []
         for i in range(2):
-            calls = passes[i].on(params, x_BLD, mask_BL), found[fastest[i]][i]
+            calls = passes[i].on(*inputs), found[fastest[i]][i]
             times = in_turn(calls, repeats, PATIENCE)
             mine.append(quartiles(times[:, 0])[1])
             its.append(quartiles(times[:, 1])[1])
@@ -92,6 +91,14 @@ def compared(shape: Shape, routing: str, make: Callable[..., Iterator], repeats:
         rows.append(Row(shape.name, routing, name, tuple(fastest), tuple(mine), tuple(its), tuple(ratio)))
         say(f"{shape.name} {routing} {name}: {ratio[0]:.2f} times as fast forward, {ratio[1]:.2f} with backward")
     return rows
+
+
+def ours(shape: Shape, place: Place, *inputs: Any) -> Iterator[tuple[str, Passes, Any]]:
+    """Every dispatcher, and the dense layer of the same active FLOPs: how fast the matmuls of this side are."""
+    for name, dispatch in OURS.items():
+        yield name, layer_passes(shape.layer(dispatch), place, *inputs), inputs
+    dense = twin_inputs(shape, place)
+    yield "dense twin", twin_passes(shape, place, *dense), dense
 
 
 def output(cfg: MoEConfig, params: Any, x_BLD: Any) -> Any:
