@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
-from moe_jax.core import ragged_gpu, ragged_tpu, rows_gpu
+from moe_jax.core import blocks, groups, ragged, ragged_gpu, ragged_tpu, rows_gpu
 from moe_jax.core.by_expert import _pieces, by_expert, ladder
 from moe_jax.core.groups import Ragged
 from tests import oracle
@@ -134,20 +134,33 @@ def abstract_gpu():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))
 
 
+def lowered_for_a_gpu(dispatch):
+    layer, x = MoE.of(E=E, router=TopK(K=2), experts=MLP(F=32), dispatch=dispatch), jnp.zeros((2, 8, 16), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    step = jax.jit(jax.grad(lambda params, x: layer.apply(params, x)[0].astype(jnp.float32).sum(), (0, 1)))
+    with abstract_gpu():
+        return step.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(
     ("dispatch", "kernels"), [(Sort(), 7), (Scatter(1.0), 1)], ids=lambda v: v if isinstance(v, int) else str(v)
 )
 def test_program_of_a_gpu(dispatch, kernels):
     """Forward and backward of a layer, lowered: six kernels of matmuls, one of rows back, and nothing dense."""
-    layer, x = MoE.of(E=E, router=TopK(K=2), experts=MLP(F=32), dispatch=dispatch), jnp.zeros((2, 8, 16), jnp.bfloat16)
-    params = jax.eval_shape(layer.init, jax.random.key(0), x)
-    step = jax.jit(jax.grad(lambda params, x: layer.apply(params, x)[0].astype(jnp.float32).sum(), (0, 1)))
-    with abstract_gpu():
-        text = step.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_a_gpu(dispatch)
     operands = [call.count("%") for call in re.findall(r"@__gpu\$xla\.gpu\.triton\(([^)]*)\)", text)]
     assert len(operands) == kernels
     assert operands.count(6) == (kernels == 7), "one of them fetches its tokens: visits, their numbers, they, weights"
     assert "ragged_dot" not in text
+
+
+def test_a_gpu_without_kernels(monkeypatch):
+    """As with a jax that has no Triton any more: XLA's own way."""
+    for module in (blocks, groups, ragged):
+        monkeypatch.setattr(module, "TYPES", ())
+    text = lowered_for_a_gpu(Sort())
+    assert "triton" not in text
+    assert "ragged_dot" in text
 
 
 def test_weighted_rows_back_on_the_gpu():

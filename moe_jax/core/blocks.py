@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array
 
-TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # jax is to remove it some day
+    triton = None  # type: ignore[assignment]
+
+TYPES = (jnp.bfloat16, jnp.float16, jnp.float32) if triton else ()  # of others, what XLA does is done
 # CUDA C++ programming guide, technical specifications by compute capability.
 KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
 

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import Span, Tile, launch, load, place, some_rows, store, tokens_of
+from moe_jax.core.blocks import Span, Tile, launch, load, place, some_rows, store, tokens_of, triton
 
 TILE = Tile(16, 512)
 
