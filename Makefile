@@ -29,6 +29,7 @@ tpu:
 
 # For a machine with an NVIDIA GPU, and Python >= 3.12.
 gpu:
+	@nvidia-smi -L 2>/dev/null || { echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none here; make test interprets its kernels."; exit 2; }
 	$(MAKE) setup ENV=.venv-gpu EXTRA="--extra cuda"
 	TEST_PLATFORMS=cuda,cpu .venv-gpu/bin/python -m pytest -m gpu --durations=5
 
