@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
-from moe_jax.core import blocks, groups, ragged, ragged_gpu, ragged_tpu, rows_gpu
+from moe_jax.core import blocks, ragged_gpu, ragged_tpu, rows_gpu
 from moe_jax.core.by_expert import _pieces, by_expert, ladder
 from moe_jax.core.groups import Ragged
 from tests import oracle
@@ -157,8 +157,7 @@ def test_program_of_a_gpu(dispatch, kernels):
 
 def test_a_gpu_without_kernels(monkeypatch):
     """As with a jax that has no Triton any more: XLA's own way. Of another width: what was traced before is known."""
-    for module in (blocks, groups, ragged):
-        monkeypatch.setattr(module, "TYPES", ())
+    monkeypatch.setattr(blocks, "TYPES", ())
     text = lowered_for_a_gpu(Sort(), width=24)
     assert "triton" not in text
     assert "ragged_dot" in text

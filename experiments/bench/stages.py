@@ -89,8 +89,7 @@ def measure(
                 key = name, str(jax.tree.map(jnp.shape, args))
                 known[key] = known.get(key) or programs(f, *args)
                 times[name] = in_turn([program.on(*args) for program in known[key]], repeats, row=in_a_row())
-    least = min(len(times["dispatch"]), len(times["combine"]))
-    times["dispatch"] = np.maximum(times["dispatch"][:least] - np.median(times["combine"], axis=0), 0)
+    times["dispatch"] = np.maximum(times["dispatch"] - np.median(times["combine"], axis=0), 0)
     return {name: {"forward": quartiles(both[:, 0]), "both": quartiles(both[:, 1])} for name, both in times.items()}
 
 

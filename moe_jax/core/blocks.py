@@ -1,5 +1,6 @@
 """What our kernels for GPUs are written with: parts of arrays, some of which may be beyond their end."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,16 @@ except ImportError:  # jax is to remove it some day
 TYPES = (jnp.bfloat16, jnp.float16, jnp.float32) if triton else ()  # of others, what XLA does is done
 # CUDA C++ programming guide, technical specifications by compute capability.
 KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+
+
+def known(x: Array) -> bool:
+    """Whether kernels know its type."""
+    return x.dtype in TYPES
+
+
+def on_gpu(x: Array, kernel: Callable) -> dict[str, Callable]:
+    """The kernel as a branch of `lax.platform_dependent`, if it knows the type of x."""
+    return {"cuda": kernel} if known(x) else {}
 
 
 def shared_memory() -> int:

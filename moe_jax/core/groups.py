@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import TYPES
+from moe_jax.core.blocks import known
 from moe_jax.core.by_expert import by_expert
 from moe_jax.core.ragged import ragged_matmul, sent_matmul
 from moe_jax.core.rows import Sent, written
@@ -95,15 +95,16 @@ class Ragged:
         """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
 
         def one_by_one(params, x, sizes_E):
-            return by_expert(expert, params, written(x), sizes_E)
+            return OneByOne(sizes_E).apply(expert, params, x)
 
         def at_once(params, x, sizes_E):
             return expert(params, written(x), Ragged(sizes_E))
 
         def fetching(params, x, sizes_E):
             rows = written(x)
-            known = Fetched(rows, x) if isinstance(x, Sent) and rows.dtype in TYPES else None
-            return expert(params, rows, Ragged(sizes_E, known))
+            return expert(
+                params, rows, Ragged(sizes_E, Fetched(rows, x) if isinstance(x, Sent) and known(rows) else None)
+            )
 
         return lax.platform_dependent(params, x, self.sizes_E, cpu=one_by_one, cuda=fetching, default=at_once)
 

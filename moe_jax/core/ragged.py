@@ -5,7 +5,6 @@ the weights on TPU too, is dense: E times the work (all rows of other experts ma
 memory. What is missing are kernels of ours.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,8 +13,8 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core import ragged_gpu, ragged_tpu
-from moe_jax.core.blocks import TYPES
-from moe_jax.core.rows import Places, Sent, back
+from moe_jax.core.blocks import on_gpu
+from moe_jax.core.rows import Places, back
 
 
 @jax.custom_vjp
@@ -39,13 +38,13 @@ def sent_matmul(
     x_TI: Float[Array, "T I"], to: Places, w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
     """The same of rows that are still where their tokens are, on a GPU."""
-    return _fetching_matmul(x_TI, w_EIO, sizes_E, Sent(x_TI, to).token_R)
+    return _fetching_matmul(x_TI, w_EIO, sizes_E, to.token_R)
 
 
 def _sent_bwd(residuals, g_RO):
     x_TI, to, w_EIO, sizes_E = residuals
     dx_RI = _matmul_transposed(g_RO, w_EIO, sizes_E)
-    return back(dx_RI, to), None, _fetching_outer(x_TI, g_RO, sizes_E, Sent(x_TI, to).token_R), None
+    return back(dx_RI, to), None, _fetching_outer(x_TI, g_RO, sizes_E, to.token_R), None
 
 
 sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)
@@ -55,22 +54,20 @@ sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)
 
 @sequential_vmap
 def _matmul(x_RI, w_EIO, sizes_E):
-    return lax.platform_dependent(
-        x_RI, w_EIO, sizes_E, default=lax.ragged_dot, **_if_known(x_RI, cuda=ragged_gpu.matmul)
-    )
+    return lax.platform_dependent(x_RI, w_EIO, sizes_E, default=lax.ragged_dot, **on_gpu(x_RI, ragged_gpu.matmul))
 
 
 @sequential_vmap
 def _matmul_transposed(g_RO, w_EIO, sizes_E):
     kernel = partial(ragged_gpu.matmul, transposed=True)
     default = lambda g_RO, w_EIO, sizes_E: lax.ragged_dot(g_RO, w_EIO.swapaxes(1, 2), sizes_E)  # noqa: E731
-    return lax.platform_dependent(g_RO, w_EIO, sizes_E, default=default, **_if_known(g_RO, cuda=kernel))
+    return lax.platform_dependent(g_RO, w_EIO, sizes_E, default=default, **on_gpu(g_RO, kernel))
 
 
 @sequential_vmap
 def _outer(x_RI, g_RO, w_EIO, sizes_E):
     masked = lambda x_RI, g_RO, sizes_E: jax.vjp(lambda w: lax.ragged_dot(x_RI, w, sizes_E), w_EIO)[1](g_RO)[0]  # noqa: E731
-    kernels = {"tpu": ragged_tpu.outer, **_if_known(x_RI, cuda=ragged_gpu.outer)}
+    kernels = {"tpu": ragged_tpu.outer, **on_gpu(x_RI, ragged_gpu.outer)}
     return lax.platform_dependent(x_RI, g_RO, sizes_E, default=masked, **kernels)
 
 
@@ -82,8 +79,3 @@ def _fetching_matmul(x_TI, w_EIO, sizes_E, token_R):
 @sequential_vmap
 def _fetching_outer(x_TI, g_RO, sizes_E, token_R):
     return ragged_gpu.outer(x_TI, g_RO, sizes_E, token_R)
-
-
-def _if_known(x: Array, **kernels: Callable) -> dict[str, Callable]:
-    """Kernels for GPUs, of types that they know."""
-    return kernels if x.dtype in TYPES else {}

@@ -9,7 +9,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.core import blocks, rows_gpu
+from moe_jax.core import rows_gpu
+from moe_jax.core.blocks import on_gpu
 from moe_jax.core.routing import TokenChoice
 
 
@@ -19,17 +20,17 @@ class Places(NamedTuple):
     row_TK: Int[Array, "T K"]  # R: nowhere
     choice_R: Int[Array, "R"]  # T * K: nobody
 
+    @property
+    def token_R(self) -> Int[Array, "R"]:
+        """Which token each row has; T: none."""
+        return self.choice_R // self.row_TK.shape[1]
+
 
 class Sent(NamedTuple):
     """Rows of tokens that have not been written yet: some kernels fetch them by themselves."""
 
     x_TD: Float[Array, "T D"]
     to: Places
-
-    @property
-    def token_R(self) -> Int[Array, "R"]:
-        """Which token each row has; T: none."""
-        return self.to.choice_R // self.to.row_TK.shape[1]
 
     @property
     def rows(self) -> Float[Array, "R D"]:
@@ -89,7 +90,7 @@ def back(g_RD: Float[Array, "R D"], to: Places) -> Float[Array, "T D"]:
 
 @jax.custom_vjp
 def _send(x_TD: Array, to: Places) -> Array:
-    return _at(x_TD, to.choice_R // to.row_TK.shape[1])
+    return _at(x_TD, to.token_R)
 
 
 _send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), lambda to, g_RD: (back(g_RD, to), None))
@@ -112,11 +113,11 @@ def _combine_bwd(residuals, g_TD):
     y_RD, weight_TK, of = residuals
     if isinstance(g_TD, SymbolicZero):
         g_TD = jnp.zeros(g_TD.shape, g_TD.dtype)
-    weight_R, token_R = _at(weight_TK.reshape(-1), of.choice_R), of.choice_R // weight_TK.shape[1]
+    weight_R = _at(weight_TK.reshape(-1), of.choice_R)
     if y_RD is None:
-        return (weight_R[:, None] * _at(g_TD, token_R)).astype(g_TD.dtype), None, None
-    ways = {"cuda": rows_gpu.weighted_back} if y_RD.dtype in blocks.TYPES else {}
-    dy_RD, dweight_R = lax.platform_dependent(y_RD, g_TD, weight_R, token_R, default=_weighted_back, **ways)
+        return _weighted(_at(g_TD, of.token_R), weight_R), None, None
+    kernel = on_gpu(y_RD, rows_gpu.weighted_back)
+    dy_RD, dweight_R = lax.platform_dependent(y_RD, g_TD, weight_R, of.token_R, default=_weighted_back, **kernel)
     return dy_RD, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
 
 
@@ -124,7 +125,11 @@ def _weighted_back(y_RD: Array, g_TD: Array, weight_R: Array, token_R: Array) ->
     """Of rows that were multiplied with their weights and added to tokens: their gradient, and the weights'."""
     g_RD = _at(g_TD, token_R)
     dweight_R = (g_RD.astype(jnp.float32) * y_RD).sum(-1)
-    return (weight_R[:, None] * g_RD).astype(y_RD.dtype), dweight_R
+    return _weighted(g_RD, weight_R), dweight_R
+
+
+def _weighted(g_RD: Array, weight_R: Array) -> Array:
+    return (weight_R[:, None] * g_RD).astype(g_RD.dtype)
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd, symbolic_zeros=True)
