@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 from experiments import cli, train
 from experiments.launch import __main__ as launch
 from experiments.launch import join
-from experiments.launch.supervisor import free_port
+from experiments.launch.supervisor import Group, free_port
 from moe_jax import metrics
 from moe_jax.config import Experiment
 from tests.test_train import EXP
@@ -178,14 +178,39 @@ def test_a_mistake_is_not_tried_again(worker, tmp_path, who, heard):
 
 def test_a_kill_is_no_mistake(worker, tmp_path):
     """What the others say after it does not count."""
-    act = "tries == 1 and (time.sleep(1), os.kill(os.getpid(), signal.SIGKILL) if i == 1 else sys.exit(2))"
+    act = (
+        "while not pathlib.Path(workdir, 'go').exists(): time.sleep(0.01)\n"
+        "tries == 1 and (os.kill(os.getpid(), signal.SIGKILL) if i == 1 else sys.exit(2))"
+    )
     program = start(worker, tmp_path / "run", rest=(f"--act={act}",))
     pids = wait(lambda: events(tmp_path / "run"))[0]["pids"]
-    program.send_signal(signal.SIGSTOP)  # until both are dead
+    program.send_signal(signal.SIGSTOP)
+    os.waitpid(program.pid, os.WUNTRACED)  # it sees nothing until both are dead
+    (tmp_path / "run" / "go").touch()
     wait(lambda: not any(alive(pid) for pid in pids))
     program.send_signal(signal.SIGCONT)
     program.communicate(timeout=30)
     assert names(events(tmp_path / "run")) == ["started", "died", "restarted", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("looks", "blamed"),
+    [
+        ([(None, 2), (-9, 2)], 0),  # killed after it was asked, and the other has ended since because of that
+        ([(1, -9)] * 2, 1),
+        ([(-6, -9)] * 2, 1),  # jax aborts those that lose their coordinator
+        ([(2, 1)] * 2, 1),
+        ([(0, 2)] * 2, 1),
+        ([(-11, -9)] * 2, 0),
+    ],
+)
+def test_whose_end_it_was(monkeypatch, looks, blamed):
+    """Of several that have ended between two looks, the one that cannot have ended because of another."""
+    group = object.__new__(Group)
+    group.processes = [types.SimpleNamespace(poll=iter(codes).__next__) for codes in zip(*looks, strict=True)]
+    monkeypatch.setattr(group, "_last_words", lambda i: None)
+    trouble = group._dead(group._codes())
+    assert (trouble.event, trouble.process, trouble.code) == ("died", blamed, looks[-1][blamed])
 
 
 def test_enough_is_enough(worker, tmp_path):
@@ -404,7 +429,7 @@ def test_two_processes_train_as_one_through_a_kill_and_a_stop(tiny, tmp_path, mo
     said = program.communicate(timeout=120)[1]
     assert program.returncode == 0, said
     found = events(run)
-    assert names(found) == ["started", "died", "restarted", "hung", "restarted", "finished"]
+    assert names(found) == ["started", "died", "restarted", "hung", "restarted", "finished"], said
     assert (found[1]["process"], found[1]["how"], found[3]["process"]) == (1, "of SIGKILL", 0)
     assert found[2]["step"] >= 4
     assert found[4]["step"] >= 8

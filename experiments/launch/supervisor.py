@@ -145,20 +145,23 @@ class Group:
         """Waits until all have finished (None) or something is wrong."""
         while True:
             self._show()
-            codes = [process.poll() for process in self.processes]
+            codes = self._codes()
             if not any(code is None or code for code in codes):
                 return None
             if trouble := self._dead(codes) or self._hung(codes):
                 return trouble
             time.sleep(LOOK)
 
+    def _codes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
     def _dead(self, codes: list[int | None]) -> Trouble | None:
-        """The first that has failed; a mistake only where nothing worse has happened."""
-        failed = [(code == MISTAKE, i, code) for i, code in enumerate(codes) if code]
-        if not failed:
+        """The process that has failed; of several the one that is least likely to have failed because of another."""
+        if not any(codes):
             return None
-        mistake, i, code = min(failed)
-        if mistake:
+        codes = self._codes()  # the cause may lie before the failure that was seen, in a process asked before it
+        _, i, code = min((_consequence(code), i, code) for i, code in enumerate(codes) if code)
+        if code == MISTAKE:
             self._last_words(i)
         how = f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return Trouble("died", how, i, code)
@@ -227,6 +230,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _consequence(code: int) -> int:
+    """Orders exit codes by how likely it is that another process's end brought them about.
+
+    A process that loses its peers ends with an exit code, or by jax's SIGABRT; with that of a mistake where another says
+    that it was one.
+    """
+    return 2 if code == MISTAKE else int(code > 0 or code == -signal.SIGABRT)
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
