@@ -235,8 +235,8 @@ def free_port() -> int:
 def _consequence(code: int) -> int:
     """Orders exit codes by how likely it is that another process's end brought them about.
 
-    A process that loses its peers ends with an exit code, or by jax's SIGABRT; with that of a mistake where another says
-    that it was one.
+    A process that loses its peers ends with an exit code, or by jax's SIGABRT; with that of a mistake where another
+    says that it was one.
     """
     return 2 if code == MISTAKE else int(code > 0 or code == -signal.SIGABRT)
 
