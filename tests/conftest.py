@@ -1,5 +1,6 @@
 """Eight simulated devices, before JAX starts; a GPU where its own tests are run (make gpu)."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -11,6 +12,9 @@ import jax
 import pytest
 
 from moe_jax.core.shard import make_mesh
+
+gc.freeze()
+gc.set_threshold(20_000, 20, 50)  # programs are traced all the time: an eighth of it went into looking for garbage
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
