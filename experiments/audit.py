@@ -22,7 +22,6 @@ import jax
 from absl import flags
 
 from experiments import cli
-from moe_jax import page
 from moe_jax.audit.communication import Row
 from moe_jax.audit.communication import audit as communication
 from moe_jax.audit.experiment import Finding, findings
@@ -30,6 +29,7 @@ from moe_jax.audit.page import findings_page
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment
+from moe_jax.files import write_file
 
 cli.define_config()
 REPORT = cli.flag(
@@ -72,7 +72,7 @@ def check(exp: Experiment, path: pathlib.Path | None = None, stop: bool = False)
     broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
     print(f"{len(found) + len(rows)} findings, {broken} broken, {time.monotonic() - began:.0f} s")
     if path is not None:
-        page.write(path, findings_page(exp, shrunk, found, rows, placement(exp)))
+        write_file(path, findings_page(exp, shrunk, found, rows, placement(exp)))
         print(f"report: {path}")
     return int(broken > 0)
 

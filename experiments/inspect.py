@@ -23,8 +23,8 @@ from rich.live import Live
 
 from experiments import cli
 from experiments.train import COMPARE, DATA_DIR, WORKDIR
-from moe_jax import page
 from moe_jax.config import Experiment
+from moe_jax.files import write_file
 from moe_jax.inspect import live, report
 from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, weights_of
 from moe_jax.inspect.card import card, text
@@ -69,8 +69,8 @@ def main() -> None:
     found, cards = inspected(run, others)
     out.mkdir(parents=True, exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    page.write(out / "report.json", json.dumps(plain(found, DIGITS), indent=1))
-    path = page.write(out / "report.html", report.inspection_page(name, found, run.exp.to_json(), cards))
+    write_file(out / "report.json", json.dumps(plain(found, DIGITS), indent=1))
+    path = write_file(out / "report.html", report.inspection_page(name, found, run.exp.to_json(), cards))
     say(f"written: {path}, and report.json beside it")
     if drawn is not None:
         drawn.mkdir(parents=True, exist_ok=True)

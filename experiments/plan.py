@@ -20,8 +20,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from moe_jax import page
 from moe_jax.config import Experiment
+from moe_jax.files import write_file
 from moe_jax.plan import compile as compiler
 from moe_jax.plan import sections
 from moe_jax.plan.page import found_page, plan_page
@@ -127,7 +127,7 @@ def outcome(exp: Experiment, on: Topology) -> str:
 
 def write(path: pathlib.Path | None, text: Callable[[], str]) -> None:
     if path is not None:
-        page.write(path, text())
+        write_file(path, text())
         say(f"written: {path}")
 
 

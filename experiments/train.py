@@ -24,6 +24,7 @@ from moe_jax.config import Experiment
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
 from moe_jax.data import default_directory
+from moe_jax.files import write_file
 from moe_jax.metrics import FILE, Logger, read, summary
 from moe_jax.report import write_report
 from moe_jax.train import train
@@ -115,11 +116,9 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
         raise ValueError(
             f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); choose an empty or a new --workdir."
         )
-    unfinished = saved.with_suffix(".json.new")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(exp.to_json())
-        unfinished.replace(saved)
+        write_file(saved, exp.to_json())
     except OSError as error:
         raise ValueError(
             f"Nothing can be written to {workdir} ({error.strerror}); choose another --workdir."

@@ -22,6 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moe_jax.files import write_file
+
 MANIFEST = "manifest.json"
 TRASH = "deleted-"
 log = logging.getLogger(__name__)
@@ -208,9 +210,7 @@ class Checkpoints:
             for path, digest in zip(files, hashes, strict=True)
         }
         manifest = {**self._saving, "files": sums}
-        written = directory / f"{MANIFEST}.part"
-        written.write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
-        written.rename(directory / MANIFEST)
+        write_file(directory / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
 
     def _make_room(self, step: int) -> None:
         """Refuses a step that is validly there; removes an invalid one of the same number."""

@@ -20,6 +20,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from moe_jax.files import write_file
+
 FILE = "metrics.jsonl"
 PERCENTILES = "load_percentiles"  # a list per layer that is no distribution over experts
 SECONDS_BETWEEN_LINES = 10.0  # in CI and pipes
@@ -249,9 +251,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [r for r in read(path.parent) if r["step"] <= step and r["kind"] != "end"]
-    written = path.with_suffix(".part")
-    written.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    written.rename(path)
+    write_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 # ---- TensorBoard

@@ -1,9 +1,7 @@
 """Static HTML pages: one file, everything inside it, for light and dark, for a desk and a phone."""
 
 import html
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from moe_jax.plots.style import Plot
 
@@ -14,13 +12,6 @@ def page(title: str, parts: Sequence[str], reload: int | None = None) -> str:
     title = html.escape(title)
     inside = "\n".join(parts)
     return f"{HEAD}{again}<title>{title}</title>{LOOK}<body><h1>{title}</h1><main>\n{inside}\n</main></body></html>\n"
-
-
-def write(path: Path, text: str) -> Path:
-    """The file, all of it or as it was before."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    return unfinished.replace(path)
 
 
 def figure(plot: Plot, wide: bool = False) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_jax import page, plots
+from moe_jax.files import write_file
 from moe_jax.metrics import curve, last, read, summary_rows
 
 FILE = "report.html"
@@ -33,7 +34,7 @@ def write_report(
     for other, directory in (others or {}).items():
         runs[other if other != name else f"{other} (other)"] = read(directory)
     parts = [summary(runs), *figures(runs), page.folded("Resolved config", config_text)]
-    return page.write(workdir / file, page.page(name, parts if runs[name] else [page.text("no records yet")], reload))
+    return write_file(workdir / file, page.page(name, parts if runs[name] else [page.text("no records yet")], reload))
 
 
 def summary(runs: plots.Runs) -> str:

@@ -270,7 +270,7 @@ def test_a_failed_save_is_not_silent(tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     checkpoints.save(1, a_state(1), META)
     with pytest.raises(OSError, match="no space left"):
         checkpoints.wait()

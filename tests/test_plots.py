@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from moe_jax import page, plots
+from moe_jax.files import write_file
 from moe_jax.plots.style import BLACK, COLOURS, INK, MARKS, style
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what linear RGB becomes for who lacks one kind of cone.
@@ -168,7 +169,7 @@ def test_a_page_escapes_what_it_is_told(tmp_path):
         page.folded("<a>", "<p>"),
         page.text("<t>"),
     ]
-    written = page.write(tmp_path / "a.html", page.page("<x>", parts, reload=5)).read_text()
+    written = write_file(tmp_path / "a.html", page.page("<x>", parts, reload=5)).read_text()
     for tag in ("<b>", "<i>", "<u>", "<s>", "<q>", "<a>", "<t>", "<x>"):
         assert tag not in written
         assert tag.replace("<", "&lt;").replace(">", "&gt;") in written, tag

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.files import write_file
 from moe_jax.metrics import plain
 
 FORMAT = 1
@@ -42,7 +43,8 @@ def processor() -> str:
 
 def save(path: pathlib.Path, rows: Sequence[Row]) -> None:
     """All figures; those that are not finite as null."""
-    path.write_text(json.dumps({"format": FORMAT, "machine": machine(), "rows": plain(list(rows))}, indent=1) + "\n")
+    facts = {"format": FORMAT, "machine": machine(), "rows": plain(list(rows))}
+    write_file(path, json.dumps(facts, indent=1) + "\n")
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:

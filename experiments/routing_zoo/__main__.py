@@ -16,6 +16,7 @@ from absl import flags
 from experiments import cli
 from experiments.routing_zoo import present, zoo
 from experiments.routing_zoo.sweep import Sweep, save, say
+from moe_jax.files import write_file
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs are kept.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
@@ -35,7 +36,7 @@ def main() -> None:
     sweep = Sweep(base, workdir, data_dir)
     results = sweep.run(contestants, SEEDS.value, LEADERS.value, LEADER_SEEDS.value)
     save(workdir / "results.json", base, results)
-    (workdir / "results.md").write_text(present.markdown(results))
+    write_file(workdir / "results.md", present.markdown(results))
     present.plot(workdir / "results.svg", results)
     width = None if sys.stdout.isatty() else 200
     rich.console.Console(width=width).print(present.table(results), highlight=False)

@@ -17,6 +17,7 @@ from experiments import cli
 from experiments.routing_zoo import zoo
 from experiments.routing_zoo.zoo import Contestant
 from moe_jax.config import Experiment, build
+from moe_jax.files import write_file
 from moe_jax.metrics import FILE, Logger, curve, duration, last, read
 from moe_jax.train import TrainingDiverged, train
 
@@ -84,7 +85,7 @@ class Sweep:
         cli.simulate(run.exp)
         began = time.monotonic()
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "config.json").write_text(run.exp.to_json())
+        write_file(run.folder / "config.json", run.exp.to_json())
         with Logger(run.folder, run.exp.run.steps, quiet=True) as log:
             record: dict[str, Any] = {"step": 0, "seconds": 0.0}
             try:
@@ -175,7 +176,7 @@ def save(path: Path, base: ConfigDict, results: Sequence[dict[str, Any]]) -> Non
     """Writes results.json; a number that is not there is null."""
     plain = [{k: None if v != v else v for k, v in row.items()} for row in results]
     head = {"steps": base.run.steps, "tokens_per_step": base.data.B * base.data.L, "width": zoo.width(base)}
-    path.write_text(json.dumps({**head, "runs": plain}, indent=1) + "\n")
+    write_file(path, json.dumps({**head, "runs": plain}, indent=1) + "\n")
 
 
 def say(text: str) -> None:

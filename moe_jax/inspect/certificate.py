@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax.files import write_file
+
 FORMAT = 1
 SIGNED, PLAIN = "HMAC-SHA256", "SHA-256"
 SEAL = "seal"
@@ -138,7 +140,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write(path: pathlib.Path, certificate: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(certificate, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(certificate, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _canonical(value: Any) -> str:

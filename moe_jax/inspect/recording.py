@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from moe_jax.files import write_file
+
 MANIFEST = "manifest.json"
 VERSION = 2
 
@@ -112,14 +114,14 @@ def save(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any
         name = f"part-{len(files):05}.npz"
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **part.columns)  # type: ignore[arg-type]
-        _write(folder / name, buffer.getvalue())
+        write_file(folder / name, buffer.getvalue())
         files.append({"file": name, "sha256": _sha256(buffer.getvalue()), "tokens": part.tokens})
         facts = {"E": part.E, "N": part.layers, "K": part.K, "domains": list(part.domains)}
     if not sum(file["tokens"] for file in files):
         raise ValueError(f"The batches hold no token to record in {folder}; give some data.")
     manifest = {"version": VERSION, **facts, **(about or {}), "parts": files}
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
-    _write(folder / MANIFEST, text.encode())
+    write_file(folder / MANIFEST, text)
     return folder
 
 
@@ -156,13 +158,6 @@ def parts(folder: str | Path) -> Iterator[Recording]:
 def load(folder: str | Path) -> Recording:
     """The whole recording in a folder."""
     return joined(parts(folder))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 def _sha256(data: bytes) -> str:
