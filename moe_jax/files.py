@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
-    """A file with this content, text as UTF-8. Whoever is interrupted, or has no room left, leaves the older one."""
+    """A file with this content, text as UTF-8. An interruption or a full disk leaves the older one."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
