@@ -23,6 +23,7 @@ from moe_jax.core.capacity import PRIORITIES
 from moe_jax.core.routing import TokenChoice
 from moe_jax.dispatch import Einsum, Gather
 from moe_jax.experts import MLP
+from moe_jax.files import write_file
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import MixtureOfDepths
 
@@ -72,7 +73,7 @@ def main() -> None:
         print(text)
     else:
         before, after = around(WRITE.value)
-        pathlib.Path(WRITE.value).write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        write_file(pathlib.Path(WRITE.value), f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 # ---------------------------------------------------------------- the table

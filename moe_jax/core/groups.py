@@ -102,9 +102,8 @@ class Ragged:
 
         def fetching(params, x, sizes_E):
             rows = written(x)
-            return expert(
-                params, rows, Ragged(sizes_E, Fetched(rows, x) if isinstance(x, Sent) and known(rows) else None)
-            )
+            fetched = Fetched(rows, x) if isinstance(x, Sent) and known(rows) else None
+            return expert(params, rows, Ragged(sizes_E, fetched))
 
         return lax.platform_dependent(params, x, self.sizes_E, cpu=one_by_one, cuda=fetching, default=at_once)
 

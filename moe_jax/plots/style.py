@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_jax.files import write_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
@@ -68,8 +70,8 @@ class Plot:
         kinds: dict[str, dict[str, Any]] = {".png": {"dpi": 150}, ".svg": {"metadata": _UNDATED}, ".pdf": {}}
         if path.suffix not in kinds:
             raise ValueError(f"{path} is of no kind that can be drawn; end it in {', '.join(kinds)}.")
-        path.write_bytes(self._bytes(path.suffix[1:], BLACK, titled=True, facecolor="white", **kinds[path.suffix]))
-        return path
+        drawn = self._bytes(path.suffix[1:], BLACK, titled=True, facecolor="white", **kinds[path.suffix])
+        return write_file(path, drawn)
 
     @property
     def heading(self) -> str:
