@@ -1,0 +1,9 @@
+"""Attentions: (params, x, sees) -> y, written once for every mesh. One line here registers one."""
+
+from moe_jax.attention.mha import MHA
+from moe_jax.attention.positions import POSITIONS, NoPE, Relative, Rotary, Sinusoidal
+from moe_jax.attention.sees import Order, Sees
+
+ATTENTION = (MHA,)
+
+__all__ = ["ATTENTION", "MHA", "POSITIONS", "NoPE", "Order", "Relative", "Rotary", "Sees", "Sinusoidal"]

@@ -1,0 +1,69 @@
+"""Pieces that attentions share: projections to heads, their norms, and the cache of a decoder."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moe_jax.attention.sees import Sees
+from moe_jax.core.groups import Dense
+
+Cache = dict[str, Array]  # of one layer: names end in their dimensions, B sequences and M places first
+
+
+def project(x_BLD: Float[Array, "B L D"], w_DHA: Float[Array, "D *H"]) -> Float[Array, "B L *H"]:
+    """A matrix times every token; queries, keys or values of all heads where it has heads."""
+    return Dense().matmul(x_BLD, w_DHA.reshape(len(w_DHA), -1)).reshape(*x_BLD.shape[:2], *w_DHA.shape[1:])
+
+
+def combine(y_BLHA: Float[Array, "B L H A"], w_HAD: Float[Array, "H A D"]) -> Float[Array, "B L D"]:
+    """The output of all heads."""
+    return Dense().matmul(y_BLHA.reshape(*y_BLHA.shape[:2], -1), w_HAD.reshape(-1, w_HAD.shape[-1]))
+
+
+def rms_norm(x: Float[Array, "B L ..."], axes: tuple[int, ...], scale: Float[Array, "..."]) -> Float[Array, "B L ..."]:
+    """x / sqrt(mean of x^2 over these axes) * scale, in float32 (arXiv:1910.07467)."""
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y**2, axis=axes, keepdims=True) + 1e-6)
+    return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
+
+
+def init_cache(B: int, M: int, sizes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Cache:
+    """An empty cache of M places for B sequences: arrays [B, M, ...] by name, no place taken (segment 0)."""
+    if B < 1 or M < 1:
+        raise ValueError(f"A cache of {M} places for {B} sequences holds nothing; both must be positive.")
+    empty = {name: jnp.zeros((B, M, *shape), dtype) for name, shape in sizes.items()}
+    return {"segment_BM": jnp.zeros((B, M), jnp.int32), "position_BM": jnp.zeros((B, M), jnp.int32), **empty}
+
+
+def extend(cache: Cache, new: dict[str, Array], sees: Sees, window: int | None) -> tuple[dict[str, Array], Sees, Cache]:
+    """Keys of the cache and new ones together, who sees them, and the cache with the new ones in it.
+
+    A token goes to place `position % M`, so that a cache of a window's size is a ring; padding goes nowhere.
+    ValueError where more tokens come than a cache without a window has room for.
+    """
+    (B, L), M = sees.segment_BL.shape, cache["segment_BM"].shape[1]
+    if L > M and window is None:
+        raise ValueError(
+            f"{L} tokens do not fit into a cache of {M} places; make it larger: init_cache(B, M={L}, ...)."
+        )
+    new = {"segment_BM": sees.segment_BL, "position_BM": sees.position_BL, **new}
+    both = {name: jnp.concatenate([cache[name], a.astype(cache[name].dtype)], axis=1) for name, a in new.items()}
+    seen = sees._replace(key_segment_BM=both["segment_BM"], key_position_BM=both["position_BM"])
+    last_B1 = jnp.max(jnp.where(sees.segment_BL > 0, sees.position_BL, -1), axis=1, keepdims=True)
+    stays_BL = (sees.segment_BL > 0) & (sees.position_BL > last_B1 - M)
+    if window is None:
+        stays_BL &= sees.position_BL < M
+    place_BL = jnp.where(stays_BL, sees.position_BL % M, M)
+    row_B1 = jnp.arange(B)[:, None]
+    kept = {
+        name: cache[name].at[row_B1, place_BL].set(a.astype(cache[name].dtype), mode="drop") for name, a in new.items()
+    }
+    return both, seen, kept
+
+
+def within(y_BLD: Float[Array, "B L D"], cache: Cache, sees: Sees, window: int | None) -> Float[Array, "B L D"]:
+    """Outputs, NaN for a token whose position is beyond the room of a cache without a window: never a wrong number."""
+    if window is not None:
+        return y_BLD
+    M = cache["segment_BM"].shape[1]
+    return jnp.where((sees.position_BL < M)[:, :, None], y_BLD, jnp.nan)

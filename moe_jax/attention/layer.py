@@ -1,0 +1,79 @@
+"""The Linen shell of any attention: it holds the parameters."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from moe_jax.attention.sees import Order, Sees
+from moe_jax.core import dims, shard
+from moe_jax.core.parameter import parameter
+from moe_jax.core.shard import Shard
+
+
+class Attention(nn.Module):
+    """An attention for any Linen model: `Attention(MHA(H=8, A=64))`.
+
+    Under a mesh (`jax.set_mesh`, `make_mesh`) tokens are spread over its batch axes and heads over `tensor`; without
+    one it is an ordinary function, and in a model that is spread as a whole it is a function of one shard.
+    """
+
+    part: Any
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
+        part, here = self.part, Shard() if self.is_initializing() else shard.current()
+        sizes = {**part.sizes, "D": x_BLD.shape[-1]}
+        params = {name: parameter(self, name, sizes, self._init(name)) for name in part.params}
+        sees = rows(*x_BLD.shape[:2]) if sees is None else sees
+        tokens = shard.token_spec(here)
+        heads = P(None, here.tensor or None)
+        layout = sees._replace(
+            segment_BL=tokens,
+            position_BL=tokens,
+            key_segment_BM=tokens,
+            key_position_BM=tokens,
+            bias_1HLM=heads,
+            shared=dims.layouts(sees.shared, here.rules),
+        )
+        specs = (dims.layouts(params, here.rules), tokens, layout, tokens)
+        run = shard.per_shard(partial(attend, part, here), here, specs, tokens)
+        return run(params, x_BLD, sees, memory_BMD)
+
+    def _init(self, name: str) -> Any:
+        if is_matrix(name):
+            return dims.kernel_init(dims.dims_of(name), self.init_scale)
+        return nn.initializers.ones if name.startswith("scale") else nn.initializers.zeros
+
+
+NO_MATRICES = ("HA", "JA", "PH")  # biases and scales of heads, tables of positions
+
+
+def attend(part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees, memory_BMD: Array | None) -> Array:
+    """An attention on one shard's tokens, its matrices gathered over fsdp."""
+    ready = {name: usable(here, name, w, x_BLD.dtype) for name, w in here.vary(params).items()}
+    return part(ready, x_BLD, sees, here, memory_BMD=memory_BMD)[0]
+
+
+def usable(here: Shard, name: str, w: Array, dtype: Any) -> Array:
+    """A parameter as it is computed with: a matrix whole over fsdp and in the type of its input."""
+    return here.whole(name, w, dtype).astype(dtype) if is_matrix(name) else w
+
+
+def is_matrix(name: str) -> bool:
+    """Whether tokens are multiplied with this parameter."""
+    letters = dims.dims_of(name)
+    return len(letters) > 1 and letters not in NO_MATRICES
+
+
+def rows(B: int, L: int) -> Sees:
+    """One causal sequence of L tokens in each of B rows."""
+    position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    return Sees(jnp.ones((B, L), int), position_BL, Order.CAUSAL)
