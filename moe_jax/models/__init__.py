@@ -2,7 +2,7 @@
 
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.lm import LM, LMConfig
-from moe_jax.models.transformer import TransformerConfig, aux_loss, cross_entropy
+from moe_jax.models.transformer import Call, TransformerConfig, aux_loss
 from moe_jax.models.vit import ViT, ViTConfig
 
 Model = LMConfig | EncoderDecoderConfig | ViTConfig
@@ -15,6 +15,7 @@ MODELS: dict[str, type] = {
 __all__ = [
     "LM",
     "MODELS",
+    "Call",
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "LMConfig",
@@ -23,5 +24,4 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "aux_loss",
-    "cross_entropy",
 ]

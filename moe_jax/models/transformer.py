@@ -1,22 +1,24 @@
-"""What transformers of all kinds share: their sizes, and stacks of dense and sparse layers that are scanned."""
+"""The stacks that transformers of all kinds share: their sizes, and layers that are scanned."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
+from moe_jax.attention import ATTENTION, Sees, Sinusoidal
+from moe_jax.attention.layer import Attention
+from moe_jax.attention.positions import table_bias
 from moe_jax.core import shard
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
-from moe_jax.models.blocks import BUCKETS, Attention, FeedForward, LayerNorm, RMSNorm, relative_buckets
-from moe_jax.models.layout import sparse_layers, stacks
+from moe_jax.models.blocks import NORMS, FeedForward
+from moe_jax.models.pattern import Repeated, StackShape, Sublayer, blocks, placed, sparse_layers
 from moe_jax.moe import Aux, MoE, MoEConfig, State
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.EXCHANGED)
@@ -25,31 +27,40 @@ REMAT: dict[str, Callable] = {
     "full": partial(nn.remat, prevent_cse=False),
     "exchanged": partial(nn.remat, prevent_cse=False, policy=SAVED),
 }
-QK_NORMS = ("none", "head", "all")
 
 
-class StackShape(NamedTuple):
-    """A stack of layers, as costs and predictions see it."""
+class Call(NamedTuple):
+    """The arguments of a model's call besides its batch.
 
-    prefix: str  # of the names of its parameters
-    L: int  # tokens of a sequence
-    M: int  # tokens of the memory that every layer attends to besides; 0 without
-    moe: Any  # the feed-forward part of sparse layers
+    key: of what is random in training; None makes nothing random (evaluation). router: state of the MoE layers
+    (`init_router`). replay: choices of the MoE layers to be made again, as `Aux.expert_BLK` has them.
+    record: what the MoE layers report of each token besides, see `moe.Recorded`.
+    """
+
+    key: Key[Array, ""] | None = None
+    router: State | None = None
+    replay: Int[Array, "N B _ K"] | None = None
+    record: tuple[str, ...] = ()
+
+    def part(self, i: int, layers: slice, L: int) -> "Call":
+        """The arguments of stack number i, with these of all MoE layers, on sequences of L tokens."""
+        return Call(
+            None if self.key is None else jax.random.fold_in(self.key, i),
+            jax.tree.map(lambda a: a[layers], self.router or {}),
+            None if self.replay is None else self.replay[layers, :, :L],
+            self.record,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """What all models have.
+    """The fields that all models have.
 
-    V, D, N, H, A: vocabulary or classes, width, layers (of each stack), heads, width of a head.
-    J: heads of keys and values; None is one for each head of queries.
+    V, D, N: vocabulary or classes, width, layers (of each stack).
+    attention: an attention, or several that layers take in turn (a window in every second layer, ...).
     ffn: the feed-forward part of dense layers.
     moe: that of the layers which `layout` chooses: a MoEConfig, or an expert alone in a dense twin.
     extra: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE, arXiv:2202.08906, appendix C).
-    position: "rotary" with base `rope`; T5's relative positions, a table for each layer ("relative") or one for each
-        stack ("shared"); "sinusoidal", added to the embeddings; or "none".
-    qk_norm: of queries and keys, "none", by "head" or over "all" heads.
-    window: how many positions back causal self-attention sees, None for all.
     causal: with False, routing that depends on later tokens is allowed (attention stays as it is).
     remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers but for what came from
         other devices ("exchanged": 4 instead of 6 all-to-alls per MoE layer).
@@ -59,63 +70,87 @@ class TransformerConfig:
     V: int
     D: int
     N: int
-    H: int
-    A: int
-    J: int | None = None
+    attention: Any
     ffn: Any = GLU(F=1024, activation="gelu")
     moe: Any = None
     extra: Any = None
     layout: str = "every 2"
-    position: str = "rotary"
-    rope: float = 10000.0
-    qk_norm: str = "none"
-    window: int | None = None
     tied: bool = True
     remat: str = "full"
     dtype: str = "float32"
     init_scale: float = 1.0
     causal: bool = True
     aux_over_layers: str = "mean"
-    POSITIONS: ClassVar[tuple[str, ...]] = ("rotary", "relative", "shared", "sinusoidal", "none")
     STACKS: ClassVar = 1
-    biases: ClassVar = False  # layer norms, and biases in attention
+    norm: ClassVar[str] = "rms"  # of all layers, see `blocks.NORMS`
 
     def __post_init__(self):
-        for name in "VDNHA":
+        several = self.attention if isinstance(self.attention, tuple | list) else (self.attention,)
+        object.__setattr__(self, "attention", tuple(several))
+        for name in "VDN":
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} of the model must be positive.")
-        if self.J is not None and (self.J < 1 or self.H % self.J):
-            raise ValueError(f"J={self.J} heads of keys and values do not divide H={self.H}; make H a multiple.")
-        choices = {"position": self.POSITIONS, "qk_norm": QK_NORMS, "dtype": ("float32", "bfloat16")}
-        choices |= {"remat": tuple(REMAT), "aux_over_layers": ("mean", "sum")}
+        if not self.attention or not all(isinstance(part, ATTENTION) for part in self.attention):
+            names = ", ".join(f"{c.__name__}(...)" for c in ATTENTION)
+            raise ValueError(f"attention={self.attention!r} must be one of {names}, or several for layers in turn.")
+        choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT), "aux_over_layers": ("mean", "sum")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 words = ", ".join(map(repr, known))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {words}.")
-        if self.position == "rotary" and self.A % 2:
-            raise ValueError(f"Rotary positions need heads of even width, but A={self.A}.")
-        if self.position == "sinusoidal" and self.D % 2:
+        if self.embeds_positions and self.D % 2:
             raise ValueError(f"Sinusoidal positions need an even width, but D={self.D}.")
-        if self.rope <= 1 or (self.window is not None and self.window < 1):
-            raise ValueError(f"rope={self.rope} must be above 1, and window={self.window} positive or None.")
-        if any(self.sparse) and self.moe is None:
+        if any(sparse_layers(self.layout, self.N)) and self.moe is None:
             raise ValueError(f"layout={self.layout!r} has sparse layers, but moe is None; set moe or layout='none'.")
         if self.causal and isinstance(self.moe, MoEConfig) and not self.moe.causal:
             raise ValueError(not_causal(self.moe))
+        if len(self.attention) > self.N:
+            raise ValueError(f"{len(self.attention)} attentions in turn, but N={self.N} layers; name at most {self.N}.")
+
+    def stacks(self, batch: Any = None) -> tuple[StackShape, ...]:
+        """The stacks of layers, on batches like this one; without a batch, lengths mean nothing."""
+        raise NotImplementedError
+
+    def sublayers(self, stack: StackShape, i: int) -> tuple[Sublayer, ...]:
+        """The parts of layer i of a stack, in order: the one place that says what stands in a layer."""
+        attention = self.attention[i % len(self.attention)]
+        found = [Sublayer("attention", "attention", attention)]
+        if stack.M:
+            found.append(Sublayer("cross", "attention", attention.for_memory(), memory=True))
+        if not sparse_layers(self.layout, self.N)[i]:
+            return (*found, Sublayer("ffn", "dense", self.ffn))
+        routed = isinstance(stack.moe, MoEConfig)
+        found.append(Sublayer("moe", "moe", stack.moe) if routed else Sublayer("ffn", "dense", stack.moe))
+        return (*found, *([] if self.extra is None else [Sublayer("extra", "dense", self.extra)]))
 
     @property
-    def sparse(self) -> tuple[bool, ...]:
-        """For each layer of all stacks, whether `moe` stands in it."""
-        return sparse_layers(self.layout, self.N) * self.STACKS
+    def routed_layers(self) -> tuple[int, ...]:
+        """The number of the layer, over all stacks, that every MoE layer stands in."""
+        return tuple(part.layer for part in placed(self) if part.sub.kind == "moe")
 
     @property
     def moe_layers(self) -> int:
-        """How many layers route."""
-        return sum(self.sparse) if isinstance(self.moe, MoEConfig) else 0
+        """Number of MoE layers."""
+        return len(self.routed_layers)
+
+    @property
+    def routed(self) -> MoEConfig | None:
+        """The config of the MoE layers; None where no layer routes."""
+        return self.moe if isinstance(self.moe, MoEConfig) and self.moe_layers else None
+
+    @property
+    def embeds_positions(self) -> bool:
+        """Whether sines and cosines of positions are added to the embeddings."""
+        return any(isinstance(part.position, Sinusoidal) for part in self.attention)
+
+    @property
+    def stack_params(self) -> dict[str, Mapping[str, int]]:
+        """Sizes of the letters of the parameters that all layers of a stack share, by name."""
+        return {name: part.sizes for part in self.attention for name in part.stack_params}
 
     def init_router(self) -> State:
-        """What the routers of all MoE layers remember before the first step ({} for most)."""
-        return self.moe.init_state(self.moe_layers) if isinstance(self.moe, MoEConfig) else {}
+        """The state of all MoE layers before the first step ({} for most)."""
+        return {} if self.routed is None else self.routed.init_state(self.moe_layers)
 
     def dropless(self) -> Any:
         """The same model without a limit to what an expert takes."""
@@ -138,7 +173,7 @@ class TransformerConfig:
 
 
 def not_causal(moe: MoEConfig) -> str:
-    """Why a layer's routing depends on later tokens, and what to do."""
+    """Says why a layer's routing depends on later tokens, and what to do."""
     if not getattr(moe.router, "causal", True):
         return (
             f"{type(moe.router).__name__}() decides about a token by later ones; in a language model use "
@@ -155,38 +190,28 @@ def not_causal(moe: MoEConfig) -> str:
     )
 
 
-class Around(NamedTuple):
-    """What all layers of a stack are given besides their input."""
+class StackInputs(NamedTuple):
+    """The inputs of all layers of a stack besides x."""
 
-    mask_BLL: Bool[Array, "B L L"]  # who sees whom
-    position_BL: Int[Array, "B L"]
-    real_BL: Bool[Array, "B L"]  # what is not padding
+    sees: Sees
     ids: Ids
-    bias_1HLL: Float[Array, "1 H L L"] | None = None  # of attention, by relative position
     memory_BMD: Float[Array, "B M D"] | None = None  # what every layer attends to besides
-    memory_mask_BLM: Bool[Array, "B L M"] | None = None
+    memory_sees: Sees | None = None  # who sees whom of it
 
 
 def stack(
-    cfg: TransformerConfig,
-    shape: StackShape,
-    x_BLD: Float[Array, "B L D"],
-    around: Around,
-    key: Key[Array, ""] | None,
-    router: State | None = None,
-    replay: Int[Array, "N B L K"] | None = None,
-    record: bool = False,
+    cfg: TransformerConfig, shape: StackShape, x_BLD: Float[Array, "B L D"], inputs: StackInputs, call: Call
 ) -> tuple[Float[Array, "B L D"], list[Aux]]:
-    """The layers of a stack, as modules of the one that calls this; and what their MoE layers report, in pieces.
+    """The layers of a stack, as modules of the one that calls this; and reports of its MoE layers, block by block.
 
-    router, replay: of the MoE layers of this stack. record: whether these report all there is to know.
+    call: router state and replay of the MoE layers of this stack alone.
     """
-    reports, layer = [], 0
-    for i, (block, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
-        keys_N = None if key is None else jax.random.split(jax.random.fold_in(key, i), n)
-        m = sum(block) if isinstance(cfg.moe, MoEConfig) else 0
-        here = slice(layer, layer := layer + n * m)
-        own = jax.tree.map(lambda a: a[here].reshape(n, m, *a.shape[1:]), (router or {}, replay))  # noqa: B023
+    reports, first = [], 0
+    for i, block in enumerate(blocks(cfg, shape)):
+        n, m = block.n, block.moe_layers
+        keys_N = None if call.key is None else jax.random.split(jax.random.fold_in(call.key, i), n)
+        layers = slice(first, first := first + n * m)
+        own = jax.tree.map(lambda a: a[layers].reshape(n, m, *a.shape[1:]), (call.router or {}, call.replay))  # noqa: B023
         Stack = nn.scan(
             REMAT[cfg.remat](Block),
             length=n,
@@ -194,29 +219,28 @@ def stack(
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
         )
-        x_BLD, report = Stack(cfg, shape.moe, block, record, name=f"{shape.prefix}stack_{i}")(
-            x_BLD, keys_N, own, around
-        )
+        x_BLD, report = Stack(cfg, block, call.record, name=f"{shape.prefix}stack_{i}")(x_BLD, keys_N, own, inputs)
         if report is not None:  # [n, MoE layers in the block, ...] -> [layers, ...]
             reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
     return x_BLD, reports
 
 
-def position_bias(module: nn.Module, cfg: TransformerConfig, prefix: str, L: int, both: bool) -> Array | None:
-    """[1, H, L, L]: T5's relative positions, one table for the whole stack; None where the config has none."""
-    if cfg.position != "shared":
-        return None
-    table_PH = parameter(module, f"{prefix}bias_PH", {"P": BUCKETS, "H": cfg.H}, nn.initializers.zeros)
-    return table_PH[relative_buckets(L, both)].transpose(2, 0, 1)[None]
+def share(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
+    """Who sees whom, with the parameters that all layers of a stack share, and what they add to scores, made once."""
+    shared = {
+        name: parameter(module, prefix + name, sizes, nn.initializers.zeros) for name, sizes in cfg.stack_params.items()
+    }
+    if "bias_PH" not in shared:
+        return sees
+    return sees._replace(shared=shared, bias_1HLM=table_bias(shared["bias_PH"], sees.segment_BL.shape[1], sees.order))
 
 
 class Block(nn.Module):
-    """The layers that a stack repeats: attention, to a memory too, then a dense or a sparse feed-forward, in each."""
+    """The layers that a stack repeats: x + part(norm(x)) for every part of every layer."""
 
     cfg: TransformerConfig
-    moe: Any
-    sparse: tuple[bool, ...]
-    record: bool = False
+    repeated: Repeated
+    record: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(
@@ -224,52 +248,39 @@ class Block(nn.Module):
         x_BLD: Float[Array, "B L D"],
         key: Key[Array, ""] | None,
         own: tuple[State, Int[Array, "M B L K"] | None],
-        around: Around,
+        inputs: StackInputs,
     ) -> tuple[Float[Array, "B L D"], Aux | None]:
-        cfg, reports = self.cfg, list[Aux]()
-        for i, sparse in enumerate(self.sparse):
-            x_BLD = self._attend(i, x_BLD, around)
-            h_BLD = self._norm(f"ffn_{i}", x_BLD)
-            if sparse and isinstance(self.moe, MoEConfig):
-                layer_key = None if key is None else jax.random.fold_in(key, i)
-                state, replay_BLK = jax.tree.map(lambda a: a[len(reports)], own)
-                ids = around.ids._replace(expert_BLK=replay_BLK)
-                given = (around.real_BL, layer_key, state, ids, self.record)
-                y_BLD, aux = MoE(self.moe, name=f"moe_{i}")(h_BLD, *given)
-                reports.append(aux)
-            else:
-                ffn = self.moe if sparse else cfg.ffn
-                y_BLD = FeedForward(ffn, cfg.init_scale, name=f"ffn_{i}")(h_BLD)
-            x_BLD += y_BLD
-            if sparse and cfg.extra is not None:
-                x_BLD += FeedForward(cfg.extra, cfg.init_scale, name=f"extra_{i}")(self._norm(f"extra_{i}", x_BLD))
+        """own: state and replayed choices of the MoE layers among the repeated ones."""
+        reports = list[Aux]()
+        for i, layer in enumerate(self.repeated.layers):
+            routed = 0  # MoE layers of this layer so far
+            for sub in layer:
+                name = f"{sub.name}_{i}"
+                h_BLD = NORMS[self.cfg.norm](name=f"norm_{name}")(x_BLD)
+                if sub.kind == "moe":
+                    number = i + routed * len(self.repeated.layers)
+                    layer_key = None if key is None else jax.random.fold_in(key, number)
+                    state, replay_BLK = jax.tree.map(lambda a: a[len(reports)], own)
+                    ids, real_BL = inputs.ids._replace(expert_BLK=replay_BLK), inputs.sees.segment_BL > 0
+                    given = (real_BL, layer_key, state, ids, self.record)
+                    y_BLD, aux = MoE(sub.part, name=name)(h_BLD, *given)
+                    reports.append(aux)
+                    routed += 1
+                elif sub.kind == "attention":
+                    memory = (inputs.memory_sees, inputs.memory_BMD) if sub.memory else (inputs.sees, None)
+                    y_BLD = Attention(sub.part, self.cfg.init_scale, name=name)(h_BLD, *memory)
+                else:
+                    y_BLD = FeedForward(sub.part, self.cfg.init_scale, name=name)(h_BLD)
+                x_BLD += y_BLD
         return x_BLD, jax.tree.map(lambda *xs: jnp.stack(xs), *reports) if reports else None
 
-    def _norm(self, what: str, x_BLD: Array) -> Array:
-        Norm = LayerNorm if self.cfg.biases else RMSNorm
-        return Norm(name=f"norm_{what}")(x_BLD)
 
-    def _attend(self, i: int, x_BLD: Array, around: Around) -> Array:
-        cfg = self.cfg
-        rope = cfg.rope if cfg.position == "rotary" else None
-        forms: dict[str, Any] = {"qk_norm": cfg.qk_norm, "bias": cfg.biases, "init_scale": cfg.init_scale}
-        kind = partial(Attention, cfg.H, cfg.A, cfg.J or cfg.H, **forms)
-        own = kind(rope=rope, relative=cfg.position == "relative", name=f"attention_{i}")
-        h_BLD = self._norm(f"attention_{i}", x_BLD)
-        x_BLD += own(h_BLD, around.mask_BLL, around.position_BL, around.bias_1HLL)
-        if around.memory_BMD is None or around.memory_mask_BLM is None:
-            return x_BLD
-        cross = kind(rope=None, name=f"cross_{i}")
-        h_BLD = self._norm(f"cross_{i}", x_BLD)
-        return x_BLD + cross(h_BLD, around.memory_mask_BLM, around.position_BL, memory_BMD=around.memory_BMD)
+def stack_aux(reports: list[Aux]) -> Aux | None:
+    """The reports of MoE layers, stacked over them in order; None without any."""
+    return count_agreement(jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports)) if reports else None
 
 
-def joined(reports: list[Aux]) -> Aux | None:
-    """What MoE layers report, stacked over them in order; None without any."""
-    return compare(jax.tree.map(lambda *xs: jnp.concatenate(xs), *reports)) if reports else None
-
-
-def compare(aux: Aux) -> Aux:
+def count_agreement(aux: Aux) -> Aux:
     """Counts the choices that each MoE layer shares with the one before it."""
     if aux.expert_BLK is None:
         return aux
@@ -285,9 +296,3 @@ def aux_loss(cfg: TransformerConfig, aux: Aux | None) -> Float[Array, ""]:
     if aux is None:
         return jnp.zeros(())
     return aux.loss.sum() if cfg.aux_over_layers == "sum" else aux.loss.mean()
-
-
-def cross_entropy(logits_BLV: Float[Array, "B L V"], target_BL: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B L"]:
-    """Nats per token, in float32."""
-    right_BL = jnp.take_along_axis(logits_BLV, target_BL[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BLV, axis=-1) - right_BL

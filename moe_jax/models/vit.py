@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moe_jax.attention import NoPE, Order, Sees
 from moe_jax.core import dims
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter, weight
 from moe_jax.models.blocks import LayerNorm
-from moe_jax.models.transformer import Around, StackShape, TransformerConfig, joined, stack
-from moe_jax.moe import Aux, State
+from moe_jax.models.pattern import StackShape
+from moe_jax.models.transformer import Call, StackInputs, TransformerConfig, stack, stack_aux
+from moe_jax.moe import Aux
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +23,15 @@ class ViTConfig(TransformerConfig):
 
     patch: side of the square patches that are its tokens. image: height, width and channels.
     representation: whether a dense layer with tanh stands before the head, as in pre-training (arXiv:2010.11929).
-    Positions are learned ("learned"); routing may go by the whole batch, since nothing is generated.
+    Positions are learned, one for each patch; routing may go by the whole batch, since nothing is generated.
     """
 
     patch: int = 16
     image: tuple[int, ...] = (224, 224, 3)
     representation: bool = False
-    position: str = "learned"
     causal: bool = False
     takes: ClassVar = "images"
-    POSITIONS: ClassVar[tuple[str, ...]] = ("learned",)
-    biases: ClassVar = True
+    norm: ClassVar = "layer"
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,8 +39,14 @@ class ViTConfig(TransformerConfig):
             raise ValueError(f"image={self.image} must be height, width and channels.")
         if self.patch < 1 or self.image[0] % self.patch or self.image[1] % self.patch:
             raise ValueError(f"Patches of {self.patch} do not cut {self.image[0]} x {self.image[1]} images evenly.")
-        if self.causal or self.window is not None:
-            raise ValueError("An image has no order: leave causal=False and window=None.")
+        if self.causal:
+            raise ValueError("An image has no order: leave causal=False.")
+        for part in self.attention:
+            if not isinstance(part.position, NoPE) or part.window is not None:
+                raise ValueError(
+                    f"An image has no order, and a ViT learns its positions: {part} must have position=NoPE() and "
+                    "window=None."
+                )
 
     @property
     def L(self) -> int:
@@ -51,26 +57,18 @@ class ViTConfig(TransformerConfig):
         """Parameters, for batches like this one."""
         return ViT(self).init(key, batch.image_BYXC)["params"]
 
-    def apply(
-        self,
-        params: Any,
-        batch: Any,
-        key: Key[Array, ""] | None = None,
-        router: State | None = None,
-        replay: Int[Array, "N B L K"] | None = None,
-        record: bool = False,
-    ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
-        """The model of these parameters, and what its routers remember, on `data.Images`; domains are tasks."""
-        given = (batch.image_BYXC, batch.loss_mask_BL[:, 0], key, router, batch.domain_B, replay, record)
+    def apply(self, params: Any, batch: Any, call: Call = Call()) -> tuple[Float[Array, "B 1 V"], Aux | None]:
+        """Logits on `data.Images`, and the reports of the MoE layers; domains are tasks."""
+        given = (batch.image_BYXC, batch.loss_mask_BL[:, 0], batch.domain_B, call)
         return cast(tuple[Array, Aux | None], ViT(self).apply({"params": params}, *given))
 
-    def stacks(self, batch: Any) -> tuple[StackShape, ...]:
-        """Its stack of layers."""
-        return (StackShape("", self.L, 0, self.moe),)
+    def stacks(self, batch: Any = None) -> tuple[StackShape, ...]:
+        """The stack of layers."""
+        return (StackShape("", self.L, 0, self.moe, Order.BOTH),)
 
 
 class ViT(nn.Module):
-    """Logits of an image, and what the MoE layers report, stacked over them in order (None without MoE layers)."""
+    """Logits of an image, and reports of the MoE layers, stacked over them in order (None without MoE layers)."""
 
     cfg: ViTConfig
 
@@ -79,21 +77,15 @@ class ViT(nn.Module):
         self,
         image_BYXC: Float[Array, "B Y X C"],
         real_B: Bool[Array, "B"] | None = None,
-        key: Key[Array, ""] | None = None,
-        router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
-        replay: Int[Array, "N B L K"] | None = None,
-        record: bool = False,
+        call: Call = Call(),
     ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
-        """real_B: which images are no padding. Without a key nothing is random. task_B: a task for each image.
-
-        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
-        """
+        """real_B: which images are no padding. task_B: a task for each image."""
         cfg, B = self.cfg, len(image_BYXC)
         if real_B is None:
             real_B = jnp.ones(B, bool)
         if self.is_initializing():
-            router = cfg.init_router()
+            call = call._replace(router=cfg.init_router())
         patch_BLI = patches(image_BYXC, cfg.patch).astype(cfg.dtype)
         sizes = {**vars(cfg), "I": patch_BLI.shape[-1], "L": cfg.L, "O": cfg.D}
 
@@ -109,15 +101,15 @@ class ViT(nn.Module):
         x_BLD += matrix("position_LD", nn.initializers.normal(0.02))[None]
         of_tokens = lambda a_B: jnp.broadcast_to(a_B[:, None], (B, cfg.L))  # noqa: E731
         position_BL = jnp.broadcast_to(jnp.arange(cfg.L), (B, cfg.L))
-        ids = Ids(task_BL=None if task_B is None else of_tokens(task_B))
-        around = Around(jnp.ones((B, cfg.L, cfg.L), bool), position_BL, of_tokens(real_B), ids)
-        x_BLD, reports = stack(cfg, StackShape("", cfg.L, 0, cfg.moe), x_BLD, around, key, router, replay, record)
+        sees = Sees(of_tokens(real_B).astype(jnp.int32), position_BL, Order.BOTH)
+        inputs = StackInputs(sees, Ids(task_BL=None if task_B is None else of_tokens(task_B)))
+        x_BLD, reports = stack(cfg, cfg.stacks()[0], x_BLD, inputs, call)
         x_BLD = LayerNorm(name="norm")(x_BLD[:, :1])
         if cfg.representation:
             x_BLD = jnp.einsum("bld,do->blo", x_BLD, matrix("representation_DO"))
             x_BLD = jnp.tanh(x_BLD + vector("representation_D")[None, None])
         logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, matrix("head_DV")) + vector("head_V")[None, None]
-        return logits_BLV.astype(jnp.float32), joined(reports)
+        return logits_BLV.astype(jnp.float32), stack_aux(reports)
 
 
 def patches(image_BYXC: Float[Array, "B Y X C"], side: int) -> Float[Array, "B L I"]:

@@ -1,0 +1,133 @@
+"""The pattern of a stack: what stands in each layer, which layers repeat, and where their parameters are."""
+
+import itertools
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from moe_jax.attention import Order
+
+Layer = TypeVar("Layer", bound=Hashable)
+
+
+class Sublayer(NamedTuple):
+    """One part of a layer: x + part(norm(x)).
+
+    name: the module's, and its norm's. kind: "attention", "dense" (an expert for every token) or "moe" (a MoEConfig);
+    what is computed, counted and predicted goes by it. memory: whether the part attends to a memory.
+    """
+
+    name: str
+    kind: str
+    part: Any
+    memory: bool = False
+
+
+class StackShape(NamedTuple):
+    """A stack of layers on sequences of one length."""
+
+    prefix: str  # of the names of its parameters
+    L: int  # tokens of a sequence
+    M: int  # tokens of the memory that every layer attends to besides; 0 without
+    moe: Any  # the feed-forward part of sparse layers
+    order: Order = Order.CAUSAL
+
+
+class Repeated(NamedTuple):
+    """Layers in a row, repeated n times: they are compiled once."""
+
+    layers: tuple[tuple[Sublayer, ...], ...]
+    n: int
+
+    def parts(self) -> Iterator[tuple[str, Sublayer]]:
+        """Every part of the repeated layers, in order, by the name of its module."""
+        for i, layer in enumerate(self.layers):
+            for sub in layer:
+                yield f"{sub.name}_{i}", sub
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of MoE layers among the repeated ones."""
+        return sum(sub.kind == "moe" for _, sub in self.parts())
+
+
+class ParamPath(NamedTuple):
+    """The place of a module's parameters: params[stack][module][name][repeat]."""
+
+    stack: str
+    module: str
+    repeat: int
+
+
+class Placed(NamedTuple):
+    """A part of a model with the paths of its parameters and its norm's. layer: counted over all stacks."""
+
+    layer: int
+    sub: Sublayer
+    path: ParamPath
+    norm: ParamPath
+
+
+def sparse_layers(layout: str, N: int) -> tuple[bool, ...]:
+    """Says for each of N layers whether it is sparse.
+
+    layout: "every 2" (the last of each two, GLaM's), "all", "none", "first 3", "last 3", or indices "0,4,5".
+    """
+    word, _, number = layout.partition(" ")
+    try:
+        if layout in ("all", "none"):
+            chosen = set(range(N)) if layout == "all" else set()
+        elif word in ("every", "first", "last"):
+            if not 1 <= (n := int(number)) <= N:
+                raise ValueError
+            chosen = set({"every": range(n - 1, N, n), "first": range(n), "last": range(N - n, N)}[word])
+        else:
+            chosen = {int(i) for i in layout.strip("()[], ").split(",")}
+    except ValueError:
+        raise ValueError(
+            f"layout={layout!r} is not a choice of layers; use 'every n', 'first n', 'last n' (n <= N={N}), "
+            "'all', 'none', or indices like '0,4'."
+        ) from None
+    if outside := sorted(i for i in chosen if not 0 <= i < N):
+        raise ValueError(f"layout={layout!r} names layers {outside}, but there are N={N}, counted from 0.")
+    return tuple(i in chosen for i in range(N))
+
+
+def repeats(layers: tuple[Layer, ...]) -> list[tuple[tuple[Layer, ...], int]]:
+    """Splits layers into (block, how often it repeats), so that scanning compiles as few layers as can be.
+
+    Either the shortest period, as one stack, or every run of equal layers as a stack of its own.
+    """
+    N = len(layers)
+    period = next(p for p in range(1, N + 1) if N % p == 0 and layers == layers[:p] * (N // p))
+    runs: list[tuple[tuple[Layer, ...], int]] = [((kind,), len(list(run))) for kind, run in itertools.groupby(layers)]
+    return [(layers[:period], N // period)] if period <= len(runs) else runs
+
+
+def blocks(cfg: Any, stack: StackShape) -> list[Repeated]:
+    """The layers of a model's stack, as they are scanned; `cfg.sublayers` says what stands in each."""
+    return [Repeated(*block) for block in repeats(tuple(cfg.sublayers(stack, i) for i in range(cfg.N)))]
+
+
+def placed(cfg: Any) -> list[Placed]:
+    """Every part of every layer of a model, in order."""
+    found, layer = [], 0
+    for stack in cfg.stacks():
+        for i, block in enumerate(blocks(cfg, stack)):
+            scope = f"{stack.prefix}stack_{i}"
+            for repeat in range(block.n):
+                for j, subs in enumerate(block.layers):
+                    for sub in subs:
+                        paths = (ParamPath(scope, f"{module}_{j}", repeat) for module in (sub.name, f"norm_{sub.name}"))
+                        found.append(Placed(layer + repeat * len(block.layers) + j, sub, *paths))
+            layer += block.n * len(block.layers)
+    return found
+
+
+def moe_paths(cfg: Any) -> list[ParamPath]:
+    """Paths of all MoE layers, in order."""
+    return [part.path for part in placed(cfg) if part.sub.kind == "moe"]
+
+
+def at(params: Mapping[str, Any], path: ParamPath) -> dict[str, Any]:
+    """The parameters of one part of one layer, by name."""
+    return {name: w[path.repeat] for name, w in params[path.stack][path.module].items()}
