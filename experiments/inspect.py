@@ -33,8 +33,8 @@ from moe_jax.inspect.look import look
 from moe_jax.inspect.recorder import STACKS, check, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
 from moe_jax.inspect.run import Run, examples, experiment, open_run
-from moe_jax.metrics import plain
-from moe_jax.report import write_report
+from moe_jax.reporting.metrics import plain
+from moe_jax.reporting.report import write_report
 
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("data_dir")

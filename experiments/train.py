@@ -25,8 +25,8 @@ from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
 from moe_jax.data import default_directory
 from moe_jax.files import write_file
-from moe_jax.metrics import FILE, Logger, read, summary
-from moe_jax.report import write_report
+from moe_jax.reporting.metrics import FILE, Logger, read, summary
+from moe_jax.reporting.report import write_report
 from moe_jax.train import train
 
 cli.define_config()

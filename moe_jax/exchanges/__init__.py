@@ -7,9 +7,9 @@ the experts of this shard. y is in the order of x; `reached` says of every row (
 
 from moe_jax.exchanges.all_gather import AllGather
 from moe_jax.exchanges.all_to_all import AllToAll
-from moe_jax.exchanges.ragged import Ragged
+from moe_jax.exchanges.ragged import RaggedAllToAll
 from moe_jax.exchanges.two_level import TwoLevel
 
-EXCHANGES = (AllToAll, TwoLevel, Ragged, AllGather)
+EXCHANGES = (AllToAll, TwoLevel, RaggedAllToAll, AllGather)
 
-__all__ = ["EXCHANGES", "AllGather", "AllToAll", "Ragged", "TwoLevel"]
+__all__ = ["EXCHANGES", "AllGather", "AllToAll", "RaggedAllToAll", "TwoLevel"]

@@ -11,7 +11,7 @@ from moe_jax.core.shard import Shard, Slices, check_over
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged:
+class RaggedAllToAll:
     """Dropless: exactly the rows that experts have been given travel, in slices of any size.
 
     `ragged_all_to_all` on TPU; elsewhere an exact emulation, in which everybody receives everything. A slice per
@@ -29,7 +29,7 @@ class Ragged:
     def __post_init__(self):
         check_over(self)
         if self.buffer is not None and self.buffer <= 0:
-            raise ValueError(f"Ragged(buffer={self.buffer}) must be positive, or None for room for everything.")
+            raise ValueError(f"RaggedAllToAll(buffer={self.buffer}) must be positive, or None for room for everything.")
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged

@@ -21,7 +21,7 @@ from moe_jax.core.groups import Padded
 from moe_jax.core.routing import SlotChoice, TokenChoice
 from moe_jax.core.shard import AXES, Shard, rules_for
 from moe_jax.dispatch import Scatter
-from moe_jax.exchanges import AllGather, AllToAll, Ragged, TwoLevel
+from moe_jax.exchanges import AllGather, AllToAll, RaggedAllToAll, TwoLevel
 from moe_jax.models import Model
 from moe_jax.models.layout import sparse_layers, stacks
 from moe_jax.models.transformer import StackShape
@@ -97,7 +97,8 @@ def layer(
 def step(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> list[Collective]:
     """A whole train step on a mesh of these sizes, on "cpu", "gpu" or "tpu"; `passes` in three parts.
 
-    XLA for CPU has no collectives in bfloat16 and sends float32; only on TPU `Ragged` sends no more rows than it must.
+    XLA for CPU has no collectives in bfloat16 and sends float32; only on TPU `RaggedAllToAll` sends no more rows than
+    it must.
     """
     return [c for part in passes(exp, sizes, platform) for c in part]
 
@@ -370,7 +371,7 @@ def two_level(exchange: TwoLevel, part: Part, rows: Rows, experts: Shapes) -> li
     return both_ways(way, way, rows)
 
 
-def ragged(exchange: Ragged, part: Part, rows: Rows, experts: Shapes) -> list[Sent]:
+def ragged(exchange: RaggedAllToAll, part: Part, rows: Rows, experts: Shapes) -> list[Sent]:
     """Rows as they are on TPU, elsewhere those of everybody; first how many they are."""
     axes, R = part.here.experts, rows.rows
     X = part.devices(axes)
@@ -396,7 +397,12 @@ def all_gather(exchange: AllGather, part: Part, rows: Rows, experts: Shapes) -> 
 
 
 EXCHANGE = "exchange of MoE layers"
-TRAFFIC: dict[type, Callable] = {AllToAll: all_to_all, TwoLevel: two_level, Ragged: ragged, AllGather: all_gather}
+TRAFFIC: dict[type, Callable] = {
+    AllToAll: all_to_all,
+    TwoLevel: two_level,
+    RaggedAllToAll: ragged,
+    AllGather: all_gather,
+}
 
 
 def traffic(exchange: Any) -> Callable:
