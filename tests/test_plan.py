@@ -16,9 +16,10 @@ from experiments import plan as program
 from moe_jax import GLU, MLP, AllGather, Einsum, LMConfig, LoadBalance, MoEConfig, RaggedAllToAll, Scatter, Sort, TopK
 from moe_jax.config import DataConfig, Experiment, OptimConfig, build
 from moe_jax.core.shard import AXES
+from moe_jax.core.traffic import Collective
 from moe_jax.costs import flops
 from moe_jax.costs.chips import CHIPS, chip
-from moe_jax.costs.communication import Collective, step
+from moe_jax.costs.communication import step
 from moe_jax.costs.memory import memory
 from moe_jax.data import Bytes
 from moe_jax.optim import Adafactor, Constant

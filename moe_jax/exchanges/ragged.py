@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import groups as g
 from moe_jax.core.shard import Shard, Slices, check_over
+from moe_jax.core.traffic import BOTH, EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways, scheduled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,18 @@ class RaggedAllToAll:
         expert_R = jnp.repeat(jnp.arange(E), groups.sizes_E, total_repeat_length=R)
         rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
         return y_RD, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
+
+    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+        """Predicts first how many rows there are, then rows: as they are on TPU, elsewhere those of everybody."""
+        axes, R = part.here.experts, rows.rows
+        X = part.devices(axes)
+        room = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
+        asked = part.one("all-gather", axes, X * rows.E, EXCHANGE, of="int32")
+        if part.platform == "tpu":
+            there, back = (part.one("ragged-all-to-all", axes, n * part.D, EXCHANGE) for n in (room, R))
+        else:
+            there, back = (part.one("all-gather", axes, X * n * part.D, EXCHANGE) for n in (R, room))
+        return scheduled(asked, BOTH, rows.of) + both_ways(there, back, rows)
 
 
 def places(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from moe_jax import costs, train
 from moe_jax.config import Experiment
 from moe_jax.core import dims
-from moe_jax.costs.communication import Collective, merged, step
+from moe_jax.core.traffic import Collective
+from moe_jax.costs.communication import merged, step
 from moe_jax.dispatch import Einsum
 from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.moe import MoEConfig
