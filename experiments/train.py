@@ -30,11 +30,11 @@ from moe_jax.reporting.report import write_report
 from moe_jax.train import train
 
 cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a new folder, or this run's own.")
-DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+WORKDIR = cli.workdir()
+DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
-COMPARE = flags.DEFINE_multi_string("compare", [], "Other runs to compare with in the report: their workdirs.")
+COMPARE = cli.compare()
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
