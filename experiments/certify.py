@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from experiments.train import DATA_DIR, WORKDIR
 from moe_jax.config import suggestion
 from moe_jax.inspect import certificate
 from moe_jax.inspect.certificate import LIMITS, Check
@@ -28,8 +27,8 @@ from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import Seen, look
 from moe_jax.inspect.run import Run, examples, open_run
 
-flags.declare_key_flag("workdir")
-flags.declare_key_flag("data_dir")
+WORKDIR = cli.workdir()
+DATA_DIR = cli.data_dir()
 OUT = cli.flag(flags.DEFINE_string, "out", None, "Where to write.")
 VERIFY = flags.DEFINE_string("verify", None, "A certificate to verify, of the run in --workdir.")
 KEY = flags.DEFINE_string("key", None, "A file whose bytes are the key to sign or verify with.")

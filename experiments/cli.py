@@ -123,6 +123,21 @@ def flag(define: Callable, name: str, default: Any, text: str) -> flags.FlagHold
     return define(name, default, text)
 
 
+def workdir() -> flags.FlagHolder:
+    """--workdir=FOLDER, of a run."""
+    return flag(flags.DEFINE_string, "workdir", None, "Where the run is kept; a new folder, or this run's own.")
+
+
+def data_dir() -> flags.FlagHolder:
+    """--data_dir=FOLDER, of prepared data."""
+    return flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+
+
+def compare() -> flags.FlagHolder:
+    """--compare=FOLDER, once for each other run."""
+    return flag(flags.DEFINE_multi_string, "compare", [], "Other runs to compare with in the report: their workdirs.")
+
+
 def define_config() -> None:
     """--config=FILE; `experiment` reads it, and --config.a.b=VALUE for every field. Programs may share a process."""
     if "config" not in FLAGS:

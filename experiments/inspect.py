@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.live import Live
 
 from experiments import cli
-from experiments.train import COMPARE, DATA_DIR, WORKDIR
 from moe_jax.config import Experiment
 from moe_jax.files import write_file
 from moe_jax.inspect import live, report
@@ -33,12 +32,12 @@ from moe_jax.inspect.look import look
 from moe_jax.inspect.recorder import STACKS, check, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
 from moe_jax.inspect.run import Run, examples, experiment, open_run
-from moe_jax.metrics import plain
-from moe_jax.report import write_report
+from moe_jax.reporting.metrics import plain
+from moe_jax.reporting.report import write_report
 
-flags.declare_key_flag("workdir")
-flags.declare_key_flag("data_dir")
-flags.declare_key_flag("compare")
+WORKDIR = cli.workdir()
+DATA_DIR = cli.data_dir()
+COMPARE = cli.compare()
 STEP = cli.flag(flags.DEFINE_integer, "step", None, "The checkpoint (default: the newest).")
 OUT = cli.flag(flags.DEFINE_string, "out", None, "Where to write.")
 WINDOWS = cli.flag(flags.DEFINE_integer, "windows", 256, "Held-out windows to look at.")

@@ -36,7 +36,7 @@ ROUTERS = (
     *("NoisyTopK(K=2, learned=False)", "LossFree(K=2)", "LossFree(K=2, groups=4, limit=2)", "CosineTopK(K=2)"),
     *("TopP(p=0.4, K=4)", "NullExperts(K=4)", "NullExperts(K=4, normalize=True)", "Sampled(K=2)"),
     *("Hierarchical(M=4, outer=2)", "Hierarchical(M=4, outer=2, normalize=True)", "TaskTopK(K=2)"),
-    *("Hash(K=1)", "Base()", "Sinkhorn(K=1)", "Sinkhorn(K=2)", "Random(K=2)", "RoundRobin(K=2)"),
+    *("Hash(K=1)", "BASELayer()", "Sinkhorn(K=1)", "Sinkhorn(K=2)", "Random(K=2)", "RoundRobin(K=2)"),
     *("ExpertChoice()", "SoftMoE()", "MixtureOfDepths()"),
 )
 LIMITS = (*PRIORITIES, "none")

@@ -25,16 +25,16 @@ from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
 from moe_jax.data import default_directory
 from moe_jax.files import write_file
-from moe_jax.metrics import FILE, Logger, read, summary
-from moe_jax.report import write_report
+from moe_jax.reporting.metrics import FILE, Logger, read, summary
+from moe_jax.reporting.report import write_report
 from moe_jax.train import train
 
 cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a new folder, or this run's own.")
-DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+WORKDIR = cli.workdir()
+DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
-COMPARE = flags.DEFINE_multi_string("compare", [], "Other runs to compare with in the report: their workdirs.")
+COMPARE = cli.compare()
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run

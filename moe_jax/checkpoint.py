@@ -7,7 +7,6 @@ A step is valid when its manifest says so. The manifest is written before orbax 
 directory into place, so that a kill at any moment leaves either no step or a whole one.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moe_jax.files import write_file
+from moe_jax.files import read_sealed, sha256, write_sealed
 
 MANIFEST = "manifest.json"
 TRASH = "deleted-"
@@ -96,7 +95,7 @@ class Checkpoints:
         """
         self.wait()
         step = self._choose(step)
-        manifest = _read_manifest(self.directory / str(step))
+        manifest = read_sealed(self.directory / str(step) / MANIFEST)
         if abstract_state is None:
             wanted = {name: np.empty(shape, dtype) for name, (shape, dtype) in manifest["leaves"].items()}
             restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
@@ -141,7 +140,7 @@ class Checkpoints:
 
     def _ranked(self, steps: list[int]) -> list[int]:
         """Those of `steps` that have a loss, best first."""
-        losses = {step: _read_manifest(self.directory / str(step))["loss"] for step in steps}
+        losses = {step: read_sealed(self.directory / str(step) / MANIFEST)["loss"] for step in steps}
         return sorted((s for s in steps if losses[s] is not None), key=lambda s: (losses[s], -s))
 
     def _choose(self, step: int | None) -> int:
@@ -204,13 +203,12 @@ class Checkpoints:
         directory = unfinished[-1] if unfinished else self.directory / str(step)  # no rename on object stores
         files = sorted(path for path in (directory / "state").rglob("*") if path.is_file())
         with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(_sha256, files))
+            hashes = list(pool.map(sha256, files))
         sums = {
             str(path.relative_to(directory)): [path.stat().st_size, digest]
             for path, digest in zip(files, hashes, strict=True)
         }
-        manifest = {**self._saving, "files": sums}
-        write_file(directory / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+        write_sealed(directory / MANIFEST, {**self._saving, "files": sums})
 
     def _make_room(self, step: int) -> None:
         """Refuses a step that is validly there; removes an invalid one of the same number."""
@@ -250,7 +248,7 @@ class Checkpoints:
 def _problem(directory: Path, hashes: bool = True) -> str | None:
     """What is wrong with a step's files, as a phrase; None where they are what the manifest says."""
     try:
-        files = _read_manifest(directory)["files"]
+        files = read_sealed(directory / MANIFEST)["files"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so the save was not finished"
     except (ValueError, KeyError, TypeError):
@@ -265,26 +263,9 @@ def _problem(directory: Path, hashes: bool = True) -> str | None:
     if not hashes:
         return None
     with ThreadPoolExecutor() as pool:
-        found = pool.map(_sha256, [directory / name for name in files])
+        found = pool.map(sha256, [directory / name for name in files])
         wrong = [name for name, digest in zip(files, found, strict=True) if digest != files[name][1]]
     return f"the bytes of {wrong[0]} do not match its checksum" if wrong else None
-
-
-def _read_manifest(directory: Path) -> dict:
-    """The manifest of a step; ValueError where it does not match its own checksum."""
-    manifest = json.loads((directory / MANIFEST).read_text())
-    if manifest.pop("sha256") != _digest(manifest):
-        raise ValueError(f"{directory / MANIFEST} does not match its checksum")
-    return manifest
-
-
-def _digest(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(meta: dict) -> dict:

@@ -224,7 +224,7 @@ def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = ""
     over = [a for a in cfg.exchange.over if sizes.get(a, 1) > 1]
     axes = " x ".join(f"{where}mesh.{a}" for a in over) + f"={math.prod(sizes[a] for a in over)}"
     if over and not cfg.spreads:
-        fits = "Ragged()" if cfg.dispatch.rows is Ragged else "AllToAll()"
+        fits = "RaggedAllToAll()" if cfg.dispatch.rows is Ragged else "AllToAll()"
         raise ValueError(
             f"{type(cfg.exchange).__name__}() does not carry the rows of {type(cfg.dispatch).__name__}() between "
             f"shards, but {axes}; use {fits} as exchange, or set mesh.expert=1."

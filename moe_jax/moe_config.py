@@ -11,7 +11,7 @@ from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.stats import Stats
 from moe_jax.dispatch import Scatter
-from moe_jax.exchanges import AllToAll, Ragged
+from moe_jax.exchanges import AllToAll, RaggedAllToAll
 from moe_jax.experts import MLP
 from moe_jax.losses import Adaptive, LoadBalance, RouterZ
 from moe_jax.routers import TopK
@@ -86,7 +86,7 @@ class MoEConfig:
         d = self.dispatch
         return (
             getattr(self.router, "causal", True)
-            and not (isinstance(self.exchange, Ragged) and self.exchange.buffer)
+            and not (isinstance(self.exchange, RaggedAllToAll) and self.exchange.buffer)
             and (
                 d.capacity_factor is None
                 or d.priority == "token-major"
@@ -116,7 +116,7 @@ class MoEConfig:
         new = self
         if self.dispatch.capacity_factor is not None:
             new = dataclasses.replace(new, dispatch=dataclasses.replace(self.dispatch, capacity_factor=None))
-        if isinstance(self.exchange, Ragged) and self.exchange.buffer:
+        if isinstance(self.exchange, RaggedAllToAll) and self.exchange.buffer:
             new = dataclasses.replace(new, exchange=dataclasses.replace(self.exchange, buffer=None))
         return new
 

@@ -22,7 +22,7 @@ from moe_jax import (
     Adaptive,
     AllGather,
     AllToAll,
-    Base,
+    BASELayer,
     CosineTopK,
     Einsum,
     ExpertChoice,
@@ -44,7 +44,7 @@ from moe_jax import (
     Noise,
     NoisyTopK,
     NullExperts,
-    Ragged,
+    RaggedAllToAll,
     Random,
     RoundRobin,
     RouterZ,
@@ -95,7 +95,7 @@ ROUTERS = (
     TaskTopK(K=2, M=3, normalize=False),
     TaskTopK(K=2, M=3, token=False, normalize=False),
     Hash(K=2, seed=7),
-    Base(epsilon=0.001),
+    BASELayer(epsilon=0.001),
     Sinkhorn(K=2),
     Random(K=2),
     RoundRobin(K=2),
@@ -121,7 +121,7 @@ DISPATCHERS = (
     Scatter(None),
     Sort(),
 )
-EXCHANGES = (AllToAll(), AllToAll(chunks=2), TwoLevel(), Ragged(), AllGather())
+EXCHANGES = (AllToAll(), AllToAll(chunks=2), TwoLevel(), RaggedAllToAll(), AllGather())
 LOSSES = (
     LoadBalance(),
     RouterZ(),
@@ -154,7 +154,7 @@ USUAL = {
         S=2,
     ),
     "sort": MoEConfig(
-        E=8, router=TopK(K=2, normalize=False), experts=GLU(F=6), dispatch=Sort(), exchange=Ragged(), S=4
+        E=8, router=TopK(K=2, normalize=False), experts=GLU(F=6), dispatch=Sort(), exchange=RaggedAllToAll(), S=4
     ),
 }
 
@@ -178,9 +178,9 @@ OTHERS = {
     "null": layer(NullExperts(K=3, M=4), Scatter(1.0, "probability"), losses=(LoadBalance(0.1), RouterZ(0.1))),
     "sampled": layer(Sampled(K=2), losses=(Importance(0.1, "probs"), LoadBalance(0.1, "first"))),
     "hierarchical": layer(Hierarchical(M=4, outer=2, inner=2, normalize=True)),
-    "task": layer(TaskTopK(K=2, M=3), Sort(), exchange=Ragged()),
+    "task": layer(TaskTopK(K=2, M=3), Sort(), exchange=RaggedAllToAll()),
     "hash": layer(Hash(K=2), exchange=AllToAll(chunks=2), losses=()),
-    "base": layer(Base(epsilon=0.001), losses=()),
+    "base": layer(BASELayer(epsilon=0.001), losses=()),
     "sinkhorn": layer(Sinkhorn(K=2), losses=()),
     "random": layer(Random(K=2), exchange=TwoLevel(), losses=()),
     "round_robin": layer(RoundRobin(K=1), losses=()),
@@ -318,7 +318,7 @@ def noise(router, keys, S: int, E: int) -> list | None:
         NoisyTopK: lambda k: jax.random.normal(k, (S, E)),
         Sampled: lambda k: jax.random.gumbel(k, (S, E)),
         Random: lambda k: jax.random.uniform(k, (S, E)),
-        Base: lambda k: np.zeros(()),  # it draws nothing, but trains otherwise than it evaluates
+        BASELayer: lambda k: np.zeros(()),  # it draws nothing, but trains otherwise than it evaluates
         Sinkhorn: lambda k: np.zeros(()),
     }.get(type(router))
     return None if draw is None else [np.asarray(draw(k), np.float64) for k in keys]

@@ -64,7 +64,7 @@ ONE = ("--simulated=1", *mesh())  # no meshes, where they are not what matters
 TWO = ("--simulated=2", *mesh(expert=2))  # and few
 CHUNKS = (*TWO, *moe(exchange="AllToAll(chunks=2)"))
 LEVELS = (*moe(exchange="TwoLevel()"), *mesh(slice=2, expert=2))
-RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="Ragged()"))
+RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="RaggedAllToAll()"))
 DROPLESS = (*ONE, *moe(dispatch="Scatter(capacity_factor=None)"))
 SWITCH = (*ONE, *moe(router="Switch()"))
 PIECES = (*ONE, "--config.data.accumulate=2")
@@ -366,7 +366,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rows_of_a_neighbour_in_a_gradient",
-        "moe_jax/core/by_expert.py",
+        "moe_jax/core/kernels/by_expert.py",
         "pull(rows.mine(g_RD))",
         "pull(rows.read(g_RD))",
         RAGGED,

@@ -320,7 +320,8 @@ def task_topk(router, p, x_SD, mask_S, noise=None, chosen=None, state=None, toke
 ROUTE = {
     "Switch": switch, "TopK": topk, "Top2": top2, "NoisyTopK": noisy_topk, "LossFree": loss_free, "CosineTopK": cosine,
     "TopP": top_p, "NullExperts": null_experts, "Sampled": sampled, "Hash": hash_, "Random": random_,
-    "RoundRobin": round_robin, "Base": base, "Sinkhorn": sinkhorn, "Hierarchical": hierarchical, "TaskTopK": task_topk,
+    "RoundRobin": round_robin, "BASELayer": base, "Sinkhorn": sinkhorn, "Hierarchical": hierarchical,
+    "TaskTopK": task_topk,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from moe_jax.losses import load_balance
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import (
     ROUTERS,
-    Base,
+    BASELayer,
     ExpertChoice,
     NullExperts,
     Random,
@@ -67,8 +67,8 @@ def short(value: Any) -> str | None:
         (layer(TopK(), Sort()), True, None),
         (layer(ExpertChoice(), Gather()), True, "(who was chosen in"),
         (layer(SoftMoE(), Einsum(None)), True, "(who was chosen in"),
-        (layer(Base()), True, "(who was chosen in"),
-        (layer(Base(), Scatter(None)), False, None),
+        (layer(BASELayer()), True, "(who was chosen in"),
+        (layer(BASELayer(), Scatter(None)), False, None),
         (layer(Sinkhorn(), Scatter(None)), True, "(who was chosen in"),
         (layer(Sinkhorn(), Scatter(None)), False, None),
         (layer(Top2(), gating=(Temperature(2.0, 1.0, 9), ExpertDropout(0.3)), shared=MLP(F=4)), True, None),
@@ -213,7 +213,7 @@ def test_the_table_is_complete():
         ("RoundRobin(K=2)", "choice-major"),
         ("Random(K=2)", "choice-major"),
         ("Sinkhorn(K=1)", "probability"),
-        ("Base()", "causal: token-major"),
+        ("BASELayer()", "causal: token-major"),
         ("MixtureOfDepths()", "no limit"),
         ("ExpertChoice()", "S = 2L, no limit"),
     ],

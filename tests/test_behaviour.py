@@ -20,7 +20,7 @@ from moe_jax.experts import MLP
 from moe_jax.gating import ExpertDropout, Temperature
 from moe_jax.losses import Adaptive, Importance, Load, LoadBalance, LoadEntropy, TokenEntropy, UniformKL
 from moe_jax.moe import MoE, MoEConfig
-from moe_jax.routers import Base, LossFree, NoisyTopK, NullExperts, Random, Sinkhorn, Switch, TopK, TopP
+from moe_jax.routers import BASELayer, LossFree, NoisyTopK, NullExperts, Random, Sinkhorn, Switch, TopK, TopP
 
 SEEDS, STEPS, HELD_OUT, LATE = 3, 200, 8, 20  # runs; batches to train on and to keep; the last steps, averaged
 B, L, D, C, E = 2, 128, 16, 8, 8  # C clusters
@@ -224,7 +224,7 @@ def test_no_weight_sees_the_bias():
 
 def test_base_balances_every_step():
     """Every step of training is balanced to the token, and it learns."""
-    run = train(config(Base(epsilon=0.5)), steps=40)
+    run = train(config(BASELayer(epsilon=0.5)), steps=40)
     np.testing.assert_array_equal(run.counts, B * L // E)
     assert (run.late("task") < 0.6 * run.curves["task"][:, 0]).all()
 

@@ -19,8 +19,8 @@ from experiments.bench.shapes import QUICK, QUICK_GLU, SHAPES, masks_bytes
 from experiments.bench.tokens import ROUTINGS
 from experiments.cli import load
 from moe_jax.config import build
-from moe_jax.core.by_expert import ladder
 from moe_jax.core.groups import Dense
+from moe_jax.core.kernels.by_expert import ladder
 from moe_jax.core.routing import queue
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig

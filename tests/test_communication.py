@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from moe_jax import communication, train
+from moe_jax import train
 from moe_jax.audit.communication import audit, compare
 from moe_jax.audit.hlo import collectives
-from moe_jax.communication import Collective, layer, merged, passes, step
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.core.shard import TOKENS
+from moe_jax.core.traffic import Collective
+from moe_jax.costs.communication import layer, merged, passes, step
 from moe_jax.data import Classification, Digits, SpanCorruption
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
-from moe_jax.exchanges import AllGather, AllToAll, Ragged, TwoLevel
+from moe_jax.exchanges import EXCHANGES, AllGather, AllToAll, RaggedAllToAll, TwoLevel
 from moe_jax.experts import GLU, MLP
 from moe_jax.models import EncoderDecoderConfig, LMConfig, ViTConfig, cross_entropy
 from moe_jax.moe import MoE, MoEConfig
@@ -147,7 +148,7 @@ EXPERIMENTS = {
     "branches": experiment(
         "s2e4", remat="full", moe=moe(dispatch=Scatter(None), exchange=AllGather(over=SLICES)), **ONE
     ),
-    "rows": experiment("t4e2", remat="exchanged", moe=moe(dispatch=Sort(), exchange=Ragged()), **ONE),
+    "rows": experiment("t4e2", remat="exchanged", moe=moe(dispatch=Sort(), exchange=RaggedAllToAll()), **ONE),
     "ids": experiment(
         "d2e4",
         remat="full",
@@ -242,7 +243,7 @@ def test_every_term_is_tried():
         *("fsdp gather of weights", "fsdp scatter of gradients", "gradients", "gradient norm", "Adafactor's means"),
         *("ZeRO-1 scatter of gradients", "ZeRO-1 gather of parameters"),
     }
-    assert {type(e.exchange) for e in EXPERIMENTS.values()} == set(communication.TRAFFIC)
+    assert {type(e.exchange) for e in EXPERIMENTS.values()} == set(EXCHANGES)
 
 
 def test_other_platforms():

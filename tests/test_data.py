@@ -21,9 +21,9 @@ from moe_jax.data import (
     Windows,
     batches,
     cache,
-    environment,
     evaluation_batches,
     prepare,
+    python_text,
 )
 from moe_jax.data.batches import spread
 from moe_jax.data.documents import digest, held_out, pieces
@@ -99,22 +99,22 @@ def test_corpus_documents_are_distinct_and_held_out_ones_are_not_trained_on(dire
 
 
 def test_corpus_built_again_is_the_same(directory, tmp_path):
-    environment.files.cache_clear()
+    python_text.files.cache_clear()
     assert CORPUS.fingerprint(tmp_path) == CORPUS.fingerprint(directory)
     assert list(CORPUS.documents("held_out", tmp_path)) == list(CORPUS.documents("held_out", directory))
 
 
 def test_corpus_of_another_environment_is_not_used(directory, monkeypatch):
     here = CORPUS.prepared(directory)
-    monkeypatch.setattr(environment, "distributions", lambda: [])
-    assert environment.environment() not in here.name
+    monkeypatch.setattr(python_text, "distributions", lambda: [])
+    assert python_text.environment() not in here.name
     monkeypatch.setattr(Corpus, "_build", lambda *_: pytest.fail("built"))
     with pytest.raises(pytest.fail.Exception, match="built"):
         CORPUS.documents("train", directory).__next__()
 
 
 def test_corpus_takes_no_file_twice_and_nothing_of_this_package():
-    names = [name for files in environment.files().values() for name, _ in files if not name.endswith(".txt")]
+    names = [name for files in python_text.files().values() for name, _ in files if not name.endswith(".txt")]
     assert len(names) == len(set(names))
     assert not [name for name in names if "moe_jax" in name or name.endswith((".pyc", "RECORD", "INSTALLER"))]
 
@@ -140,8 +140,8 @@ def test_near_copies_of_a_licence_are_one_document(tmp_path, monkeypatch):
     for i in range(3):
         (tmp_path / str(i)).write_text(f"Copyright holder {i}\n{end}")
     files = {"prose": [(f"{i}/LICENSE", str(tmp_path / str(i))) for i in range(3)]}
-    monkeypatch.setattr(environment, "files", lambda: files)
-    assert [text.name for text in environment.texts("prose", 1.0)] == ["0/LICENSE"]
+    monkeypatch.setattr(python_text, "files", lambda: files)
+    assert [text.name for text in python_text.texts("prose", 1.0)] == ["0/LICENSE"]
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ def test_near_copies_of_a_licence_are_one_document(tmp_path, monkeypatch):
     ],
 )
 def test_domain_of_a_file(name, domains):
-    found = environment.domains_of(pathlib.PurePosixPath(name))
+    found = python_text.domains_of(pathlib.PurePosixPath(name))
     assert found == domains or set(found) | set(domains) <= {"prose", "stdlib", "library"}
 
 
 def test_docstrings_are_text_without_code():
     source = '"""One."""\nclass A:\n    def f():\n        """Two.\n\n          more"""\n        return 3\n'
-    assert environment.docstrings(source) == "One.\n\nTwo.\n\nmore\n"
-    assert environment.docstrings("def f(:\n") is None
+    assert python_text.docstrings(source) == "One.\n\nTwo.\n\nmore\n"
+    assert python_text.docstrings("def f(:\n") is None
 
 
 # folders and TFDS

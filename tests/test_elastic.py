@@ -17,13 +17,13 @@ import pytest
 from experiments.launch.supervisor import free_port
 from moe_jax import MLP, Adaptive, LoadBalance, LossFree, MoEConfig, Scatter, Sinkhorn, Sort, Temperature
 from moe_jax import checkpoint as checkpointing
-from moe_jax import metrics as log
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment, OptimConfig
 from moe_jax.core import dims
 from moe_jax.data import Batch
-from moe_jax.exchanges import AllGather, AllToAll, Ragged, TwoLevel
+from moe_jax.exchanges import AllGather, AllToAll, RaggedAllToAll, TwoLevel
 from moe_jax.optim import Adafactor, AdamW, Constant
+from moe_jax.reporting import metrics as log
 from moe_jax.train import Program, State
 from tests.cases import sizes_of
 from tests.test_train import EXP, MODEL, batch
@@ -47,7 +47,7 @@ PLACES = {
     "f2e2t2": Place(remat="full", exchange=AllGather()),
     "s2e2t2": Place(exchange=TwoLevel()),
     "f2e2": Place(zero1=True),
-    "e2": Place(exchange=Ragged(), dispatch=Sort()),
+    "e2": Place(exchange=RaggedAllToAll(), dispatch=Sort()),
     "d1": Place(),
 }
 MOE = MoEConfig(E=8, experts=MLP(F=8), gating=(Temperature(2.0, 0.5, 6),), losses=())

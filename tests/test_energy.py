@@ -7,7 +7,7 @@ import pytest
 from moe_jax.config import RunConfig
 from moe_jax.costs.chips import CHIPS, chip, of_kind, peak
 from moe_jax.costs.energy import energy, of_run, usable_cores
-from moe_jax.metrics import summary_rows
+from moe_jax.reporting.metrics import summary_rows
 
 # arXiv:2104.10350, table 4; GLaM: arXiv:2112.06905. Days (GLaM: hours), processors, W, PUE, MWh, and the net kg of CO2e
 # per kWh of the data centre, with the tonnes it comes to; None where a paper gives no such figure for the run.

@@ -20,7 +20,7 @@ from moe_jax.losses import LoadBalance, RouterZ
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import (
     ROUTERS,
-    Base,
+    BASELayer,
     CosineTopK,
     ExpertChoice,
     Hash,
@@ -203,7 +203,7 @@ KINDS = (
     Hash(K=2),
     RoundRobin(K=3),
     Random(K=2),
-    Base(),
+    BASELayer(),
     Sinkhorn(K=2),
     ExpertChoice(),
     SoftMoE(C=2),
@@ -364,7 +364,7 @@ REPLAYED = (
     TaskTopK(K=2, M=TASKS),
     TaskTopK(K=2, M=TASKS, token=False, normalize=False),
     Hash(K=2),
-    Base(),
+    BASELayer(),
     Sinkhorn(K=2),
     Random(K=2),
     RoundRobin(K=2),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
-from moe_jax.core import gate, ragged_gpu, rows_gpu
+from moe_jax.core import gate
+from moe_jax.core.kernels import ragged_gpu, rows_gpu
 from tests.cases import normal
 
 pytestmark = pytest.mark.gpu

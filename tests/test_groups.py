@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
-from moe_jax.core import blocks, ragged_gpu, ragged_tpu, rows_gpu
-from moe_jax.core.by_expert import _pieces, by_expert, ladder
 from moe_jax.core.groups import Ragged
+from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_gpu, triton
+from moe_jax.core.kernels.by_expert import _pieces, by_expert, ladder
 from tests import oracle
 from tests.cases import close, normal
 
@@ -157,7 +157,7 @@ def test_program_of_a_gpu(dispatch, kernels):
 
 def test_a_gpu_without_kernels(monkeypatch):
     """As with a jax that has no Triton any more: XLA's own way. Of another width: what was traced before is known."""
-    monkeypatch.setattr(blocks, "TYPES", ())
+    monkeypatch.setattr(triton, "TYPES", ())
     text = lowered_for_a_gpu(Sort(), width=24)
     assert "triton" not in text
     assert "ragged_dot" in text
@@ -218,7 +218,7 @@ def test_ladder():
 
 def test_every_rung_of_a_long_ladder(monkeypatch):
     """As large layers have it: values and gradients, of experts on each rung, and of one that is larger than any."""
-    monkeypatch.setattr("moe_jax.core.by_expert.SMALL", 0)
+    monkeypatch.setattr("moe_jax.core.kernels.by_expert.SMALL", 0)
     rungs, kind, params = ladder(512, E, D), MLP(F=F), weights(MLP(F=F))
     assert len(rungs) == 13
     x, g = normal(2, 512, D), normal(3, 512, D)

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.audit import hlo
 from moe_jax.audit.hlo import collectives
-from moe_jax.communication import Collective, merged
+from moe_jax.core.traffic import Collective
+from moe_jax.costs.communication import merged
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
 ROWS, BYTES = 16, 512  # of what a device has in most programs: [16, 8] in float32

@@ -14,12 +14,9 @@ ORDER = (
     ("moe_config",),
     ("moe",),
     ("models",),
-    ("data", "optim", "metrics", "checkpoint"),
-    ("plots",),
-    ("page",),
-    ("report",),
+    ("data", "optim", "reporting", "checkpoint"),
     ("config",),
-    ("costs", "communication"),
+    ("costs",),
     ("evaluate",),
     ("train",),
     ("audit",),
@@ -108,7 +105,7 @@ def test_the_oracle_stands_alone():
         ("routers", "from moe_jax.routers.switch import Switch", True),
         ("core", "def f():\n    from moe_jax import moe", False),
         ("train", "from configs import nano", False),
-        ("metrics", "from moe_jax.report import write_report", False),
+        ("reporting", "from moe_jax.config import Experiment", False),
     ],
 )
 def test_the_order_bites(unit, line, allowed):

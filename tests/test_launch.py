@@ -18,8 +18,8 @@ from experiments import cli, train
 from experiments.launch import __main__ as launch
 from experiments.launch import join
 from experiments.launch.supervisor import Group, free_port
-from moe_jax import metrics
 from moe_jax.config import Experiment
+from moe_jax.reporting import metrics
 from tests.test_train import EXP
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -123,7 +123,7 @@ def test_one_model_every_mesh(name, mesh, what):
             MoEConfig(E=8, dispatch=Sort()),
             "d2e4",
             B,
-            r"AllToAll\(\) does not carry the rows of Sort\(\) .* mesh.expert=4; use Ragged",
+            r"AllToAll\(\) does not carry the rows of Sort\(\) .* mesh.expert=4; use RaggedAllToAll",
         ),
         (MoEConfig(E=8, experts=MLP(F=6)), "d2t4", B, r"experts.F=6 does not spread evenly over mesh.tensor=4"),
         (MoEConfig(E=8), "f8", B, r"D=4 does not spread evenly over mesh.fsdp=8"),

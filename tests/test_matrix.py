@@ -23,7 +23,7 @@ from moe_jax import (
     ExpertChoice,
     Gather,
     MoE,
-    Ragged,
+    RaggedAllToAll,
     Scatter,
     Sort,
     Top2,
@@ -64,8 +64,8 @@ EXCHANGE = {
     "chunks": AllToAll(chunks=2),
     "two_level": TwoLevel(),
     "all_gather": AllGather(),
-    "ragged": Ragged(),
-    "ragged-slices": Ragged(over=EVERYWHERE),
+    "ragged": RaggedAllToAll(),
+    "ragged-slices": RaggedAllToAll(over=EVERYWHERE),
     "alone": AllToAll(),  # experts are not spread
 }
 REMAT = ("none", "full", "exchanged")
@@ -331,7 +331,7 @@ def test_slices_lie_back_to_back(sizes_XXe):
             next_row += sizes_XXe[source, to, expert]
 
 
-def layer(exchange: Ragged, mesh: str | None = None, expert_BLK=None):
+def layer(exchange: RaggedAllToAll, mesh: str | None = None, expert_BLK=None):
     """Output, choices and counts of a layer, and all its gradients; choices may be told."""
     cfg = MoEConfig(E=8, router=TopK(normalize=False), experts=MLP(F=4, bias=True), dispatch=Sort(), exchange=exchange)
     module = MoE(dataclasses.replace(cfg, losses=()))
@@ -352,7 +352,7 @@ def layer(exchange: Ragged, mesh: str | None = None, expert_BLK=None):
     return y, chosen, stats, gradients
 
 
-def reached(chosen_BLK: np.ndarray, mesh: str, exchange: Ragged) -> np.ndarray:
+def reached(chosen_BLK: np.ndarray, mesh: str, exchange: RaggedAllToAll) -> np.ndarray:
     """Which choices a buffer has room for: of every slice from one shard to one expert, the first ones."""
     sizes = sizes_of(mesh)
     X, there = math.prod(sizes[a] for a in exchange.over), np.zeros(chosen_BLK.size, bool)
@@ -372,13 +372,13 @@ def reached(chosen_BLK: np.ndarray, mesh: str, exchange: Ragged) -> np.ndarray:
 @pytest.mark.parametrize(("mesh", "over", "buffer"), [("d2e4", ("expert",), 0.7), ("s2e4", EVERYWHERE, 1.2)])
 def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
     """Laws 1 and 8: output and gradients are those of one device where the choices that did not fit go nowhere."""
-    exchange = Ragged(buffer, over)
+    exchange = RaggedAllToAll(buffer, over)
     y, chosen, stats, gradients = layer(exchange, mesh)
     there = reached(chosen, mesh, exchange)
     assert 0.2 < there.mean() < 0.95
     assert stats.kept == there.sum()
     assert stats.choices_E.sum() == there.size
-    true_y, _, true_stats, true_gradients = layer(Ragged(), None, jnp.asarray(np.where(there, chosen, 8)))
+    true_y, _, true_stats, true_gradients = layer(RaggedAllToAll(), None, jnp.asarray(np.where(there, chosen, 8)))
     assert true_stats.kept == stats.kept
     close((y, gradients), (true_y, true_gradients))
 
@@ -386,6 +386,6 @@ def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
 @matrix
 def test_a_large_buffer_is_none():
     """Law 1: with room for every row of every shard, a bound changes nothing."""
-    large, free = layer(Ragged(4.0), "d2e4"), layer(Ragged(), "d2e4")
+    large, free = layer(RaggedAllToAll(4.0), "d2e4"), layer(RaggedAllToAll(), "d2e4")
     assert large[2].kept == 2 * B * L
     close(large, free, 1e-6)

@@ -13,7 +13,7 @@ from moe_jax import GLU, MLP, Einsum, LMConfig, LoadBalance, MoEConfig, Scatter,
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core import dims
 from moe_jax.costs.memory import Memory, memory
-from moe_jax.exchanges import Ragged
+from moe_jax.exchanges import RaggedAllToAll
 from moe_jax.optim import Adafactor, AdamW, Constant
 
 PAGE = Path(__file__).parent.parent / "docs" / "planning.md"
@@ -144,7 +144,7 @@ def test_room_for_rows_is_counted():
 
     assert layer() < layer(dispatch=Scatter(2.0)) < layer(dispatch=Scatter(None))
     assert layer(dispatch=Scatter(1.25)) < layer(dispatch=Einsum(1.25))  # which has masks
-    bounded, free = (layer(dispatch=Sort(), exchange=Ragged(buffer=b)) for b in (2.0, None))
+    bounded, free = (layer(dispatch=Sort(), exchange=RaggedAllToAll(buffer=b)) for b in (2.0, None))
     assert bounded < free
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from moe_jax import metrics
-from moe_jax.metrics import Logger, curve, read, summary
-from moe_jax.report import write_report
+from moe_jax.reporting import metrics
+from moe_jax.reporting.metrics import Logger, curve, read, summary
+from moe_jax.reporting.report import write_report
 
 LAYERS, EXPERTS = [1, 3], 4
 
@@ -303,5 +303,5 @@ def test_a_run_that_went_wrong_still_has_a_report(tmp_path):
 
 
 def test_the_log_does_not_wait_for_matplotlib():
-    program = "import sys, moe_jax.metrics, moe_jax.report; assert 'matplotlib' not in sys.modules"
+    program = "import sys, moe_jax.reporting.metrics, moe_jax.reporting.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

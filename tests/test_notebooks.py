@@ -81,6 +81,6 @@ def test_expert_parallelism():
     assert re.findall(r"^data \d, expert \d +keeps (\d+)$", printed, re.M) == [alone] * 4
     found = dict(re.findall(r"^(\w.*?) +predicted to the byte, keeps (\d+) choices$", printed, re.M))
     assert len(found) == 7
-    assert found.pop("Ragged") == every
+    assert found.pop("RaggedAllToAll") == every
     assert set(found.values()) == {alone}
     assert "WRONGLY" not in printed

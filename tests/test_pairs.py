@@ -19,8 +19,8 @@ from moe_jax.data import (
     cache,
     evaluation_batches,
 )
-from moe_jax.data.parallel import Pair, ordered
 from moe_jax.data.tokenizers import TrainedSentencePiece
+from moe_jax.data.translation import Pair, ordered
 from tests.test_data import corrupt
 
 TOY = ToyTranslation(languages=3, words=12, sentences=400)

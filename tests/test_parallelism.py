@@ -8,8 +8,8 @@ import pytest
 
 from moe_jax import GLU, MLP, LMConfig, LoadBalance, MoEConfig, Scatter, Top2
 from moe_jax.audit.placement import placement
-from moe_jax.communication import step
 from moe_jax.config import DataConfig, Experiment, OptimConfig, parse
+from moe_jax.costs.communication import step
 from moe_jax.optim import Adafactor, Constant
 
 PAGE = Path(__file__).parent.parent / "docs" / "parallelism.md"
@@ -77,5 +77,5 @@ def test_the_table_is_true(said):
 def test_the_table_shows_every_exchange():
     text = PAGE.read_text().partition("<!-- glam -->")[2].partition("<!-- /glam -->")[0]
     assert len(table()) >= 7
-    for word in ("Ragged()", "AllGather()", "TwoLevel()", "zero1=True", "tensor=", "slice="):
+    for word in ("RaggedAllToAll()", "AllGather()", "TwoLevel()", "zero1=True", "tensor=", "slice="):
         assert word in text

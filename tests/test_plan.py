@@ -13,12 +13,13 @@ import pytest
 
 from experiments import cli
 from experiments import plan as program
-from moe_jax import GLU, MLP, AllGather, Einsum, LMConfig, LoadBalance, MoEConfig, Ragged, Scatter, Sort, TopK
-from moe_jax.communication import Collective, step
+from moe_jax import GLU, MLP, AllGather, Einsum, LMConfig, LoadBalance, MoEConfig, RaggedAllToAll, Scatter, Sort, TopK
 from moe_jax.config import DataConfig, Experiment, OptimConfig, build
 from moe_jax.core.shard import AXES
+from moe_jax.core.traffic import Collective
 from moe_jax.costs import flops
 from moe_jax.costs.chips import CHIPS, chip
+from moe_jax.costs.communication import step
 from moe_jax.costs.memory import memory
 from moe_jax.data import Bytes
 from moe_jax.optim import Adafactor, Constant
@@ -213,9 +214,9 @@ def test_between_slices():
 
 def test_ragged_rows_travel_not_the_room():
     there_and_back = Collective("ragged-all-to-all", ("expert",), 4, 2, 5 * 100)
-    assert there_and_back.bytes * expected(there_and_back, Ragged()) == 2 * 100
-    assert expected(there_and_back, Ragged(buffer=2.0)) == pytest.approx(2 / 3)
-    assert expected(there_and_back._replace(op="all-gather"), Ragged()) == 1
+    assert there_and_back.bytes * expected(there_and_back, RaggedAllToAll()) == 2 * 100
+    assert expected(there_and_back, RaggedAllToAll(buffer=2.0)) == pytest.approx(2 / 3)
+    assert expected(there_and_back._replace(op="all-gather"), RaggedAllToAll()) == 1
 
 
 # ---- the roofline
@@ -339,9 +340,9 @@ def test_exchanges_fit_the_dispatcher():
         "TwoLevel",
         "AllGather",
     ]
-    dropless = of(SMALL, dispatch=Sort(), exchange=Ragged())
-    assert [type(e).__name__ for e in exchanges(dropless, spread)] == ["Ragged", "AllGather"]
-    assert exchanges(dropless, {"slice": 1, "expert": 1}) == [Ragged()]
+    dropless = of(SMALL, dispatch=Sort(), exchange=RaggedAllToAll())
+    assert [type(e).__name__ for e in exchanges(dropless, spread)] == ["RaggedAllToAll", "AllGather"]
+    assert exchanges(dropless, {"slice": 1, "expert": 1}) == [RaggedAllToAll()]
 
 
 # ---- a plan, and the program

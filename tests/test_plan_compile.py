@@ -6,10 +6,10 @@ import importlib.util
 import jax
 import pytest
 
-from moe_jax import GLU, MLP, AllToAll, LMConfig, LoadBalance, MoEConfig, Ragged, Scatter, Sort, Top2
+from moe_jax import GLU, MLP, AllToAll, LMConfig, LoadBalance, MoEConfig, RaggedAllToAll, Scatter, Sort, Top2
 from moe_jax.audit.communication import compare
-from moe_jax.communication import step
 from moe_jax.config import DataConfig, Experiment, OptimConfig
+from moe_jax.costs.communication import step
 from moe_jax.costs.memory import memory
 from moe_jax.optim import Adafactor, Constant
 from moe_jax.plan import compile as compiler
@@ -272,7 +272,7 @@ def test_one_chunk_travels_while_another_is_computed():
 @pytest.mark.usefixtures("optimized")
 def test_dropless_is_grouped_matmuls_on_a_tpu():
     """All of a dropless layer's products are kernels over groups; XLA's own gradient of weights is E times the work."""
-    found = compiler.compiled(with_layer(dispatch=Sort(), exchange=Ragged()), "v5e:2x4")
+    found = compiler.compiled(with_layer(dispatch=Sort(), exchange=RaggedAllToAll()), "v5e:2x4")
     dense = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, moe=None, layout="none"))
     assert found.flops <= compiler.compiled(dense, "v5e:2x4").flops
 

@@ -10,9 +10,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from moe_jax import page, plots
 from moe_jax.files import write_file
-from moe_jax.plots.style import BLACK, COLOURS, INK, MARKS, style
+from moe_jax.reporting import page, plots
+from moe_jax.reporting.plots.style import BLACK, COLOURS, INK, MARKS, style
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what linear RGB becomes for who lacks one kind of cone.
 MACHADO = {

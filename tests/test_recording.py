@@ -19,7 +19,7 @@ from moe_jax import (
     LMConfig,
     MoE,
     MoEConfig,
-    Ragged,
+    RaggedAllToAll,
     Scatter,
     Sort,
     Top2,
@@ -36,7 +36,7 @@ from tests.cases import close, context, normal
 V, D, E, K, B, L = 31, 8, 4, 2, 8, 8
 MOE = MoEConfig(E=E, router=Top2(), experts=GLU(F=6), dispatch=Scatter(1.0))
 MODEL = LMConfig(V=V, D=D, N=2, H=2, A=4, moe=MOE, layout="all", remat="full")
-SORT = dataclasses.replace(MOE, dispatch=Sort(), exchange=Ragged(buffer=1.0))
+SORT = dataclasses.replace(MOE, dispatch=Sort(), exchange=RaggedAllToAll(buffer=1.0))
 PAIRS = EncoderDecoderConfig(V=V, D=D, N=1, H=2, A=4, layout="all", moe=dataclasses.replace(MOE, router=TopK(K=K)))
 IMAGES = ViTConfig(V=5, D=D, N=1, H=2, A=4, layout="all", moe=MOE, patch=2, image=(4, 4, 1))
 MESH = "d2e4"

@@ -12,7 +12,7 @@ from moe_jax import (
     LM,
     MLP,
     Adaptive,
-    Base,
+    BASELayer,
     ExpertChoice,
     Gather,
     Hash,
@@ -183,7 +183,7 @@ def test_domains_and_tokens_reach_the_routers():
     ("moe", "message"),
     [
         (dict(router=ExpertChoice(), dispatch=Gather()), r"ExpertChoice\(\) decides about a token by later ones; in a"),
-        (dict(router=Base()), r"Base\(\) decides about a token by later ones"),
+        (dict(router=BASELayer()), r"BASELayer\(\) decides about a token by later ones"),
         (dict(router=Sinkhorn()), r"say causal=False"),
     ],
     ids=lambda v: type(v.get("router")).__name__ if isinstance(v, dict) else "",

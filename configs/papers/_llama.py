@@ -38,7 +38,7 @@ def llama(
         "tied": False,
         "remat": "exchanged",
         "dtype": "bfloat16",
-        "moe": {"dispatch": "Sort()", "exchange": "Ragged()", **moe},
+        "moe": {"dispatch": "Sort()", "exchange": "RaggedAllToAll()", **moe},
         **model,
     }
     config.data = {

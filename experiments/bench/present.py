@@ -7,7 +7,7 @@ from typing import Any
 from experiments.bench.record import PASSES, Row
 from experiments.bench.stages import STAGES
 from experiments.routing_zoo.present import lines
-from moe_jax.plots.style import BLACK, HATCHES, Plot, colour
+from moe_jax.reporting.plots.style import BLACK, HATCHES, Plot, colour
 
 MiB = 2**20
 HEADS = (

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from moe_jax.files import write_file
-from moe_jax.metrics import plain
+from moe_jax.reporting.metrics import plain
 
 FORMAT = 1
 WORSE = 0.05  # a ratio that has grown by more is told

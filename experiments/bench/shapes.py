@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 from moe_jax.config import suggestion
 from moe_jax.core.groups import Ragged
 from moe_jax.dispatch import Einsum, Scatter, Sort
-from moe_jax.exchanges import AllToAll
-from moe_jax.exchanges import Ragged as RaggedExchange
+from moe_jax.exchanges import AllToAll, RaggedAllToAll
 from moe_jax.experts import GLU, MLP
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import TopK
@@ -38,7 +37,7 @@ class Shape:
 
     def layer(self, dispatch: Any) -> MoEConfig:
         """The MoE layer: the usual router and losses, and on a mesh the exchange that carries the dispatcher's rows."""
-        exchange = RaggedExchange() if dispatch.rows is Ragged else AllToAll()
+        exchange = RaggedAllToAll() if dispatch.rows is Ragged else AllToAll()
         router = TopK(K=self.K, normalize=self.K > 1)  # the weight of one choice is its probability
         return MoEConfig(self.E, router, self.experts, dispatch, exchange, S=self.L)
 

@@ -34,7 +34,7 @@ from moe_jax.train import Program
 
 cli.define_config()
 TWIN = option(flags.DEFINE_string, "twin", None, "Its dense twin's config; made from --config without it.")
-DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+DATA_DIR = cli.data_dir()
 MESH = option(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4 (default: the config's).")
 BURSTS = option(flags.DEFINE_integer, "bursts", 15, "How many bursts of each.")
 BURST = option(flags.DEFINE_integer, "burst", 4, "Steps of a burst.")

@@ -15,7 +15,7 @@ from moe_jax import train as loop
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch
-from moe_jax.metrics import Logger
+from moe_jax.reporting.metrics import Logger
 
 
 class Outside(NamedTuple):

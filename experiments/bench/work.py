@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.bench.shapes import Shape
-from moe_jax.core.by_expert import ladder
 from moe_jax.core.capacity import capacity
 from moe_jax.core.groups import Ragged
+from moe_jax.core.kernels.by_expert import ladder
 from moe_jax.dispatch import Einsum
 from moe_jax.dispatch.scatter import capacities
 from moe_jax.moe import MoEConfig

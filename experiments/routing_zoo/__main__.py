@@ -19,7 +19,7 @@ from experiments.routing_zoo.sweep import Sweep, save, say
 from moe_jax.files import write_file
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs are kept.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+DATA_DIR = cli.data_dir()
 STEPS = flags.DEFINE_integer("steps", zoo.STEPS, "Training steps of each run.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of every contestant.", lower_bound=1)
 LEADERS = flags.DEFINE_integer("leaders", 4, "How many of the best are trained on more seeds.", lower_bound=0)

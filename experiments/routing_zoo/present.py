@@ -9,7 +9,7 @@ import rich.table
 
 from experiments.routing_zoo.sweep import ranked, summaries
 from experiments.routing_zoo.zoo import DENSE
-from moe_jax.plots.style import BLACK, COLOURS, Plot
+from moe_jax.reporting.plots.style import BLACK, COLOURS, Plot
 
 # A colour and a marker for each, so that none is told by colour alone.
 LOOKS = {

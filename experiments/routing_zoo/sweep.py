@@ -18,7 +18,7 @@ from experiments.routing_zoo import zoo
 from experiments.routing_zoo.zoo import Contestant
 from moe_jax.config import Experiment, build
 from moe_jax.files import write_file
-from moe_jax.metrics import FILE, Logger, curve, duration, last, plain, read
+from moe_jax.reporting.metrics import FILE, Logger, curve, duration, last, plain, read
 from moe_jax.train import TrainingDiverged, train
 
 

@@ -25,7 +25,7 @@ from moe_jax.moe import MoEConfig
 from moe_jax.train import Program, State, restore
 
 RUN = flags.DEFINE_multi_string("run", [], "Where a finished run is kept; several may be given.")
-DATA_DIR = cli.flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
+DATA_DIR = cli.data_dir()
 
 FACTORS = (2.0, 1.0, 0.5, 0.25)  # slots over choices, of all experts together
 PRIORITIES = {"probability": "surest first", "choice-major": "first choices first", "token-major": "in order"}

@@ -8,8 +8,9 @@ import jax
 
 from moe_jax import train
 from moe_jax.audit.hlo import collectives
-from moe_jax.communication import Collective, merged, passes
 from moe_jax.config import Experiment
+from moe_jax.core.traffic import Collective
+from moe_jax.costs.communication import merged, passes
 from moe_jax.data import AnyBatch
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.communication import Collective
+from moe_jax.core.traffic import Collective
 
 OPCODES = {
     *("all-to-all", "all-reduce", "all-gather", "reduce-scatter"),

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from moe_jax import page, plots
 from moe_jax.audit.communication import Row
 from moe_jax.audit.experiment import Finding
 from moe_jax.audit.placement import Placed
 from moe_jax.config import Experiment
+from moe_jax.reporting import page, plots
 
 
 def findings_page(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import known
-from moe_jax.core.by_expert import by_expert
+from moe_jax.core.kernels.by_expert import by_expert
+from moe_jax.core.kernels.triton import known
 from moe_jax.core.ragged import ragged_matmul, sent_matmul
 from moe_jax.core.rows import Sent, written
 

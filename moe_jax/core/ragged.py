@@ -12,8 +12,8 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core import ragged_gpu, ragged_tpu
-from moe_jax.core.blocks import on_gpu
+from moe_jax.core.kernels import ragged_gpu, ragged_tpu
+from moe_jax.core.kernels.triton import on_gpu
 from moe_jax.core.rows import Places, back
 
 

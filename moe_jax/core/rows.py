@@ -9,8 +9,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.core import rows_gpu
-from moe_jax.core.blocks import on_gpu
+from moe_jax.core.kernels import rows_gpu
+from moe_jax.core.kernels.triton import on_gpu
 from moe_jax.core.routing import TokenChoice
 
 

@@ -1,4 +1,4 @@
-"""What a config costs, by arithmetic on it alone: parameters, FLOPs, memory, energy."""
+"""What a config costs, by arithmetic on it alone: parameters, FLOPs, memory, energy, communication."""
 
 from moe_jax.costs.flops import Flops, flops
 from moe_jax.costs.parameters import KINDS, Kind, Parameters, parameters

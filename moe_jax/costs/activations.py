@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.core.capacity import capacity
 from moe_jax.core.groups import Padded
-from moe_jax.exchanges import AllGather, Ragged
+from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.experts import GLU
 from moe_jax.models import Model
 from moe_jax.models.transformer import StackShape
@@ -108,7 +108,7 @@ class Rows(NamedTuple):
         S, K, E = min(cfg.S or L, T), cfg.router.K, cfg.E
         if cfg.dispatch.rows is not Padded:
             sent = received = T * K
-            if isinstance(cfg.exchange, Ragged) and on.experts > 1:
+            if isinstance(cfg.exchange, RaggedAllToAll) and on.experts > 1:
                 most = on.experts * sent
                 received = most if cfg.exchange.buffer is None else min(most, math.ceil(cfg.exchange.buffer * sent))
             return cls(sent, received, 0)

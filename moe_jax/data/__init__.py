@@ -7,10 +7,10 @@ from moe_jax.data.documents import Document, Source
 from moe_jax.data.images import Classification, Digits, Images, TfdsImages
 from moe_jax.data.objectives import NextToken
 from moe_jax.data.pairs import Pairs, Translation
-from moe_jax.data.parallel import Parallel, TfdsPairs, ToyTranslation
 from moe_jax.data.spans import SpanCorruption
 from moe_jax.data.text import Folder, Tfds
 from moe_jax.data.tokenizers import Bytes, SentencePiece, Tokenizer, TokenizerConfig
+from moe_jax.data.translation import Parallel, TfdsPairs, ToyTranslation
 from moe_jax.data.windows import Batch, Windows, batch, prepare
 
 SOURCES = (Corpus, Folder, Tfds, Parallel, TfdsPairs, ToyTranslation, Digits, TfdsImages)

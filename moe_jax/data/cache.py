@@ -1,6 +1,5 @@
 """Folders on disk that are either whole or absent, and whose files are checked before they are believed."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -8,6 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
+
+from moe_jax.files import sha256
 
 MANIFEST = "manifest.json"
 
@@ -27,7 +28,7 @@ def ensure(folder: pathlib.Path, make: Callable[[pathlib.Path], dict[str, Any]])
         facts = make(unfinished)
         manifest = {
             "facts": facts,
-            "sha256": {name: _sha256(unfinished / name) for name in _files(unfinished)},
+            "sha256": {name: sha256(unfinished / name) for name in _files(unfinished)},
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _move(unfinished, folder)
@@ -40,7 +41,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for name, expected in manifest["sha256"].items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != expected:
+        if not path.is_file() or sha256(path) != expected:
             raise _damaged(path, folder)
     return manifest["facts"]
 
@@ -69,11 +70,6 @@ def _move(unfinished: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _files(folder: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(path: pathlib.Path, folder: pathlib.Path) -> ValueError:

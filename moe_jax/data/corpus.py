@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data import cache, environment
+from moe_jax.data import cache, python_text
 from moe_jax.data.documents import Document, Split, digest, fingerprint, held_out
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -23,7 +23,7 @@ class Corpus:
     """Text of the running Python's library and packages, at most `megabytes` (1e6 bytes) in each domain."""
 
     megabytes: float = 2.0
-    domains: ClassVar[tuple[str, ...]] = environment.DOMAINS
+    domains: ClassVar[tuple[str, ...]] = python_text.DOMAINS
 
     def __post_init__(self):
         if not 0.02 <= self.megabytes <= 1000:
@@ -45,7 +45,7 @@ class Corpus:
 
     def prepared(self, directory: pathlib.Path) -> pathlib.Path:
         """The folder of the corpus of this very environment, built if it is not there (about 10 s)."""
-        name = f"{environment.environment()}-{self.megabytes:g}MB-v{VERSION}"
+        name = f"{python_text.environment()}-{self.megabytes:g}MB-v{VERSION}"
         folder = directory / "corpus" / name
         cache.ensure(folder, self._build)
         return folder
@@ -79,15 +79,15 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         features = {
             "text": tfds.features.Text(),
-            "domain": tfds.features.ClassLabel(names=environment.DOMAINS),
+            "domain": tfds.features.ClassLabel(names=python_text.DOMAINS),
             "name": tfds.features.Text(),
         }
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         examples: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
-        for domain in environment.DOMAINS:
-            texts = list(environment.texts(domain, self.megabytes))
+        for domain in python_text.DOMAINS:
+            texts = list(python_text.texts(domain, self.megabytes))
             chosen = held_out([digest(text.text.encode()) for text in texts])
             for text in texts:
                 split = "held_out" if digest(text.text.encode()) in chosen else "train"

@@ -15,8 +15,8 @@ from moe_jax.data import cache
 from moe_jax.data.documents import Split, fingerprint
 from moe_jax.data.objectives import check_source
 from moe_jax.data.packing import RowFile
-from moe_jax.data.parallel import Pair
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig
+from moe_jax.data.translation import Pair
 
 NOTHING = -1  # stands in an example where no token is
 VERSION = "1"  # raise it when the same pairs and tokenizers give other examples

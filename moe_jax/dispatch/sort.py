@@ -15,7 +15,7 @@ from moe_jax.core.shard import Shard
 class Sort:
     """Dropless: rows sorted by expert, grouped matmuls, rows back (MegaBlocks, arXiv:2211.15841).
 
-    Experts that are spread over shards are reached by the exchange Ragged(), or AllGather().
+    Experts that are spread over shards are reached by the exchange RaggedAllToAll(), or AllGather().
     """
 
     capacity_factor: ClassVar[None] = None

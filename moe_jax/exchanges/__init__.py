@@ -3,13 +3,14 @@
 `(shard, experts, params, x, groups) -> (y, reached)`: x holds this shard's rows in groups of all E experts, params only
 the experts of this shard. y is in the order of x; `reached` says of every row (or of all) whether it saw an expert.
 `over` names the mesh axes that experts are spread over, `takes` the layouts of rows that it carries.
+`traffic(part, rows, experts)` predicts what a call and its gradient send, to the byte (`moe_jax/core/traffic.py`).
 """
 
 from moe_jax.exchanges.all_gather import AllGather
 from moe_jax.exchanges.all_to_all import AllToAll
-from moe_jax.exchanges.ragged import Ragged
+from moe_jax.exchanges.ragged import RaggedAllToAll
 from moe_jax.exchanges.two_level import TwoLevel
 
-EXCHANGES = (AllToAll, TwoLevel, Ragged, AllGather)
+EXCHANGES = (AllToAll, TwoLevel, RaggedAllToAll, AllGather)
 
-__all__ = ["EXCHANGES", "AllGather", "AllToAll", "Ragged", "TwoLevel"]
+__all__ = ["EXCHANGES", "AllGather", "AllToAll", "RaggedAllToAll", "TwoLevel"]

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -7,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from moe_jax.core import dims
 from moe_jax.core.groups import Groups, Padded, Ragged
 from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.traffic import BOTH, EXCHANGE, Part, Rows, Scheduled, Shapes, scheduled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,3 +33,14 @@ class AllGather:
         travelling = jax.tree.map(lambda w: w.astype(x.dtype), params)
         everything = jax.tree.map(partial(shard.gather, axes=shard.experts), travelling)
         return experts(everything, x, groups), jnp.ones((), bool)
+
+    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+        """Predicts the weights of all experts, and their gradients on the way back."""
+        found, axes = [], part.here.experts
+        for name, shape in experts.items():
+            n = math.prod(shape) * (part.devices(part.here.fsdp) if "D" in dims.dims_of(name) else 1)
+            again = rows.needed if name == "down_ED" else BOTH
+            whole = part.one("all-gather", axes, n * part.devices(axes), EXCHANGE)
+            found += scheduled(whole, again, "activations" if rows.ladder else "weights")
+            found += scheduled(part.one("reduce-scatter", axes, n, EXCHANGE), backward=True)
+        return found

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +37,9 @@ class AllToAll:
         done = [experts(params, part, groups) for part in sent]
         back = [shard.regroup(part, shard.experts, split=1, concat=0) for part in done]
         return jnp.concatenate(back, axis=1), jnp.ones((), bool)
+
+    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+        """Predicts rows [E, G*C, D] there and back, in chunks."""
+        chunks = min(self.chunks, rows.slots)
+        way = part.one("all-to-all", part.here.experts, rows.rows * part.D, EXCHANGE, count=chunks)
+        return both_ways(way, way, rows)

@@ -8,10 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import groups as g
 from moe_jax.core.shard import Shard, Slices, check_over
+from moe_jax.core.traffic import BOTH, EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways, scheduled
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged:
+class RaggedAllToAll:
     """Dropless: exactly the rows that experts have been given travel, in slices of any size.
 
     `ragged_all_to_all` on TPU; elsewhere an exact emulation, in which everybody receives everything. A slice per
@@ -29,7 +30,7 @@ class Ragged:
     def __post_init__(self):
         check_over(self)
         if self.buffer is not None and self.buffer <= 0:
-            raise ValueError(f"Ragged(buffer={self.buffer}) must be positive, or None for room for everything.")
+            raise ValueError(f"RaggedAllToAll(buffer={self.buffer}) must be positive, or None for room for everything.")
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged
@@ -49,6 +50,18 @@ class Ragged:
         expert_R = jnp.repeat(jnp.arange(E), groups.sizes_E, total_repeat_length=R)
         rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
         return y_RD, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
+
+    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+        """Predicts first how many rows there are, then rows: as they are on TPU, elsewhere those of everybody."""
+        axes, R = part.here.experts, rows.rows
+        X = part.devices(axes)
+        room = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
+        asked = part.one("all-gather", axes, X * rows.E, EXCHANGE, of="int32")
+        if part.platform == "tpu":
+            there, back = (part.one("ragged-all-to-all", axes, n * part.D, EXCHANGE) for n in (room, R))
+        else:
+            there, back = (part.one("all-gather", axes, X * n * part.D, EXCHANGE) for n in (R, room))
+        return scheduled(asked, BOTH, rows.of) + both_ways(there, back, rows)
 
 
 def places(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:

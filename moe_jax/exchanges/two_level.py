@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +39,9 @@ class TwoLevel:
         y_YXeCD = shard.regroup(y_YXeCD, outer, split=0, concat=0)
         y_YXeCD = shard.regroup(y_YXeCD, inner, split=1, concat=1)
         return y_YXeCD.reshape(E, C, D), jnp.ones((), bool)
+
+    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+        """Predicts rows [E, G*C, D] there and back, inside a slice and across."""
+        inner, outer = part.here.experts[-1:], part.here.experts[:-1]
+        way = [c for axes in (inner, outer) for c in part.one("all-to-all", axes, rows.rows * part.D, EXCHANGE)]
+        return both_ways(way, way, rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.plots import NARROW, WIDE, Curve, Plot, bars, beside, lines, matrices
+from moe_jax.reporting.plots import NARROW, WIDE, Curve, Plot, bars, beside, lines, matrices
 
 PANELS = 6  # layers that are drawn, of more an even selection
 MOST = 24  # experts in a figure that has a row for each

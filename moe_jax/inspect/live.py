@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from moe_jax.metrics import FILE, curve, duration, last, read
+from moe_jax.reporting.metrics import FILE, curve, duration, last, read
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # of a curve

@@ -6,7 +6,6 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.files import write_file
+from moe_jax.files import read_sealed, write_file, write_sealed
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -115,13 +114,11 @@ def save(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **part.columns)  # type: ignore[arg-type]
         write_file(folder / name, buffer.getvalue())
-        files.append({"file": name, "sha256": _sha256(buffer.getvalue()), "tokens": part.tokens})
+        files.append({"file": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "tokens": part.tokens})
         facts = {"E": part.E, "N": part.layers, "K": part.K, "domains": list(part.domains)}
     if not sum(file["tokens"] for file in files):
         raise ValueError(f"The batches hold no token to record in {folder}; give some data.")
-    manifest = {"version": VERSION, **facts, **(about or {}), "parts": files}
-    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
-    write_file(folder / MANIFEST, text)
+    write_sealed(folder / MANIFEST, {"version": VERSION, **facts, **(about or {}), "parts": files})
     return folder
 
 
@@ -130,13 +127,7 @@ def manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"There is no recording in {folder}: it has no {MANIFEST}; record again, to the end.")
-    try:
-        found = json.loads(path.read_bytes())
-        intact = found.pop("sha256") == _digest(found)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise ValueError(f"{path} is damaged: it does not match its checksum; record again, or take a copy.")
+    found = read_sealed(path)
     if found["version"] != VERSION:
         raise ValueError(f"{path} has version {found['version']}, but {VERSION} is read here; record again.")
     return found
@@ -148,7 +139,7 @@ def parts(folder: str | Path) -> Iterator[Recording]:
     for file in facts["parts"]:
         path = Path(folder) / file["file"]
         data = path.read_bytes() if path.is_file() else b""
-        if _sha256(data) != file["sha256"]:
+        if hashlib.sha256(data).hexdigest() != file["sha256"]:
             what = "does not match its checksum" if path.is_file() else "is missing"
             raise ValueError(f"{path} {what}; record again, or take a copy.")
         with np.load(io.BytesIO(data), allow_pickle=False) as columns:
@@ -158,11 +149,3 @@ def parts(folder: str | Path) -> Iterator[Recording]:
 def load(folder: str | Path) -> Recording:
     """The whole recording in a folder."""
     return joined(parts(folder))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(facts, sort_keys=True).encode())

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax import page
 from moe_jax.inspect import figures
-from moe_jax.plots import Plot
+from moe_jax.reporting import page
+from moe_jax.reporting.plots import Plot
 
 NOBODY = "-"
 

@@ -15,8 +15,8 @@ from jax.experimental import topologies
 
 from moe_jax import train
 from moe_jax.audit.hlo import collectives
-from moe_jax.communication import Collective
 from moe_jax.config import Experiment
+from moe_jax.core.traffic import Collective
 from moe_jax.costs.chips import of_kind
 from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
 from moe_jax.plan.schedule import Schedule

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax import page, plots
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.search import Found
 from moe_jax.plan.sections import Section, found_verdict, sections, verdict
+from moe_jax.reporting import page, plots
 
 GiB = 2**30
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from moe_jax import costs
 from moe_jax.audit.communication import Row, compare
-from moe_jax.communication import step
 from moe_jax.config import Experiment
 from moe_jax.costs.chips import Chip
+from moe_jax.costs.communication import step
 from moe_jax.costs.energy import CARBON, CARBON_SOURCE, PUE, PUE_SOURCE, Energy, energy
 from moe_jax.costs.memory import Memory, memory
 from moe_jax.plan import compile as compiler

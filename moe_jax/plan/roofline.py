@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import costs, train
-from moe_jax.communication import Collective, merged, step
 from moe_jax.config import Experiment
 from moe_jax.core import dims
+from moe_jax.core.traffic import Collective
+from moe_jax.costs.communication import merged, step
 from moe_jax.dispatch import Einsum
-from moe_jax.exchanges import AllGather, Ragged
+from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import names_of
 from moe_jax.plan import torus
@@ -227,7 +228,7 @@ def across(c: Collective, wire: float, on: Topology, inside: int) -> float:
 
 def expected(c: Collective, exchange: Any) -> float:
     """Bytes that travel of those there is room for: a ragged exchange sends balanced rows, and reserves far more."""
-    if c.op != "ragged-all-to-all" or not isinstance(exchange, Ragged):
+    if c.op != "ragged-all-to-all" or not isinstance(exchange, RaggedAllToAll):
         return 1.0
     room = c.size if exchange.buffer is None else min(c.size, exchange.buffer)
     return min(1.0, 2 / (1 + room))  # there and back

@@ -15,7 +15,7 @@ from the most, it also declares
     check(E)         raises ValueError where E does not fit
 """
 
-from moe_jax.routers.base import Base
+from moe_jax.routers.base_layers import BASELayer
 from moe_jax.routers.controls import Random, RoundRobin
 from moe_jax.routers.cosine_top_k import CosineTopK
 from moe_jax.routers.expert_choice import ExpertChoice
@@ -36,13 +36,13 @@ from moe_jax.routers.top_p import TopP
 
 ROUTERS = (
     *(Switch, TopK, Top2, NoisyTopK, LossFree, CosineTopK, TopP, NullExperts, Sampled, Hierarchical, TaskTopK),
-    *(Hash, Base, Sinkhorn, Random, RoundRobin),
+    *(Hash, BASELayer, Sinkhorn, Random, RoundRobin),
     *(ExpertChoice, SoftMoE, MixtureOfDepths),
 )
 
 __all__ = [
     "ROUTERS",
-    "Base",
+    "BASELayer",
     "CosineTopK",
     "ExpertChoice",
     "Hash",

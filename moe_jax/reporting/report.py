@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_jax import page, plots
 from moe_jax.files import write_file
-from moe_jax.metrics import curve, last, read, summary_rows
+from moe_jax.reporting import page, plots
+from moe_jax.reporting.metrics import curve, last, read, summary_rows
 
 FILE = "report.html"
 # What is drawn of MoE layers, a line for each: key, title, what it is, unit.

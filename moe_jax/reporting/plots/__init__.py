@@ -1,8 +1,8 @@
 """Every figure of reports and notebooks, in one style that is safe for colour-blind readers and for print."""
 
-from moe_jax.plots.charts import Curve, bars, histogram, lines, matrices, regions
-from moe_jax.plots.runs import Runs, auxiliary, domains, layers, loads, losses
-from moe_jax.plots.style import NARROW, WIDE, Plot, beside
+from moe_jax.reporting.plots.charts import Curve, bars, histogram, lines, matrices, regions
+from moe_jax.reporting.plots.runs import Runs, auxiliary, domains, layers, loads, losses
+from moe_jax.reporting.plots.style import NARROW, WIDE, Plot, beside
 
 __all__ = [
     "NARROW",

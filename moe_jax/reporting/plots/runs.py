@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.metrics import curve, last
-from moe_jax.plots.charts import Curve, bars, lines, matrices
-from moe_jax.plots.style import WIDE, Plot
+from moe_jax.reporting.metrics import curve, last
+from moe_jax.reporting.plots.charts import Curve, bars, lines, matrices
+from moe_jax.reporting.plots.style import WIDE, Plot
 
 Runs = Mapping[str, list[dict]]  # records by name of the run, the reported one first
 

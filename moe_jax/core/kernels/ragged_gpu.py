@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import Span, Tile, dot, launch, load, place, some_rows, store, tokens_of
+from moe_jax.core.kernels.triton import Span, Tile, dot, launch, load, place, some_rows, store, tokens_of
 
 # The fastest of a dozen, each, on an H100 (docs/speed.md).
 WIDE, NARROW = Tile(128, 256), Tile(128, 128, step=64, warps=4)  # of matmuls that sum over much, and over little

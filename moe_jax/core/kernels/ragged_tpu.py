@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import varying
+from moe_jax.core.kernels.triton import varying
 
 ROWS = 512  # of a tile
 

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from moe_jax.plots.style import Plot
+from moe_jax.reporting.plots.style import Plot
 
 
 def page(title: str, parts: Sequence[str], reload: int | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.plots.style import COLOURS, HATCHES, MARKS, NARROW, Number, Plot, Size, colour
+from moe_jax.reporting.plots.style import COLOURS, HATCHES, MARKS, NARROW, Number, Plot, Size, colour
 
 # How a matrix is coloured: map, limits, and what its bar says where.
 SCALES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.blocks import Span, Tile, launch, load, place, some_rows, store, tokens_of, triton
+from moe_jax.core.kernels.triton import Span, Tile, launch, load, place, some_rows, store, tokens_of, triton
 
 TILE = Tile(16, 512)
 

@@ -14,7 +14,7 @@ from moe_jax.core.scores import at
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class BASELayer:
     """BASE layers: while training, the balanced assignment of the largest total score (arXiv:2103.16716, sec. 3).
 
     Each expert takes at most ceil(n / E) of a group's n tokens; without keys (evaluation) every token goes to its best
@@ -32,7 +32,7 @@ class Base:
 
     def __post_init__(self):
         if not 0 < self.epsilon <= 1:
-            raise ValueError(f"Base(epsilon={self.epsilon}) must lie in (0, 1]; use 0.05.")
+            raise ValueError(f"BASELayer(epsilon={self.epsilon}) must lie in (0, 1]; use 0.05.")
 
     def __call__(
         self,
