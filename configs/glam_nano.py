@@ -17,11 +17,9 @@ def get_config() -> ConfigDict:
     config.model = {
         "D": 96,
         "N": 2,
-        "H": 4,
-        "A": 24,
+        "attention": "MHA(H=4, A=24, position=Relative())",
         "ffn": "GLU(F=256, activation='gelu')",
         "layout": "every 2",
-        "position": "relative",
         "remat": "none",
         "moe": {
             "E": 32,

@@ -20,11 +20,9 @@ def get_config() -> ConfigDict:
     config.model = {
         "D": 768,
         "N": 12,
-        "H": 12,
-        "A": 64,
+        "attention": "MHA(H=12, A=64, position=Relative())",
         "ffn": "GLU(F=3072, activation='gelu')",
         "layout": "every 2",
-        "position": "relative",
         "tied": True,
         "remat": "full",
         "dtype": "bfloat16",

@@ -16,7 +16,7 @@ from configs import glam_nano
 def get_config() -> ConfigDict:
     config = glam_nano.get_config()
     config.mesh = {"data": 8, "expert": 1}
-    config.model.position = "rotary"
+    config.model.attention = "MHA(H=4, A=24)"
     config.model.tied = False
     config.model.layout = "all"
     config.model.moe.E = 8

@@ -21,11 +21,9 @@ def get_config() -> ConfigDict:
         "kind": "EncoderDecoder",
         "D": 64,
         "N": 2,
-        "H": 4,
-        "A": 16,
+        "attention": "MHA(H=4, A=16, position=Relative(shared=True))",
         "ffn": "MLP(F=256, activation='relu')",
         "layout": "every 2",
-        "position": "shared",
         "remat": "none",
         "moe": {
             "E": 8,

@@ -20,11 +20,9 @@ def get_config() -> ConfigDict:
         "kind": "EncoderDecoder",
         "D": 64,
         "N": 2,
-        "H": 4,
-        "A": 16,
+        "attention": "MHA(H=4, A=16, position=Sinusoidal())",
         "ffn": "MLP(F=128, activation='relu')",
         "layout": "every 2",
-        "position": "sinusoidal",
         "remat": "none",
         "moe": {
             "E": 8,

@@ -16,7 +16,8 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax.core.shard import AXES, TOKENS
+from moe_jax.attention import ATTENTION, POSITIONS
+from moe_jax.core.shard import AXES, RULES, TOKENS
 from moe_jax.data import OBJECTIVES, SOURCES, TOKENIZERS, Bytes, Corpus, NextToken
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES, AllToAll
@@ -28,11 +29,12 @@ from moe_jax.moe import MoEConfig, check_cuts, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
-LAYERS = (ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
+LAYERS = (ATTENTION, POSITIONS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
 COMPONENTS: dict[str, type] = {c.__name__: c for kind in REGISTERED for c in kind}
 # What may stand in a field that holds a component, or, in those of LISTS, several.
 KINDS: dict[str, tuple[type, ...]] = {
+    "attention": ATTENTION,
     "router": ROUTERS,
     "experts": EXPERTS,
     "dispatch": DISPATCHERS,
@@ -49,7 +51,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "gating": GATING,
     "losses": LOSSES,
 }
-LISTS = ("gating", "losses")
+LISTS = ("attention", "gating", "losses")
 WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what ast says to it
 
@@ -172,6 +174,7 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     _check_mesh(config["mesh"])
     data = _section("data", DataConfig, config["data"])
     model = dict(config["model"])
+    _check_attention(model)
     cls = _kind(model.pop("kind", "LM"))
     for name in data.sizes:
         if name in model:
@@ -394,6 +397,27 @@ def _check_mesh(mesh: Mapping[str, Any]) -> None:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")
 
 
+def _check_attention(model: Mapping[str, Any]) -> None:
+    """Refuses a config of before 0.2, whose attention was fields of the model, and says how it is written now."""
+    if not (old := [name for name in ("H", "A", "J", "position", "rope", "qk_norm", "window") if name in model]):
+        return
+    positions = {
+        "rotary": f"Rotary(base={model.get('rope', 10000.0)})",
+        "relative": "Relative()",
+        "shared": "Relative(shared=True)",
+        "sinusoidal": "Sinusoidal()",
+    }
+    images = model.get("kind") == "ViT"
+    usual = {"EncoderDecoder": "shared", "ViT": "learned"}.get(model.get("kind", "LM"), "rotary")
+    position = positions.get(model.get("position", usual), "NoPE()")
+    fields = {name: model[name] for name in ("H", "A", "J", "qk_norm", "window") if model.get(name) is not None}
+    words = [*(f"{name}={value!r}" for name, value in fields.items()), f"position={position}", *["bias=True"] * images]
+    raise ValueError(
+        f"config.model.{old[0]} is a field of the attention since moe_jax 0.2; set config.model.attention="
+        f'"MHA({", ".join(words)})" instead. (A run that 0.1 has written is continued by 0.1.)'
+    )
+
+
 def _check_objective(exp: Experiment) -> None:
     """What is predicted is what the model makes."""
     model, objective = exp.model, exp.data.objective
@@ -416,18 +440,19 @@ def _check_batch(exp: Experiment) -> None:
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
             f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change mesh."
         )
-    parts = {"ffn.F": model.ffn, "extra.F": model.extra, "moe.F": model.moe}
-    cuts = {"D": (model.D, ["fsdp"]), "H": (model.H, ["tensor"]), "J": (model.J or model.H, ["tensor"])}
-    cuts |= {name: (part.F, ["tensor"]) for name, part in parts.items() if isinstance(part, EXPERTS)}
+    cuts = {"D": (model.D, list(RULES["D"]))}
+    for stack in model.stacks():
+        for sub in (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind != "moe"):
+            field = sub.name if sub.name in ("attention", "ffn", "extra") else "attention"
+            field = "moe" if sub.part is model.moe else field
+            widths = sub.part.sizes if sub.kind == "attention" else {"F": sub.part.F}
+            cuts |= {f"{field}.{letter}": (n, list(RULES[letter])) for letter, n in widths.items() if letter in RULES}
     check_cuts({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
-    if model.qk_norm == "all" and sizes.get("tensor", 1) > 1:
-        raise ValueError(
-            f"config.model.qk_norm='all' needs all heads in one place, but config.mesh.tensor={sizes['tensor']}; "
-            "set it to 1, or qk_norm='head'."
-        )
-    if not isinstance(model.moe, MoEConfig):
+    for part in model.attention:
+        part.check_spread(sizes.get("tensor", 1))
+    if model.routed is None:
         return
-    check_mesh(model.moe, sizes, model.D, "config.")
+    check_mesh(model.routed, sizes, model.D, "config.")
     for stack in model.stacks(data.shapes(1)):
         local = data.B // data.accumulate // shards * stack.L
         if stack.moe.S and (local % stack.moe.S):

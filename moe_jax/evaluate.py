@@ -11,37 +11,37 @@ from jaxtyping import Array, Float
 
 from moe_jax.core import shard
 from moe_jax.core.stats import Stats, describe
-from moe_jax.data import AnyBatch
-from moe_jax.models import Model, cross_entropy
+from moe_jax.data import AnyBatch, Terms
+from moe_jax.models import Call, Model
 
 
 class Sums(NamedTuple):
-    """What an evaluation adds up over batches; divided only at the end."""
+    """Sums of an evaluation over batches; divided only at the end."""
 
     nats_Z: Float[Array, "Z"]  # by domain
     targets_Z: Float[Array, "Z"]
     right: Float[Array, ""]  # targets that had the largest probability
     nats_capacity: Float[Array, ""]
+    others: dict[str, Float[Array, ""]]  # what else the objective reports, see `data.Terms`
     stats: Stats | None
     stats_capacity: Stats | None
 
 
-def evaluation_step(cfg: Model, domains: int, params: Any, router: Any, batch: AnyBatch) -> Sums:
+def evaluation_step(objective: Any, cfg: Model, domains: int, params: Any, router: Any, batch: AnyBatch) -> Sums:
     """The sums of one batch, over all shards."""
-    mask_BL = batch.loss_mask_BL
+    here = shard.here()
 
-    def run(cfg: Model):
-        logits_BLV, aux = cfg.apply(params, batch, router=router)
-        nats_BL = jnp.where(mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)
-        right_BL = mask_BL & (logits_BLV.argmax(-1) == batch.target_BL)
-        return nats_BL, right_BL, None if aux is None else aux.stats
+    def run(cfg: Model) -> tuple[Terms, Stats | None]:
+        output, aux = cfg.apply(params, batch, Call(router=router))
+        return objective.terms(output, batch, here), None if aux is None else aux.stats
 
-    nats_BL, right_BL, stats = run(cfg.dropless())
-    capacity_BL, _, stats_capacity = (nats_BL, None, None) if cfg.dropless() == cfg else run(cfg)
+    terms, stats = run(cfg.dropless())
+    limited, stats_capacity = (terms, None) if cfg.dropless() == cfg else run(cfg)
     by_domain = jax.nn.one_hot(batch.domain_B, domains)
-    targets_Z = mask_BL.sum(1).astype(jnp.float32) @ by_domain
-    right = right_BL.sum(dtype=jnp.float32)
-    sums = shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, right, capacity_BL.sum()))
+    targets_Z = objective.targets(batch).sum(1).astype(jnp.float32) @ by_domain
+    right = terms.right_BL.sum(dtype=jnp.float32)
+    others = {name: a.sum(dtype=jnp.float32) for name, a in terms.others.items()}
+    sums = here.sum((terms.nats_BL.sum(1) @ by_domain, targets_Z, right, limited.nats_BL.sum(), others))
     return Sums(*sums, stats, stats_capacity)
 
 
@@ -54,6 +54,8 @@ def evaluate(step: Callable[[AnyBatch], Sums], batches: Iterable[AnyBatch], doma
     if total is None or not (targets := float(total.targets_Z.sum())):
         raise ValueError("The held-out split has no windows to evaluate on; give it more text.")
     record: dict[str, Any] = {"loss": float(total.nats_Z.sum()) / targets, "accuracy": float(total.right) / targets}
+    if total.others:
+        record["terms"] = {name: float(sum_) / targets for name, sum_ in total.others.items()}
     if total.stats_capacity is not None:
         record["loss_capacity"] = float(total.nats_capacity) / targets
         record["drop_rate_capacity"] = drop_rate(total.stats_capacity)

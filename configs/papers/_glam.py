@@ -25,10 +25,10 @@ def glam(size: str, shape: str = "", E: int = 0, V: int = 32_000, **mesh: int) -
     config.seed = 0
     config.mesh = mesh or {"fsdp": -1}
     config.model = {
-        **{"D": D, "N": N, "H": H, "A": A},
+        **{"D": D, "N": N},
+        "attention": f"MHA(H={H}, A={A}, position=Relative())",
         "ffn": f"GLU(F={F}, activation='gelu')",
         "layout": "every 2" if E else "none",
-        "position": "relative",
         "tied": True,
         "remat": "full",
         "dtype": "bfloat16",

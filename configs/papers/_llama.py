@@ -18,6 +18,8 @@ def llama(
     V: int,
     moe: dict,
     J: int | None = None,
+    base: float = 10000.0,
+    qk_norm: str = "none",
     B: int = 1024,
     accumulate: int = 2,
     optim: dict | None = None,
@@ -32,9 +34,9 @@ def llama(
     config.seed = 0
     config.mesh = mesh or {"fsdp": -1}
     config.model = {
-        **{"D": D, "N": N, "H": H, "J": J, "A": A},
+        **{"D": D, "N": N},
+        "attention": f"MHA(H={H}, A={A}, J={J}, position=Rotary(base={base}), qk_norm={qk_norm!r})",
         "layout": "all",
-        "position": "rotary",
         "tied": False,
         "remat": "exchanged",
         "dtype": "bfloat16",
@@ -66,4 +68,4 @@ def qwen3(shape: str, D: int, N: int, H: int, F: int) -> ConfigDict:
         "experts": f"GLU(F={F}, activation='silu')",
         "losses": ("LoadBalance(0.001, 'sum')",),
     }
-    return llama(shape, D, N, H, A=128, V=151_936, moe=moe, J=4, rope=1e6, qk_norm="head")
+    return llama(shape, D, N, H, A=128, V=151_936, moe=moe, J=4, base=1e6, qk_norm="head")

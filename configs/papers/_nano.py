@@ -37,8 +37,8 @@ def nano(config: ConfigDict) -> ConfigDict:
     model.N = 4 if layout.startswith("every 4") else 2
     if layout.startswith("last"):
         model.layout = "last 1"
-    model.J = max(1, H * model.J // model.H) if model.get("J") else None
-    model.D, model.H, model.A, model.dtype, model.remat = D, H, A, "float32", "none"
+    model.attention = small_heads(model.attention)
+    model.D, model.dtype, model.remat = D, "float32", "none"
     spread = bool(model.get("moe")) and model.moe.dispatch != "Sort()"
     config.mesh = {"data": 2, "expert": 4} if spread else {"data": 8}
     config.data = {"L": 1 if images else L, "B": B, "accumulate": 1, "objective": data.objective}
@@ -51,6 +51,13 @@ def nano(config: ConfigDict) -> ConfigDict:
     config.optim = {"optimizer": "AdamW(weight_decay=0.1)", "schedule": "Cosine(peak=0.005, warmup=50)", "clip": 1.0}
     config.run = {"steps": 400, "log_every": 20, "eval_every": 200, "eval_windows": 512, "save_every": 200}
     return config
+
+
+def small_heads(attention: str) -> str:
+    """The same attention with few small heads, and as large a share of heads of keys."""
+    heads, keys = (re.search(rf"\b{letter}=(\d+)", attention) for letter in "HJ")
+    small = re.sub(r"\bH=\d+", f"H={H}", re.sub(r"\bA=\d+", f"A={A}", attention))
+    return re.sub(r"\bJ=\d+", f"J={max(1, H * int(keys[1]) // int(heads[1]))}", small) if keys else small
 
 
 def width(expert: str) -> int:

@@ -21,6 +21,7 @@ def t5(
     ffn: str,
     moe: dict[str, Any],
     layout: str = "every 2",
+    position: str = "Relative(shared=True)",
     mesh: dict | None = None,
     **model: Any,
 ) -> ConfigDict:
@@ -30,10 +31,10 @@ def t5(
     config.mesh = mesh or {"fsdp": -1, "expert": 32}
     config.model = {
         "kind": "EncoderDecoder",
-        **{"D": D, "N": N, "H": H, "A": A},
+        **{"D": D, "N": N},
+        "attention": f"MHA(H={H}, A={A}, position={position})",
         "ffn": ffn,
         "layout": layout,
-        "position": "shared",
         "tied": True,
         "remat": "exchanged",
         "dtype": "bfloat16",
@@ -65,7 +66,7 @@ def gshard(shape: str, E: int, layers: int) -> ConfigDict:
         "dispatch": "Scatter(capacity_factor=2.0, convention='gshard')",
         "S": 2048,
     }
-    ends = {"tied": False, "position": "sinusoidal", "dtype": "float32"}
+    ends = {"tied": False, "position": "Sinusoidal()", "dtype": "float32"}
     config = t5("", 1024, layers // 2, 16, 128, "MLP(F=8192, activation='relu')", moe, **ends, mesh={"expert": -1})
     config.data.update(
         source="TfdsPairs(name='wmt19_translate/de-en', source='de', target='en')",

@@ -25,7 +25,8 @@ def vmoe(size: str, patch: int, rate: float, shape: str = "", layout: str = "eve
     config.mesh = {"data": -1, "expert": 32}
     config.model = {
         "kind": "ViT",
-        **{"D": D, "N": N, "H": H, "A": D // H, "patch": patch},
+        **{"D": D, "N": N, "patch": patch},
+        "attention": f"MHA(H={H}, A={D // H}, position=NoPE(), bias=True)",
         "ffn": f"MLP(F={F}, activation='gelu', bias=True)",
         "representation": True,
         "layout": layout,

@@ -28,7 +28,7 @@ def get_config(shape: str = "") -> ConfigDict:
         J=8,
         A=128,
         V=32_768,
-        rope=1e6,
+        base=1e6,
         moe={
             "E": 8,
             "router": "TopK(K=2)",

@@ -30,7 +30,7 @@ def get_config(shape: str = "") -> ConfigDict:
         A=128,
         V=32_000,
         accumulate=4,
-        rope=1e6,
+        base=1e6,
         moe={
             "E": 8,
             "router": "TopK(K=2)",

@@ -1,14 +1,16 @@
-"""What the layers of a model keep for their backward pass on one device: bytes, by arithmetic on shapes."""
+"""Bytes that the layers of a model keep for their backward pass on one device, by arithmetic on shapes."""
 
 import math
 from typing import Any, NamedTuple
 
+from moe_jax.attention.layer import is_matrix
+from moe_jax.core import dims
 from moe_jax.core.capacity import capacity
 from moe_jax.core.groups import Padded
 from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.experts import GLU
 from moe_jax.models import Model
-from moe_jax.models.transformer import StackShape
+from moe_jax.models.pattern import Repeated, StackShape, Sublayer
 from moe_jax.moe import MoEConfig
 
 FLOAT = 4
@@ -18,7 +20,7 @@ LANES = 128
 class Share(NamedTuple):
     """What one device has of a batch, and of every layer."""
 
-    B: int  # sequences of a piece
+    B: int  # sequences of a microbatch
     width: int  # bytes of a number that is computed with
     tensor: int  # shards of heads and hidden units
     experts: int  # shards of experts
@@ -48,45 +50,55 @@ class Kept(NamedTuple):
     between: int  # what is kept of that where the block is computed again
 
 
-def block(cfg: Model, stack: StackShape, sparse: tuple[bool, ...], on: Share) -> Kept:
-    """The layers that a stack repeats."""
+def block(cfg: Model, stack: StackShape, repeated: Repeated, on: Share) -> Kept:
+    """Bytes of the layers that a stack repeats."""
     T = on.B * stack.L
     x = on.width * T * cfg.D
     r = Residuals.of(cfg.remat != "none", on.width)
-    inside, exchanged, sums = 0, 0, 0
-    for is_sparse in sparse:
-        parts = [attention(cfg, stack.L, stack.L, r, on)]
-        parts += [attention(cfg, stack.L, stack.M, r, on)] if stack.M else []
-        if is_sparse and isinstance(stack.moe, MoEConfig):
-            rows = Rows.of(stack.moe, T, stack.L, on)
-            parts.append(moe(stack.moe, T, cfg.D, rows, r, on))
+    inside, exchanged = 0, 0
+    subs = [sub for _, sub in repeated.parts()]
+    for sub in subs:
+        inside += r.inputs * T * cfg.D
+        if sub.kind == "attention":
+            inside += attention(sub, stack, r, on)
+        elif sub.kind == "moe":
+            rows = Rows.of(sub.part, T, stack.L, on)
+            inside += moe(sub.part, T, cfg.D, rows, r, on)
             exchanged += on.width * cfg.D * (rows.sent + rows.received) if on.experts > 1 else 0
         else:
-            parts.append(dense(stack.moe if is_sparse else cfg.ffn, T, r, on))
-        parts += [dense(cfg.extra, T, r, on)] if is_sparse and cfg.extra is not None else []
-        inside += sum(parts) + r.inputs * T * cfg.D * len(parts)
-        sums += len(parts)
-    summed = x * (sums - 1) if on.tensor > 1 else 0  # nothing needs the last one again
+            inside += dense(sub.part, T, r, on)
+    summed = x * (len(subs) - 1) if on.tensor > 1 else 0  # nothing needs the last one again
     return Kept(inside, {"none": inside, "full": x, "exchanged": x + exchanged + summed}[cfg.remat])
 
 
-def attention(cfg: Model, L: int, M: int, r: Residuals, on: Share) -> int:
-    """Queries, keys, values and outputs; logits, and their softmax."""
-    H, J = cfg.H / on.tensor, (cfg.J or cfg.H) / on.tensor
-    vectors = on.width * on.B * cfg.A * 2 * (L * H + M * J)
-    scores = (r.logits * FLOAT + on.width) * on.B * H * L * M
-    bias = FLOAT * H * L * M if r.bias and cfg.position == "relative" and L == M else 0
-    return int(vectors + scores + bias)
+def attention(sub: Sublayer, stack: StackShape, r: Residuals, on: Share) -> int:
+    """Bytes of what matrices give and the heads' outputs; of scores, and of their softmax."""
+    part, L, M = sub.part, stack.L, stack.M if sub.memory else stack.L
+    sizes = {letter: n / on.tensor if letter in "HJ" else n for letter, n in part.sizes.items()}
+    numbers = 0.0
+    for letters, tokens in ((dims.dims_of(n), M if n in part.of_memory else L) for n in part.params if is_matrix(n)):
+        inner = letters[:-1] if letters.endswith("D") else letters[1:]  # outputs of heads, or of the matrix
+        numbers += tokens * math.prod(sizes[c] for c in inner)
+    scores = (r.logits * FLOAT + on.width) * on.B * sizes["H"] * L * M
+    bias = FLOAT * sizes["H"] * L * M if r.bias and has_table(part.params) else 0
+    return int(on.width * on.B * numbers + scores + bias)
 
 
-def biases(cfg: Model, L: int, n: int, on: Share) -> int:
+def has_table(names: tuple[str, ...]) -> bool:
+    """Says whether there is a table of relative positions among these parameters."""
+    return any(dims.dims_of(name) == "PH" for name in names)
+
+
+def biases(repeated: Repeated, L: int, n: int, on: Share) -> int:
     """T5's relative positions [L, L, H] when their gradient is added to the table, of n layers at once.
 
-    Heads lie last there, and TPUs fill the last dimension of an array up to 128 numbers.
+    Heads are last there, and TPUs fill the last dimension of an array up to 128 numbers.
     """
-    if cfg.position not in ("relative", "shared"):
+    attentions = [sub.part for _, sub in repeated.parts() if sub.kind == "attention"]
+    tables = [part.sizes["H"] for part in attentions if has_table(part.params + part.stack_params)]
+    if not tables:
         return 0
-    H = math.ceil(cfg.H / on.tensor)
+    H = math.ceil(max(tables) / on.tensor)
     return FLOAT * L * L * (n * LANES * math.ceil(H / LANES) + 2 * H)
 
 

@@ -24,8 +24,8 @@ from moe_jax.core.traffic import BOTH, FULL, Collective, Part, Rows, Scheduled, 
 from moe_jax.dispatch import Scatter
 from moe_jax.exchanges import AllGather
 from moe_jax.models import Model
-from moe_jax.models.layout import sparse_layers, stacks
-from moe_jax.models.transformer import StackShape
+from moe_jax.models.pattern import StackShape, Sublayer, blocks
+from moe_jax.models.transformer import Call
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.optim import Adafactor
 
@@ -106,7 +106,7 @@ def shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
     """Of a model's parameters, and of what its MoE layers report of batches like this one, of one row."""
     params = jax.eval_shape(cfg.init, jax.random.key(0), batch)
     one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.moe_layers else cfg
-    return params, jax.eval_shape(one.apply, params, batch, router=jax.eval_shape(cfg.init_router))[1]
+    return params, jax.eval_shape(one.apply, params, batch, Call(router=jax.eval_shape(cfg.init_router)))[1]
 
 
 # ---------------------------------------------------------------- passes of a loop over layers
@@ -156,37 +156,28 @@ def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Co
         found.append(split_passes(here, "none", 1, A))
     for shape in cfg.stacks(exp.data.shapes(B=1)):
         first = True
-        for i, (block, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
-            layers = params[f"{shape.prefix}stack_{i}"]
-            for j, sparse in enumerate(block):
-                here = layer_of(cfg, part._replace(L=shape.L), shape, layers, j, sparse, stats, j == len(block) - 1)
+        for i, block in enumerate(blocks(cfg, shape)):
+            modules, subs = params[f"{shape.prefix}stack_{i}"], [*block.parts()]
+            for name, sub in subs:
+                here = sublayer(part._replace(L=shape.L), shape, sub, modules[name], stats, name == subs[-1][0])
                 here = here if first else [s for s in here if s.of != "ids"]
-                first = first and not (sparse and isinstance(shape.moe, MoEConfig))
-                found.append(split_passes(here, cfg.remat, n, A))
+                first = first and sub.kind != "moe"
+                found.append(split_passes(here, cfg.remat, block.n, A))
     forward, backward = zip(*found, strict=True)
     return [c for part in forward for c in part], [c for part in backward for c in part]
 
 
-def layer_of(
-    cfg: Model, part: Part, shape: StackShape, layers: Any, j: int, sparse: bool, stats: int, last: bool
-) -> list[Scheduled]:
-    """The j-th layer of a block of a stack, the last one or not."""
-    found = dense(part, layers[f"attention_{j}"], last=False)
-    if shape.M:
-        found += dense(part, layers[f"cross_{j}"], last=False)
+def sublayer(part: Part, shape: StackShape, sub: Sublayer, params: Shapes, stats: int, last: bool) -> list[Scheduled]:
+    """Schedules what one part of a layer sends; `last` in the block of layers that is repeated, or not."""
+    if sub.kind == "moe":
+        return moe(sub.part, part, params, stats, last)
+    entering = sub.part.entering if sub.kind == "attention" else "D"
+    sizes = {**getattr(sub.part, "sizes", {}), "D": part.D}
+    found = gathers(part, params) + hidden(part, params, last, sum(sizes[letter] for letter in entering))
+    if sub.memory:
         memory = part.one("all-reduce", part.here.tensor, part.B * shape.M * part.D, "tensor parallelism")
         found += scheduled(memory, backward=True)
-    extra = sparse and cfg.extra is not None
-    if sparse and isinstance(shape.moe, MoEConfig):
-        found += moe(shape.moe, part, layers[f"moe_{j}"], stats, last and not extra)
-    else:
-        found += dense(part, layers[f"ffn_{j}"], last and not extra)
-    return found + (dense(part, layers[f"extra_{j}"], last) if extra else [])
-
-
-def dense(part: Part, params: Shapes, last: bool) -> list[Scheduled]:
-    """Attention, or a dense feed-forward layer; the last one in a rematerialised block or not."""
-    return gathers(part, params) + hidden(part, params, last)
+    return found
 
 
 def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> list[Scheduled]:
@@ -201,7 +192,7 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     # What rows become is computed again where the gradient asks for it; after their way back only by "full".
     needed = (BOTH if isinstance(cfg.exchange, AllGather) or not here.experts else FULL) if trained or not last else ()
     found = gathers(part, travelling, {"down_ED": needed})
-    found += hidden(part, travelling, last, G * weights if trained else 0)
+    found += hidden(part, travelling, last, part.D, G * weights if trained else 0)
     of = "activations" if trained or cfg.random else "ids"  # what it depends on who goes where
     ladder = isinstance(cfg.dispatch, Scatter) and cfg.dispatch.capacity_factor is None
     if ladder:
@@ -241,20 +232,22 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
     return found
 
 
-def hidden(part: Part, params: Shapes, last: bool, weights: int = 0) -> list[Scheduled]:
-    """Tensor parallelism: what hidden units or heads of all shards add up to, and gradients of what they were given.
+def hidden(part: Part, params: Shapes, last: bool, entering: int, weights: int = 0) -> list[Scheduled]:
+    """Schedules tensor parallelism: the sum of all shards' hidden units or heads, and gradients of what entered them.
 
-    The sum is needed again by what comes after it in a block.
+    entering: numbers of a token that are given to hidden units. The sum is needed again by what comes after it in a
+    block.
     """
     axes, where = part.here.tensor, "tensor parallelism"
     x = part.one("all-reduce", axes, part.B * part.L * part.D, where)
-    given = part.one("all-reduce", axes, weights, where, of="float32")
+    given = part.one("all-reduce", axes, part.B * part.L * entering, where)
+    given += part.one("all-reduce", axes, weights, where, of="float32")
     for name, shape in params.items():
         if dims.dims_of(name) in ("D", "ED", "A"):  # biases that one shard of hidden units adds, scales of all heads
             fsdp = part.here.fsdp if dims.dims_of(name) == "ED" else ()
             n = math.prod(shape) * part.devices(fsdp)
             given += part.one("all-reduce", axes, n, where, of="" if fsdp else "float32")
-    return scheduled(x, () if last else FULL) + scheduled(x + given, backward=True)
+    return scheduled(x, () if last else FULL) + scheduled(given, backward=True)
 
 
 # ---------------------------------------------------------------- gradients and the optimizer

@@ -1,14 +1,15 @@
-"""How many floating-point operations a model takes, by kind: arithmetic on its config."""
+"""Floating-point operations of a model, by kind: arithmetic on its config."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from moe_jax.attention.layer import is_matrix
 from moe_jax.core import dims
 from moe_jax.core.capacity import capacity
 from moe_jax.costs.parameters import size
 from moe_jax.models import Model, ViTConfig
-from moe_jax.models.transformer import StackShape
+from moe_jax.models.pattern import StackShape, Sublayer
 from moe_jax.moe import MoEConfig
 from moe_jax.moe_config import sizes_of
 
@@ -48,31 +49,59 @@ def flops(cfg: Model, batch: Any) -> Flops:
     """Of a sequence of batches like this one (`DataConfig.shapes`)."""
     found = Counter({"head": head(cfg, batch)})
     shapes = cfg.stacks(batch)
-    for stack, sparse in zip([s for s in shapes for _ in range(cfg.N)], cfg.sparse, strict=True):
-        found.update(layer(cfg, stack, sparse))
+    for stack in shapes:
+        for i in range(cfg.N):
+            for sub in cfg.sublayers(stack, i):
+                found.update(PARTS[sub.kind](sub, stack, cfg.D))
     tokens = sum(stack.L for stack in shapes)
     slots = sum(stack.L * empty(stack.moe, stack.L) for stack in shapes) / tokens
     return Flops(dict(found), tokens, slots)
 
 
-def layer(cfg: Model, stack: StackShape, sparse: bool) -> dict[str, int]:
-    """A layer, on the sequences of its stack."""
-    D, L, M, J = cfg.D, stack.L, stack.M, cfg.J or cfg.H
-    queries, keys = 2 * D * cfg.H * cfg.A, 2 * D * J * cfg.A  # with outputs, with values
-    found = {
-        "attention": 2 * L * (queries + keys) + 2 * bool(M) * (L * queries + M * keys),
-        "scores": 2 * 2 * L * (L + M) * cfg.H * cfg.A,
+def scores(cfg: Model, batch: Any) -> int:
+    """Scores, one for a query, a key and a head, of all layers for a sequence of batches like this one."""
+    return sum(
+        stack.L * keys(sub, stack) * sub.part.sizes["H"]
+        for stack in cfg.stacks(batch)
+        for i in range(cfg.N)
+        for sub in cfg.sublayers(stack, i)
+        if sub.kind == "attention"
+    )
+
+
+def keys(sub: Sublayer, stack: StackShape) -> int:
+    """Keys that every query of an attention is compared with, seen or not."""
+    return stack.M if sub.memory else stack.L
+
+
+def attention(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
+    """An attention, on a sequence of its stack; matrices of keys and values are multiplied with the memory's tokens."""
+    part, M, sizes = sub.part, keys(sub, stack), {**sub.part.sizes, "D": D}
+    tokens = {name: M if name in part.of_memory else stack.L for name in part.params if is_matrix(name)}
+    matrices = sum(2 * n * size([dims.dims_of(name)], sizes) for name, n in tokens.items())
+    return {"attention": matrices, "scores": part.score_flops(stack.L, M)}
+
+
+def dense(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
+    """A dense feed-forward part, on a sequence of its stack."""
+    return {"dense": 2 * stack.L * matrices(sub.part, D)}
+
+
+def moe(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
+    """An MoE layer, on a sequence of its stack: K experts a token."""
+    cfg, L = sub.part, stack.L
+    return {
+        "experts": 2 * L * cfg.router.K * matrices(cfg.experts, D),
+        "shared": 2 * L * matrices(cfg.shared, D),
+        "router": 2 * L * router(cfg, D),
     }
-    dense = cfg.ffn if not sparse else stack.moe
-    if not isinstance(dense, MoEConfig):
-        found["dense"] = 2 * L * matrices(dense, D)
-    else:
-        found["experts"] = 2 * L * dense.router.K * matrices(dense.experts, D)
-        found["shared"] = 2 * L * matrices(dense.shared, D)
-        found["router"] = 2 * L * router(dense, D)
-    if sparse and cfg.extra is not None:
-        found["dense"] = found.get("dense", 0) + 2 * L * matrices(cfg.extra, D)
-    return found
+
+
+PARTS: dict[str, Callable[[Sublayer, StackShape, int], dict[str, int]]] = {
+    "attention": attention,
+    "dense": dense,
+    "moe": moe,
+}
 
 
 def matrices(expert: Any, D: int) -> int:

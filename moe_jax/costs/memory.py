@@ -14,7 +14,7 @@ from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
 from moe_jax.core.shard import AXES, TOKENS
 from moe_jax.costs.activations import FLOAT, Share, biases, block
-from moe_jax.models.layout import sparse_layers, stacks
+from moe_jax.models.pattern import blocks
 
 
 class Memory(NamedTuple):
@@ -98,12 +98,13 @@ def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -
     share = Share(sequences(exp, sizes), width, sizes["tensor"], experts)
     activations, layer = 0, 0
     for stack in cfg.stacks(exp.data.shapes()):
-        for i, (sparse, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
+        for i, repeated in enumerate(blocks(cfg, stack)):
+            n = repeated.n
             here = [p for p in params if p.path[0] == f"{stack.prefix}stack_{i}" and p.cast]
             gathered = width * sum(p.used for p in here) if sizes["fsdp"] > 1 else 0
             largest = width * max(p.used for p in here) if sizes["fsdp"] > 1 else 0
-            kept = block(cfg, stack, sparse, share)
-            bias = biases(cfg, stack.L, len(sparse) if gathered else 1, share) + gathered + largest
+            kept = block(cfg, stack, repeated, share)
+            bias = biases(repeated, stack.L, len(repeated.layers) if gathered else 1, share) + gathered + largest
             if cfg.remat == "none":
                 activations += n * (kept.inside + gathered)
                 layer = max(layer, largest, bias)

@@ -1,13 +1,14 @@
-"""How many parameters a model has, by kind, in all and for a token: arithmetic on its config."""
+"""Parameters of a model by kind, in all and for a token: arithmetic on its config."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.core import dims
 from moe_jax.models import EncoderDecoderConfig, Model, ViTConfig
-from moe_jax.models.blocks import BUCKETS
+from moe_jax.models.blocks import NORM_VECTORS
+from moe_jax.models.pattern import Sublayer, placed
 from moe_jax.moe import MoEConfig
 from moe_jax.moe_config import sizes_of
 
@@ -39,49 +40,45 @@ class Parameters(NamedTuple):
 def parameters(cfg: Model) -> Parameters:
     """Counts a model's parameters; a router that chooses fewer experts for some tokens counts with its most, K."""
     counts = Counter(ends(cfg))
-    for i, sparse in enumerate(cfg.sparse):
-        counts.update(layer(cfg, sparse, attends=i >= cfg.N))
+    for part in placed(cfg):
+        counts.update(sublayer(cfg, part.sub))
     active = dict(counts)
-    if isinstance(cfg.moe, MoEConfig):
-        active["experts"] = counts["experts"] * cfg.moe.router.K // cfg.moe.E
+    if cfg.routed is not None:
+        active["experts"] = counts["experts"] * cfg.routed.router.K // cfg.routed.E
     return Parameters({kind: Kind(counts[kind], active.get(kind, 0)) for kind in KINDS})
 
 
-def layer(cfg: Model, sparse: bool, attends: bool = False) -> dict[str, int]:
-    """Parameters of one layer; `attends`: to a memory too, as a decoder's."""
-    heads = {"D": cfg.D, "H": cfg.H, "J": cfg.J or cfg.H, "A": cfg.A, "P": BUCKETS}
-    attention = ["DHA", "DJA", "DJA", "HAD"] + ["HA", "JA", "JA", "D"] * cfg.biases
-    attention += {"none": [], "head": ["A", "A"], "all": ["HA", "JA"]}[cfg.qk_norm]
-    extra = sparse and cfg.extra is not None
-    norms = 2 + attends + extra
-    found = {
-        "attention": (1 + attends) * size(attention, heads),
-        "position": size(["PH"], heads) if cfg.position == "relative" else 0,
-        "norm": norms * cfg.D * (1 + cfg.biases),
-    }
-    if not sparse or not isinstance(cfg.moe, MoEConfig):
-        found["dense"] = of(cfg.moe if sparse else cfg.ffn, cfg.D)
-    else:
-        found |= moe(cfg.moe, cfg.D)
-    if extra:
-        found["dense"] = found.get("dense", 0) + of(cfg.extra, cfg.D)
-    return found
+def sublayer(cfg: Model, sub: Sublayer) -> dict[str, int]:
+    """Parameters of one part of a layer, its norm's among them."""
+    return {"norm": cfg.D * NORM_VECTORS[cfg.norm], **PARTS[sub.kind](sub.part, cfg.D)}
+
+
+def attention(part: Any, D: int) -> dict[str, int]:
+    """Parameters of an attention: tables of positions apart."""
+    letters = [dims.dims_of(name) for name in part.params]
+    sizes = {**part.sizes, "D": D}
+    tables = [m for m in letters if m.startswith("P")]
+    return {"attention": size([m for m in letters if m not in tables], sizes), "position": size(tables, sizes)}
+
+
+def dense(expert: Any, D: int) -> dict[str, int]:
+    """Parameters of a dense feed-forward part."""
+    return {"dense": expert_parameters(expert, D)}
 
 
 def moe(cfg: MoEConfig, D: int) -> dict[str, int]:
-    """Parameters of a MoE layer."""
+    """Parameters of an MoE layer."""
     return {
-        "experts": cfg.E * of(cfg.experts, D),
-        "shared": of(cfg.shared, D),
+        "experts": cfg.E * expert_parameters(cfg.experts, D),
+        "shared": expert_parameters(cfg.shared, D),
         "router": size(map(dims.dims_of, cfg.router.params), {**sizes_of(cfg.router), "E": cfg.E, "D": D}),
     }
 
 
 def ends(cfg: Model) -> dict[str, int]:
     """Parameters outside of the layers."""
-    found = {"norm": cfg.STACKS * cfg.D * (1 + cfg.biases)}
-    if cfg.position == "shared":
-        found["position"] = cfg.STACKS * BUCKETS * cfg.H
+    shared = [size([dims.dims_of(name)], sizes) for name, sizes in cfg.stack_params.items()]
+    found = {"norm": cfg.STACKS * cfg.D * NORM_VECTORS[cfg.norm], "position": cfg.STACKS * sum(shared)}
     if isinstance(cfg, ViTConfig):
         patch = cfg.patch**2 * cfg.image[2]
         found |= {"embedding": (patch + 2) * cfg.D, "position": cfg.L * cfg.D}  # a bias, and the class token
@@ -91,13 +88,16 @@ def ends(cfg: Model) -> dict[str, int]:
     return found | {"embedding": (cfg.V + separate) * cfg.D, "head": 0 if cfg.tied else cfg.V * cfg.D}
 
 
-def of(expert: Any, D: int) -> int:
-    """Parameters of one expert, or of none."""
+PARTS: dict[str, Callable[[Any, int], dict[str, int]]] = {"attention": attention, "dense": dense, "moe": moe}
+
+
+def expert_parameters(expert: Any, D: int) -> int:
+    """Parameters of one expert; 0 for None."""
     if expert is None:
         return 0
     return size(map(dims.dims_of, expert.params), {**sizes_of(expert), "D": D, "E": 1})
 
 
 def size(arrays: Letters, sizes: Mapping[str, int]) -> int:
-    """How many numbers arrays of these dimensions have."""
+    """Counts the numbers in arrays of these dimensions."""
     return sum(math.prod(dims.shape(letters, sizes)) for letters in arrays)

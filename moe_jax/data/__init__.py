@@ -8,6 +8,7 @@ from moe_jax.data.images import Classification, Digits, Images, TfdsImages
 from moe_jax.data.objectives import NextToken
 from moe_jax.data.pairs import Pairs, Translation
 from moe_jax.data.spans import SpanCorruption
+from moe_jax.data.terms import Terms, cross_entropy, predictions
 from moe_jax.data.text import Folder, Tfds
 from moe_jax.data.tokenizers import Bytes, SentencePiece, Tokenizer, TokenizerConfig
 from moe_jax.data.translation import Parallel, TfdsPairs, ToyTranslation
@@ -38,6 +39,7 @@ __all__ = [
     "SentencePiece",
     "Source",
     "SpanCorruption",
+    "Terms",
     "Tfds",
     "TfdsImages",
     "TfdsPairs",
@@ -48,7 +50,9 @@ __all__ = [
     "Windows",
     "batch",
     "batches",
+    "cross_entropy",
     "default_directory",
     "evaluation_batches",
+    "predictions",
     "prepare",
 ]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from moe_jax.data import records
 from moe_jax.data.documents import Split, digest, fingerprint, is_held_out
+from moe_jax.data.terms import loss_mask, predictions
 
 VERSION = "1"  # raise it when the same source gives other splits
 HELD_OUT = 0.2  # share of the digits
@@ -190,6 +191,8 @@ class Classification:
 
     shift: int = 0
     makes: ClassVar = "images"
+    targets: ClassVar = staticmethod(loss_mask)
+    terms: ClassVar = staticmethod(predictions)
 
     def __post_init__(self):
         if self.shift < 0:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.windows import Batch, Windows, prepare
 
 
@@ -15,6 +16,8 @@ class NextToken:
     """Every token from those before it."""
 
     makes: ClassVar = "tokens"  # the kind of batch, as models say what they take
+    targets: ClassVar = staticmethod(loss_mask)
+    terms: ClassVar = staticmethod(predictions)
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
         """What the data says of the model."""

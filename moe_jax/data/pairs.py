@@ -15,6 +15,7 @@ from moe_jax.data import cache
 from moe_jax.data.documents import Split, fingerprint
 from moe_jax.data.objectives import check_source
 from moe_jax.data.packing import RowFile
+from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig
 from moe_jax.data.translation import Pair
 
@@ -75,6 +76,8 @@ class Translation:
 
     source: Any = None
     makes: ClassVar = "pairs"
+    targets: ClassVar = staticmethod(loss_mask)
+    terms: ClassVar = staticmethod(predictions)
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
         """What the data says of the model."""

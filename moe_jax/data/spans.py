@@ -11,6 +11,7 @@ from jaxtyping import Int, Int32
 from moe_jax.data.documents import fingerprint
 from moe_jax.data.objectives import check_source
 from moe_jax.data.pairs import Pairs, batch, example, shapes
+from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.windows import Windows, prepare
 
 VERSION = "1"  # raise it when the same windows give other spans
@@ -29,6 +30,8 @@ class SpanCorruption:
     span: float = 3.0
     sentinels: int = 128
     makes: ClassVar = "pairs"
+    targets: ClassVar = staticmethod(loss_mask)
+    terms: ClassVar = staticmethod(predictions)
 
     def __post_init__(self):
         if not 0 < self.density < 1:

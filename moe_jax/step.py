@@ -1,0 +1,263 @@
+"""A training step, top to bottom: state, gradients, update, and the compiled program on a mesh."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key
+
+from moe_jax import optim
+from moe_jax.config import Experiment
+from moe_jax.core import dims, shard
+from moe_jax.core.shard import RULES, TOKENS, make_mesh
+from moe_jax.core.stats import Stats
+from moe_jax.data import AnyBatch
+from moe_jax.evaluate import evaluation_step
+from moe_jax.models import Call
+from moe_jax.models import aux_loss as auxiliary
+
+
+class State(NamedTuple):
+    """All that training changes; its step is also the position in the data."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    router: Any  # what routers and losses remember (biases, schedules, ...), by MoE layer; {} for most
+    skipped: Int[Array, ""]  # steps without an update, for a loss or gradient that was not finite
+    skipped_in_a_row: Int[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Measurements of one step. Losses are means over the step's targets."""
+
+    loss: Float[Array, ""]  # nats per token
+    aux_loss: Float[Array, ""]  # over all MoE layers, coefficients included
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    targets: Float[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    others: dict[str, Float[Array, ""]]  # what else the objective reports
+    stats: Stats | None  # of the routing, by layer
+
+
+class Layouts(NamedTuple):
+    """PartitionSpecs of a training state, and of what comes and goes with it."""
+
+    params: Any
+    sharded: Any  # gradients, and what the optimizer remembers of each parameter
+    state: State
+
+
+# ---------------------------------------------------------------- one step
+
+
+def init(exp: Experiment, tx: optax.GradientTransformation) -> State:
+    """The state before the first step, from the experiment's seed."""
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), exp.data.shapes(B=1))
+    params = exp.model.init(jax.random.key(exp.seed), batch)
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, tx.init(params), exp.model.init_router(), zero, zero)
+
+
+class Losses(NamedTuple):
+    """Losses of a batch, over all shards."""
+
+    loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    targets: Float[Array, ""]
+    others: dict[str, Float[Array, ""]]  # what else the objective reports, see `data.Terms`
+    stats: Stats | None
+
+
+def backward(
+    exp: Experiment, layouts: Layouts, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
+) -> tuple[Any, Losses]:
+    """Gradients and losses of a batch in `accumulate` microbatches, on one shard; shards' gradients are summed once."""
+    A, here, objective = exp.data.accumulate, shard.here(), exp.data.objective
+    targets = jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)
+
+    def loss_of(params, microbatch: AnyBatch, key):
+        output, aux = exp.model.apply(params, microbatch, Call(key, router))
+        terms = objective.terms(output, microbatch, here)
+        sums = here.sum((terms.nats_BL.sum(), jax.tree.map(lambda a: a.sum(dtype=jnp.float32), dict(terms.others))))
+        loss, others = jax.tree.map(lambda total: total / targets, sums)
+        aux_loss = auxiliary(exp.model, aux) / A
+        return loss + aux_loss, (loss, aux_loss, others, None if aux is None else aux.stats)
+
+    def gradient(microbatch: AnyBatch, key):
+        return jax.grad(loss_of, has_aux=True)(params, microbatch, key)
+
+    params = here.vary(params)
+    if A == 1:
+        grads, (loss, aux_loss, others, stats) = gradient(batch, key)
+    else:
+        microbatches, keys_A = jax.tree.map(partial(interleave, A), batch), jax.random.split(key, A)
+        grads, (loss, aux_loss, others, stats) = _sum_over(gradient, params, microbatches, keys_A)
+    return here.reduce(grads, layouts.params, layouts.sharded), Losses(loss, aux_loss, targets, others, stats)
+
+
+def gradients(exp: Experiment, layouts: Layouts, state: State, batch: AnyBatch) -> tuple[Any, Losses]:
+    """Gradients and losses of a whole batch: the model is spread over the mesh here, as a function of one shard."""
+    here, everywhere = shard.current(exp.exchange), P()
+    specs = (layouts.params, everywhere, everywhere, shard.token_spec(here))
+    run = shard.per_shard(partial(backward, exp, layouts), here, specs, (layouts.sharded, everywhere))
+    return run(state.params, state.router, step_key(exp, state), batch)
+
+
+def step_key(exp: Experiment, state: State) -> Key[Array, ""]:
+    """PRNG key of this step."""
+    return jax.random.fold_in(jax.random.key(exp.seed + 1), state.step)
+
+
+def update(
+    exp: Experiment, tx: optax.GradientTransformation, rate: optax.Schedule, state: State, grads: Any, losses: Losses
+) -> tuple[State, Metrics]:
+    """The state after a step with these gradients; the same one if anything is not finite."""
+    loss, aux_loss, targets, others, stats = losses
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss + aux_loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    router = exp.model.moe.update_state(state.router, stats) if state.router else state.router
+    params, opt_state, router = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state, router),
+        (state.params, state.opt_state, state.router),
+    )
+    skipped = state.skipped + ~finite
+    in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    learning_rate = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
+    metrics = Metrics(loss, aux_loss, grad_norm, learning_rate, targets, skipped, in_a_row, others, stats)
+    return State(state.step + 1, params, opt_state, router, skipped, in_a_row), metrics
+
+
+def train_step(
+    exp: Experiment,
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    layouts: Layouts,
+    state: State,
+    batch: AnyBatch,
+) -> tuple[State, Metrics]:
+    """One update from one batch."""
+    return update(exp, tx, rate, state, *gradients(exp, layouts, state, batch))
+
+
+def interleave(A: int, x_B: Array) -> Array:
+    """[B, ...] -> [A, B/A, ...], every A-th row to a microbatch, so that rows stay on their device."""
+    return x_B.reshape(-1, A, *x_B.shape[1:]).swapaxes(0, 1)
+
+
+def _sum_over(f, params: Any, microbatches: Any, keys_A: Array) -> Any:
+    """The sum of f's gradients (like params) and losses over microbatches, computed one after another."""
+    first = jax.tree.map(lambda x: x[0], (microbatches, keys_A))
+    losses = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *first)[1])
+    zeros = (jax.tree.map(jnp.zeros_like, params), losses)
+    add = partial(jax.tree.map, jnp.add)
+    return jax.lax.scan(lambda total, one: (add(total, f(*one)), None), zeros, (microbatches, keys_A))[0]
+
+
+def check_tasks(exp: Experiment, domains: int) -> None:
+    """Refuses a router or a loss by task that has no room for the domains of the data."""
+    moe = exp.model.routed
+    if moe is None or "task" not in moe.needs:
+        return
+    by_task = "task" in getattr(moe.router, "needs", ())  # M is something else in other routers
+    room = {"router.M": moe.router.M if by_task else domains, "tasks": moe.tasks if moe.tasks > 1 else domains}
+    for name, n in room.items():
+        if n < domains:
+            raise ValueError(f"The data has {domains} domains, but config.model.moe.{name}={n}; set it to {domains}.")
+
+
+# ---------------------------------------------------------------- on a mesh
+
+
+def layouts_of(exp: Experiment, state: State, sizes: Mapping[str, int]) -> Layouts:
+    """PartitionSpecs of an experiment's state on a mesh of these sizes.
+
+    Parameters lie as the rules say. With `optim.zero1`, gradients and the optimizer's state are also spread over `data`
+    and `expert` (ZeRO stage 1, arXiv:1910.02054); over `fsdp` everything is (stage 3).
+    """
+    params = dims.layouts(state.params, shard.rules_for(exp.exchange, sizes))
+    sharded = exp.optim.sharded(state.params, params, sizes)
+    opt_state = optim.layouts(state.opt_state, state.params, sharded)
+    router = jax.tree.map(lambda _: P(), state.router)
+    whole: Any = P()
+    return Layouts(params, sharded, State(whole, params, opt_state, router, whole, whole))
+
+
+class Program:
+    """The compiled functions of an experiment, and where their arrays lie."""
+
+    def __init__(self, exp: Experiment, domains: int = 1, devices: Sequence[jax.Device] | None = None):
+        check_tasks(exp, domains)
+        self.mesh = make_mesh(devices, **dict(exp.mesh))
+        tx, rate = exp.optim.build(exp.run.steps)
+        make = partial(init, exp, tx)
+        self.layouts = layouts_of(exp, jax.eval_shape(make), self.mesh.shape)
+        on_mesh = partial(NamedSharding, self.mesh)
+        everywhere, rows = on_mesh(P()), P(RULES["B"])
+        self.shardings = jax.tree.map(on_mesh, self.layouts.state)
+        self.rows = on_mesh(rows)
+        self._init = jax.jit(make, out_shardings=self.shardings)
+        step = partial(train_step, exp, tx, rate, self.layouts)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+        look = partial(evaluation_step, exp.data.objective, exp.model, domains)
+        with jax.set_mesh(self.mesh):
+            specs = (self.layouts.params, P(), shard.token_spec(here := shard.current(exp.exchange)))
+            self._evaluate = jax.jit(shard.per_shard(look, here, specs, P()), out_shardings=everywhere)
+
+    def init(self) -> State:
+        with jax.set_mesh(self.mesh):
+            return self._init()
+
+    def step(self, state: State, batch: AnyBatch) -> tuple[State, Metrics]:
+        """The state given is consumed."""
+        with jax.set_mesh(self.mesh):
+            return self._step(state, self.place(batch))
+
+    def evaluate(self, state: State, batch: AnyBatch) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self._evaluate(state.params, state.router, self.place(batch))
+
+    @property
+    def share(self) -> dict[str, int]:
+        """Which part of every batch this process reads, of how many; processes inside one shard read the same."""
+        n = math.prod(self.mesh.shape[axis] for axis in TOKENS)
+        places = self.rows.addressable_devices_indices_map((n,)).values()
+        return part_of({place[0].indices(n)[0] for place in places if place is not None}, n)
+
+    def place(self, batch: AnyBatch) -> AnyBatch:
+        """This process's rows of a batch, as part of the global one."""
+        parts = self.share["processes"]
+
+        def global_array(x: Array | np.ndarray) -> Array:
+            shape = (parts * len(x), *x.shape[1:])
+            return jax.make_array_from_process_local_data(self.rows, x, shape)
+
+        return jax.tree.map(global_array, batch)
+
+    def abstract_state(self) -> State:
+        """Shapes and shardings of the state, to restore it into."""
+        shapes = jax.eval_shape(self._init)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
+
+
+def part_of(mine: set[int], n: int) -> dict[str, int]:
+    """The part of n shards' rows that these are; ValueError if they do not lie together."""
+    first, size = min(mine), len(mine)
+    if mine != set(range(first, first + size)) or first % size or n % size:
+        raise ValueError(
+            f"This process has the shards {sorted(mine)} of {n}, which do not lie together; choose a mesh whose last "
+            "axes fill the devices of a process."
+        )
+    return {"process": first // size, "processes": n // size}
