@@ -45,7 +45,7 @@ class EncoderDecoderConfig(TransformerConfig):
         key: Key[Array, ""] | None = None,
         router: State | None = None,
         replay: Int[Array, "N B _ K"] | None = None,
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """The model of these parameters, and what its routers remember, on a `data.Pairs`; domains are tasks."""
         segments = (batch.source_segment_BM, batch.segment_BL)
@@ -87,12 +87,12 @@ class EncoderDecoder(nn.Module):
         router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
         replay: Int[Array, "N B _ K"] | None = None,
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """tokens_BL: the target so far, one behind. Segments: pairs packed into a row, 0 is padding.
 
         Without a key nothing is random. router: what the MoE layers remember (`init_router`), the encoder's first.
-        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
+        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: names of `RECORDED`.
         """
         cfg, N = self.cfg, self.cfg.moe_layers // 2
         if source_segment_BM is None:
@@ -145,16 +145,14 @@ def after(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
     if encoder is None or decoder is None:
         return None
     E, both = encoder.stats.choices_E.shape[-1], (encoder, decoder)
-    longest = max(0 if a.expert_BLK is None else a.expert_BLK.shape[2] for a in both)
+    longest = max((x.shape[2] for x in jax.tree.leaves([(a.expert_BLK, a.recorded) for a in both])), default=0)
+
+    def pad(tree: Any, value: int = 0) -> Any:
+        widths = lambda x: ((0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0))  # noqa: E731
+        return jax.tree.map(lambda x: jnp.pad(x, widths(x), constant_values=value), tree)
 
     def long(a: Aux) -> Aux:
-        if a.expert_BLK is None:
-            return a
-        pad = ((0, 0), (0, 0), (0, longest - a.expert_BLK.shape[2]), (0, 0))
-        recorded = a.recorded
-        if recorded is not None:
-            slot_BLK = jnp.pad(recorded.slot_BLK, pad, constant_values=-1)
-            recorded = jax.tree.map(lambda x: jnp.pad(x, pad), recorded)._replace(slot_BLK=slot_BLK)
-        return a._replace(expert_BLK=jnp.pad(a.expert_BLK, pad, constant_values=E), recorded=recorded)
+        recorded = a.recorded and pad(a.recorded)._replace(slot_BLK=pad(a.recorded.slot_BLK, -1))
+        return a._replace(expert_BLK=pad(a.expert_BLK, E), recorded=recorded)
 
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(long, both))

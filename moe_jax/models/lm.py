@@ -33,7 +33,7 @@ class LMConfig(TransformerConfig):
         key: Key[Array, ""] | None = None,
         router: State | None = None,
         replay: Int[Array, "N B L K"] | None = None,
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """The model of these parameters, and what its routers remember, on a `data.Batch`; domains are tasks."""
         given = (batch.tokens_BL, batch.segment_BL, batch.position_BL, key, router, batch.domain_B, replay, record)
@@ -59,12 +59,12 @@ class LM(nn.Module):
         router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
         replay: Int[Array, "N B L K"] | None = None,
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L V"], Aux | None]:
         """segment_BL: documents packed into a row, 0 is padding. Without a key nothing is random.
 
         router: what the MoE layers remember (`LMConfig.init_router`). task_B: a task or domain for each row.
-        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
+        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: names of `RECORDED`.
         """
         cfg, L = self.cfg, tokens_BL.shape[1]
         if segment_BL is None:

@@ -175,11 +175,11 @@ def stack(
     key: Key[Array, ""] | None,
     router: State | None = None,
     replay: Int[Array, "N B L K"] | None = None,
-    record: bool = False,
+    record: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B L D"], list[Aux]]:
     """The layers of a stack, as modules of the one that calls this; and what their MoE layers report, in pieces.
 
-    router, replay: of the MoE layers of this stack. record: whether these report all there is to know.
+    router, replay: of the MoE layers of this stack. record: names of `RECORDED` that these report too.
     """
     reports, layer = [], 0
     for i, (block, n) in enumerate(stacks(sparse_layers(cfg.layout, cfg.N))):
@@ -216,7 +216,7 @@ class Block(nn.Module):
     cfg: TransformerConfig
     moe: Any
     sparse: tuple[bool, ...]
-    record: bool = False
+    record: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(

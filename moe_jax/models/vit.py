@@ -58,7 +58,7 @@ class ViTConfig(TransformerConfig):
         key: Key[Array, ""] | None = None,
         router: State | None = None,
         replay: Int[Array, "N B L K"] | None = None,
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
         """The model of these parameters, and what its routers remember, on `data.Images`; domains are tasks."""
         given = (batch.image_BYXC, batch.loss_mask_BL[:, 0], key, router, batch.domain_B, replay, record)
@@ -83,11 +83,11 @@ class ViT(nn.Module):
         router: State | None = None,
         task_B: Int[Array, "B"] | None = None,
         replay: Int[Array, "N B L K"] | None = None,
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
         """real_B: which images are no padding. Without a key nothing is random. task_B: a task for each image.
 
-        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: see `Aux.recorded`.
+        replay: choices of the MoE layers, as `Aux.expert_BLK` has them, to be made again. record: names of `RECORDED`.
         """
         cfg, B = self.cfg, len(image_BYXC)
         if real_B is None:
