@@ -24,7 +24,7 @@ from moe_jax.inspect import certificate
 from moe_jax.inspect.certificate import LIMITS, Check
 from moe_jax.inspect.fairness import LEAST, Fairness, between_domains, columns
 from moe_jax.inspect.knockout import Effects, knock_out
-from moe_jax.inspect.look import Seen, look
+from moe_jax.inspect.look import LayerTrace, trace_layers
 from moe_jax.inspect.run import Run, examples, open_run
 
 WORKDIR = cli.workdir()
@@ -74,7 +74,7 @@ def limits_of(given: list[str]) -> dict[str, float]:
 def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[str, float]) -> int:
     """Measures a run and writes its certificate; 1 where a statistic is above its limit."""
     exp, (held_out, batches) = run.exp, examples(run.exp, DATA_DIR.value, WINDOWS.value)
-    seen = look(exp.model, run.params, batches, run.router)
+    seen = trace_layers(exp.model, run.params, batches, run.router)
     effects = knock_out(exp.model, run.params, batches, run.router, domains=len(held_out.domains))
     found = statistics(seen, effects, between_domains(columns(seen), seen.domain_T, seen.sequence_T))
     checks = [Check(name, found[name], limit) for name, limit in limits.items() if name in found]
@@ -91,7 +91,7 @@ def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[st
     return int(not written["passes"])
 
 
-def statistics(seen: Seen, effects: Effects, differences: Fairness | None) -> dict[str, float]:
+def statistics(seen: LayerTrace, effects: Effects, differences: Fairness | None) -> dict[str, float]:
     """What is held against `LIMITS`, by name."""
     N, E = len(seen.expert_NTK), seen.probs_NTE.shape[-1]
     choices_NE = np.array([np.bincount(seen.expert_NTK[n].ravel(), minlength=E + 1)[:E] for n in range(N)])

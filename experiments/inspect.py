@@ -28,7 +28,7 @@ from moe_jax.inspect import live, report
 from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, weights_of
 from moe_jax.inspect.card import card, text
 from moe_jax.inspect.knockout import Effects, knock_out
-from moe_jax.inspect.look import look
+from moe_jax.inspect.look import trace_layers
 from moe_jax.inspect.recorder import STACKS, check, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
 from moe_jax.inspect.run import Run, examples, experiment, open_run
@@ -156,7 +156,7 @@ def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str,
         if rows < CARD_WINDOWS:
             few.append(batch)
             rows += len(batch.domain_B)
-    seen = look(run.exp.model, run.params, few, run.router)
+    seen = trace_layers(run.exp.model, run.params, few, run.router)
     order = sorted(range(len(effects.expert_P)), key=lambda p: -effects.rise_P[p])[:CARDS]
     made = (card(run.exp.model, run.params, seen, *effects.expert_P[p], effects) for p in order)
     names = layer_names(run.exp.model)

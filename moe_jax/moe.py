@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,22 +16,30 @@ from moe_jax.core import dims, shard
 from moe_jax.core.context import Context, Ids
 from moe_jax.core.groups import Dense, Ragged
 from moe_jax.core.parameter import parameter
-from moe_jax.core.routing import TokenChoice, queue
+from moe_jax.core.routing import Routing, TokenChoice, queue
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
 from moe_jax.losses import LOGGED
 from moe_jax.moe_config import MoEConfig, State, sizes_of
 
-__all__ = ["Aux", "MoE", "MoEConfig", "Recorded", "State"]
+__all__ = ["RECORDED", "Aux", "MoE", "MoEConfig", "Recorded", "State"]
 
 
 class Recorded(NamedTuple):
-    """What else there is to know of each token's choices. Layers may be stacked in front."""
+    """Details of each token's routing, by `record`; None where not asked for. Layers may be stacked in front."""
 
-    weight_BLK: Float[Array, "*N B L K"]  # what the expert's output is multiplied with
-    kept_BLK: Bool[Array, "*N B L K"]  # whether it has reached its expert
-    slot_BLK: Int[Array, "*N B L K"]  # place in its expert's queue, in its routing group, from 0; -1 nowhere
-    probs_BLE: Float[Array, "*N B L E"]  # of the router
+    weight_BLK: Float[Array, "*N B L K"] | None = None  # what the expert's output is multiplied with
+    kept_BLK: Bool[Array, "*N B L K"] | None = None  # whether the choice has reached its expert
+    slot_BLK: Int[Array, "*N B L K"] | None = None  # place in the expert's queue, in its routing group, or -1
+    probs_BLE: Float[Array, "*N B L E"] | None = None  # of the router
+    logits_BLE: Float[Array, "*N B L E"] | None = None  # of the router
+    input_BLD: Float[Array, "*N B L D"] | None = None  # what router and experts are given; 0 for padding
+    visits_BLE: Float[Array, "*N B L E"] | None = None  # how often (or much) it visits each expert, before drops
+    gains_BLE: Float[Array, "*N B L E"] | None = None  # each expert's weight in its output, before drops
+
+
+RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fields}
+"""Names that `record` may hold, and the fields of `Recorded` that they fill; [..., K] only where tokens choose."""
 
 
 class Aux(NamedTuple):
@@ -66,7 +74,7 @@ def forward(
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"],
     ids: Ids,
-    record: bool = False,
+    record: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
     """Route, exchange, compute, combine: the layer on one shard's tokens."""
     (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
@@ -86,15 +94,34 @@ def forward(
     y_GSD = here.leave(y_GSD)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
-    chosen = recorded = None
-    if isinstance(routing, TokenChoice):
-        by_token = lambda *arrays: (a.reshape(B, L, -1) for a in arrays)  # noqa: E731
-        (chosen,) = by_token(routing.expert_GSK)
-        if record:
-            place_GSK = queue(routing, getattr(cfg.dispatch, "priority", "token-major"))
-            slot_GSK = jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
-            recorded = Recorded(*by_token(routing.weight_GSK, kept, slot_GSK, routing.probs_GSE))
+    chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
+    recorded = observed(cfg, record, x_BLD, routing, kept) if record else None
     return y_GSD.reshape(x_BLD.shape), chosen, recorded, (loss, total)
+
+
+def observed(
+    cfg: MoEConfig, record: tuple[str, ...], x_BLD: Float[Array, "B L D"], routing: Routing, kept: Bool[Array, "G _ _"]
+) -> Recorded:
+    """Returns what is asked for, by token; nothing else is computed."""
+    B, L, _ = x_BLD.shape
+    chosen: Any = routing  # by tokens, where these fields are asked for
+    ways: dict[str, Callable[[], Array]] = {
+        "weight": lambda: chosen.weight_GSK,
+        "kept": lambda: kept,
+        "slot": lambda: slots(cfg, chosen),
+        "probs": lambda: routing.probs_GSE,
+        "logits": lambda: routing.logits_GSE,
+        "input": lambda: x_BLD,
+        "visits": lambda: routing.visits_GSE,
+        "gains": lambda: routing.gains_GSE,
+    }
+    return Recorded(**{RECORDED[name]: ways[name]().reshape(B, L, -1) for name in record})
+
+
+def slots(cfg: MoEConfig, routing: TokenChoice) -> Int[Array, "G S K"]:
+    """Returns each choice's place in its expert's queue, -1 where it goes nowhere."""
+    place_GSK = queue(routing, getattr(cfg.dispatch, "priority", "token-major"))
+    return jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
 
 
 def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
@@ -129,14 +156,14 @@ class MoE(nn.Module):
         key: Key[Array, ""] | None = None,
         state: State | None = None,
         ids: Ids = Ids(),
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L D"], Aux]:
         """Output and what there is to report; without a key nothing is random (evaluation).
 
         state: what the layer remembers, where its config has any (`MoEConfig.init_state`); it is not changed here.
         ids: of tokens and tasks, for what routes by them, and recorded choices to replay (the selection is theirs,
         weights and gradients are alive).
-        record: whether to report each token's weights, drops and probabilities too; it changes nothing else.
+        record: names of `RECORDED` that are reported too, like ("weight", "kept"); it changes nothing else.
         """
         cfg, here, (B, L, D) = self.cfg, shard.current(self.cfg.exchange), x_BLD.shape
         if self.is_initializing():  # only shapes matter, and the batch may be of any size
@@ -193,8 +220,11 @@ def param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) 
     return parameter(module, name, sizes, nn.initializers.zeros if zero else dims.kernel_init(letters, scale))
 
 
-def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, ids: Ids, record: bool = False) -> None:
+def check_call(
+    cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, ids: Ids, record: tuple[str, ...] = ()
+) -> None:
     """Refuses a call without what the layer needs, or that cannot be spread over the current mesh."""
+    check_record(record)
     if missing := set(cfg.init_state()) - set(state or {}):
         raise ValueError(
             f"A layer with {cfg.router} remembers {', '.join(sorted(missing))} from step to step, but was called "
@@ -205,7 +235,8 @@ def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, i
             raise ValueError(
                 f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
             )
-    if (record or ids.expert_BLK is not None) and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
+    of_choices = ids.expert_BLK is not None or any(RECORDED[name].endswith("K") for name in record)
+    if of_choices and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
         raise ValueError(
             f"{type(cfg.router).__name__}() makes no choices of tokens that could be recorded or replayed."
         )
@@ -216,6 +247,15 @@ def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, i
     if len(x_BLD) % (shards := math.prod(sizes[a] for a in here.tokens)):
         raise ValueError(
             f"A batch of {len(x_BLD)} sequences does not spread evenly over {shards} shards; change B or mesh."
+        )
+
+
+def check_record(record: Any) -> None:
+    """Refuses what is no tuple of names of `RECORDED`."""
+    if not isinstance(record, tuple) or set(record) - set(RECORDED):
+        raise ValueError(
+            f'record={record!r} is no tuple of names to record; write record=("weight", "kept"), or others of '
+            f"{', '.join(RECORDED)}."
         )
 
 

@@ -225,6 +225,12 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._step(state, self.place(batch))
 
+    def lower(self, batch: AnyBatch) -> jax.stages.Lowered:
+        """Lowers the train step for the shapes of a global batch of arrays or `jax.ShapeDtypeStruct`; runs nothing."""
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), batch)
+        with jax.set_mesh(self.mesh):
+            return self._step.lower(self.abstract_state(), rows)
+
     def evaluate(self, state: State, batch: AnyBatch) -> Any:
         with jax.set_mesh(self.mesh):
             return self._evaluate(state.params, state.router, self.place(batch))

@@ -187,10 +187,7 @@ EXPERIMENTS = {
 def sent(exp: Experiment) -> list[Collective]:
     """By the program of this experiment's train step."""
     program = train.Program(exp)
-    at = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows)  # noqa: E731
-    with jax.set_mesh(program.mesh):
-        step = program._step.lower(program.abstract_state(), jax.tree.map(at, exp.data.shapes()))
-        return collectives(step.compile().as_text(), program.mesh)
+    return collectives(program.lower(exp.data.shapes()).compile().as_text(), program.mesh)
 
 
 @functools.cache

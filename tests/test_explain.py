@@ -9,7 +9,7 @@ import pytest
 from moe_jax import MLP, Hash, LMConfig, MoEConfig, Scatter, Temperature, TopK
 from moe_jax.data import Batch
 from moe_jax.inspect.explain import explain, margin_of, principal
-from moe_jax.inspect.look import layer_params, look
+from moe_jax.inspect.look import layer_params, trace_layers
 from tests.cases import normal
 
 V, D, E, B, L = 17, 6, 5, 2, 9
@@ -35,7 +35,7 @@ STATE = {"step_": np.full(2, 3, np.int32)}
 def model():
     params = jax.device_get(jax.jit(MODEL.init)(jax.random.key(0), BATCH))
     params = jax.tree.map(lambda a: a + 0.2 * normal(1, *a.shape), params)
-    return params, look(MODEL, params, [BATCH], STATE)
+    return params, trace_layers(MODEL, params, [BATCH], STATE)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -31,7 +31,7 @@ from moe_jax.inspect import probes
 from moe_jax.inspect.card import additions, card, text
 from moe_jax.inspect.fairness import columns
 from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
-from moe_jax.inspect.look import look, places
+from moe_jax.inspect.look import places, trace_layers
 from moe_jax.models.lm import LM
 from tests import cases
 from tests.cases import normal
@@ -77,7 +77,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def seen(params):
-    return look(MODEL, params, [BATCH, some_batch(1)])
+    return trace_layers(MODEL, params, [BATCH, some_batch(1)])
 
 
 # ---------------------------------------------------------------- by hand
@@ -181,7 +181,7 @@ def replayed(params, batch, expert_NBLK):
 
 def test_one_layer_alone_is_masked(params):
     """Choices computed by hand, layer 1's after a column of its logits is -1e9, give the same loss when replayed."""
-    sums, _ = jax.device_get(probes._peek(MODEL.dropless(), params, {}, BATCH))
+    sums, _ = jax.device_get(probes._trace_batch(MODEL.dropless(), params, {}, BATCH))
     logits_BLE = sums["logits"][1].copy()
     logits_BLE[..., 3] = -1e9
     again = np.stack([sums["expert"][0], np.argsort(-logits_BLE, axis=-1, kind="stable")[..., :2]]).astype(np.int32)
@@ -243,8 +243,8 @@ def test_what_is_not_there(params):
         (lambda: losses(dense, params, [BATCH]), "has no MoE layers"),
         (lambda: losses(MODEL, params, []), "no target"),
         (lambda: losses(MODEL, params, [BATCH], domains=1), "of domain 1, but there are domains=1"),
-        (lambda: look(dense, params, [BATCH]), "no language model with MoE layers"),
-        (lambda: look(MODEL, params, []), "no token"),
+        (lambda: trace_layers(dense, params, [BATCH]), "no language model with MoE layers"),
+        (lambda: trace_layers(MODEL, params, []), "no token"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -253,7 +253,7 @@ def test_what_is_not_there(params):
 # ---------------------------------------------------------------- what a model sees
 
 
-def test_look(params, seen):
+def test_trace_layers(params, seen):
     """The choices, drops and losses that the model itself reports, of real tokens in order."""
     real = BATCH.segment_BL > 0
     run = jax.jit(MODEL.apply)
@@ -282,7 +282,7 @@ def test_looking_at_a_dropless_layer(params):
     moe = dataclasses.replace(MODEL.moe, router=LossFree(K=2), dispatch=Sort(), S=5)
     model = dataclasses.replace(MODEL, moe=moe)
     router = {"bias_E": np.array([[0, 0, 0, 5.0], [5.0, 0, 0, 0]], np.float32)}
-    seen = look(model, params, [BATCH], router)
+    seen = trace_layers(model, params, [BATCH], router)
     assert seen.kept_NTK.all()
     assert (seen.expert_NTK[0] == 3).any(-1).all()
     assert (seen.expert_NTK[1] == 0).any(-1).all()
@@ -394,7 +394,7 @@ def test_probe(steered):
             assert len(moved) == attempt.substitutions <= 3
             assert ((moved >= at - 4) & (moved < at)).all()
             given = batch._replace(tokens_BL=np.tile(attempt.tokens_L, (B, 1)))
-            chosen = jax.device_get(probes._peek(WIDE, params, {}, given))[0]["expert"][layer, 0, at]
+            chosen = jax.device_get(probes._trace_batch(WIDE, params, {}, given))[0]["expert"][layer, 0, at]
             assert attempt.succeeded == (expert in chosen)
             assert attempt.succeeded == (attempt.margin > 0)
     guided, random = reports[True], reports[False]
@@ -407,7 +407,7 @@ def test_probe(steered):
 def test_targets_are_to_be_reached(steered):
     """A target's expert is not chosen yet, and enough is before it."""
     params, batch, goals = steered
-    chosen = jax.device_get(probes._peek(WIDE, params, {}, batch))[0]["expert"]
+    chosen = jax.device_get(probes._trace_batch(WIDE, params, {}, batch))[0]["expert"]
     assert all(g.expert not in chosen[0, g.row, g.position] and g.position >= 4 for g in goals)
     with pytest.raises(ValueError, match="may change nothing"):
         probes.Search(window=0)

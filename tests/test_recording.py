@@ -12,6 +12,7 @@ import pytest
 from moe_jax import (
     GLU,
     MLP,
+    Einsum,
     EncoderDecoderConfig,
     ExpertChoice,
     Gather,
@@ -31,6 +32,7 @@ from moe_jax.config import DataConfig, Experiment
 from moe_jax.data import Batch, Folder, Images, Pairs
 from moe_jax.inspect import recorder, recording
 from moe_jax.models import cross_entropy
+from moe_jax.moe import RECORDED, check_record
 from tests.cases import close, context, normal
 
 V, D, E, K, B, L = 31, 8, 4, 2, 8, 8
@@ -40,6 +42,7 @@ SORT = dataclasses.replace(MOE, dispatch=Sort(), exchange=RaggedAllToAll(buffer=
 PAIRS = EncoderDecoderConfig(V=V, D=D, N=1, H=2, A=4, layout="all", moe=dataclasses.replace(MOE, router=TopK(K=K)))
 IMAGES = ViTConfig(V=5, D=D, N=1, H=2, A=4, layout="all", moe=MOE, patch=2, image=(4, 4, 1))
 MESH = "d2e4"
+ALL = tuple(RECORDED)
 
 
 def text(seed: int = 0) -> Batch:
@@ -123,15 +126,15 @@ def test_recording_changes_nothing_and_can_be_made_again(name):
     """
     model, batch, mesh, key = TRIED[name]
     params, run = parameters(model, batch), program(model, batch, mesh, EMITTERS if name == "images" else None)
-    plain, grads = run(False, params, key)
+    plain, grads = run((), params, key)
     chosen = plain[1][1].expert_BLK
-    replayed, again = run(True, params, key, chosen)
-    recorded = run(True, params, key)[0] if mesh else replayed
+    replayed, again = run(ALL, params, key, chosen)
+    recorded = run(ALL, params, key)[0] if mesh else replayed
     for loss, (logits, aux) in (replayed, recorded):
         same(plain, (loss, (logits, aux._replace(recorded=None))))
         says_what_happened(aux)
     close(again, grads)
-    (_, (other, _)), _ = run(True, params, key, (chosen + 1) % E)
+    (_, (other, _)), _ = run(ALL, params, key, (chosen + 1) % E)
     assert not np.array_equal(other, plain[1][0])
 
 
@@ -147,8 +150,8 @@ def test_a_layer_is_trained_the_same():
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1, compiler_options=EMITTERS)
     with context(MESH):
-        plain, ((total, (y, aux)), grads) = run(params, False, None), run(params, True, None)
-        replayed, other = run(params, False, aux.expert_BLK), run(params, False, (aux.expert_BLK + 1) % E)
+        plain, ((total, (y, aux)), grads) = run(params, (), None), run(params, ALL, None)
+        replayed, other = run(params, (), aux.expert_BLK), run(params, (), (aux.expert_BLK + 1) % E)
     same(plain, ((total, (y, aux._replace(recorded=None))), grads))
     same(plain, replayed)
     assert np.abs(replayed[1]["params"]["router_gate_DE"]).max() > 0
@@ -158,7 +161,7 @@ def test_a_layer_is_trained_the_same():
 
 def says_what_happened(aux):
     """The recording agrees with what is counted, and with itself."""
-    expert, (weight, kept, slot, probs), stats = aux.expert_BLK, aux.recorded, aux.stats
+    expert, (weight, kept, slot, probs, logits, inputs, visits, gains), stats = aux.expert_BLK, aux.recorded, aux.stats
     taken = expert < E
     for n in range(len(expert)):
         np.testing.assert_array_equal(np.bincount(expert[n].ravel(), minlength=E + 1)[:E], stats.choices_E[n])
@@ -173,12 +176,16 @@ def says_what_happened(aux):
     real = (probs.sum(-1) > 0) & taken.any(-1)
     np.testing.assert_allclose(probs.sum(-1)[real], 1, rtol=1e-5)
     np.testing.assert_allclose((probs * real[..., None]).sum((1, 2)), stats.probs_E, rtol=1e-4)
+    np.testing.assert_allclose(jax.nn.softmax(logits)[real], probs[real], rtol=1e-5)
+    np.testing.assert_array_equal(visits.sum((1, 2)), stats.choices_E)
+    np.testing.assert_allclose(gains.sum((1, 2)), stats.gains_E, rtol=1e-5)
+    assert inputs[real].any(-1).all()
 
 
 def test_drops_are_those_of_a_queue():
     """Token after token, choice after choice, until an expert has its slots; experts are counted for each sequence."""
     params, batch = parameters(MODEL, text()), text()
-    aux = jax.device_get(APPLY(params, batch, record=True)[1])
+    aux = jax.device_get(APPLY(params, batch, record=("kept", "slot"))[1])
     C, dropped = int(np.ceil(1.0 * K * L / E)), 0
     for n, b in np.ndindex(aux.expert_BLK.shape[:2]):
         taken = [0] * E
@@ -197,13 +204,50 @@ def test_a_layer_records_and_refuses():
     x = jnp.array(normal(0, 2, L, D))
     layer = MoE(MOE)
     params, run = jax.jit(layer.init)(jax.random.key(0), x), jax.jit(layer.apply, static_argnames="record")
-    (y, plain), (z, aux) = run(params, x), run(params, x, record=True)
+    (y, plain), (z, aux) = run(params, x), run(params, x, record=ALL)
     assert plain.recorded is None
     np.testing.assert_array_equal(y, z)
-    assert [a.shape for a in aux.recorded] == [(2, L, K), (2, L, K), (2, L, K), (2, L, E)]
+    assert [a.shape[2:] for a in aux.recorded] == [(K,)] * 3 + [(E,)] * 2 + [(D,)] + [(E,)] * 2
+    mask = jnp.arange(L)[None] < jnp.array([[L], [L // 2]])
+    _, (_, _, _, its) = run(params, x, mask, record=("logits", "input"))
+    assert {name for name, a in its._asdict().items() if a is not None} == {"logits_BLE", "input_BLD"}
+    np.testing.assert_array_equal(its.input_BLD, x * mask[..., None])
+    np.testing.assert_allclose(its.logits_BLE, its.input_BLD @ params["params"]["router_gate_DE"], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_recorded():
+    """Experts that choose make no choices of tokens, but visits; a name is one of those that there are."""
+    x = jnp.array(normal(0, 2, L, D))
     soft = MoE(MoEConfig(E=E, router=ExpertChoice(), experts=MLP(F=4), dispatch=Gather()))
-    with pytest.raises(ValueError, match="makes no choices of tokens"):
-        jax.eval_shape(partial(soft.init, record=True), jax.random.key(0), x)
+    for name in ("weight", "kept", "slot"):
+        with pytest.raises(ValueError, match="makes no choices of tokens"):
+            jax.eval_shape(partial(soft.init, record=(name,)), jax.random.key(0), x)
+    params = jax.jit(soft.init)(jax.random.key(0), x)
+    _, aux = jax.jit(partial(soft.apply, record=("visits", "gains")))(params, x)
+    np.testing.assert_array_equal(aux.recorded.visits_BLE.sum((0, 1)), aux.stats.choices_E)
+    np.testing.assert_allclose(aux.recorded.gains_BLE.sum((0, 1)), aux.stats.gains_E, rtol=1e-5)
+    words = r'no tuple of names to record; write record=\("weight", "kept"\)'
+    for record in (True, "weight", ["weight"], None):
+        with pytest.raises(ValueError, match=words):
+            check_record(record)
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(partial(MoE(MOE).init, record=("weights",)), jax.random.key(0), x)
+
+
+@pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("visits", "input"))])
+def test_details_of_two_stacks(router, names):
+    """Those asked for and no others; of the shorter sequence, nothing beyond its end."""
+    moe = MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=Einsum(None), losses=())
+    model, batch = dataclasses.replace(PAIRS, moe=moe, causal=False), pairs()
+    params = parameters(model, batch)
+    _, aux = jax.eval_shape(partial(model.apply, record=names), params, batch)
+    found = {name: a.shape for name, a in aux.recorded._asdict().items() if a is not None}
+    assert found == {RECORDED[name]: (2, B, L, {"input": D}.get(name, E)) for name in names}
+    recorded = jax.jit(partial(model.apply, record=names))(params, batch)[1].recorded
+    for name in names:
+        of_decoder_BL = np.abs(getattr(recorded, RECORDED[name])[1]).sum(-1)
+        assert not of_decoder_BL[:, 4:].any()
+        assert of_decoder_BL[:, :4].any()
 
 
 # ---------------------------------------------------------------- to files, on a mesh
@@ -228,7 +272,7 @@ def test_a_recording_is_what_the_model_does(folder, params):
     rec = recording.load(folder)
     seen, row, documents = [], 0, set()
     for batch in BATCHES:
-        logits, aux = jax.device_get(APPLY(params, batch, record=True))
+        logits, aux = jax.device_get(APPLY(params, batch, record=ALL))
         probs = np.asarray(aux.recorded.probs_BLE, np.float64)
         for b, at in np.ndindex(B, L):
             if batch.segment_BL[b, at] == 0:
@@ -275,7 +319,7 @@ def test_a_recording_of_a_folder_is_replayed(folder, params):
         (one, aux), (two, _) = APPLY(params, batch), APPLY(params, batch, replay=expert_NBLK)
         np.testing.assert_array_equal(expert_NBLK, aux.expert_BLK)
         np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, APPLY(params, batch, record=True)[0])
+        np.testing.assert_array_equal(one, APPLY(params, batch, record=ALL)[0])
     with pytest.raises(ValueError, match="give the part of this batch"):
         recording.choices(part, np.ones((B, L), bool))
 

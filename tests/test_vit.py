@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moe_jax.audit import meshes
-from moe_jax.audit.routing import Recorder
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Classification, Digits, Images
 from moe_jax.dispatch import Scatter
@@ -135,14 +134,14 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
 
 def test_with_half_the_slots_the_surest_tokens_keep_theirs(params):
     """Batch-prioritised routing: of an expert's first choices, those with the largest gates (arXiv:2106.05974)."""
-    recorder = Recorder(MOE.dispatch, [])
-    layer = MoE(dataclasses.replace(MOE, dispatch=recorder))
     x_BLD = jnp.asarray(np.random.default_rng(1).normal(size=(B, CFG.L, CFG.D)), jnp.float32)
-    layer.apply({"params": jax.tree.map(lambda a: a[0], params["stack_0"]["moe_1"])}, x_BLD)
-    ((routing, kept_GSK),) = jax.device_get(recorder.record)
-    gate_GS, crowded = routing.weight_GSK.max(-1), 0
+    own = jax.tree.map(lambda a: a[0], params["stack_0"]["moe_1"])
+    _, aux = MoE(MOE).apply({"params": own}, x_BLD, record=("weight", "kept"))
+    given = (aux.expert_BLK, aux.recorded.weight_BLK, aux.recorded.kept_BLK)
+    expert_GSK, weight_GSK, kept_GSK = (np.asarray(a).reshape(2, -1, a.shape[-1]) for a in given)
+    gate_GS, crowded = weight_GSK.max(-1), 0
     for g, e in np.ndindex(2, MOE.E):
-        asked_S = routing.expert_GSK[g, :, 0] == e
+        asked_S = expert_GSK[g, :, 0] == e
         kept, lost = (gate_GS[g][asked_S & (kept_GSK[g, :, 0] == mine)] for mine in (True, False))
         if len(lost):
             crowded += 1

@@ -101,8 +101,7 @@ class Stepper:
         stream = batches(windows, exp.data.B, exp.seed, 0, **self.program.share)
         few = [self.program.place(batch) for batch in itertools.islice(stream, 4)]
         self.state, self.batches = self.program.init(), itertools.cycle(few)
-        with jax.set_mesh(self.program.mesh):
-            self.compiled = compiled(self.program._step, self.state, few[0])
+        self.compiled = compiled(self.program, few[0])
 
     def burst(self) -> None:
         for _ in range(BURST.value):

@@ -24,8 +24,8 @@ class Program(NamedTuple):
         return lambda: self.run(*args)
 
 
-def compiled(f: Callable, *args: Any) -> Program:
-    """The function for arrays like these, which are its arguments: constants would be worked on by the compiler."""
+def compiled(f: Any, *args: Any) -> Program:
+    """Compiles a function, or what has a `lower`, for these arrays as arguments: constants would be worked on."""
     jitted, began = f if hasattr(f, "lower") else jax.jit(f), time.perf_counter()
     program = jitted.lower(*args).compile()
     seconds, memory = time.perf_counter() - began, program.memory_analysis()

@@ -101,10 +101,13 @@ def watched(exp: Experiment, workdir: pathlib.Path, data_dir: pathlib.Path, save
     clock = Clock(exp.run.log_every + 1)
 
     class Watched(loop.Program):
+        compiled: Any = None
+
         def step(self, state: loop.State, batch: AnyBatch) -> Any:
             placed = self.place(batch)
-            with jax.set_mesh(self.mesh):
-                return clock.step(lambda: self._step(state, placed))
+            if self.compiled is None:
+                self.compiled = self.lower(placed).compile()
+            return clock.step(lambda: self.compiled(state, placed))
 
     def batches(*args: Any, **named: Any) -> Iterator[Any]:
         stream = make_batches(*args, **named)

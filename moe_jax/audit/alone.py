@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax import train
-from moe_jax.audit.meshes import CLOSE, Seen, Trial, Worst, alone, same, within, worst
+from moe_jax.audit.meshes import CLOSE, StepTrace, Trial, Worst, alone, same, within, worst
 from moe_jax.audit.routing import ROUNDING, Verdict
 from moe_jax.audit.samples import empty, nobody, only, scribbled
 from moe_jax.audit.shrink import rows_of_a_group
@@ -32,7 +32,7 @@ def causal(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -
     return Verdict(not changed, f"{changed} of {watched_BL.sum()} tokens changed")
 
 
-def drops(seen: Seen) -> Verdict:
+def drops(seen: StepTrace) -> Verdict:
     """Law 8: evaluation drops nothing."""
     stats = seen.evaluated.stats
     if stats is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -76,20 +76,19 @@ def audit(exp: Experiment, batch: AnyBatch | None = None, devices: Sequence[jax.
     batch: of the shapes that are meant, if not the experiment's. devices: to compile for, if not those there are.
     """
     program = train.Program(exp, devices=devices)
-    state, sizes = program.abstract_state(), dict(program.mesh.shape)
-    rows = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows), batch or exp.data.shapes()
-    )
+    shapes, sizes = batch or exp.data.shapes(), dict(program.mesh.shape)
 
-    def sent(f: Any) -> list[Collective]:
-        with jax.set_mesh(program.mesh):
-            return collectives(f.lower(state, rows).compile().as_text(), program.mesh)
+    def sent(lowered: jax.stages.Lowered) -> list[Collective]:
+        return collectives(lowered.compile().as_text() or "", program.mesh)
 
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows), shapes)
     gradients = partial(train.gradients, exp, program.layouts)
-    forward, both = sent(jax.jit(lambda *given: gradients(*given)[1])), sent(jax.jit(gradients))
+    with jax.set_mesh(program.mesh):
+        parts = (lambda *given: gradients(*given)[1], gradients)
+        forward, both = (sent(jax.jit(part).lower(program.abstract_state(), rows)) for part in parts)
     expected = passes(exp, sizes, program.mesh.devices.flat[0].platform)
     return [
         *compare(expected.forward, forward, "forward"),
         *compare(expected.backward, less(both, forward), "backward"),
-        *compare([c for part in expected for c in part], sent(program._step), "step"),
+        *compare([c for part in expected for c in part], sent(program.lower(shapes)), "step"),
     ]

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.audit.meshes import CLOSE, SURE, largest, worst
-from moe_jax.audit.routing import Recorder, Verdict, draw, keys
+from moe_jax.audit.routing import Verdict, draw, keys, tokens_choose
 from moe_jax.core.context import Ids
 from moe_jax.core.routing import TokenChoice
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
-from moe_jax.moe import MoE, MoEConfig
+from moe_jax.moe import RECORDED, MoE, MoEConfig
 
 
 def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
@@ -21,30 +21,30 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
     given = jax.tree.map(lambda a: jnp.asarray(a[0]), draw(cfg, rng, 1, B, L, D))
     keys_1 = keys(cfg, rng, 1)
     target = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
+    arrived = "kept" if tokens_choose(cfg) else "visits"  # experts that choose drop nothing
 
     def seen(dispatch: Any) -> Any:
-        recorder = Recorder(dispatch, [])
-        layer = MoE(dataclasses.replace(cfg, dispatch=recorder))
+        layer = MoE(dataclasses.replace(cfg, dispatch=dispatch))
 
         def loss(params, x_BLD):
             given_ids = Ids(given.token_TBL, given.task_TBL)
             key = None if keys_1 is None else keys_1[0]
-            y_BLD, aux = cast(
-                tuple, layer.apply({"params": params}, x_BLD, given.mask_TBL, key, cfg.init_state(), given_ids)
-            )
-            kept = recorder.record[-1][1]
-            return ((y_BLD - target) ** 2).mean() + aux.loss, (y_BLD, kept, aux.stats.kept)
+            called = (x_BLD, given.mask_TBL, key, cfg.init_state(), given_ids, (arrived,))
+            y_BLD, aux = cast(tuple, layer.apply({"params": params}, *called))
+            kept = getattr(aux.recorded, RECORDED[arrived])
+            return ((y_BLD - target) ** 2).mean() + aux.loss, (y_BLD, kept, aux.stats)
 
         gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        (value, (y_BLD, kept, counted)), grads = gradients(given.params, given.x_TBLD)
-        return jax.device_get({"loss": value, "y": y_BLD, "kept": counted}), jax.device_get(grads), np.asarray(kept)
+        (value, (y_BLD, kept, stats)), grads = jax.device_get(gradients(given.params, given.x_TBLD))
+        return {"loss": value, "y": y_BLD, "kept": stats.kept}, grads, kept, stats.choices_E.sum()
 
     definition, *others = fitting(cfg)
-    outputs, grads, kept = seen(definition)
-    if outputs["kept"] != kept.sum():
-        return Verdict(False, f"the statistics count {outputs['kept']:.0f} choices as kept, of {kept.sum()} that are")
+    outputs, grads, kept, asked = seen(definition)
+    counted, are = outputs["kept"], kept.sum()
+    if abs(counted - are) > 0.5:  # visits of soft slots are rounded
+        return Verdict(False, f"the statistics count {counted:.0f} choices as kept, of {are:.0f} that are")
     for other in others:
-        its_outputs, its_grads, its_kept = seen(other)
+        its_outputs, its_grads, its_kept, _ = seen(other)
         name = type(other).__name__
         if not np.array_equal(kept, its_kept):
             return Verdict(False, f"{name}() drops others than Einsum()")
@@ -55,7 +55,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
             if not found.error <= CLOSE:
                 return Verdict(False, f"{name}() has other {what} than Einsum(), by {found.error:.1e} in {found.where}")
     names = ", ".join(f"{type(d).__name__}()" for d in (definition, *others))
-    return Verdict(True, f"{names}; {int((~kept).sum())} of {kept.size} choices dropped")
+    return Verdict(True, f"{names}; {asked - counted:.0f} of {asked:.0f} choices dropped")
 
 
 def fitting(cfg: MoEConfig) -> list[Any]:

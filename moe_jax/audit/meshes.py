@@ -41,7 +41,7 @@ MESHES: tuple[Mapping[str, int], ...] = (
 )
 
 
-class Seen(NamedTuple):
+class StepTrace(NamedTuple):
     """All that can be seen of a training step."""
 
     logits_BLV: Float[Array, "B L V"]
@@ -59,14 +59,14 @@ class Trial:
         self.program = train.Program(exp, devices=devices)
         self.run = jax.jit(partial(everything, exp, self.program.layouts))
 
-    def __call__(self, state: train.State, batch: AnyBatch) -> Seen:
+    def __call__(self, state: train.State, batch: AnyBatch) -> StepTrace:
         """Of a state and a batch in the memory of the host."""
         state = jax.device_put(state, self.program.shardings)
         with jax.set_mesh(self.program.mesh):
             return self.run(state, self.program.place(batch))
 
 
-def everything(exp: Experiment, layouts: train.Layouts, state: train.State, batch: AnyBatch) -> Seen:
+def everything(exp: Experiment, layouts: train.Layouts, state: train.State, batch: AnyBatch) -> StepTrace:
     """A step, and the outputs it is made from."""
     tx, rate = exp.optim.build(exp.run.steps)
     grads, losses = train.gradients(exp, layouts, state, batch)
@@ -81,7 +81,7 @@ def everything(exp: Experiment, layouts: train.Layouts, state: train.State, batc
     tokens = shard.token_spec(here)
     look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens), P()))
     logits_BLV, expert_NBLK, evaluated = look(state.params, state.router, train.step_key(exp, state), batch)
-    return Seen(logits_BLV, expert_NBLK, metrics, grads, after, evaluated)
+    return StepTrace(logits_BLV, expert_NBLK, metrics, grads, after, evaluated)
 
 
 def uneven(state: train.State) -> train.State:
@@ -121,13 +121,13 @@ def alone(exp: Experiment) -> Experiment:
     return dataclasses.replace(exp, mesh=())
 
 
-def run_on(exp: Experiment, state: train.State, batch: AnyBatch, devices: list[jax.Device]) -> Seen:
+def run_on(exp: Experiment, state: train.State, batch: AnyBatch, devices: list[jax.Device]) -> StepTrace:
     """What is seen of a step on the experiment's mesh, in the memory of the host."""
     count = int(np.prod([n for _, n in exp.mesh]))
     return jax.device_get(Trial(exp, devices[:count])(state, batch))
 
 
-def same(one: Seen, many: Seen, before: train.State) -> dict[str, Verdict]:
+def same(one: StepTrace, many: StepTrace, before: train.State) -> dict[str, Verdict]:
     """Whether a mesh has done what a single device has: outputs, losses, drops, gradients, one step."""
     one, many = (seen._replace(grads=felt(seen.grads)) for seen in (one, many))
     stats = {n: v for n, v in (one.metrics.stats._asdict() if one.metrics.stats else {}).items() if n != "kept"}
@@ -155,7 +155,7 @@ def felt(grads: Any) -> Any:
     return jax.tree.map_with_path(lambda path, g: g * (str(path[-1].key) != "key_JA"), grads)
 
 
-def exactly(one: Seen, many: Seen) -> Verdict:
+def exactly(one: StepTrace, many: StepTrace) -> Verdict:
     """The same choices, and as many of them dropped in every layer."""
     mine, theirs = one.metrics.stats, many.metrics.stats
     assert mine is not None
@@ -190,7 +190,7 @@ def worst(one: Any, many: Any, least: float = 1e-6) -> Worst:
     return found
 
 
-def step(one: Seen, many: Seen, before: train.State) -> Worst:
+def step(one: StepTrace, many: StepTrace, before: train.State) -> Worst:
     """The largest difference between updates, relative to them, where gradients are more than rounding."""
 
     def sure(grad: Any, new: Any, old: Any) -> np.ndarray:

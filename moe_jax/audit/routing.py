@@ -5,9 +5,8 @@ config's), which share a direction, so that some experts are popular and overflo
 run before and after a change: what differs in it, the change did.
 """
 
-import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +38,8 @@ class Trials(NamedTuple):
     task_TBL: Int[np.ndarray, "T B L"]
 
 
-class Seen(NamedTuple):
-    """What a layer does with its tokens."""
+class RoutingTrace(NamedTuple):
+    """What a layer does with the tokens of T trials."""
 
     y_TBLD: Float[Array, "T B L D"]
     visits_TBLE: Float[Array, "T B L E"]  # dropped ones too
@@ -171,37 +170,24 @@ def gradients(
     return jax.vmap(jax.grad(loss))(router, *given, key_T, target_TBLD)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Recorder:
-    """A dispatcher as it is, which also keeps what it was given and what it dropped."""
-
-    dispatch: Any
-    record: list
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.dispatch, name)
-
-    def __call__(self, x_GSD: Array, routing: Any, *rest: Any) -> tuple[Array, Array]:
-        y_GSD, kept = self.dispatch(x_GSD, routing, *rest)
-        self.record.append((routing, kept))
-        return y_GSD, kept
-
-
 @partial(jax.jit, static_argnums=0)
-def look(cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None) -> Seen:
-    """What the layer does; without keys in evaluation mode."""
+def trace_routing(cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None) -> RoutingTrace:
+    """Runs the layer on all trials, without keys in evaluation mode."""
+    record = ("visits", "gains", *(["kept"] if tokens_choose(cfg) else []))
 
     def one(params, x_BLD, mask_BL, token_BL, task_BL, key):
-        recorder = Recorder(cfg.dispatch, [])
-        layer = MoE(dataclasses.replace(cfg, dispatch=recorder))
-        y_BLD, _ = layer.apply({"params": params}, x_BLD, mask_BL, key, cfg.init_state(), Ids(token_BL, task_BL))
-        ((routing, kept),) = recorder.record
-        if not isinstance(routing, TokenChoice):
-            kept = jnp.ones_like(routing.visits_GSE, bool)  # no token has asked for anything
-        by_token = (a.reshape(*mask_BL.shape, -1) for a in (routing.visits_GSE, routing.gains_GSE, kept))
-        return Seen(y_BLD, *by_token)
+        given = (x_BLD, mask_BL, key, cfg.init_state(), Ids(token_BL, task_BL), record)
+        y_BLD, aux = cast(tuple, MoE(cfg).apply({"params": params}, *given))
+        it = aux.recorded
+        kept_BLK = jnp.ones_like(it.visits_BLE, bool) if it.kept_BLK is None else it.kept_BLK  # nobody has asked
+        return RoutingTrace(y_BLD, it.visits_BLE, it.gains_BLE, kept_BLK)
 
     return jax.vmap(one)(*given, key_T)
+
+
+def tokens_choose(cfg: MoEConfig) -> bool:
+    """Returns whether the layer's router names experts for tokens, whose choices can be dropped."""
+    return getattr(cfg.router, "makes", TokenChoice) is TokenChoice
 
 
 def compare(
@@ -216,7 +202,8 @@ def compare(
     """Whether a change in some places changes anything in those that are watched, and what."""
     key_T = keys(cfg, rng, len(where_TBL))
     inputs = (given, changed(cfg, rng, given, where_TBL))
-    one, other = (jax.tree.map(np.asarray, look(cfg, trials, key_T if training else None)) for trials in inputs)
+    run = partial(trace_routing, cfg, key_T=key_T if training else None)
+    one, other = (jax.tree.map(np.asarray, run(trials)) for trials in inputs)
     largest_T111 = np.abs(one.y_TBLD).max((1, 2, 3), keepdims=True)
     differs = {
         "who was chosen": one.visits_TBLE != other.visits_TBLE,

@@ -16,7 +16,7 @@ from moe_jax.inspect.certificate import certify, verify
 from moe_jax.inspect.explain import Explanation
 from moe_jax.inspect.fairness import Fairness
 from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
-from moe_jax.inspect.look import Seen, look, places
+from moe_jax.inspect.look import LayerTrace, places, trace_layers
 from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistics, transitions
 from moe_jax.inspect.probes import Search, probe, targets
 from moe_jax.inspect.recorder import record, record_run, recordings
@@ -41,10 +41,10 @@ __all__ = [
     "Card",
     "Explanation",
     "Fairness",
+    "LayerTrace",
     "Recording",
     "Run",
     "Search",
-    "Seen",
     "certify",
     "choices",
     "chosen_together",
@@ -63,7 +63,6 @@ __all__ = [
     "load",
     "load_over_time",
     "load_percentiles",
-    "look",
     "losses",
     "manifest",
     "mutual_information",
@@ -85,6 +84,7 @@ __all__ = [
     "specialisation",
     "substitute",
     "targets",
+    "trace_layers",
     "transitions",
     "verify",
     "vocabulary_specialisation",

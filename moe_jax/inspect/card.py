@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.core.groups import Dense
 from moe_jax.inspect.knockout import Effects
-from moe_jax.inspect.look import Seen, check_expert, layer_params
+from moe_jax.inspect.look import LayerTrace, check_expert, layer_params
 
 
 class Share(NamedTuple):
@@ -47,7 +47,7 @@ class Card(NamedTuple):
 
 
 def card(
-    model: Any, params: Any, seen: Seen, layer: int, expert: int, effects: Effects | None = None, top: int = 8
+    model: Any, params: Any, seen: LayerTrace, layer: int, expert: int, effects: Effects | None = None, top: int = 8
 ) -> Card:
     """An expert of a language model, from what the model saw of some text and, where given, its knock-out."""
     check_expert(model, layer, expert)
@@ -88,7 +88,7 @@ def shares(what_T: np.ndarray, served_T: np.ndarray, top: int) -> tuple[Share, .
     return tuple(Share(v, n, share, share / float(np.mean(what_T == v))) for v, n, share in found)
 
 
-def additions(model: Any, params: Any, seen: Seen, layer: int, expert: int) -> Float[np.ndarray, "_ D"]:
+def additions(model: Any, params: Any, seen: LayerTrace, layer: int, expert: int) -> Float[np.ndarray, "_ D"]:
     """What an expert adds to the residual stream of each token whose choice of it was kept: its output times weight."""
     t, k = np.nonzero((seen.expert_NTK[layer] == expert) & seen.kept_NTK[layer])
     weights = layer_params(model, params, layer)

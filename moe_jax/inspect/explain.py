@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.inspect.look import Seen, check_expert, layer_params
+from moe_jax.inspect.look import LayerTrace, check_expert, layer_params
 
 
 class Neighbour(NamedTuple):
@@ -48,7 +48,7 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    model: Any, params: Any, seen: Seen, row: int, layer: int, directions: int = 4, neighbours: int = 5
+    model: Any, params: Any, seen: LayerTrace, row: int, layer: int, directions: int = 4, neighbours: int = 5
 ) -> Explanation:
     """The route of the token in this row of what a model saw.
 
@@ -103,7 +103,7 @@ def principal(x_TD: Float[np.ndarray, "T D"], P: int) -> tuple[Float[np.ndarray,
     return mean_D, along_PD[:P]
 
 
-def nearest(seen: Seen, row: int, layer: int, n: int, E: int) -> tuple[Neighbour, ...]:
+def nearest(seen: LayerTrace, row: int, layer: int, n: int, E: int) -> tuple[Neighbour, ...]:
     """The n other tokens whose router inputs point most nearly the same way."""
     x_TD = seen.input_NTD[layer].astype(np.float64)
     length_T = np.maximum(np.linalg.norm(x_TD, axis=1), 1e-30)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.inspect.look import Seen
+from moe_jax.inspect.look import LayerTrace
 from moe_jax.inspect.resample import Drawn, as_it_is, bootstrap
 
 METRICS = ("drop_rate", "active_compute", "entropy", "loss")
@@ -25,7 +25,7 @@ class Columns(NamedTuple):
     E: int
 
 
-def columns(seen: Seen) -> Columns:
+def columns(seen: LayerTrace) -> Columns:
     """The same of what a model was seen to do."""
     entropy_NT = -(seen.probs_NTE * np.log(np.maximum(seen.probs_NTE, 1e-30))).sum(-1)
     expert_TNK, kept_TNK = (a.swapaxes(0, 1) for a in (seen.expert_NTK, seen.kept_NTK))

@@ -1,7 +1,5 @@
 """A trained language model from inside: where its MoE layers' parameters lie, what each layer saw and decided."""
 
-import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.core.context import Context
 from moe_jax.core.routing import TokenChoice
 from moe_jax.models import cross_entropy
 from moe_jax.models.layout import sparse_layers, stacks
-from moe_jax.moe import MoEConfig, State
+from moe_jax.moe import RECORDED, MoEConfig, State
 
 PREFIXES = {1: ("",), 2: ("encoder_", "decoder_")}  # of a model's stacks, by their number
 
@@ -71,7 +68,7 @@ def check_language_model(model: Any) -> None:
 # ---------------------------------------------------------------- what layers see
 
 
-class Seen(NamedTuple):
+class LayerTrace(NamedTuple):
     """What N MoE layers saw and decided of T real tokens, in the order of the data."""
 
     input_NTD: Float[np.ndarray, "N T D"]  # what router and experts are given
@@ -87,38 +84,26 @@ class Seen(NamedTuple):
     loss_T: Float[np.ndarray, "T"]  # nats of the target; NaN where there is none
 
 
-@functools.lru_cache
-def tapped(moe: MoEConfig) -> MoEConfig:
-    """The same layer on one device; `sums` of its statistics hold what its router is given of tokens, and logits."""
-    kind = type(moe.router)
-
-    def call(self, params, x_GSD, mask_GS, ctx=Context()):
-        routing = kind.__call__(self, params, x_GSD, mask_GS, ctx)
-        return routing._replace(sums={"input": x_GSD, "logits": routing.logits_GSE})
-
-    router = type(kind.__name__, (kind,), {"__call__": call})
-    fields = {f.name: getattr(moe.router, f.name) for f in dataclasses.fields(moe.router)}
-    return dataclasses.replace(moe, router=router(**fields))
-
-
-def peek(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dict[str, Array], Float[Array, "B L V"]]:
-    """What the MoE layers saw and decided of a batch, each [N, B, L, ...], and the logits of the model."""
-    tap = dataclasses.replace(model, moe=tapped(model.moe))
-    logits_BLV, aux = tap.apply(params, batch, router=router, record=True)
-    tapped_NGS = {name: a.reshape(len(a), *batch.tokens_BL.shape, a.shape[-1]) for name, a in aux.stats.sums.items()}
-    it = aux.recorded
-    decided = {"expert": aux.expert_BLK, "weight": it.weight_BLK, "kept": it.kept_BLK, "probs": it.probs_BLE}
-    return tapped_NGS | decided, logits_BLV
+def trace_batch(
+    model: Any, params: Any, router: State | None, batch: Any
+) -> tuple[dict[str, Array], Float[Array, "B L V"]]:
+    """Returns what the MoE layers saw and decided of a batch, each [N, B, L, ...], and the logits of the model."""
+    record = ("input", "logits", "probs", "weight", "kept")
+    logits_BLV, aux = model.apply(params, batch, router=router, record=record)
+    details = {name: getattr(aux.recorded, RECORDED[name]) for name in record}
+    return details | {"expert": aux.expert_BLK}, logits_BLV
 
 
 @partial(jax.jit, static_argnums=0)
-def _look(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dict[str, Array], Array]:
-    sums, logits_BLV = peek(model, params, router, batch)
-    return sums, jnp.where(batch.loss_mask_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
+def _trace(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dict[str, Array], Array]:
+    traced, logits_BLV = trace_batch(model, params, router, batch)
+    return traced, jnp.where(batch.loss_mask_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
 
 
-def look(model: Any, params: Any, batches: Iterable[Any], router: Mapping[str, Any] | None = None) -> Seen:
-    """What the MoE layers of a language model see of batches, in evaluation, on one device.
+def trace_layers(
+    model: Any, params: Any, batches: Iterable[Any], router: Mapping[str, Any] | None = None
+) -> LayerTrace:
+    """Runs a language model on batches, in evaluation, on one device, and keeps what its MoE layers see and decide.
 
     model: with its limit of slots, or `model.dropless()`. router: what its routers remember. ValueError for other
     models, and without a token.
@@ -126,10 +111,10 @@ def look(model: Any, params: Any, batches: Iterable[Any], router: Mapping[str, A
     check_language_model(model)
     parts, rows = [], 0
     for batch in batches:
-        sums, nats_BL = jax.device_get(_look(model, params, dict(router or {}), batch))
+        traced, nats_BL = jax.device_get(_trace(model, params, dict(router or {}), batch))
         real_BL, B = np.asarray(batch.segment_BL) > 0, len(batch.tokens_BL)
         names = ("input", "logits", "probs", "expert", "weight", "kept")
-        columns = [np.asarray(sums[name])[:, real_BL] for name in names]
+        columns = [np.asarray(traced[name])[:, real_BL] for name in names]
         of_row = lambda a_B, real_BL=real_BL: np.broadcast_to(np.asarray(a_B)[:, None], real_BL.shape)[real_BL]  # noqa: E731
         of_token = [np.asarray(a)[real_BL] for a in (batch.tokens_BL, batch.position_BL)]
         parts.append((*columns, *of_token, of_row(batch.domain_B), of_row(rows + np.arange(B)), nats_BL[real_BL]))
@@ -137,4 +122,4 @@ def look(model: Any, params: Any, batches: Iterable[Any], router: Mapping[str, A
     if not parts or not sum(len(part[-1]) for part in parts):
         raise ValueError("The batches hold no token to look at; give some text.")
     joined = [np.concatenate(column, axis=int(column[0].ndim == 3)) for column in zip(*parts, strict=True)]
-    return Seen(*joined)
+    return LayerTrace(*joined)

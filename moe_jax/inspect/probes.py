@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.inspect.look import check_expert, check_language_model, peek
+from moe_jax.inspect.look import check_expert, check_language_model, trace_batch
 from moe_jax.moe import MoEConfig
 
 
@@ -90,14 +90,14 @@ def targets(
     does not choose; ValueError where there is no such token."""
     check(model, layer, 0)
     rng = np.random.default_rng(seed)
-    sums, _ = jax.device_get(_peek(model, params, dict(router or {}), batch))
+    traced, _ = jax.device_get(_trace_batch(model, params, dict(router or {}), batch))
     may_BL = (np.asarray(batch.segment_BL) > 0) & (np.asarray(batch.position_BL) >= least)
     places = np.argwhere(may_BL)
     if not len(places):
         raise ValueError(f"No token of the batch has {least} before it in its document; give longer documents.")
     found = []
     for b, at in places[rng.choice(len(places), n, replace=len(places) < n)]:
-        free = np.setdiff1d(np.arange(model.moe.E), sums["expert"][layer, b, at])
+        free = np.setdiff1d(np.arange(model.moe.E), traced["expert"][layer, b, at])
         if len(free):
             found.append(Target(int(b), int(at), layer, int(rng.choice(free))))
     if not found:
@@ -185,7 +185,7 @@ def _guided(model, params, state, one, goal, tokens_L, places, tries, rng) -> In
 # ---------------------------------------------------------------- the model, from a token's point of view
 
 
-_peek: Callable = jax.jit(peek, static_argnums=0)
+_trace_batch: Callable = jax.jit(trace_batch, static_argnums=0)
 
 
 def _values(model, params, state, one, goal, tokens_CL) -> tuple[Float[np.ndarray, "C"], Bool[np.ndarray, "C"]]:
@@ -199,9 +199,9 @@ def _values(model, params, state, one, goal, tokens_CL) -> tuple[Float[np.ndarra
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _margins(model, layer, params, state, batch, position, expert) -> tuple[Array, Array]:
-    sums, _ = peek(model, params, state, batch)
-    chosen_BK = sums["expert"][layer, :, position]
-    return margins(sums["logits"][layer, :, position], expert, model.moe), (chosen_BK == expert).any(-1)
+    traced, _ = trace_batch(model, params, state, batch)
+    chosen_BK = traced["expert"][layer, :, position]
+    return margins(traced["logits"][layer, :, position], expert, model.moe), (chosen_BK == expert).any(-1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -220,8 +220,8 @@ def _slopes(model, layer, params, state, one, tokens_L, position, expert) -> Flo
 
     def margin(own_LD):
         table = jnp.concatenate([params["embed_VD"], own_LD])
-        sums, _ = peek(wide, {**rest, "embed_VD": table}, state, batch)
-        return margins(sums["logits"][layer, :, position], expert, model.moe)[0]
+        traced, _ = trace_batch(wide, {**rest, "embed_VD": table}, state, batch)
+        return margins(traced["logits"][layer, :, position], expert, model.moe)[0]
 
     return jax.grad(margin)(params["embed_VD"][tokens_L])
 

@@ -21,10 +21,11 @@ from moe_jax.data.windows import positions
 from moe_jax.inspect.recording import Recording, save
 from moe_jax.inspect.run import examples, open_run
 from moe_jax.models import Model, cross_entropy
-from moe_jax.moe import State
+from moe_jax.moe import RECORDED, State
 from moe_jax.train import Program
 
 STACKS = ("encoder", "decoder")  # of models with two
+RECORD = ("weight", "kept", "slot", "probs")
 
 
 class Routed(NamedTuple):
@@ -147,12 +148,13 @@ def routed(
     batch: AnyBatch,
 ) -> tuple[Routed, Float[Array, "B L"]]:
     """What the layers of a stack decide of one shard's rows, and nats per target, NaN where there is none."""
-    logits_BLV, aux = model.apply(params, batch, key, router, record=True)
+    logits_BLV, aux = model.apply(params, batch, key, router, record=RECORD)
     predicts_BL = batch.loss_mask_BL & (model.STACKS == 1 or stack == "decoder")
     nats_BL = jnp.where(predicts_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
     seen = cast(Any, aux)  # there are MoE layers, and they record
     own, L = layers_of(model, stack), length(model, batch, stack)
-    mine = (a[own.start : own.stop, :, :L] for a in (seen.expert_BLK, *seen.recorded))
+    details = [getattr(seen.recorded, RECORDED[name]) for name in RECORD]
+    mine = (a[own.start : own.stop, :, :L] for a in (seen.expert_BLK, *details))
     expert, weight, kept, slot, probs = mine
     top, top_id = lax.top_k(probs, min(probs.shape[-1], expert.shape[-1] + 2))
     sums = (top, top_id.astype(jnp.int16), entropy(probs), probs if keep_probs else None)

@@ -135,16 +135,14 @@ def concat_stacks(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
     if encoder is None or decoder is None:
         return None
     E, both = encoder.stats.choices_E.shape[-1], (encoder, decoder)
-    longest = max(0 if a.expert_BLK is None else a.expert_BLK.shape[2] for a in both)
+    longest = max((x.shape[2] for x in jax.tree.leaves([(a.expert_BLK, a.recorded) for a in both])), default=0)
+
+    def pad(tree: Any, value: int = 0) -> Any:
+        widths = lambda x: ((0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0))  # noqa: E731
+        return jax.tree.map(lambda x: jnp.pad(x, widths(x), constant_values=value), tree)
 
     def long(a: Aux) -> Aux:
-        if a.expert_BLK is None:
-            return a
-        pad = ((0, 0), (0, 0), (0, longest - a.expert_BLK.shape[2]), (0, 0))
-        recorded = a.recorded
-        if recorded is not None:
-            slot_BLK = jnp.pad(recorded.slot_BLK, pad, constant_values=-1)
-            recorded = jax.tree.map(lambda x: jnp.pad(x, pad), recorded)._replace(slot_BLK=slot_BLK)
-        return a._replace(expert_BLK=jnp.pad(a.expert_BLK, pad, constant_values=E), recorded=recorded)
+        recorded = a.recorded and pad(a.recorded)._replace(slot_BLK=pad(a.recorded.slot_BLK, -1))
+        return a._replace(expert_BLK=pad(a.expert_BLK, E), recorded=recorded)
 
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(long, both))

@@ -88,14 +88,12 @@ def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None =
     """
     began = time.monotonic()
     program = train.Program(exp, devices=devices(topology))
-    on_rows = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows)  # noqa: E731
-    with jax.set_mesh(program.mesh):
-        lowered = program._step.lower(program.abstract_state(), jax.tree.map(on_rows, exp.data.shapes()))
-        lowering, began = time.monotonic() - began, time.monotonic()
-        try:
-            made = lowered.compile(compiler_options=dict(options) if options else None)
-        except jax.errors.JaxRuntimeError as error:
-            return refused(error, topology, lowering, time.monotonic() - began)
+    lowered = program.lower(exp.data.shapes())
+    lowering, began = time.monotonic() - began, time.monotonic()
+    try:
+        made = lowered.compile(compiler_options=dict(options) if options else None)
+    except jax.errors.JaxRuntimeError as error:
+        return refused(error, topology, lowering, time.monotonic() - began)
     return read(made, program.mesh, lowering, time.monotonic() - began)
 
 
