@@ -14,7 +14,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import build
 from moe_jax.inspect import certificate
 from moe_jax.inspect.certificate import Check, certify, fingerprints, verify
-from moe_jax.train import State
+from moe_jax.step import State
 from tests import programs
 
 KEY, OTHER = b"0123456789abcdef", b"0123456789abcdeg"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from moe_jax.models.layout import sparse_layers, stacks
 
 from moe_jax.config import COMPONENTS, KINDS, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
 from moe_jax.costs import flops, parameters
@@ -35,7 +36,6 @@ from moe_jax.dispatch import Gather, Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import Adaptive, RouterZ
 from moe_jax.models import LM, LMConfig
-from moe_jax.models.layout import sparse_layers, stacks
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant, Cosine, InverseSqrt, OptimConfig
 from moe_jax.routers import Switch, TopK

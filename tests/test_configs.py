@@ -14,7 +14,7 @@ from moe_jax.audit.samples import sample
 from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment, build
 from moe_jax.moe import MoEConfig
-from moe_jax.train import Metrics, Program, State
+from moe_jax.step import Metrics, Program, State
 
 CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
 PAPERS = {p.stem: p for p in sorted(pathlib.Path("configs/papers").glob("[!_]*.py"))}

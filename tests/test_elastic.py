@@ -24,7 +24,7 @@ from moe_jax.data import Batch
 from moe_jax.exchanges import AllGather, AllToAll, RaggedAllToAll, TwoLevel
 from moe_jax.optim import Adafactor, AdamW, Constant
 from moe_jax.reporting import metrics as log
-from moe_jax.train import Program, State
+from moe_jax.step import Program, State
 from tests.cases import sizes_of
 from tests.test_train import EXP, MODEL, batch
 

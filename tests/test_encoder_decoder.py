@@ -20,7 +20,8 @@ from moe_jax.models.blocks import BUCKETS, RMSNorm
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import Constant, OptimConfig
 from moe_jax.routers import LossFree, Top2
-from moe_jax.train import Program, gradients, train
+from moe_jax.step import Program, gradients
+from moe_jax.train import train
 from tests import oracle
 from tests.oracle_lm import gelu, norm
 

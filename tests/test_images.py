@@ -20,7 +20,7 @@ from moe_jax.data import Bytes, Classification, Corpus, Digits, TfdsImages, batc
 from moe_jax.data.batches import Examples
 from moe_jax.data.images import ImageSplit, Labelled, scaled
 from moe_jax.dispatch import Scatter
-from moe_jax.train import State
+from moe_jax.step import State
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names
 from moe_jax.inspect.knockout import Effects, Losses
 from moe_jax.inspect.recorder import layers_of
 from moe_jax.reporting.metrics import FILE, plain
-from moe_jax.train import State
+from moe_jax.step import State
 from tests import programs
 from tests.test_inspect import made
 

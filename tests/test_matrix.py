@@ -41,7 +41,7 @@ from moe_jax.exchanges.ragged import fitting, places
 from moe_jax.models import LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import AdamW, Constant
-from moe_jax.train import Program
+from moe_jax.step import Program
 from tests.cases import close, context, sizes_of
 
 matrix = pytest.mark.matrix

@@ -27,7 +27,8 @@ from moe_jax import (
     Top2,
 )
 from moe_jax.data import Folder
-from moe_jax.train import Program, check_tasks, train
+from moe_jax.step import Program, check_tasks
+from moe_jax.train import train
 from tests import oracle_routing
 from tests.test_train import EXP, MODEL, batch
 

@@ -19,7 +19,7 @@ from moe_jax.models import LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant
 from moe_jax.routers import Top2
-from moe_jax.train import Program
+from moe_jax.step import Program
 from tests import oracle_lm
 
 MOE = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25), S=8)

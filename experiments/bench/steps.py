@@ -30,7 +30,7 @@ from experiments.routing_zoo.present import lines
 from moe_jax.config import Experiment, build
 from moe_jax.core.shard import make_mesh
 from moe_jax.data import batches, default_directory
-from moe_jax.train import Program
+from moe_jax.step import Program
 
 cli.define_config()
 TWIN = option(flags.DEFINE_string, "twin", None, "Its dense twin's config; made from --config without it.")

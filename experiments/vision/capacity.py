@@ -20,9 +20,10 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.data import Images, default_directory, evaluation_batches
 from moe_jax.dispatch import Scatter
-from moe_jax.models import ViTConfig
+from moe_jax.models import Call, ViTConfig
 from moe_jax.moe import MoEConfig
-from moe_jax.train import Program, State, restore
+from moe_jax.step import Program, State
+from moe_jax.train import restore
 
 RUN = flags.DEFINE_multi_string("run", [], "Where a finished run is kept; several may be given.")
 DATA_DIR = cli.data_dir()
@@ -78,7 +79,7 @@ def look(exp: Experiment, state: State, dispatch: Scatter, data_dir: pathlib.Pat
 @partial(jax.jit, static_argnums=0)
 def apply(model: ViTConfig, params: Any, router: Any, batch: Images) -> Any:
     """One program for all runs of a config."""
-    return model.apply(params, batch, router=router)
+    return model.apply(params, batch, Call(router=router))
 
 
 def spread(fractions: list[float]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import train
+from moe_jax import step
 from moe_jax.audit.meshes import CLOSE, StepTrace, Trial, Worst, alone, same, within, worst
 from moe_jax.audit.routing import ROUNDING, Verdict
 from moe_jax.audit.samples import empty, nobody, only, scribbled
@@ -16,7 +16,7 @@ from moe_jax.data import AnyBatch, Images
 from moe_jax.moe import MoEConfig
 
 
-def causal(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -> Verdict:
+def causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
     """Law 4 of the whole model: other tokens later in the last sequence of a group change nothing before them."""
     assert not isinstance(batch, Images), "an image has no order"
     rng, (B, L), n = np.random.default_rng(2), batch.tokens_BL.shape, rows_of_a_group(exp.model, batch)
@@ -42,9 +42,7 @@ def drops(seen: StepTrace) -> Verdict:
     return Verdict(lost <= CLOSE * asked_N.sum(), f"{lost:.0f} of {asked_N.sum():.0f} in evaluation")
 
 
-def pieces(
-    exp: Experiment, state: train.State, batch: AnyBatch, devices: list[jax.Device]
-) -> dict[str, Verdict] | None:
+def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]) -> dict[str, Verdict] | None:
     """Whether a batch in pieces is the same step as at once; None where it need not be, or is not in pieces.
 
     Auxiliary losses, which are means over pieces, are left out, and so is noise, which is drawn for each piece;
@@ -63,7 +61,7 @@ def pieces(
     return same(one, many, state)
 
 
-def padding(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -> Verdict:
+def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
     """Law 7: what stands in padded places changes no loss, count, gradient or parameter, bit for bit."""
     empty_BL, other = empty(batch, "target_BL"), scribbled(batch, np.random.default_rng(1))
     seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
@@ -80,7 +78,7 @@ def padding(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) 
     return Verdict(sums.holds, f"{where}; sums of halves {sums.detail}")
 
 
-def halves(trial: Trial, exp: Experiment, state: train.State, batch: AnyBatch) -> Worst:
+def halves(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Worst:
     """How far the sums over a batch are from those of its halves, each with padding in place of the other."""
     B, whole = len(batch.target_BL), exp.data.accumulate * rows_of_a_group(exp.model, batch)
     first_B1 = (np.arange(B) < B // (2 * whole) * whole)[:, None]

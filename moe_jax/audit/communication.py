@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from moe_jax import train
+from moe_jax import step
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import Experiment
 from moe_jax.core.traffic import Collective
@@ -75,14 +75,14 @@ def audit(exp: Experiment, batch: AnyBatch | None = None, devices: Sequence[jax.
 
     batch: of the shapes that are meant, if not the experiment's. devices: to compile for, if not those there are.
     """
-    program = train.Program(exp, devices=devices)
+    program = step.Program(exp, devices=devices)
     shapes, sizes = batch or exp.data.shapes(), dict(program.mesh.shape)
 
     def sent(lowered: jax.stages.Lowered) -> list[Collective]:
         return collectives(lowered.compile().as_text() or "", program.mesh)
 
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.rows), shapes)
-    gradients = partial(train.gradients, exp, program.layouts)
+    gradients = partial(step.gradients, exp, program.layouts)
     with jax.set_mesh(program.mesh):
         parts = (lambda *given: gradients(*given)[1], gradients)
         forward, both = (sent(jax.jit(part).lower(program.abstract_state(), rows)) for part in parts)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moe_jax import train
+from moe_jax import step
 from moe_jax.audit.routing import Verdict
 from moe_jax.audit.samples import tasks
 from moe_jax.config import Experiment
@@ -21,6 +21,7 @@ from moe_jax.core import shard
 from moe_jax.core.shard import AXES
 from moe_jax.data import AnyBatch
 from moe_jax.evaluate import Sums, evaluation_step
+from moe_jax.models import Call
 
 CLOSE = 1e-5  # relative to the largest number of an array, in float32
 STEP = 1e-4  # of an update, where its gradient is not itself rounding: optimizers divide by its size
@@ -46,9 +47,9 @@ class StepTrace(NamedTuple):
 
     logits_BLV: Float[Array, "B L V"]
     expert_NBLK: Int[Array, "N B L K"] | None
-    metrics: train.Metrics
+    metrics: step.Metrics
     grads: Any
-    state: train.State  # after the step
+    state: step.State  # after the step
     evaluated: Sums
 
 
@@ -56,35 +57,35 @@ class Trial:
     """A training step of an experiment on its mesh, over the first devices there are."""
 
     def __init__(self, exp: Experiment, devices: list[jax.Device]):
-        self.program = train.Program(exp, devices=devices)
+        self.program = step.Program(exp, devices=devices)
         self.run = jax.jit(partial(everything, exp, self.program.layouts))
 
-    def __call__(self, state: train.State, batch: AnyBatch) -> StepTrace:
+    def __call__(self, state: step.State, batch: AnyBatch) -> StepTrace:
         """Of a state and a batch in the memory of the host."""
         state = jax.device_put(state, self.program.shardings)
         with jax.set_mesh(self.program.mesh):
             return self.run(state, self.program.place(batch))
 
 
-def everything(exp: Experiment, layouts: train.Layouts, state: train.State, batch: AnyBatch) -> StepTrace:
+def everything(exp: Experiment, layouts: step.Layouts, state: step.State, batch: AnyBatch) -> StepTrace:
     """A step, and the outputs it is made from."""
     tx, rate = exp.optim.build(exp.run.steps)
-    grads, losses = train.gradients(exp, layouts, state, batch)
-    after, metrics = train.update(exp, tx, rate, state, grads, losses)
+    grads, losses = step.gradients(exp, layouts, state, batch)
+    after, metrics = step.update(exp, tx, rate, state, grads, losses)
 
     def outputs(params: Any, router: Any, key: Array, batch: AnyBatch) -> Any:
-        logits_BLV, aux = exp.model.apply(params, batch, key, router)
-        evaluated = evaluation_step(exp.model, tasks(exp), params, router, batch)
+        logits_BLV, aux = exp.model.apply(params, batch, Call(key, router))
+        evaluated = evaluation_step(exp.data.objective, exp.model, tasks(exp), params, router, batch)
         return logits_BLV, None if aux is None else aux.expert_BLK, evaluated
 
     here = shard.current(exp.exchange)
     tokens = shard.token_spec(here)
     look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens), P()))
-    logits_BLV, expert_NBLK, evaluated = look(state.params, state.router, train.step_key(exp, state), batch)
+    logits_BLV, expert_NBLK, evaluated = look(state.params, state.router, step.step_key(exp, state), batch)
     return StepTrace(logits_BLV, expert_NBLK, metrics, grads, after, evaluated)
 
 
-def uneven(state: train.State) -> train.State:
+def uneven(state: step.State) -> step.State:
     """With routers that are surer than at the start of training, so that some experts overflow."""
 
     def leaf(path: Any, x: np.ndarray) -> np.ndarray:
@@ -94,10 +95,10 @@ def uneven(state: train.State) -> train.State:
     return jax.device_get(state)._replace(params=jax.tree.map_with_path(leaf, jax.device_get(state.params)))
 
 
-def start(exp: Experiment) -> train.State:
+def start(exp: Experiment) -> step.State:
     """A state before the first step, in the memory of the host."""
     tx, _ = exp.optim.build(exp.run.steps)
-    return uneven(jax.jit(partial(train.init, exp, tx))())
+    return uneven(jax.jit(partial(step.init, exp, tx))())
 
 
 # ---------------------------------------------------------------- law 1
@@ -121,13 +122,13 @@ def alone(exp: Experiment) -> Experiment:
     return dataclasses.replace(exp, mesh=())
 
 
-def run_on(exp: Experiment, state: train.State, batch: AnyBatch, devices: list[jax.Device]) -> StepTrace:
+def run_on(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]) -> StepTrace:
     """What is seen of a step on the experiment's mesh, in the memory of the host."""
     count = int(np.prod([n for _, n in exp.mesh]))
     return jax.device_get(Trial(exp, devices[:count])(state, batch))
 
 
-def same(one: StepTrace, many: StepTrace, before: train.State) -> dict[str, Verdict]:
+def same(one: StepTrace, many: StepTrace, before: step.State) -> dict[str, Verdict]:
     """Whether a mesh has done what a single device has: outputs, losses, drops, gradients, one step."""
     one, many = (seen._replace(grads=felt(seen.grads)) for seen in (one, many))
     stats = {n: v for n, v in (one.metrics.stats._asdict() if one.metrics.stats else {}).items() if n != "kept"}
@@ -141,7 +142,7 @@ def same(one: StepTrace, many: StepTrace, before: train.State) -> dict[str, Verd
             ),
         ),
         "gradients": within(CLOSE, worst(one.grads, many.grads, least=largest(one.grads) * SURE)),
-        "one step": within(STEP, step(one, many, before)),
+        "one step": within(STEP, step_error(one, many, before)),
         "evaluation": within(CLOSE, worst(one.evaluated, many.evaluated)),
         "router state": within(CLOSE, worst(one.state.router, many.state.router)),
     }
@@ -190,7 +191,7 @@ def worst(one: Any, many: Any, least: float = 1e-6) -> Worst:
     return found
 
 
-def step(one: StepTrace, many: StepTrace, before: train.State) -> Worst:
+def step_error(one: StepTrace, many: StepTrace, before: step.State) -> Worst:
     """The largest difference between updates, relative to them, where gradients are more than rounding."""
 
     def sure(grad: Any, new: Any, old: Any) -> np.ndarray:
@@ -214,11 +215,9 @@ def within(limit: float, found: Worst) -> Verdict:
 # ---------------------------------------------------------------- law 5
 
 
-def replicas(
-    exp: Experiment, state: train.State, batch: AnyBatch, devices: list[jax.Device], steps: int = 3
-) -> Verdict:
+def replicas(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device], steps: int = 3) -> Verdict:
     """Law 5: after steps, what several devices hold copies of is bit-identical on all of them."""
-    program = train.Program(exp, devices=devices)
+    program = step.Program(exp, devices=devices)
     placed, copies = jax.device_put(state, program.shardings), 0
     for _ in range(steps):
         placed, metrics = program.step(placed, batch)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import train
+from moe_jax import step
 from moe_jax.config import Experiment
 from moe_jax.core import dims
 from moe_jax.optim import names_of
@@ -33,8 +33,8 @@ def placement(exp: Experiment) -> list[Placed]:
     """Every parameter of an experiment on its mesh, "the rest" being one; nothing is made."""
     tx, _ = exp.optim.build(exp.run.steps)
     sizes = {axis: max(n, 1) for axis, n in exp.mesh}
-    state = jax.eval_shape(partial(train.init, exp, tx))
-    layouts = train.layouts_of(exp, state, sizes)
+    state = jax.eval_shape(partial(step.init, exp, tx))
+    layouts = step.layouts_of(exp, state, sizes)
     remembered: dict[tuple[str, ...], int] = {}
     for (path, leaf), layout in laid(state.opt_state, layouts.state.opt_state):
         remembered[names_of(path)] = remembered.get(names_of(path), 0) + local_bytes(leaf, layout, sizes)

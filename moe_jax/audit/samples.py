@@ -6,7 +6,6 @@ import numpy as np
 
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, Batch, Images, Pairs
-from moe_jax.moe import MoEConfig
 
 
 def sample(exp: Experiment, seed: int = 0) -> AnyBatch:
@@ -60,9 +59,9 @@ def domains(exp: Experiment, rng: np.random.Generator, B: int) -> np.ndarray:
 
 
 def tasks(exp: Experiment) -> int:
-    """How many tasks the model tells apart."""
-    moe = exp.model.moe
-    return max(moe.tasks, getattr(moe.router, "M", 1)) if isinstance(moe, MoEConfig) and moe.needs else 1
+    """Number of tasks that the model tells apart."""
+    moe = exp.model.routed
+    return max(moe.tasks, getattr(moe.router, "M", 1)) if moe is not None and moe.needs else 1
 
 
 # ---------------------------------------------------------------- where a batch is padding

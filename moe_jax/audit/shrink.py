@@ -36,12 +36,11 @@ def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
 
 def narrow(model: Model, whole: Any, short: Any) -> Model:
     """The model at small widths, with layers of every kind, for `short` batches instead of `whole` ones."""
-    sizes: dict[str, Any] = {"V": min(V, model.V), "D": min(D, model.D), "H": min(H, model.H), "A": min(A, model.A)}
-    if model.J is not None:
-        sizes["J"] = max(1, sizes["H"] * model.J // model.H)
+    sizes: dict[str, Any] = {"V": min(V, model.V), "D": min(D, model.D)}
+    sizes["attention"] = tuple(map(narrow_heads, model.attention))
     if isinstance(model, ViTConfig):
         sizes |= {"V": Digits.V, "image": Digits.image, "patch": PATCH}
-    if isinstance(model.moe, MoEConfig) and (S := model.moe.S):
+    if model.routed is not None and (S := model.routed.S):
         length = dataclasses.replace(model, moe=None, layout="none", **sizes).stacks(short)[0].L
         S = max(1, S * length // model.stacks(whole)[0].L)
         moe = dataclasses.replace(thin_layer(model.moe), S=S)
@@ -49,6 +48,21 @@ def narrow(model: Model, whole: Any, short: Any) -> Model:
         moe = thin_layer(model.moe)
     parts = {"ffn": thin(model.ffn), "extra": thin(model.extra), "moe": moe}
     return shallow(dataclasses.replace(model, **parts, dtype="float32", **sizes))
+
+
+def narrow_heads(attention: Any) -> Any:
+    """An attention with few small heads, and the same share of heads of keys; its other widths small as well."""
+    fields = {f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)}
+    widths = {name: n for name, n in fields.items() if len(name) == 1 and n is not None}
+    small = {name: min(H if name == "H" else A, n) for name, n in widths.items()}
+    if "J" in widths:
+        small["J"] = max(1, small["H"] * widths["J"] // widths["H"])
+    return dataclasses.replace(attention, **small)
+
+
+def kinds(model: Model) -> set[Any]:
+    """The kinds of layers that a model has."""
+    return {model.sublayers(stack, i) for stack in model.stacks() for i in range(model.N)}
 
 
 def thin_layer(moe: Any) -> Any:
@@ -76,7 +90,7 @@ def shallow(model: Model) -> Model:
             fewer = dataclasses.replace(model, N=N)
         except ValueError:  # the layout names layers that there would not be
             continue
-        if set(fewer.sparse) == set(model.sparse) and sum(fewer.sparse) >= min(2, sum(model.sparse)):
+        if kinds(fewer) == kinds(model) and fewer.moe_layers >= min(2, model.moe_layers):
             return fewer
     return model
 
@@ -95,7 +109,7 @@ def fold(mesh: dict[str, int], devices: int) -> dict[str, int]:
 def differences(exp: Experiment, small: Experiment) -> list[str]:
     """What is not as configured."""
     pairs = [(name, getattr(exp, name), getattr(small, name)) for name in ("data", "optim", "model")]
-    if isinstance(exp.model.moe, MoEConfig):
+    if exp.model.routed is not None:
         pairs.append(("model.moe", exp.model.moe, small.model.moe))
     changed = [
         f"{path}.{f.name} {short(old)} -> {short(new)}"

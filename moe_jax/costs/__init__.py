@@ -1,6 +1,6 @@
 """What a config costs, by arithmetic on it alone: parameters, FLOPs, memory, energy, communication."""
 
-from moe_jax.costs.flops import Flops, flops
+from moe_jax.costs.flops import Flops, flops, scores
 from moe_jax.costs.parameters import KINDS, Kind, Parameters, parameters
 
-__all__ = ["KINDS", "Flops", "Kind", "Parameters", "flops", "parameters"]
+__all__ = ["KINDS", "Flops", "Kind", "Parameters", "flops", "parameters", "scores"]

@@ -16,7 +16,7 @@ from moe_jax.inspect.certificate import certify, verify
 from moe_jax.inspect.explain import Explanation
 from moe_jax.inspect.fairness import Fairness
 from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
-from moe_jax.inspect.look import LayerTrace, places, trace_layers
+from moe_jax.inspect.look import LayerTrace, trace_layers
 from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistics, transitions
 from moe_jax.inspect.probes import Search, probe, targets
 from moe_jax.inspect.recorder import record, record_run, recordings
@@ -71,7 +71,6 @@ __all__ = [
     "output_similarity",
     "parts",
     "path_statistics",
-    "places",
     "probe",
     "record",
     "record_run",

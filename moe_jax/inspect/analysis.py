@@ -22,15 +22,15 @@ from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistic
 from moe_jax.inspect.recording import Recording
 from moe_jax.inspect.similarity import chosen_together, duplicates, router_saturation, weight_similarity
 from moe_jax.inspect.specialisation import domain_information, domain_specialisation, vocabulary_specialisation
-from moe_jax.models.layout import sparse_layers
 
 POSITIONS = 32  # bins of positions
 TOKENS = 8  # of an expert that are named
 
 
 def layer_names(model: Any, stack: str = "decoder") -> list[str]:
-    """Of a stack's MoE layers: their numbers among all of its layers."""
-    return [f"layer {n}" for n, sparse in enumerate(sparse_layers(model.layout, model.N)) if sparse]
+    """Names of a stack's MoE layers: their numbers among all of its layers."""
+    first = model.N if model.STACKS > 1 and stack == "decoder" else 0
+    return [f"layer {n - first}" for n in model.routed_layers if first <= n < first + model.N]
 
 
 def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] | None = None) -> dict[str, Any]:

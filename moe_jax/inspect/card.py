@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from moe_jax.core.groups import Dense
 from moe_jax.inspect.knockout import Effects
-from moe_jax.inspect.look import LayerTrace, check_expert, layer_params
+from moe_jax.inspect.look import LayerTrace
+from moe_jax.models.pattern import check_expert, layer_params
 
 
 class Share(NamedTuple):

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_jax.inspect.look import LayerTrace, check_expert, layer_params
+from moe_jax.inspect.look import LayerTrace
+from moe_jax.models.pattern import check_expert, layer_params
 
 
 class Neighbour(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from moe_jax.data import NextToken
 from moe_jax.evaluate import evaluation_step
 from moe_jax.gating.masked import Masked
-from moe_jax.inspect.look import check_expert, place
-from moe_jax.moe import MoEConfig
+from moe_jax.models.pattern import check_expert, moe_path
 
 SHUT = "shut_E"  # in the state of a layer: see `Masked`
 
@@ -60,7 +60,7 @@ def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N 
 
 def only(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
     """The mask that isolates experts: in this layer nobody else may be chosen, other layers stay as they are."""
-    place(model, layer)
+    moe_path(model, layer)
     shut_NE = shut(model, [(layer, e) for e in experts])
     shut_NE[layer] = ~shut_NE[layer]
     return shut_NE
@@ -68,7 +68,7 @@ def only(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N 
 
 def masked(model: Any) -> Any:
     """The model, whose routers never choose what the state's `shut_E` [N, E] says, with nothing dropped."""
-    if not isinstance(model.moe, MoEConfig) or not model.moe_layers:
+    if model.routed is None:
         raise ValueError(f"{type(model).__name__} has no MoE layers to take experts from; give a model that has some.")
     free = model.dropless()
     return dataclasses.replace(free, moe=dataclasses.replace(free.moe, gating=(*free.moe.gating, Masked())))
@@ -76,7 +76,7 @@ def masked(model: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _sums(model: Any, domains: int, params: Any, router: Any, batch: Any) -> tuple[Array, Array]:
-    sums = evaluation_step(model, domains, params, router, batch)
+    sums = evaluation_step(NextToken, model, domains, params, router, batch)
     return sums.nats_Z, sums.targets_Z
 
 
@@ -138,7 +138,7 @@ def substitute(model: Any, params: Any, layer: int, old: int, new: int) -> Any:
     """
     check_expert(model, layer, old)
     check_expert(model, layer, new)
-    at = place(model, layer)
+    at = moe_path(model, layer)
     module = dict(params[at.stack][at.module])
     for name in model.moe.experts.params:
         module[name] = jnp.asarray(module[name]).at[at.repeat, old].set(module[name][at.repeat, new])

@@ -1,4 +1,4 @@
-"""A trained language model from inside: where its MoE layers' parameters lie, what each layer saw and decided."""
+"""A trained language model from inside: inputs and decisions of each of its MoE layers."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -10,51 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.routing import TokenChoice
-from moe_jax.models import cross_entropy
-from moe_jax.models.layout import sparse_layers, stacks
-from moe_jax.moe import RECORDED, MoEConfig, State
-
-PREFIXES = {1: ("",), 2: ("encoder_", "decoder_")}  # of a model's stacks, by their number
-
-
-class Place(NamedTuple):
-    """Where the parameters of a MoE layer lie: params[stack][module][name][repeat]."""
-
-    stack: str
-    module: str
-    repeat: int
-
-
-def places(model: Any) -> list[Place]:
-    """Those of all MoE layers, in the order of their numbers."""
-    blocks = [
-        (f"{prefix}stack_{i}", block, n)
-        for prefix in PREFIXES[model.STACKS]
-        for i, (block, n) in enumerate(stacks(sparse_layers(model.layout, model.N)))
-    ]
-    layers = ((name, i, j) for name, block, n in blocks for j in range(n) for i, sparse in enumerate(block) if sparse)
-    return [Place(name, f"moe_{i}", j) for name, i, j in layers] if isinstance(model.moe, MoEConfig) else []
-
-
-def place(model: Any, layer: int) -> Place:
-    """That of MoE layer number `layer`; ValueError where there is none."""
-    found = places(model)
-    if not 0 <= layer < len(found):
-        raise ValueError(f"There is no MoE layer {layer}; the model has {len(found)}, counted from 0 among themselves.")
-    return found[layer]
-
-
-def check_expert(model: Any, layer: int, expert: int) -> None:
-    """Refuses an expert that is not in the model."""
-    place(model, layer)
-    if not 0 <= expert < model.moe.E:
-        raise ValueError(f"There is no expert {expert} in layer {layer}; it has {model.moe.E}, counted from 0.")
-
-
-def layer_params(model: Any, params: Any, layer: int) -> dict[str, Any]:
-    """The parameters of one MoE layer, by name."""
-    at = place(model, layer)
-    return {name: w[at.repeat] for name, w in params[at.stack][at.module].items()}
+from moe_jax.data import predictions
+from moe_jax.models import Call
+from moe_jax.moe import RECORDED, State
 
 
 def check_language_model(model: Any) -> None:
@@ -89,7 +47,7 @@ def trace_batch(
 ) -> tuple[dict[str, Array], Float[Array, "B L V"]]:
     """Returns what the MoE layers saw and decided of a batch, each [N, B, L, ...], and the logits of the model."""
     record = ("input", "logits", "probs", "weight", "kept")
-    logits_BLV, aux = model.apply(params, batch, router=router, record=record)
+    logits_BLV, aux = model.apply(params, batch, Call(router=router, record=record))
     details = {name: getattr(aux.recorded, RECORDED[name]) for name in record}
     return details | {"expert": aux.expert_BLK}, logits_BLV
 
@@ -97,7 +55,7 @@ def trace_batch(
 @partial(jax.jit, static_argnums=0)
 def _trace(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dict[str, Array], Array]:
     traced, logits_BLV = trace_batch(model, params, router, batch)
-    return traced, jnp.where(batch.loss_mask_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
+    return traced, jnp.where(batch.loss_mask_BL, predictions(logits_BLV, batch).nats_BL, jnp.nan)
 
 
 def trace_layers(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.inspect.look import check_expert, check_language_model, trace_batch
+from moe_jax.inspect.look import check_language_model, trace_batch
+from moe_jax.models.pattern import check_expert
 from moe_jax.moe import MoEConfig
 
 

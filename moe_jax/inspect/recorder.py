@@ -20,9 +20,9 @@ from moe_jax.data import AnyBatch, Images, Pairs
 from moe_jax.data.windows import positions
 from moe_jax.inspect.recording import Recording, save
 from moe_jax.inspect.run import examples, open_run
-from moe_jax.models import Model, cross_entropy
+from moe_jax.models import Call, Model
 from moe_jax.moe import RECORDED, State
-from moe_jax.train import Program
+from moe_jax.step import Program
 
 STACKS = ("encoder", "decoder")  # of models with two
 RECORD = ("weight", "kept", "slot", "probs")
@@ -107,7 +107,7 @@ def recordings(
     """
     check(exp, stack)
     model, program = exp.model.dropless() if dropless else exp.model, Program(exp, max(len(domains), 1))
-    look = compiled(program, exp, partial(routed, model, stack, keep_probs))
+    look = compiled(program, exp, partial(routed, model, exp.data.objective, stack, keep_probs))
     params = jax.device_put(params, program.shardings.params)
     state = dict(exp.model.init_router() if router is None else router)
     rows = documents = 0
@@ -140,6 +140,7 @@ def compiled(program: Program, exp: Experiment, look: Callable) -> Callable:
 
 def routed(
     model: Model,
+    objective: Any,
     stack: str,
     keep_probs: bool,
     params: Any,
@@ -148,9 +149,9 @@ def routed(
     batch: AnyBatch,
 ) -> tuple[Routed, Float[Array, "B L"]]:
     """What the layers of a stack decide of one shard's rows, and nats per target, NaN where there is none."""
-    logits_BLV, aux = model.apply(params, batch, key, router, record=RECORD)
-    predicts_BL = batch.loss_mask_BL & (model.STACKS == 1 or stack == "decoder")
-    nats_BL = jnp.where(predicts_BL, cross_entropy(logits_BLV, batch.target_BL), jnp.nan)
+    logits_BLV, aux = model.apply(params, batch, Call(key, router, record=RECORD))
+    predicts_BL = objective.targets(batch) & (model.STACKS == 1 or stack == "decoder")
+    nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.here()).nats_BL, jnp.nan)
     seen = cast(Any, aux)  # there are MoE layers, and they record
     own, L = layers_of(model, stack), length(model, batch, stack)
     details = [getattr(seen.recorded, RECORDED[name]) for name in RECORD]

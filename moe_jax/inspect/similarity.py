@@ -8,9 +8,9 @@ from jaxtyping import Float
 
 from moe_jax.core.groups import Dense
 from moe_jax.inspect.balance import check_same_tokens
-from moe_jax.inspect.look import layer_params
 from moe_jax.inspect.paths import coactivation
 from moe_jax.inspect.recording import Recording
+from moe_jax.models.pattern import layer_params
 
 
 def weight_similarity(model: Any, params: Any, layer: int) -> Float[np.ndarray, "E E"]:

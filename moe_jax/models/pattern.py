@@ -128,6 +128,26 @@ def moe_paths(cfg: Any) -> list[ParamPath]:
     return [part.path for part in placed(cfg) if part.sub.kind == "moe"]
 
 
-def at(params: Mapping[str, Any], path: ParamPath) -> dict[str, Any]:
+def moe_path(cfg: Any, n: int) -> ParamPath:
+    """The path of MoE layer number n; ValueError where there is none."""
+    found = moe_paths(cfg)
+    if not 0 <= n < len(found):
+        raise ValueError(f"There is no MoE layer {n}; the model has {len(found)}, counted from 0 among themselves.")
+    return found[n]
+
+
+def params_at(params: Mapping[str, Any], path: ParamPath) -> dict[str, Any]:
     """The parameters of one part of one layer, by name."""
     return {name: w[path.repeat] for name, w in params[path.stack][path.module].items()}
+
+
+def layer_params(cfg: Any, params: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The parameters of MoE layer number n, by name."""
+    return params_at(params, moe_path(cfg, n))
+
+
+def check_expert(cfg: Any, layer: int, expert: int) -> None:
+    """Refuses an expert that is not in the model's MoE layer of this number."""
+    moe_path(cfg, layer)
+    if not 0 <= expert < cfg.moe.E:
+        raise ValueError(f"There is no expert {expert} in layer {layer}; it has {cfg.moe.E}, counted from 0.")

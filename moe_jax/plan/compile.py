@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from moe_jax import train
+from moe_jax import step
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import Experiment
 from moe_jax.core.traffic import Collective
@@ -87,7 +87,7 @@ def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None =
     another reason than too little memory.
     """
     began = time.monotonic()
-    program = train.Program(exp, devices=devices(topology))
+    program = step.Program(exp, devices=devices(topology))
     lowered = program.lower(exp.data.shapes())
     lowering, began = time.monotonic() - began, time.monotonic()
     try:

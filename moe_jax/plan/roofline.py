@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import costs, train
+from moe_jax import costs
 from moe_jax.config import Experiment
 from moe_jax.core import dims
 from moe_jax.core.traffic import Collective
 from moe_jax.costs.communication import merged, step
 from moe_jax.dispatch import Einsum
 from moe_jax.exchanges import AllGather, RaggedAllToAll
-from moe_jax.moe import MoEConfig
 from moe_jax.optim import names_of
 from moe_jax.plan import torus
 from moe_jax.plan.topology import Topology, rings
+from moe_jax.step import State, init, layouts_of
 
 FLOAT32 = 4
 
@@ -113,7 +113,7 @@ def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[s
     width, tensor = jnp.dtype(model.dtype).itemsize, sizes["tensor"]
     B = exp.data.B / math.prod(n for axis, n in sizes.items() if axis != "tensor")
     stacks = model.stacks(exp.data.shapes(1))
-    choices = model.moe.router.K * cost.slots if isinstance(model.moe, MoEConfig) else 1
+    choices = model.routed.router.K * cost.slots if model.routed else 1
 
     def tokens(name: str) -> int:
         return next((s.L for s in stacks if name.startswith(s.prefix)), stacks[-1].L)
@@ -122,7 +122,7 @@ def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[s
     found = [matrix(exp, leaf, sizes) for leaf in params if is_matrix(leaf.name, model)]
     weights = sum(m.layers * m.experts * m.D * m.other * (3 + again + (1 + again) * m.fetched) for m in found)
     rows = sum(m.layers * tokens(m.path) * (choices if m.routed else 1) * (m.D + m.other) for m in found)
-    scores, logits = cost.kinds["scores"] / (4 * model.A), cost.kinds["head"] / (2 * model.D)
+    scores, logits = costs.scores(model, exp.data.shapes(1)), cost.kinds["head"] / (2 * model.D)
     mine, remembered = sum(leaf.bytes for leaf in params), sum(leaf.bytes for leaf in opt_state)
     return {
         "weights": float(pieces * width * weights),
@@ -146,16 +146,16 @@ class Leaf(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def shapes(alone: Experiment) -> train.State:
+def shapes(alone: Experiment) -> State:
     """Of a train state, whatever mesh it is for."""
     tx, _ = alone.optim.build(alone.run.steps)
-    return jax.eval_shape(partial(train.init, alone, tx))
+    return jax.eval_shape(partial(init, alone, tx))
 
 
 def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf]]:
     """Parameters, and what the optimizer remembers, on one device of a mesh."""
     whole = shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
-    lies = train.layouts_of(exp, whole, sizes).state
+    lies = layouts_of(exp, whole, sizes).state
 
     def leaves(tree: Any, layouts: Any) -> list[Leaf]:
         found = []

@@ -14,7 +14,6 @@ from moe_jax.config import Experiment
 from moe_jax.costs.memory import Memory, memory
 from moe_jax.exchanges import EXCHANGES, TwoLevel
 from moe_jax.models.transformer import REMAT
-from moe_jax.moe import MoEConfig
 from moe_jax.plan.roofline import Roofline, roofline, state
 from moe_jax.plan.topology import Topology, factorizations
 
@@ -36,7 +35,7 @@ class Option(NamedTuple):
         """What was chosen."""
         exp = self.exp
         mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one device"
-        spread = isinstance(exp.model.moe, MoEConfig) and dict(exp.mesh)["expert"] > 1
+        spread = exp.model.routed is not None and dict(exp.mesh)["expert"] > 1
         return {
             "mesh": mesh,
             "exchange": short(exp.exchange) if spread else "-",
@@ -52,7 +51,7 @@ class Option(NamedTuple):
         said = [f"--config.mesh.{axis}={n}" for axis, n in exp.mesh]
         said += [f"--config.model.remat={exp.model.remat}", f"--config.data.accumulate={exp.data.accumulate}"]
         said += [f"--config.optim.zero1={exp.optim.zero1}"]
-        if isinstance(exp.model.moe, MoEConfig):
+        if exp.model.routed is not None:
             said.append(f'--config.model.moe.exchange="{short(exp.exchange)}"')
         return " ".join(said)
 
@@ -147,8 +146,8 @@ def reason(error: ValueError) -> str:
 
 def exchanges(exp: Experiment, mesh: dict[str, int]) -> list[Any]:
     """Those that carry the rows of the dispatcher; the config's own as it is written there."""
-    moe = exp.model.moe
-    if not isinstance(moe, MoEConfig):
+    moe = exp.model.routed
+    if moe is None:
         return [None]
     if mesh["expert"] == 1 and not (mesh["slice"] > 1 and isinstance(moe.exchange, TwoLevel)):
         return [moe.exchange]
