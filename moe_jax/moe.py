@@ -19,6 +19,7 @@ from moe_jax.core.parameter import parameter
 from moe_jax.core.routing import TokenChoice, queue
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
+from moe_jax.core.traits import traits
 from moe_jax.losses import LOGGED
 from moe_jax.moe_config import MoEConfig, State, sizes_of
 
@@ -161,7 +162,7 @@ class MoE(nn.Module):
         return y_BLD, Aux(loss, total, expert_BLK, recorded)
 
     def _params(self, component: Any, pattern: str, D: int) -> dict[str, Array]:
-        sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, getattr(component, "zeros", ())
+        sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, traits(component).zeros
         scales = {n: 0.0 if n in zeros else self.cfg.init_scale for n in component.params}
         return {n: param(self, pattern.format(n), sizes, scale) for n, scale in scales.items()}
 
@@ -205,7 +206,7 @@ def check_call(cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, i
             raise ValueError(
                 f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
             )
-    if (record or ids.expert_BLK is not None) and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
+    if (record or ids.expert_BLK is not None) and cfg.traits.makes is not TokenChoice:
         raise ValueError(
             f"{type(cfg.router).__name__}() makes no choices of tokens that could be recorded or replayed."
         )

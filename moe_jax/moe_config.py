@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.stats import Stats
+from moe_jax.core.traits import Traits, traits
 from moe_jax.dispatch import Scatter
 from moe_jax.exchanges import AllToAll, Ragged
 from moe_jax.experts import MLP
@@ -59,7 +60,7 @@ class MoEConfig:
         for part in (self.router, *self.gating):
             if hasattr(part, "check"):
                 part.check(self.E)
-        makes = getattr(self.router, "makes", TokenChoice)
+        makes = self.traits.makes
         if makes not in self.dispatch.accepts:
             fits = "Einsum(capacity_factor=None)" + (" or Gather()" if makes.__name__ == "SlotChoice" else "")
             fits = "Scatter(), Sort() or Einsum()" if makes is TokenChoice else fits
@@ -71,7 +72,7 @@ class MoEConfig:
             raise ValueError("A layer remembers the weight of one Adaptive() loss; leave out the others.")
         inner = [getattr(loss, "loss", loss) for loss in self.losses]
         balanced = any(isinstance(loss, LoadBalance) and loss.weight for loss in inner)
-        if getattr(self.router, "untrained", ()) and not balanced:
+        if self.traits.untrained and not balanced:
             raise ValueError(f"{self.router} has parameters that only LoadBalance() trains; add it to losses.")
         if self.S is not None and self.S < 1:
             raise ValueError(f"S={self.S} tokens per routing group; it must be positive, or None for a sequence.")
@@ -81,11 +82,16 @@ class MoEConfig:
             raise ValueError(f"init_scale={self.init_scale} must be positive.")
 
     @property
+    def traits(self) -> Traits:
+        """What its router declares about itself."""
+        return traits(self.router)
+
+    @property
     def causal(self) -> bool:
         """Whether a token's output is free of what comes after it: no later token decides, or takes its slot."""
         d = self.dispatch
         return (
-            getattr(self.router, "causal", True)
+            self.traits.causal
             and not (isinstance(self.exchange, Ragged) and self.exchange.buffer)
             and (
                 d.capacity_factor is None
@@ -97,19 +103,18 @@ class MoEConfig:
     @property
     def random(self) -> bool:
         """Whether it needs a key while training."""
-        return self.router.random or any(t.random for t in self.gating)
+        return self.traits.random or any(t.random for t in self.gating)
 
     def groups_are_free(self, key: Key[Array, ""] | None) -> bool:
         """Whether nothing goes by routing groups: no limit, no draws, no places in them, nobody to be compared with."""
         drawn = self.random and key is not None
-        together = getattr(self.router, "grouped", not getattr(self.router, "causal", True))
-        return self.dispatch.capacity_factor is None and not drawn and not together
+        return self.dispatch.capacity_factor is None and not drawn and not self.traits.grouped
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The ids ("token", "task") that the layer is to be called with."""
-        by_task = self.tasks > 1 and "task" not in getattr(self.router, "needs", ())
-        return (*getattr(self.router, "needs", ()), *(["task"] if by_task else []))
+        by_task = self.tasks > 1 and "task" not in self.traits.needs
+        return (*self.traits.needs, *(["task"] if by_task else []))
 
     def dropless(self) -> "MoEConfig":
         """The same layer without a limit to what an expert takes, or a shard receives."""
@@ -131,7 +136,7 @@ class MoEConfig:
         state = {
             name: jnp.zeros((*layers, *dims.shape(dims.dims_of(name), sizes)))
             for part in (self.router, *self.losses)
-            for name in getattr(part, "state", ())
+            for name in traits(part).state
         }
         if any(getattr(t, "scheduled", False) for t in self.gating):
             state["step_"] = jnp.zeros(layers, jnp.int32)
@@ -141,7 +146,7 @@ class MoEConfig:
         """What the layer remembers after a step with these sums over the whole batch; layers may be stacked."""
         new = dict(state)
         for part in (self.router, *self.losses):
-            if getattr(part, "state", ()):
+            if traits(part).state:
                 new |= part.update(state, s)
         if "step_" in state:
             new["step_"] = state["step_"] + 1

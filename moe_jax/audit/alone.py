@@ -51,7 +51,7 @@ def pieces(
     routing groups are sequences, as a group of several has other ones in pieces.
     """
     calm = exp.model
-    if isinstance(calm.moe, MoEConfig) and not getattr(calm.moe.router, "untrained", ()):
+    if isinstance(calm.moe, MoEConfig) and not calm.moe.traits.untrained:
         gating = tuple(t for t in calm.moe.gating if not t.random)
         calm = dataclasses.replace(calm, moe=dataclasses.replace(calm.moe, losses=(), gating=gating, S=None))
     if exp.data.accumulate == 1 or (isinstance(calm.moe, MoEConfig) and (calm.moe.random or calm.moe.losses)):

@@ -62,7 +62,7 @@ def domains(exp: Experiment, rng: np.random.Generator, B: int) -> np.ndarray:
 def tasks(exp: Experiment) -> int:
     """How many tasks the model tells apart."""
     moe = exp.model.moe
-    return max(moe.tasks, getattr(moe.router, "M", 1)) if isinstance(moe, MoEConfig) and moe.needs else 1
+    return max(moe.tasks, moe.traits.tasks) if isinstance(moe, MoEConfig) and moe.needs else 1
 
 
 # ---------------------------------------------------------------- where a batch is padding
