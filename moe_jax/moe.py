@@ -70,11 +70,8 @@ def forward(
     record: bool = False,
 ) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
     """Route, exchange, compute, combine: the layer on one shard's tokens."""
-    (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
-    if B * L % S and cfg.groups_are_free(key):
-        S = B * L
-    if B * L % S:
-        raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
+    B, L, D = x_BLD.shape
+    S = cfg.group(B, L, training=key is not None)
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))

@@ -1,11 +1,12 @@
 """One MoE layer as independent choices, checked together."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
@@ -105,9 +106,32 @@ class MoEConfig:
         """Whether it needs a key while training."""
         return self.traits.random or any(t.random for t in self.gating)
 
-    def groups_are_free(self, key: Key[Array, ""] | None) -> bool:
+    def slots(self, S: int) -> int:
+        """Slots of an expert for a group of S tokens: the router's where it brings its own, else the dispatcher's."""
+        if self.traits.makes is not TokenChoice:
+            return self.router.slots(S, self.E)
+        return self.dispatch.slots(S, self.router.K, self.E)
+
+    def group(self, B: int, L: int, training: bool) -> int:
+        """Tokens of a routing group where a shard has B sequences of L, training (with a key, if it is random) or not.
+
+        It is S, or L without one; all B * L tokens where S does not divide them and grouping is irrelevant. ValueError
+        where S does not divide them and it is not.
+        """
+        S = self.S or L
+        if B * L % S == 0:
+            return S
+        if not self.grouping_is_irrelevant(training):
+            raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
+        return B * L
+
+    def sequences(self, L: int) -> int:
+        """The least number of sequences of L tokens that are whole routing groups, relevant or not."""
+        return math.lcm(self.S or L, L) // L
+
+    def grouping_is_irrelevant(self, training: bool) -> bool:
         """Whether nothing goes by routing groups: no limit, no draws, no places in them, nobody to be compared with."""
-        drawn = self.random and key is not None
+        drawn = self.random and training
         return self.dispatch.capacity_factor is None and not drawn and not self.traits.grouped
 
     @property

@@ -71,8 +71,7 @@ def routing(exp: Experiment, small: Experiment) -> Iterator[Finding]:
     if not isinstance(cfg, MoEConfig):
         return
     cfg = dataclasses.replace(cfg, S=exp.model.moe.S)
-    sequences = math.lcm(cfg.S or length, length) // length
-    sizes = {"B": max(2, sequences), "L": length, "D": D}
+    sizes = {"B": max(2, cfg.sequences(length)), "L": length, "D": D}
     trials = max(20, min(200, TOKENS // (sizes["B"] * length)))
     yield Finding("one routing, every dispatcher", "training", True, dispatchers(cfg, **sizes))
     yield Finding("routers are trainable", "training", True, trainable(cfg, **sizes))

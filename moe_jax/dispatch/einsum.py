@@ -32,6 +32,10 @@ class Einsum:
         own_slots = (r.SlotChoice, r.SoftSlots) if self.capacity_factor is None else ()
         return (r.TokenChoice, *own_slots)
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """Slots of an expert for a group of S tokens with K choices each; all S without a limit."""
+        return capacity(S, K, E, self.capacity_factor, self.convention)
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
@@ -57,9 +61,7 @@ class Einsum:
         if isinstance(routing, r.SlotChoice):
             entered = routing._replace(weight_GEC=shard.enter(routing.weight_GEC))
             return r.slot_masks(entered), routing.token_GEC < S
-        C, K = S, routing.expert_GSK.shape[-1]
-        if self.capacity_factor is not None:
-            C = capacity(S, K, routing.E, self.capacity_factor, self.convention)
+        C = self.slots(S, routing.expert_GSK.shape[-1], routing.E)
         queue_GSK = r.queue(routing, self.priority)
         weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
         return r.masks(weighted, queue_GSK, C), queue_GSK < C

@@ -18,6 +18,10 @@ class Gather:
     accepts: ClassVar = (SlotChoice,)
     rows: ClassVar = Padded
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """The most tokens of a group of S that an expert can take; how many it takes is the router's to say."""
+        return S
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],

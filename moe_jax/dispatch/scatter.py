@@ -32,6 +32,10 @@ class Scatter:
     def __post_init__(self):
         check_capacity(self)
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """Slots of an expert for a group of S tokens with K choices each; without a limit the most: S."""
+        return capacity(S, K, E, self.capacity_factor, self.convention)
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
@@ -42,7 +46,7 @@ class Scatter:
     ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
         S, K, E = x_GSD.shape[1], routing.expert_GSK.shape[-1], routing.E
         queue_GSK, real_GSK = r.queue(routing, self.priority), routing.expert_GSK < E
-        C = S if self.capacity_factor is None else capacity(S, K, E, self.capacity_factor, self.convention)
+        C = self.slots(S, K, E)
         kept_GSK = real_GSK & (queue_GSK < C)
         weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
         run = partial(_padded, experts=experts, shard=shard, C=None if self.capacity_factor is None else C)

@@ -22,6 +22,10 @@ class Sort:
     accepts: ClassVar = (TokenChoice,)
     rows: ClassVar = Ragged
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """The most rows that an expert may have of a group of S tokens; rows lie back to back, without empty slots."""
+        return S
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],

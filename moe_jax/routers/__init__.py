@@ -1,8 +1,9 @@
 """Routers: (params, x_GSD, mask_GS, ctx) -> Routing. One line here registers one.
 
 A router declares its `params`, the number K of choices per token (at most), and where it differs from the defaults of
-`core.traits.Traits` the other traits listed there. What remembers something has update(state, stats) -> new values; what
-fits some numbers of experts only has check(E), which raises ValueError; what brings slots of its own has slots(S, E).
+`core.traits.Traits` the other traits listed there. A router with `state` has update(state, stats) -> new values, one
+that fits some numbers of experts only check(E), which raises ValueError, and one that makes no TokenChoice slots(S, E),
+the slots of each of E experts for a group of S tokens.
 """
 
 from moe_jax.routers.base import Base
