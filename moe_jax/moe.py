@@ -68,8 +68,8 @@ def forward(
     mask_BL: Bool[Array, "B L"],
     ids: Ids,
     record: bool = False,
-) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
-    """Route, exchange, compute, combine: the layer on one shard's tokens."""
+) -> tuple[Float[Array, "B L O"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
+    """Route, exchange, compute, combine: the layer on one shard's tokens. O is D, or what the experts declare."""
     B, L, D = x_BLD.shape
     S = cfg.group(B, L, training=key is not None)
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
@@ -78,10 +78,10 @@ def forward(
     routing = cfg.router(here.vary(params.router), x_GSD, mask_GS, ctx)
     inner_GSD = here.enter(x_GSD)
     experts = usable(here, here.vary(params.experts), x_GSD.dtype, "E")
-    y_GSD, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
+    y_GSO, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
     if cfg.shared is not None:
-        y_GSD += cfg.shared(usable(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
-    y_GSD = here.leave(y_GSD)
+        y_GSO += cfg.shared(usable(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
+    y_GSO = here.leave(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
     chosen = recorded = None
@@ -92,7 +92,7 @@ def forward(
             place_GSK = queue(routing, getattr(cfg.dispatch, "priority", "token-major"))
             slot_GSK = jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
             recorded = Recorded(*by_token(routing.weight_GSK, kept, slot_GSK, routing.probs_GSE))
-    return y_GSD.reshape(x_BLD.shape), chosen, recorded, (loss, total)
+    return y_GSO.reshape(B, L, -1), chosen, recorded, (loss, total)
 
 
 def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
@@ -128,7 +128,7 @@ class MoE(nn.Module):
         state: State | None = None,
         ids: Ids = Ids(),
         record: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Aux]:
+    ) -> tuple[Float[Array, "B L O"], Aux]:
         """Output and what there is to report; without a key nothing is random (evaluation).
 
         state: what the layer remembers, where its config has any (`MoEConfig.init_state`); it is not changed here.

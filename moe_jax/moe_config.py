@@ -75,6 +75,11 @@ class MoEConfig:
         balanced = any(isinstance(loss, LoadBalance) and loss.weight for loss in inner)
         if self.traits.untrained and not balanced:
             raise ValueError(f"{self.router} has parameters that only LoadBalance() trains; add it to losses.")
+        if self.shared is not None and width(self.shared, 0) != width(self.experts, 0):
+            raise ValueError(
+                f"shared={self.shared} has another output width than experts={self.experts}, but both are added up; "
+                "give both the same O, or none (the width of the input)."
+            )
         if self.S is not None and self.S < 1:
             raise ValueError(f"S={self.S} tokens per routing group; it must be positive, or None for a sequence.")
         if self.tasks < 1:
@@ -177,7 +182,13 @@ class MoEConfig:
         return new
 
 
+def width(expert: Any, D: int) -> int:
+    """Output width of an expert on tokens of width D: its O where it has one, else D."""
+    return getattr(expert, "O", D)
+
+
 def sizes_of(component: Any) -> Mapping[str, int]:
     """The sizes a component brings itself: its fields named by a dimension's letter."""
     letters = [f.name for f in dataclasses.fields(component) if len(f.name) == 1 and f.name.isupper()]
+    letters += ["O"] * hasattr(component, "O")  # a property may say it too
     return {letter: getattr(component, letter) for letter in letters}

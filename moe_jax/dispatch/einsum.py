@@ -43,14 +43,14 @@ class Einsum:
         experts: Callable,
         params: Mapping[str, Array],
         shard: Shard = Shard(),
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G _ _"]]:
+    ) -> tuple[Float[Array, "G S O"], Bool[Array, "G _ _"]]:
         (G, S, D), E = x_GSD.shape, routing.E
         (dispatch_GSEC, combine_GSEC), kept = self._masks(routing, S, shard)
         C = dispatch_GSEC.shape[-1]
         x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
-        y_ECD, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
-        y_EGCD = y_ECD.reshape(E, G, C, D)
-        return jnp.einsum("gsec,egcd->gsd", combine_GSEC.astype(y_EGCD.dtype), y_EGCD), kept
+        y_ECO, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
+        y_EGCO = y_ECO.reshape(E, G, C, -1)
+        return jnp.einsum("gsec,egco->gso", combine_GSEC.astype(y_EGCO.dtype), y_EGCO), kept
 
     def _masks(self, routing: r.Routing, S: int, shard: Shard) -> tuple[r.Masks, Bool[Array, "G _ _"]]:
         """The two masks, and which choices or slots reach an expert."""
