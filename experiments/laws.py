@@ -20,7 +20,7 @@ from experiments import cli
 from moe_jax import audit
 from moe_jax.config import parse
 from moe_jax.core.capacity import PRIORITIES
-from moe_jax.core.routing import TokenChoice
+from moe_jax.core.traits import traits
 from moe_jax.dispatch import Einsum, Gather
 from moe_jax.experts import MLP
 from moe_jax.files import write_file
@@ -105,7 +105,7 @@ def layers(router: Any, column: Column) -> Iterator[MoEConfig]:
     if "none" in column.limits:
         dispatches += [*(Einsum(None, priority) for priority in PRIORITIES), Gather()]
     for dispatch in dispatches:
-        if getattr(router, "makes", TokenChoice) in dispatch.accepts:
+        if traits(router).makes in dispatch.accepts:
             E = 1 if isinstance(router, MixtureOfDepths) else 8
             S = None if column.sequences == 1 else column.sequences * L
             yield MoEConfig(E=E, router=router, experts=MLP(F=F), dispatch=dispatch, S=S)

@@ -454,10 +454,12 @@ def _check_batch(exp: Experiment) -> None:
         return
     check_mesh(model.routed, sizes, model.D, "config.")
     for stack in model.stacks(data.shapes(1)):
-        local = data.B // data.accumulate // shards * stack.L
-        if stack.moe.S and (local % stack.moe.S):
+        B = data.B // data.accumulate // shards
+        try:
+            stack.moe.group(B, stack.L, training=True)
+        except ValueError as error:
             raise ValueError(
-                f"config.model.moe.S={model.moe.S} does not divide the {local} tokens that a device sees at once "
+                f"config.model.moe.S={model.moe.S} does not divide the {B * stack.L} tokens that a device sees at once "
                 f"(B={data.B} x L={stack.L} over {shards} devices in {data.accumulate} piece(s)); "
                 "make it one that does, or None for one sequence."
-            )
+            ) from error

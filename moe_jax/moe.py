@@ -19,6 +19,7 @@ from moe_jax.core.parameter import parameter
 from moe_jax.core.routing import Routing, TokenChoice, queue
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
+from moe_jax.core.traits import traits
 from moe_jax.losses import LOGGED
 from moe_jax.moe_config import MoEConfig, State, sizes_of
 
@@ -75,28 +76,25 @@ def forward(
     mask_BL: Bool[Array, "B L"],
     ids: Ids,
     record: tuple[str, ...] = (),
-) -> tuple[Float[Array, "B L D"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
-    """Route, exchange, compute, combine: the layer on one shard's tokens."""
-    (B, L, D), S = x_BLD.shape, cfg.S or x_BLD.shape[1]
-    if B * L % S and cfg.groups_are_free(key):
-        S = B * L
-    if B * L % S:
-        raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
+) -> tuple[Float[Array, "B L O"], Int[Array, "B L K"] | None, Recorded | None, tuple[Float[Array, ""], Stats]]:
+    """Route, exchange, compute, combine: the layer on one shard's tokens. O is D, or what the experts declare."""
+    B, L, D = x_BLD.shape
+    S = cfg.group(B, L, training=key is not None)
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
     routing = cfg.router(here.vary(params.router), x_GSD, mask_GS, ctx)
     inner_GSD = here.enter(x_GSD)
     experts = usable(here, here.vary(params.experts), x_GSD.dtype, "E")
-    y_GSD, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
+    y_GSO, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
     if cfg.shared is not None:
-        y_GSD += cfg.shared(usable(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
-    y_GSD = here.leave(y_GSD)
+        y_GSO += cfg.shared(usable(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
+    y_GSO = here.leave(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
     recorded = observed(cfg, record, x_BLD, routing, kept) if record else None
-    return y_GSD.reshape(x_BLD.shape), chosen, recorded, (loss, total)
+    return y_GSO.reshape(B, L, -1), chosen, recorded, (loss, total)
 
 
 def observed(
@@ -157,7 +155,7 @@ class MoE(nn.Module):
         state: State | None = None,
         ids: Ids = Ids(),
         record: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "B L D"], Aux]:
+    ) -> tuple[Float[Array, "B L O"], Aux]:
         """Output and what there is to report; without a key nothing is random (evaluation).
 
         state: what the layer remembers, where its config has any (`MoEConfig.init_state`); it is not changed here.
@@ -188,7 +186,7 @@ class MoE(nn.Module):
         return y_BLD, Aux(loss, total, expert_BLK, recorded)
 
     def _params(self, component: Any, pattern: str, D: int) -> dict[str, Array]:
-        sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, getattr(component, "zeros", ())
+        sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, traits(component).zeros
         scales = {n: 0.0 if n in zeros else self.cfg.init_scale for n in component.params}
         return {n: param(self, pattern.format(n), sizes, scale) for n, scale in scales.items()}
 
@@ -236,7 +234,7 @@ def check_call(
                 f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
             )
     of_choices = ids.expert_BLK is not None or any(RECORDED[name].endswith("K") for name in record)
-    if of_choices and getattr(cfg.router, "makes", TokenChoice) is not TokenChoice:
+    if of_choices and cfg.traits.makes is not TokenChoice:
         raise ValueError(
             f"{type(cfg.router).__name__}() makes no choices of tokens that could be recorded or replayed."
         )

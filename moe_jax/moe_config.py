@@ -1,15 +1,17 @@
 """One MoE layer as independent choices, checked together."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.stats import Stats
+from moe_jax.core.traits import Traits, traits
 from moe_jax.dispatch import Scatter
 from moe_jax.exchanges import AllToAll, RaggedAllToAll
 from moe_jax.experts import MLP
@@ -59,7 +61,7 @@ class MoEConfig:
         for part in (self.router, *self.gating):
             if hasattr(part, "check"):
                 part.check(self.E)
-        makes = getattr(self.router, "makes", TokenChoice)
+        makes = self.traits.makes
         if makes not in self.dispatch.accepts:
             fits = "Einsum(capacity_factor=None)" + (" or Gather()" if makes.__name__ == "SlotChoice" else "")
             fits = "Scatter(), Sort() or Einsum()" if makes is TokenChoice else fits
@@ -71,8 +73,13 @@ class MoEConfig:
             raise ValueError("A layer remembers the weight of one Adaptive() loss; leave out the others.")
         inner = [getattr(loss, "loss", loss) for loss in self.losses]
         balanced = any(isinstance(loss, LoadBalance) and loss.weight for loss in inner)
-        if getattr(self.router, "untrained", ()) and not balanced:
+        if self.traits.untrained and not balanced:
             raise ValueError(f"{self.router} has parameters that only LoadBalance() trains; add it to losses.")
+        if self.shared is not None and width(self.shared, 0) != width(self.experts, 0):
+            raise ValueError(
+                f"shared={self.shared} has another output width than experts={self.experts}, but both are added up; "
+                "give both the same O, or none (the width of the input)."
+            )
         if self.S is not None and self.S < 1:
             raise ValueError(f"S={self.S} tokens per routing group; it must be positive, or None for a sequence.")
         if self.tasks < 1:
@@ -81,11 +88,16 @@ class MoEConfig:
             raise ValueError(f"init_scale={self.init_scale} must be positive.")
 
     @property
+    def traits(self) -> Traits:
+        """What its router declares about itself."""
+        return traits(self.router)
+
+    @property
     def causal(self) -> bool:
         """Whether a token's output is free of what comes after it: no later token decides, or takes its slot."""
         d = self.dispatch
         return (
-            getattr(self.router, "causal", True)
+            self.traits.causal
             and not (isinstance(self.exchange, RaggedAllToAll) and self.exchange.buffer)
             and (
                 d.capacity_factor is None
@@ -97,19 +109,41 @@ class MoEConfig:
     @property
     def random(self) -> bool:
         """Whether it needs a key while training."""
-        return self.router.random or any(t.random for t in self.gating)
+        return self.traits.random or any(t.random for t in self.gating)
 
-    def groups_are_free(self, key: Key[Array, ""] | None) -> bool:
+    def slots(self, S: int) -> int:
+        """Slots of an expert for a group of S tokens: the router's where it brings its own, else the dispatcher's."""
+        if self.traits.makes is not TokenChoice:
+            return self.router.slots(S, self.E)
+        return self.dispatch.slots(S, self.router.K, self.E)
+
+    def group(self, B: int, L: int, training: bool) -> int:
+        """Tokens of a routing group where a shard has B sequences of L, training (with a key, if it is random) or not.
+
+        It is S, or L without one; all B * L tokens where S does not divide them and grouping is irrelevant. ValueError
+        where S does not divide them and it is not.
+        """
+        S = self.S or L
+        if B * L % S == 0:
+            return S
+        if not self.grouping_is_irrelevant(training):
+            raise ValueError(f"A shard's {B} x {L} tokens are not whole routing groups of S={S}; S must divide them.")
+        return B * L
+
+    def sequences(self, L: int) -> int:
+        """The least number of sequences of L tokens that are whole routing groups, relevant or not."""
+        return math.lcm(self.S or L, L) // L
+
+    def grouping_is_irrelevant(self, training: bool) -> bool:
         """Whether nothing goes by routing groups: no limit, no draws, no places in them, nobody to be compared with."""
-        drawn = self.random and key is not None
-        together = getattr(self.router, "grouped", not getattr(self.router, "causal", True))
-        return self.dispatch.capacity_factor is None and not drawn and not together
+        drawn = self.random and training
+        return self.dispatch.capacity_factor is None and not drawn and not self.traits.grouped
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The ids ("token", "task") that the layer is to be called with."""
-        by_task = self.tasks > 1 and "task" not in getattr(self.router, "needs", ())
-        return (*getattr(self.router, "needs", ()), *(["task"] if by_task else []))
+        by_task = self.tasks > 1 and "task" not in self.traits.needs
+        return (*self.traits.needs, *(["task"] if by_task else []))
 
     def dropless(self) -> "MoEConfig":
         """The same layer without a limit to what an expert takes, or a shard receives."""
@@ -131,7 +165,7 @@ class MoEConfig:
         state = {
             name: jnp.zeros((*layers, *dims.shape(dims.dims_of(name), sizes)))
             for part in (self.router, *self.losses)
-            for name in getattr(part, "state", ())
+            for name in traits(part).state
         }
         if any(getattr(t, "scheduled", False) for t in self.gating):
             state["step_"] = jnp.zeros(layers, jnp.int32)
@@ -141,14 +175,20 @@ class MoEConfig:
         """What the layer remembers after a step with these sums over the whole batch; layers may be stacked."""
         new = dict(state)
         for part in (self.router, *self.losses):
-            if getattr(part, "state", ()):
+            if traits(part).state:
                 new |= part.update(state, s)
         if "step_" in state:
             new["step_"] = state["step_"] + 1
         return new
 
 
+def width(expert: Any, D: int) -> int:
+    """Output width of an expert on tokens of width D: its O where it has one, else D."""
+    return getattr(expert, "O", D)
+
+
 def sizes_of(component: Any) -> Mapping[str, int]:
     """The sizes a component brings itself: its fields named by a dimension's letter."""
     letters = [f.name for f in dataclasses.fields(component) if len(f.name) == 1 and f.name.isupper()]
+    letters += ["O"] * hasattr(component, "O")  # a property may say it too
     return {letter: getattr(component, letter) for letter in letters}

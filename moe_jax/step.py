@@ -171,7 +171,7 @@ def check_tasks(exp: Experiment, domains: int) -> None:
     moe = exp.model.routed
     if moe is None or "task" not in moe.needs:
         return
-    by_task = "task" in getattr(moe.router, "needs", ())  # M is something else in other routers
+    by_task = "task" in moe.traits.needs  # M is something else in other routers
     room = {"router.M": moe.router.M if by_task else domains, "tasks": moe.tasks if moe.tasks > 1 else domains}
     for name, n in room.items():
         if n < domains:

@@ -277,7 +277,8 @@ def auxiliary(part, cfg, choice, s, mask, given):
         return np.exp(given.state["log_weight_"]) * auxiliary(part.loss, cfg, choice, s, mask, given)
     if name == "LoadBalance" and part.scope != "batch":
         return s[f"{part.scope}_balance"] / s["tokens"] * {"switch": 1, "sum": K, "mean": 1 / K}[part.convention]
-    if name == "LoadBalance" and (M := getattr(cfg.router, "nulls", 0)):  # each null with the mean of their loads
+    if name == "LoadBalance" and type(cfg.router).__name__ == "NullExperts":  # each null with the mean of their loads
+        M = cfg.router.M
         f, P = s["choices_E"] / s["tokens"] / K, probs.mean(0)
         return (E + M) * (f @ P + (1 - f.sum()) / M * (1 - P.sum()))
     if name == "LoadBalance":

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from moe_jax import step
+from moe_jax import step as steps
 from moe_jax.audit.communication import audit, compare
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
@@ -186,7 +186,7 @@ EXPERIMENTS = {
 
 def sent(exp: Experiment) -> list[Collective]:
     """By the program of this experiment's train step."""
-    program = step.Program(exp)
+    program = steps.Program(exp)
     return collectives(program.lower(exp.data.shapes()).compile().as_text(), program.mesh)
 
 

@@ -14,6 +14,7 @@ from moe_jax.core.groups import Dense, Padded, Ragged
 from moe_jax.core.routing import SlotChoice, TokenChoice
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import stats
+from moe_jax.core.traits import traits
 from tests import cases, oracle
 from tests.cases import close, normal
 
@@ -69,7 +70,7 @@ def parameters(router):
 def context(router, keys=None) -> Context:
     """What a router is called with besides; a remembered bias that changes some choices."""
     E_ = 1 if isinstance(router, moe_jax.MixtureOfDepths) else E
-    state = {n: jnp.array(0.1 * normal(9, E_)) for n in getattr(router, "state", ())}
+    state = {n: jnp.array(0.1 * normal(9, E_)) for n in traits(router).state}
     return Context(E_, keys, None if keys is None else jax.random.key(1), state, *map(jnp.array, IDS))
 
 
@@ -106,10 +107,10 @@ def test_routings_are_valid(router):
         used = np.sort(expert, axis=-1)
         assert ((np.diff(used, axis=-1) > 0) | (used[..., 1:] == E)).all()
         assert ((weight > 0) == (expert < E)).all()
-        most = router.K if getattr(router, "score", "") == "sigmoid" and not router.normalize else 1
+        most = router.K if traits(router).score == "sigmoid" and not router.normalize else 1
         assert (weight.sum(-1) <= most + 1e-6).all()
         assert (expert[~MASK] == E).all()
-        if not getattr(router, "nulls", 0):
+        if not traits(router).nulls:
             assert (expert[MASK][:, 0] < E).all()
             np.testing.assert_allclose(routing.probs_GSE.sum(-1), 1, rtol=1e-6)
         np.testing.assert_array_equal(routing.mask_GS, MASK)
@@ -161,7 +162,7 @@ def test_router_uses_keys_if_it_says_so(router):
     """`random` says whether keys change anything."""
     still, noisy = (jax.tree.leaves(routing) for routing in routed(router)[0][:2])
     same = len(still) == len(noisy) and all(np.array_equal(a, b) for a, b in zip(still, noisy, strict=True))
-    assert same != router.random
+    assert same != traits(router).random
 
 
 @pytest.mark.parametrize("router", EVERY_ROUTER, ids=str)
@@ -173,10 +174,10 @@ def test_router_is_trained_by_the_task(router):
     gradients = routed(router)[1]
     assert set(gradients) == set(router.params)
     for name, grad in gradients.items():
-        if name in getattr(router, "untrained", ()):
+        if name in traits(router).untrained:
             assert (np.abs(grad) < 1e-5).all(), name
         else:
-            unknown = 0.25 if getattr(router, "normalize", False) else 0
+            unknown = 0.25 if traits(router).normalize else 0
             assert (np.abs(grad) > 1e-6).mean() >= 1 - unknown, name
 
 
@@ -301,7 +302,7 @@ def test_gather_is_the_definition(router):
 def test_loss_is_a_function_of_global_sums(loss):
     """A loss sees sums only: twice the same batch gives the same loss, nothing gives a finite one; layers stack."""
     routing = routed(moe_jax.NoisyTopK(K=2))[0][1]
-    state = {n: jnp.array(0.1) for n in getattr(loss, "state", ())}
+    state = {n: jnp.array(0.1) for n in traits(loss).state}
     s = jax.jit(lambda r: stats(r, r.expert_GSK < E, 2, jnp.asarray(IDS[1]), 3))(routing)
     value = lambda s: loss(s, state, moe_jax.NoisyTopK(K=2))  # noqa: E731
     assert value(s) != 0

@@ -13,6 +13,7 @@ from moe_jax.core import gate
 from moe_jax.core.context import Context, Ids
 from moe_jax.core.routing import SoftSlots, TokenChoice
 from moe_jax.core.shard import Shard
+from moe_jax.core.traits import traits
 from moe_jax.dispatch import Einsum, Scatter
 from moe_jax.experts import MLP
 from moe_jax.gating import GATING, ExpertDropout, GatingDropout, Jitter, Noise, SoftCap, Temperature
@@ -247,7 +248,7 @@ def finite(*trees) -> bool:
 @pytest.mark.parametrize("router", KINDS, ids=str)
 def test_a_dropped_expert_gets_nothing(router):
     """From any router, whatever its bias prefers, and in another step another one; gradients are numbers."""
-    used_E, popular = np.zeros(E, bool), 0.0 if getattr(router, "groups", 1) > 1 else 100.0
+    used_E, popular = np.zeros(E, bool), 0.0 if traits(router).groups > 1 else 100.0
     for seed in range(4):
         dropped_GE = dropped(ExpertDropout(0.5), seed)
         assert (dropped_GE == dropped_GE[:1]).all()  # one draw for all groups
@@ -373,7 +374,7 @@ REPLAYED = (
 
 def test_every_router_of_tokens_is_replayed():
     """What names experts for tokens can be recorded."""
-    of_tokens = {r for r in ROUTERS if getattr(r, "makes", TokenChoice) is TokenChoice}
+    of_tokens = {r for r in ROUTERS if traits(r).makes is TokenChoice}
     assert {type(r) for r in REPLAYED} == of_tokens
     assert {t for t in GATING if t not in DROPOUTS} == {Temperature, SoftCap, Jitter, Noise}
 
@@ -409,7 +410,7 @@ def test_replay(router):
     assert (other.weight_GSK[other.expert_GSK < E] > 0).any()
     for name, g in grads.items():
         assert np.isfinite(g).all()
-        assert name in getattr(router, "untrained", ()) or (np.abs(g) > 0).any(), name
+        assert name in traits(router).untrained or (np.abs(g) > 0).any(), name
 
 
 def test_replay_in_a_layer():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.core.traits import Traits
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -95,6 +97,21 @@ def test_the_oracle_stands_alone():
         names = imported(ast.parse((ROOT / "tests" / file).read_text()))
         outside = {n.split(".")[0] for n in names if not n.startswith("tests.oracle")}
         assert outside <= {"math", "fractions", "typing", "numpy", "scipy", "tests"}, outside
+
+
+def guessed(tree: ast.AST) -> list[str]:
+    """Traits of components that are asked for with a default of the file's own."""
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and len(n.args) == 3]
+    asked = [c.args[1] for c in calls if isinstance(c.func, ast.Name) and c.func.id == "getattr"]
+    return [a.value for a in asked if isinstance(a, ast.Constant) and a.value in {*Traits._fields, "M"}]
+
+
+def test_traits_have_one_default():
+    """Only core/traits.py knows the defaults of what a router declares."""
+    files = [f for folder in ("moe_jax", "experiments", "tests") for f in (ROOT / folder).rglob("*.py")]
+    found = {str(f.relative_to(ROOT)): guessed(ast.parse(f.read_text())) for f in files}
+    assert {name: asked for name, asked in found.items() if asked} == {}
+    assert guessed(ast.parse('getattr(cfg.router, "causal", True)')) == ["causal"]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_what_does_not_spread_is_refused(cfg, mesh, batch, message):
 
 
 @pytest.mark.parametrize("router", [NoisyTopK(), TopK()], ids=str)
-def test_groups_are_free_where_nothing_goes_by_them(router):
+def test_grouping_is_irrelevant_where_nothing_goes_by_it(router):
     """Law 1: without a limit S need not divide a shard's tokens, but noise is drawn by groups, and then it must."""
     cfg = MoEConfig(E=8, S=48, router=router, dispatch=Scatter(None))
     x, key = jax.ShapeDtypeStruct((B, L, D), jnp.float32), jax.random.key(0)

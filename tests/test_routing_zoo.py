@@ -11,6 +11,7 @@ import pytest
 from experiments.routing_zoo import present, zoo
 from experiments.routing_zoo.sweep import Sweep, ranked, result, save, summaries
 from moe_jax.config import build
+from moe_jax.core.traits import traits
 from moe_jax.costs import flops
 from moe_jax.routers import ROUTERS
 
@@ -26,7 +27,7 @@ ROUTED = [c for c in zoo.CONTESTANTS if c.router]
 
 def test_every_causal_router_is_a_contestant_and_no_other():
     """What looks at later tokens would win by a leak."""
-    causal = {cls for cls in ROUTERS if getattr(cls, "causal", True)}
+    causal = {cls for cls in ROUTERS if traits(cls).causal}
     assert {type(build(zoo.configure(c, BASE)).model.moe.router) for c in ROUTED} == causal
     assert len(BY_NAME) == len(zoo.CONTESTANTS), "names are different"
 
@@ -46,7 +47,7 @@ def test_contestants_have_equal_active_flops(contestant):
         slots = moe.dispatch.capacity_factor * moe.router.K
         assert slots * moe.experts.F == pytest.approx(1.5 * width, rel=0.01), "slots times width are equal too"
         assert moe.E % dict(exp.mesh)["expert"] == 0
-        assert getattr(moe.router, "M", 8) >= 8, "the corpus has eight domains"
+        assert "task" not in moe.needs or moe.traits.tasks >= 8, "the corpus has eight domains"
 
 
 def test_the_first_top_k_is_the_recipe_itself():

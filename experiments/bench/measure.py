@@ -13,7 +13,6 @@ from experiments.bench.record import PASSES
 from experiments.bench.shapes import GiB, Shape, masks_bytes
 from experiments.bench.tokens import ROUTINGS, Tokens
 from experiments.bench.work import work
-from moe_jax.core.capacity import capacity
 from moe_jax.dispatch import Einsum
 from moe_jax.moe import check_mesh
 
@@ -69,7 +68,7 @@ class Job:
         """Whether dense masks are small enough; says so if not."""
         if not isinstance(dispatch, Einsum):
             return True
-        C = capacity(shape.L, shape.K, shape.E, dispatch.capacity_factor, dispatch.convention)
+        C = dispatch.slots(shape.L, shape.K, shape.E)
         if (size := masks_bytes(shape, C)) <= GiB:
             return True
         say(f"{shape.name} {name}: left out, its masks take {size / GiB:.1f} GiB")

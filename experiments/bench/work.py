@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.bench.shapes import Shape
-from moe_jax.core.capacity import capacity
 from moe_jax.core.groups import Ragged
 from moe_jax.core.kernels.by_expert import ladder
 from moe_jax.dispatch import Einsum
@@ -18,10 +17,8 @@ from moe_jax.moe import MoEConfig
 def slots(cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int) -> int:
     """Slots that an expert has for each group of S tokens, whose choices are counted here."""
     d, K = cfg.dispatch, cfg.router.K
-    if d.capacity_factor is not None:
-        return capacity(S, K, cfg.E, d.capacity_factor, d.convention)
-    if isinstance(d, Einsum):
-        return S
+    if d.capacity_factor is not None or isinstance(d, Einsum):
+        return d.slots(S, K, cfg.E)
     return next(C for C in capacities(S, K, cfg.E) if count_GE.max() <= C)
 
 

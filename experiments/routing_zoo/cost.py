@@ -27,6 +27,7 @@ from experiments.routing_zoo.present import lines
 from moe_jax.core.context import Context, Ids
 from moe_jax.core.routing import SlotChoice, SoftSlots, TokenChoice
 from moe_jax.core.stats import stats
+from moe_jax.core.traits import traits
 from moe_jax.dispatch import Einsum, Gather, Scatter
 from moe_jax.experts import MLP
 from moe_jax.losses import LoadBalance
@@ -116,7 +117,7 @@ def paper_of(cls: type) -> str:
 
 def layer_of(router: Any, E: int, size: Size) -> MoEConfig:
     """A layer with this router; of one expert where it takes no more."""
-    dispatch = DISPATCH[getattr(router, "makes", TokenChoice)]
+    dispatch = DISPATCH[traits(router).makes]
     E = 1 if isinstance(router, MixtureOfDepths) else E
     return MoEConfig(E=E, router=router, experts=MLP(F=size.F), dispatch=dispatch, S=size.S)
 

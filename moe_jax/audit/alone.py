@@ -13,7 +13,6 @@ from moe_jax.audit.samples import empty, nobody, only, scribbled
 from moe_jax.audit.shrink import rows_of_a_group
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, Images
-from moe_jax.moe import MoEConfig
 
 
 def causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
@@ -49,10 +48,10 @@ def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[ja
     routing groups are sequences, as a group of several has other ones in pieces.
     """
     calm = exp.model
-    if isinstance(calm.moe, MoEConfig) and not getattr(calm.moe.router, "untrained", ()):
+    if calm.routed is not None and not calm.routed.traits.untrained:
         gating = tuple(t for t in calm.moe.gating if not t.random)
         calm = dataclasses.replace(calm, moe=dataclasses.replace(calm.moe, losses=(), gating=gating, S=None))
-    if exp.data.accumulate == 1 or (isinstance(calm.moe, MoEConfig) and (calm.moe.random or calm.moe.losses)):
+    if exp.data.accumulate == 1 or (calm.routed is not None and (calm.routed.random or calm.routed.losses)):
         return None
     several = dataclasses.replace(alone(exp), model=calm)
     at_once = dataclasses.replace(several, data=dataclasses.replace(exp.data, accumulate=1))

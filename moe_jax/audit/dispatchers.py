@@ -10,7 +10,6 @@ import numpy as np
 from moe_jax.audit.meshes import CLOSE, SURE, largest, worst
 from moe_jax.audit.routing import Verdict, draw, keys, tokens_choose
 from moe_jax.core.context import Ids
-from moe_jax.core.routing import TokenChoice
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.moe import RECORDED, MoE, MoEConfig
 
@@ -60,7 +59,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
 
 def fitting(cfg: MoEConfig) -> list[Any]:
     """The definition, then every dispatcher that makes the same of what the layer's router decides."""
-    mine, makes = cfg.dispatch, getattr(cfg.router, "makes", TokenChoice)
+    mine, makes = cfg.dispatch, cfg.traits.makes
     limit = {f: getattr(mine, f) for f in ("priority", "convention") if hasattr(mine, f)}
     several: list[Any] = [Einsum(mine.capacity_factor, **limit), Scatter(mine.capacity_factor, **limit)]
     if mine.capacity_factor is None:

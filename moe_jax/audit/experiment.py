@@ -12,7 +12,6 @@ from moe_jax.audit.dispatchers import dispatchers
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
 from moe_jax.audit.samples import sample
 from moe_jax.config import Experiment
-from moe_jax.moe import MoEConfig
 
 D = 8  # width of a layer that is tried alone
 TOKENS = 50_000  # of all trials of a layer
@@ -67,12 +66,11 @@ def together(verdicts: dict[str, Verdict]) -> Verdict:
 
 def routing(exp: Experiment, small: Experiment) -> Iterator[Finding]:
     """Laws 2, 3 and 4 of an experiment's layer, shrunk to that of the small one, for sequences of its own length."""
-    cfg, length = small.model.moe, max(s.L for s in exp.model.stacks(exp.data.shapes(1)))
-    if not isinstance(cfg, MoEConfig):
+    cfg, length = small.model.routed, max(s.L for s in exp.model.stacks(exp.data.shapes(1)))
+    if cfg is None:
         return
     cfg = dataclasses.replace(cfg, S=exp.model.moe.S)
-    sequences = math.lcm(cfg.S or length, length) // length
-    sizes = {"B": max(2, sequences), "L": length, "D": D}
+    sizes = {"B": max(2, cfg.sequences(length)), "L": length, "D": D}
     trials = max(20, min(200, TOKENS // (sizes["B"] * length)))
     yield Finding("one routing, every dispatcher", "training", True, dispatchers(cfg, **sizes))
     yield Finding("routers are trainable", "training", True, trainable(cfg, **sizes))

@@ -62,7 +62,7 @@ def trainable(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, trials: int =
     still = [name for name, g in found.items() if not np.abs(g).max() > TINY]
     if not still:
         return Verdict(True, f"all of {', '.join(found)}")
-    declared = set(still) <= set(getattr(cfg.router, "untrained", ()))
+    declared = set(still) <= set(cfg.traits.untrained)
     return Verdict(declared, f"not {', '.join(still)}" + ", as declared" * declared)
 
 
@@ -117,7 +117,7 @@ def tokens(
     """Tokens that share a direction, from not at all to a lot; few different ids, so that they collide."""
     T, B, L, D = shape
     shared_T11D = rng.uniform(0, 3, size=(T, 1, 1, 1)) * rng.normal(size=(T, 1, 1, D))
-    tasks = max(cfg.tasks, getattr(cfg.router, "M", 1))
+    tasks = max(cfg.tasks, cfg.traits.tasks)
     return Trials(
         params,
         (rng.normal(size=shape) + shared_T11D).astype(np.float32),
@@ -187,7 +187,7 @@ def trace_routing(cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None) 
 
 def tokens_choose(cfg: MoEConfig) -> bool:
     """Returns whether the layer's router names experts for tokens, whose choices can be dropped."""
-    return getattr(cfg.router, "makes", TokenChoice) is TokenChoice
+    return cfg.traits.makes is TokenChoice
 
 
 def compare(

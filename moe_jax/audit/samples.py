@@ -61,7 +61,7 @@ def domains(exp: Experiment, rng: np.random.Generator, B: int) -> np.ndarray:
 def tasks(exp: Experiment) -> int:
     """Number of tasks that the model tells apart."""
     moe = exp.model.routed
-    return max(moe.tasks, getattr(moe.router, "M", 1)) if moe is not None and moe.needs else 1
+    return max(moe.tasks, moe.traits.tasks) if moe is not None and moe.needs else 1
 
 
 # ---------------------------------------------------------------- where a batch is padding

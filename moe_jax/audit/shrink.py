@@ -74,8 +74,8 @@ def thin_layer(moe: Any) -> Any:
 
 def rows_of_a_group(model: Model, batch: Any) -> int:
     """How many sequences of batches like this one a whole number of routing groups takes, in every stack."""
-    S = [(getattr(stack.moe, "S", None) or stack.L, stack.L) for stack in model.stacks(batch)]
-    return math.lcm(*(math.lcm(*pair) // pair[1] for pair in S))
+    routed = [stack for stack in model.stacks(batch) if isinstance(stack.moe, MoEConfig)]
+    return math.lcm(*(stack.moe.sequences(stack.L) for stack in routed))
 
 
 def thin(expert: Any) -> Any:

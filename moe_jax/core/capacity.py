@@ -29,11 +29,13 @@ CONVENTIONS = {
 }
 
 
-def capacity(S: int, K: int, E: int, factor: float, convention: str = "exact") -> int:
-    """Slots per expert for a group of S tokens with K choices each, never more than S.
+def capacity(S: int, K: int, E: int, factor: float | None, convention: str = "exact") -> int:
+    """Slots per expert for a group of S tokens with K choices each, never more than S; S where factor is None.
 
     Exact: the factor is read as the decimal it is written as (int(100 * 1.15 / 5) would be 22).
     """
+    if factor is None:
+        return S
     c = CONVENTIONS[convention]
     slots = c.rounding(Fraction(str(factor)) * (K if c.per_choice else 1) * S / E)
     return min(S, max(c.minimum, -(-slots // c.multiple) * c.multiple))

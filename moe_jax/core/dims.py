@@ -3,7 +3,7 @@
     B batch   L length   T tokens   G routing groups on a shard   S tokens in a group
     D width   F hidden width   V vocabulary   N layers   H heads   J heads of keys and values   A width of a head
     E experts   K choices per token   C slots per expert and group   R rows   P relative positions
-    M a router's own: groups of experts, null experts, tasks   I, O generic in and out
+    M a router's own: groups of experts, null experts, tasks   I, O generic in and out (O an expert's output width)
 
 The parameter `up_EDF` has shape [E, D, F], and lies on a mesh as the rules say of these letters; its name says so, and
 nothing else does. A name that ends in _ is a scalar's.
@@ -40,8 +40,8 @@ def shape(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def kernel_init(dims: str, scale: float = 1.0) -> Callable:
     """Truncated normal with std sqrt(scale / fan_in), Switch's initialiser (arXiv:2101.03961, sec. 2.4).
 
-    E in front is a batch of matrices. D in front is the input (`up_DF`, `query_DHA`); otherwise D at the
-    end is the output and all before it the input (`down_FD`, `out_HAD`).
+    E in front is a batch of matrices. D in front is the input (`up_DF`, `query_DHA`); otherwise the last dimension is
+    the output and all before it the input (`down_FD`, `out_HAD`, `down_EFO`).
     """
     batch = int(dims.startswith("E") and len(dims) > 2)
     n_in = 1 if dims[batch] == "D" else len(dims) - batch - 1

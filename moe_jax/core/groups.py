@@ -44,7 +44,7 @@ class Dense:
     def bias(self, x: Float[Array, "... O"], b_O: Float[Array, "O"]) -> Float[Array, "... O"]:
         return x + jnp.broadcast_to(b_O.astype(x.dtype), x.shape)
 
-    def apply(self, expert: Callable, params: Any, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "... D"]) -> Float[Array, "... O"]:
         return expert(params, x, self)
 
 
@@ -58,7 +58,7 @@ class Padded:
     def bias(self, x_ECO: Float[Array, "E C O"], b_EO: Float[Array, "E O"]) -> Float[Array, "E C O"]:
         return x_ECO + b_EO[:, None, :].astype(x_ECO.dtype)
 
-    def apply(self, expert: Callable, params: Any, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "E C D"]) -> Float[Array, "E C O"]:
         return expert(params, x, self)
 
 
@@ -91,7 +91,7 @@ class Ragged:
         mine_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows that are nobody's
         return x_RO + jnp.where(mine_R1, b_RO, 0)
 
-    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R D"]:
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R O"]:
         """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
 
         def one_by_one(params, x, sizes_E):
@@ -111,5 +111,5 @@ class Ragged:
 class OneByOne(Ragged):
     """Rows like these on a platform without a grouped matmul."""
 
-    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R D"]:
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R O"]:
         return by_expert(expert, params, written(x), self.sizes_E)

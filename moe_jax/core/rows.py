@@ -67,10 +67,10 @@ def send(x_GSD: Float[Array, "G S D"], to: Places) -> Sent:
     return Sent(x_GSD.reshape(-1, x_GSD.shape[-1]), to)
 
 
-def combine(y_RD: Float[Array, "R D"], weight_GSK: Float[Array, "G S K"], of: Places) -> Float[Array, "G S D"]:
+def combine(y_RO: Float[Array, "R O"], weight_GSK: Float[Array, "G S K"], of: Places) -> Float[Array, "G S O"]:
     """The weighted sum of every token's rows, added up in float32."""
     G, S, K = weight_GSK.shape
-    return _combine(y_RD, weight_GSK.reshape(G * S, K), of).reshape(G, S, -1)
+    return _combine(y_RO, weight_GSK.reshape(G * S, K), of).reshape(G, S, -1)
 
 
 def _at(x: Array, index_I: Int[Array, "I"]) -> Array:
@@ -97,39 +97,39 @@ _send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), lambda to, g_RD: (back(g_RD
 
 
 @jax.custom_vjp
-def _combine(y_RD: Array, weight_TK: Array, of: Places) -> Array:
-    rows_of = lambda k: weight_TK[:, k, None] * _at(y_RD, of.row_TK[:, k])  # noqa: E731
-    return _sum(rows_of, weight_TK.shape[1]).astype(y_RD.dtype)
+def _combine(y_RO: Array, weight_TK: Array, of: Places) -> Array:
+    rows_of = lambda k: weight_TK[:, k, None] * _at(y_RO, of.row_TK[:, k])  # noqa: E731
+    return _sum(rows_of, weight_TK.shape[1]).astype(y_RO.dtype)
 
 
-def _combine_fwd(y_RD, weight_TK, of):
+def _combine_fwd(y_RO, weight_TK, of):
     """Rows are not kept where weights have no gradient: on a mesh they might come back a second time, for nothing."""
-    kept_RD = y_RD.value if weight_TK.perturbed else None
-    y_RD, weight_TK, of = custom_vjp_primal_tree_values((y_RD, weight_TK, of))
-    return _combine(y_RD, weight_TK, of), (kept_RD, weight_TK, of)
+    kept_RO = y_RO.value if weight_TK.perturbed else None
+    y_RO, weight_TK, of = custom_vjp_primal_tree_values((y_RO, weight_TK, of))
+    return _combine(y_RO, weight_TK, of), (kept_RO, weight_TK, of)
 
 
-def _combine_bwd(residuals, g_TD):
-    y_RD, weight_TK, of = residuals
-    if isinstance(g_TD, SymbolicZero):
-        g_TD = jnp.zeros(g_TD.shape, g_TD.dtype)
+def _combine_bwd(residuals, g_TO):
+    y_RO, weight_TK, of = residuals
+    if isinstance(g_TO, SymbolicZero):
+        g_TO = jnp.zeros(g_TO.shape, g_TO.dtype)
     weight_R = _at(weight_TK.reshape(-1), of.choice_R)
-    if y_RD is None:
-        return _weighted(_at(g_TD, of.token_R), weight_R), None, None
-    kernel = on_gpu(y_RD, rows_gpu.weighted_back)
-    dy_RD, dweight_R = lax.platform_dependent(y_RD, g_TD, weight_R, of.token_R, default=_weighted_back, **kernel)
-    return dy_RD, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
+    if y_RO is None:
+        return _weighted(_at(g_TO, of.token_R), weight_R), None, None
+    kernel = on_gpu(y_RO, rows_gpu.weighted_back)
+    dy_RO, dweight_R = lax.platform_dependent(y_RO, g_TO, weight_R, of.token_R, default=_weighted_back, **kernel)
+    return dy_RO, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
 
 
-def _weighted_back(y_RD: Array, g_TD: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
+def _weighted_back(y_RO: Array, g_TO: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
     """Of rows that were multiplied with their weights and added to tokens: their gradient, and the weights'."""
-    g_RD = _at(g_TD, token_R)
-    dweight_R = (g_RD.astype(jnp.float32) * y_RD).sum(-1)
-    return _weighted(g_RD, weight_R), dweight_R
+    g_RO = _at(g_TO, token_R)
+    dweight_R = (g_RO.astype(jnp.float32) * y_RO).sum(-1)
+    return _weighted(g_RO, weight_R), dweight_R
 
 
-def _weighted(g_RD: Array, weight_R: Array) -> Array:
-    return (weight_R[:, None] * g_RD).astype(g_RD.dtype)
+def _weighted(g_RO: Array, weight_R: Array) -> Array:
+    return (weight_R[:, None] * g_RO).astype(g_RO.dtype)
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd, symbolic_zeros=True)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.core.traits import traits
+
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _entmax(z: Float[Array, "... E"], alpha: float) -> Float[Array, "... E"]:
@@ -63,7 +65,7 @@ def check_choices(router) -> None:
     name = type(router).__name__
     if router.K < 1:
         raise ValueError(f"{name}(K={router.K}) needs at least one choice; set K >= 1.")
-    if router.K == 1 and getattr(router, "normalize", False):
+    if router.K == 1 and traits(router).normalize:
         raise ValueError(
             f"{name}(K=1, normalize=True) has the constant weight 1 and never trains its router; set normalize=False."
         )

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from moe_jax.attention.layer import is_matrix
 from moe_jax.core import dims
-from moe_jax.core.capacity import capacity
 from moe_jax.core.groups import Padded
 from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.experts import GLU
@@ -117,15 +116,14 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, cfg: MoEConfig, T: int, L: int, on: Share) -> "Rows":
         """T tokens in sequences of L."""
-        S, K, E = min(cfg.S or L, T), cfg.router.K, cfg.E
+        S, K, E = min(cfg.group(cfg.sequences(L), L, training=True), T), cfg.router.K, cfg.E
         if cfg.dispatch.rows is not Padded:
             sent = received = T * K
             if isinstance(cfg.exchange, RaggedAllToAll) and on.experts > 1:
                 most = on.experts * sent
                 received = most if cfg.exchange.buffer is None else min(most, math.ceil(cfg.exchange.buffer * sent))
             return cls(sent, received, 0)
-        factor, convention = cfg.dispatch.capacity_factor, getattr(cfg.dispatch, "convention", "exact")
-        C = S if factor is None else capacity(S, K, E, factor, convention)
+        C = cfg.dispatch.slots(S, K, E)
         masks = 2 * T * E * C if type(cfg.dispatch).__name__ == "Einsum" else 0
         return cls(T // S * E * C, T // S * E * C, masks)
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from moe_jax.config import Experiment
 from moe_jax.core import dims
-from moe_jax.core.capacity import capacity
 from moe_jax.core.context import Context
 from moe_jax.core.groups import Padded
 from moe_jax.core.routing import SlotChoice, TokenChoice
@@ -183,10 +182,8 @@ def sublayer(part: Part, shape: StackShape, sub: Sublayer, params: Shapes, stats
 def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> list[Scheduled]:
     """A MoE layer."""
     here, N = part.here, part.B * part.L
-    S = cfg.S or part.L
-    if N % S and cfg.groups_are_free(jax.random.key(0)):
-        S = N
-    G, C, weights = N // S, *slots(cfg, S, part.D, params)
+    S = cfg.group(part.B, part.L, training=True)
+    G, C, weights = N // S, cfg.slots(S), combine_weights(cfg, S, part.D, params)
     trained = bool(cfg.router.params)  # weights of outputs have gradients, and need these outputs
     travelling = {n: shape for n, shape in params.items() if not n.startswith("router_")}
     # What rows become is computed again where the gradient asks for it; after their way back only by "full".
@@ -205,18 +202,16 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     return found + scheduled(total, FULL if trained and cfg.losses else (), of)
 
 
-def slots(cfg: MoEConfig, S: int, D: int, params: Shapes) -> tuple[int, int]:
-    """Slots of an expert in a group of S tokens, and numbers in the group that outputs are multiplied with."""
-    if getattr(cfg.router, "makes", TokenChoice) is TokenChoice:
-        factor, K = cfg.dispatch.capacity_factor, cfg.router.K
-        convention = getattr(cfg.dispatch, "convention", "exact")
-        return (S if factor is None else capacity(S, K, cfg.E, factor, convention)), S * K
+def combine_weights(cfg: MoEConfig, S: int, D: int, params: Shapes) -> int:
+    """Counts the numbers that outputs of a group of S tokens are multiplied with."""
+    if cfg.traits.makes is TokenChoice:
+        return S * cfg.router.K
     shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.float32)  # noqa: E731
     gate = {n: shape(*params[f"router_{n}"]) for n in cfg.router.params}
     mask = jax.ShapeDtypeStruct((1, S), bool)
     routing = jax.eval_shape(partial(cfg.router, ctx=Context(cfg.E)), gate, shape(1, S, D), mask)
-    weights = routing.weight_GEC if isinstance(routing, SlotChoice) else (routing.dispatch_GSEC, routing.combine_GSEC)
-    return jax.tree.leaves(weights)[0].shape[-1], n_elements(weights)
+    soft = cfg.traits.makes is not SlotChoice
+    return n_elements((routing.dispatch_GSEC, routing.combine_GSEC) if soft else routing.weight_GEC)
 
 
 def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {}) -> list[Scheduled]:

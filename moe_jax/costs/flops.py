@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from moe_jax.attention.layer import is_matrix
 from moe_jax.core import dims
-from moe_jax.core.capacity import capacity
 from moe_jax.costs.parameters import size
 from moe_jax.models import Model, ViTConfig
 from moe_jax.models.pattern import StackShape, Sublayer
@@ -54,7 +53,7 @@ def flops(cfg: Model, batch: Any) -> Flops:
             for sub in cfg.sublayers(stack, i):
                 found.update(PARTS[sub.kind](sub, stack, cfg.D))
     tokens = sum(stack.L for stack in shapes)
-    slots = sum(stack.L * empty(stack.moe, stack.L) for stack in shapes) / tokens
+    slots = sum(stack.L * empty(stack.moe if cfg.routed else None, stack.L) for stack in shapes) / tokens
     return Flops(dict(found), tokens, slots)
 
 
@@ -127,11 +126,9 @@ def head(cfg: Model, batch: Any) -> int:
     return 2 * cfg.stacks(batch)[-1].L * cfg.D * cfg.V
 
 
-def empty(cfg: Any, L: int) -> float:
+def empty(cfg: MoEConfig | None, L: int) -> float:
     """Slots for every choice that a token of a sequence of L makes."""
-    if not isinstance(cfg, MoEConfig):
+    if cfg is None or cfg.dispatch.capacity_factor is None:
         return 1.0
-    factor, S, K = cfg.dispatch.capacity_factor, cfg.S or L, cfg.router.K
-    if factor is None:
-        return 1.0
-    return capacity(S, K, cfg.E, factor, cfg.dispatch.convention) * cfg.E / (S * K)
+    S = cfg.group(cfg.sequences(L), L, training=True)
+    return cfg.dispatch.slots(S, cfg.router.K, cfg.E) * cfg.E / (S * cfg.router.K)

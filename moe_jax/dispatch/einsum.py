@@ -32,6 +32,10 @@ class Einsum:
         own_slots = (r.SlotChoice, r.SoftSlots) if self.capacity_factor is None else ()
         return (r.TokenChoice, *own_slots)
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """Slots of an expert for a group of S tokens with K choices each; all S without a limit."""
+        return capacity(S, K, E, self.capacity_factor, self.convention)
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
@@ -39,14 +43,14 @@ class Einsum:
         experts: Callable,
         params: Mapping[str, Array],
         shard: Shard = Shard(),
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G _ _"]]:
+    ) -> tuple[Float[Array, "G S O"], Bool[Array, "G _ _"]]:
         (G, S, D), E = x_GSD.shape, routing.E
         (dispatch_GSEC, combine_GSEC), kept = self._masks(routing, S, shard)
         C = dispatch_GSEC.shape[-1]
         x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
-        y_ECD, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
-        y_EGCD = y_ECD.reshape(E, G, C, D)
-        return jnp.einsum("gsec,egcd->gsd", combine_GSEC.astype(y_EGCD.dtype), y_EGCD), kept
+        y_ECO, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
+        y_EGCO = y_ECO.reshape(E, G, C, -1)
+        return jnp.einsum("gsec,egco->gso", combine_GSEC.astype(y_EGCO.dtype), y_EGCO), kept
 
     def _masks(self, routing: r.Routing, S: int, shard: Shard) -> tuple[r.Masks, Bool[Array, "G _ _"]]:
         """The two masks, and which choices or slots reach an expert."""
@@ -57,9 +61,7 @@ class Einsum:
         if isinstance(routing, r.SlotChoice):
             entered = routing._replace(weight_GEC=shard.enter(routing.weight_GEC))
             return r.slot_masks(entered), routing.token_GEC < S
-        C, K = S, routing.expert_GSK.shape[-1]
-        if self.capacity_factor is not None:
-            C = capacity(S, K, routing.E, self.capacity_factor, self.convention)
+        C = self.slots(S, routing.expert_GSK.shape[-1], routing.E)
         queue_GSK = r.queue(routing, self.priority)
         weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
         return r.masks(weighted, queue_GSK, C), queue_GSK < C

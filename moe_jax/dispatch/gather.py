@@ -18,6 +18,10 @@ class Gather:
     accepts: ClassVar = (SlotChoice,)
     rows: ClassVar = Padded
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """The most tokens of a group of S that an expert can take; how many it takes is the router's to say."""
+        return S
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
@@ -25,14 +29,14 @@ class Gather:
         experts: Callable,
         params: Mapping[str, Array],
         shard: Shard = Shard(),
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G E C"]]:
+    ) -> tuple[Float[Array, "G S O"], Bool[Array, "G E C"]]:
         (G, S, D), (_, E, C) = x_GSD.shape, routing.token_GEC.shape
         real_GEC = routing.token_GEC < S
         row_GEC = jnp.where(real_GEC, routing.token_GEC + S * jnp.arange(G)[:, None, None], G * S)
         row_EGC = row_GEC.swapaxes(0, 1)
         x_EGCD = x_GSD.reshape(G * S, D).at[row_EGC].get(mode="fill", fill_value=0)
-        y_ECD, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
+        y_ECO, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
         weight_EGC1 = shard.enter(routing.weight_GEC).swapaxes(0, 1)[..., None]
-        y_EGCD = y_ECD.reshape(E, G, C, D) * weight_EGC1.astype(y_ECD.dtype)
-        y_RD = jnp.zeros((G * S, D), y_EGCD.dtype).at[row_EGC].add(y_EGCD, mode="drop")
-        return y_RD.reshape(G, S, D), real_GEC
+        y_EGCO = y_ECO.reshape(E, G, C, -1) * weight_EGC1.astype(y_ECO.dtype)
+        y_RO = jnp.zeros((G * S, y_EGCO.shape[-1]), y_EGCO.dtype).at[row_EGC].add(y_EGCO, mode="drop")
+        return y_RO.reshape(G, S, -1), real_GEC

@@ -32,6 +32,10 @@ class Scatter:
     def __post_init__(self):
         check_capacity(self)
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """Slots of an expert for a group of S tokens with K choices each; without a limit the most: S."""
+        return capacity(S, K, E, self.capacity_factor, self.convention)
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
@@ -39,10 +43,10 @@ class Scatter:
         experts: Callable,
         params: Mapping[str, Array],
         shard: Shard = Shard(),
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
+    ) -> tuple[Float[Array, "G S O"], Bool[Array, "G S K"]]:
         S, K, E = x_GSD.shape[1], routing.expert_GSK.shape[-1], routing.E
         queue_GSK, real_GSK = r.queue(routing, self.priority), routing.expert_GSK < E
-        C = S if self.capacity_factor is None else capacity(S, K, E, self.capacity_factor, self.convention)
+        C = self.slots(S, K, E)
         kept_GSK = real_GSK & (queue_GSK < C)
         weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
         run = partial(_padded, experts=experts, shard=shard, C=None if self.capacity_factor is None else C)
@@ -71,7 +75,7 @@ def _padded(
     experts: Callable,
     shard: Shard,
     C: int | None,
-) -> Float[Array, "G S D"]:
+) -> Float[Array, "G S O"]:
     """C slots per expert and group, or as many as it takes; the empty ones are computed too."""
     (G, S, D), K, E = x_GSD.shape, queue_GSK.shape[-1], routing.E
 
@@ -79,8 +83,8 @@ def _padded(
         row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + queue_GSK
         places = rows.places(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
         x_ECD = rows.send(x_GSD, places).rows.reshape(E, G * C, D)
-        y_ECD, _ = shard.visit(experts, params, x_ECD, Padded())
-        return rows.combine(y_ECD.reshape(E * G * C, D), weight_GSK, places)
+        y_ECO, _ = shard.visit(experts, params, x_ECD, Padded())
+        return rows.combine(y_ECO.reshape(E * G * C, -1), weight_GSK, places)
 
     if C is not None:
         return with_slots(C, x_GSD, routing.weight_GSK, params)
@@ -89,9 +93,9 @@ def _padded(
     return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
 
 
-def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard) -> Float[Array, "G S D"]:
+def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard) -> Float[Array, "G S O"]:
     """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
     row_GSK, sizes_E = rows.back_to_back(routing, queue_GSK, kept_GSK)
     places = rows.places(row_GSK, row_GSK.size)
-    y_RD, _ = shard.visit(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
-    return rows.combine(y_RD, routing.weight_GSK, places)
+    y_RO, _ = shard.visit(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
+    return rows.combine(y_RO, routing.weight_GSK, places)

@@ -22,6 +22,10 @@ class Sort:
     accepts: ClassVar = (TokenChoice,)
     rows: ClassVar = Ragged
 
+    def slots(self, S: int, K: int, E: int) -> int:
+        """The most rows that an expert may have of a group of S tokens; rows lie back to back, without empty slots."""
+        return S
+
     def __call__(
         self,
         x_GSD: Float[Array, "G S D"],
@@ -29,11 +33,11 @@ class Sort:
         experts: Callable,
         params: Mapping[str, Array],
         shard: Shard = Shard(),
-    ) -> tuple[Float[Array, "G S D"], Bool[Array, "G S K"]]:
+    ) -> tuple[Float[Array, "G S O"], Bool[Array, "G S K"]]:
         kept_GSK = routing.expert_GSK < routing.E
         row_GSK, sizes_E = rows.back_to_back(routing, queue(routing), kept_GSK)
         places = rows.places(row_GSK, row_GSK.size)
-        y_RD, reached = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
-        y_GSD = rows.combine(y_RD, shard.enter(routing.weight_GSK), places)
+        y_RO, reached = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
+        y_GSO = rows.combine(y_RO, shard.enter(routing.weight_GSK), places)
         reached_R = jnp.broadcast_to(reached, (row_GSK.size,))
-        return y_GSD, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)
+        return y_GSO, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)

@@ -29,7 +29,7 @@ class AllGather:
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x: Float[Array, "... D"], groups: Groups
-    ) -> tuple[Float[Array, "... D"], Bool[Array, ""]]:
+    ) -> tuple[Float[Array, "... O"], Bool[Array, ""]]:
         travelling = jax.tree.map(lambda w: w.astype(x.dtype), params)
         everything = jax.tree.map(partial(shard.gather, axes=shard.experts), travelling)
         return experts(everything, x, groups), jnp.ones((), bool)

@@ -29,7 +29,7 @@ class AllToAll:
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded
-    ) -> tuple[Float[Array, "E C D"], Bool[Array, ""]]:
+    ) -> tuple[Float[Array, "E C O"], Bool[Array, ""]]:
         C = x_ECD.shape[1]
         cuts = [C * i // self.chunks for i in range(1, self.chunks)]
         parts = [part for part in jnp.split(x_ECD, cuts, axis=1) if part.shape[1]]

@@ -34,7 +34,7 @@ class RaggedAllToAll:
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged
-    ) -> tuple[Float[Array, "R D"], Bool[Array, "R"]]:
+    ) -> tuple[Float[Array, "R O"], Bool[Array, "R"]]:
         (E,), R, X = groups.sizes_E.shape, len(x_RD), shard.count(shard.experts)
         rows = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
         asked_XE = shard.gather(groups.sizes_E, shard.experts, tiled=False)
@@ -44,12 +44,12 @@ class RaggedAllToAll:
         slices = Slices(sizes_XXe, begin_XE.reshape(X, X, E // X), places(sizes_XXe))
         x_rD = shard.send_slices(x_RD, slices, rows)
         mine = shard.place(shard.experts)
-        y_rD = experts(params, x_rD, g.Ragged(sizes_XXe[:, mine].sum(0)))
+        y_rO = experts(params, x_rD, g.Ragged(sizes_XXe[:, mine].sum(0)))
         there_r1 = (jnp.arange(rows) < sizes_XXe[:, mine].sum())[:, None]
-        y_RD = shard.send_slices(jnp.where(there_r1, y_rD, 0), slices.back(), R)
+        y_RO = shard.send_slices(jnp.where(there_r1, y_rO, 0), slices.back(), R)
         expert_R = jnp.repeat(jnp.arange(E), groups.sizes_E, total_repeat_length=R)
         rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
-        return y_RD, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
+        return y_RO, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
 
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
         """Predicts first how many rows there are, then rows: as they are on TPU, elsewhere those of everybody."""

@@ -26,7 +26,7 @@ class TwoLevel:
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded
-    ) -> tuple[Float[Array, "E C D"], Bool[Array, ""]]:
+    ) -> tuple[Float[Array, "E C O"], Bool[Array, ""]]:
         inner, outer = shard.experts[-1:], shard.experts[:-1]
         (E, C, D), X, Y = x_ECD.shape, shard.count(inner), shard.count(outer)
         e = E // (X * Y)
@@ -34,11 +34,11 @@ class TwoLevel:
         x_YXeCD = shard.regroup(x_YXeCD, inner, split=1, concat=1)
         x_YXeCD = shard.regroup(x_YXeCD, outer, split=0, concat=0)  # by source
         rows_eRD = jnp.moveaxis(x_YXeCD, 2, 0).reshape(e, Y * X * C, D)
-        y_eRD = experts(params, rows_eRD, groups)
-        y_YXeCD = jnp.moveaxis(y_eRD.reshape(e, Y, X, C, D), 0, 2)
-        y_YXeCD = shard.regroup(y_YXeCD, outer, split=0, concat=0)
-        y_YXeCD = shard.regroup(y_YXeCD, inner, split=1, concat=1)
-        return y_YXeCD.reshape(E, C, D), jnp.ones((), bool)
+        y_eRO = experts(params, rows_eRD, groups)
+        y_YXeCO = jnp.moveaxis(y_eRO.reshape(e, Y, X, C, -1), 0, 2)
+        y_YXeCO = shard.regroup(y_YXeCO, outer, split=0, concat=0)
+        y_YXeCO = shard.regroup(y_YXeCO, inner, split=1, concat=1)
+        return y_YXeCO.reshape(E, C, -1), jnp.ones((), bool)
 
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
         """Predicts rows [E, G*C, D] there and back, inside a slice and across."""

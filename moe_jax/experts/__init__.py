@@ -1,4 +1,7 @@
-"""Experts: (params, x, groups) -> y, written once for every layout of rows. One line here registers one."""
+"""Experts: (params, x, groups) -> y, written once for every layout of rows. One line here registers one.
+
+y is as wide as x, or O where an expert has a field or property O; its parameters are then named so (`down_EFO`).
+"""
 
 from moe_jax.experts.glu import GLU
 from moe_jax.experts.mlp import MLP

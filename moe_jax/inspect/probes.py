@@ -128,7 +128,7 @@ def check(model: Any, layer: int, expert: int) -> None:
     """Refuses a model whose routing does not follow from embeddings."""
     check_language_model(model)
     check_expert(model, layer, expert)
-    if not model.moe.router.params or "token" in getattr(model.moe.router, "needs", ()):
+    if not model.moe.router.params or "token" in model.moe.traits.needs:
         raise ValueError(f"{model.moe.router} does not route by what it sees, so that no gradient leads anywhere.")
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float
 
 from moe_jax.core.stats import Stats, ratio
+from moe_jax.core.traits import traits
 
 SCOPES = ("batch", "group", "sequence")
 
@@ -58,15 +59,15 @@ class LoadBalance:
             )
 
     def check(self, router: Any) -> None:
-        if getattr(router, "nulls", 0) and (self.scope != "batch" or CONVENTIONS[self.convention].first):
+        if traits(router).nulls and (self.scope != "batch" or CONVENTIONS[self.convention].first):
             raise ValueError(
                 f"{self} does not count null experts; with {type(router).__name__}() use scope='batch', and a "
                 "convention that counts all choices."
             )
 
     def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
-        convention, E, K = CONVENTIONS[self.convention], s.choices_E.shape[-1], getattr(router, "K", 1)
-        if nulls := getattr(router, "nulls", 0):
+        convention, E, K = CONVENTIONS[self.convention], s.choices_E.shape[-1], traits(router).K
+        if nulls := traits(router).nulls:
             f_E, P_E = ratio(s.choices_E, K * s.tokens[..., None]), ratio(s.probs_E, s.tokens[..., None])
             rest = (1 - f_E.sum(-1)) / nulls * (1 - P_E.sum(-1))
             balance = (E + nulls) * ((f_E * P_E).sum(-1) + rest)

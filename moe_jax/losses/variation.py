@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_jax.core.stats import Stats
+from moe_jax.core.traits import traits
 from moe_jax.losses.load_balance import check_weight
 
 
@@ -50,7 +51,7 @@ class Load:
         check_weight(self)
 
     def check(self, router: Any) -> None:
-        if "load" not in getattr(router, "gives", ()):
+        if "load" not in traits(router).gives:
             raise ValueError(
                 f"Load() needs the load that a noisy router estimates, and {type(router).__name__}() has none; use "
                 "NoisyTopK(), or another loss."

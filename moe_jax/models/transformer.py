@@ -174,7 +174,7 @@ class TransformerConfig:
 
 def not_causal(moe: MoEConfig) -> str:
     """Says why a layer's routing depends on later tokens, and what to do."""
-    if not getattr(moe.router, "causal", True):
+    if not moe.traits.causal:
         return (
             f"{type(moe.router).__name__}() decides about a token by later ones; in a language model use "
             "a router that is causal, or say causal=False."

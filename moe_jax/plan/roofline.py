@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from moe_jax import costs
 from moe_jax.config import Experiment
 from moe_jax.core import dims
+from moe_jax.core.shard import TOKENS
 from moe_jax.core.traffic import Collective
 from moe_jax.costs.communication import merged, step
 from moe_jax.dispatch import Einsum
@@ -76,7 +77,7 @@ def roofline(exp: Experiment, on: Topology) -> Roofline:
     """Of an experiment whose mesh fills the topology."""
     chip, B = on.chip, exp.data.B
     cost, peak = costs.flops(exp.model, exp.data.shapes(1)), chip.flops / chip.devices
-    executed = (cost.computed(exp.model.remat) + dispatch(exp, cost)) * B / on.devices
+    executed = (cost.computed(exp.model.remat) + dispatch(exp)) * B / on.devices
     memory, sent = traffic(exp, dict(exp.mesh), cost), network(exp, on)
     return Roofline(
         cost.training * B / on.devices,
@@ -91,14 +92,17 @@ def roofline(exp: Experiment, on: Topology) -> Roofline:
     )
 
 
-def dispatch(exp: Experiment, cost: costs.Flops) -> float:
+def dispatch(exp: Experiment) -> float:
     """FLOPs of a sequence that `Einsum` spends on bringing tokens to slots and back; other dispatchers copy."""
     model = exp.model
     if not isinstance(getattr(model.moe, "dispatch", None), Einsum):
         return 0.0
-    slots = [s.L * (model.moe.S or s.L) * model.moe.router.K * cost.slots for s in model.stacks(exp.data.shapes(1))]
+    sizes, stacks = dict(exp.mesh), model.stacks(exp.data.shapes(1))
+    B = exp.data.B // exp.data.accumulate // math.prod(sizes[axis] for axis in TOKENS)
+    C = [s.moe.slots(s.moe.group(B, s.L, training=True)) for s in stacks]
+    slots = sum(s.L * s.moe.E * n for s, n in zip(stacks, C, strict=True))
     passes = 3 if model.remat == "none" else 4
-    return passes * 2 * 2 * model.D * model.moe_layers / len(slots) * sum(slots)
+    return passes * 2 * 2 * model.D * model.moe_layers / len(stacks) * slots
 
 
 # ---------------------------------------------------------------- memory

@@ -1,18 +1,9 @@
 """Routers: (params, x_GSD, mask_GS, ctx) -> Routing. One line here registers one.
 
-A router declares its `params` (the suffix is the shape; those in `zeros` start at zero), the number K of choices per
-token (at most), and whether it is `random`: trains otherwise than it evaluates, and needs keys for it. Where it differs
-from the most, it also declares
-
-    causal = False   its choices depend on later tokens
-    grouped = True   its choices depend on a token's place in its routing group
-    makes            the kind of routing, if not TokenChoice
-    state            names of what it remembers, with update(state, stats) -> new values
-    needs            "token" or "task": the ids it routes by
-    gives            "load": a smooth estimate of it
-    nulls            how many of its choices are experts that do nothing
-    untrained        parameters that the task loss does not reach (law 3)
-    check(E)         raises ValueError where E does not fit
+A router declares its `params`, the number K of choices per token (at most), and where it differs from the defaults of
+`core.traits.Traits` the other traits listed there. A router with `state` has update(state, stats) -> new values, one
+that fits some numbers of experts only check(E), which raises ValueError, and one that makes no TokenChoice slots(S, E),
+the slots of each of E experts for a group of S tokens.
 """
 
 from moe_jax.routers.base_layers import BASELayer

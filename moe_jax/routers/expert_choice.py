@@ -37,6 +37,10 @@ class ExpertChoice:
         """Experts per token on average, rounded up."""
         return math.ceil(self.capacity_factor)
 
+    def slots(self, S: int, E: int) -> int:
+        """Tokens that each of E experts takes of a group of S."""
+        return capacity(S, 1, E, self.capacity_factor)
+
     def __call__(
         self,
         params: Mapping[str, Array],
@@ -46,7 +50,7 @@ class ExpertChoice:
     ) -> SlotChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        C = capacity(x_GSD.shape[1], 1, logits_GSE.shape[-1], self.capacity_factor)
+        C = self.slots(x_GSD.shape[1], logits_GSE.shape[-1])
         return slot_choice(probs_GSE, C, logits_GSE, probs_GSE, mask_GS, ctx)
 
 

@@ -35,6 +35,10 @@ class MixtureOfDepths:
         if E != 1:
             raise ValueError(f"MixtureOfDepths() passes tokens through one expert or none, but E={E}; set E=1.")
 
+    def slots(self, S: int, E: int) -> int:
+        """Tokens of a group of S that pass through the expert."""
+        return capacity(S, 1, 1, self.fraction)
+
     def __call__(
         self,
         params: Mapping[str, Array],
@@ -43,5 +47,5 @@ class MixtureOfDepths:
         ctx: Context = Context(),
     ) -> SlotChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
-        C = capacity(x_GSD.shape[1], 1, 1, self.fraction)
+        C = self.slots(x_GSD.shape[1], 1)
         return slot_choice(logits_GSE, C, logits_GSE, jnp.ones_like(logits_GSE), mask_GS, ctx)

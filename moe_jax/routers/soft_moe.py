@@ -31,6 +31,10 @@ class SoftMoE:
         if self.C < 1:
             raise ValueError(f"SoftMoE(C={self.C}) has no slots; set C >= 1.")
 
+    def slots(self, S: int, E: int) -> int:
+        """Slots of each of E experts for a group of S tokens."""
+        return self.C
+
     def __call__(
         self,
         params: Mapping[str, Array],

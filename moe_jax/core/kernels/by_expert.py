@@ -20,7 +20,7 @@ SMALL = 2**18  # numbers of all rows
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_expert(
     expert: Callable, params: Any, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"]
-) -> Float[Array, "R D"]:
+) -> Float[Array, "R O"]:
     """expert(params, x, groups) of rows of which the first sizes_E[0] are expert 0's, and so on; 0 for other rows.
 
     params: a tree of arrays with E in front.
@@ -42,18 +42,18 @@ def ladder(R: int, E: int, D: int) -> tuple[int, ...]:
 
 def _by_expert_fwd(expert, params, x_RD, sizes_E):
     # What the last one makes is not needed again, or can be made again.
-    y_RD, saved = _forward(expert, params, x_RD, sizes_E, _widths(expert, params, x_RD)[:-1])
-    return y_RD, (params, x_RD, sizes_E, saved)
+    y_RO, saved = _forward(expert, params, x_RD, sizes_E, _widths(expert, params, x_RD)[1][:-1])
+    return y_RO, (params, x_RD, sizes_E, saved)
 
 
-def _by_expert_bwd(expert, residuals, g_RD):
+def _by_expert_bwd(expert, residuals, g_RO):
     params, x_RD, sizes_E, saved = residuals
 
     def visit(e, rows, carry):
         dparams, dx_RD = carry
         alone = _Alone([rows.read(h_RF) for h_RF in saved])
         _, pull = jax.vjp(lambda p, x_CD: expert(p, x_CD, alone), _of(e, params), rows.mine(x_RD))
-        dp, dx_CD = pull(rows.mine(g_RD))
+        dp, dx_CD = pull(rows.mine(g_RO))
         total = lambda d, new: d[e] + new if rows.may_be_more else new  # noqa: E731
         dparams = jax.tree.map(lambda d, new: lax.dynamic_update_index_in_dim(d, total(d, new), e, 0), dparams, dp)
         return dparams, rows.write(dx_RD, dx_CD)
@@ -69,12 +69,13 @@ def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
     """The output, and what comes out of the first matmuls, which are so wide."""
 
     def visit(e, rows, carry):
-        (y_RD, saved), alone = carry, _Alone()
-        y_RD = rows.write(y_RD, expert(_of(e, params), rows.mine(x_RD), alone))
-        return y_RD, [rows.write(h_RF, made) for h_RF, made in zip(saved, alone.made, strict=False)]
+        (y_RO, saved), alone = carry, _Alone()
+        y_RO = rows.write(y_RO, expert(_of(e, params), rows.mine(x_RD), alone))
+        return y_RO, [rows.write(h_RF, made) for h_RF, made in zip(saved, alone.made, strict=False)]
 
-    saved = [lax.full_like(x_RD, 0, shape=(len(x_RD), F)) for F in widths]
-    return _each_expert(visit, sizes_E, x_RD.shape, (lax.full_like(x_RD, 0), saved))
+    out = _widths(expert, params, x_RD)[0]
+    y_RO, *saved = (lax.full_like(x_RD, 0, shape=(len(x_RD), width)) for width in (out, *widths))
+    return _each_expert(visit, sizes_E, x_RD.shape, (y_RO, saved))
 
 
 def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, int], carry: Any) -> Any:
@@ -163,13 +164,13 @@ _known.defvjp(
 )
 
 
-def _widths(expert: Callable, params: Any, x_RD: Array) -> list[int]:
-    """Of what the expert's matmuls make."""
+def _widths(expert: Callable, params: Any, x_RD: Array) -> tuple[int, list[int]]:
+    """Width of the expert's output, and those of what its matmuls make."""
 
     def made(params, x_CD):
         alone = _Alone()
-        expert(params, x_CD, alone)
-        return alone.made
+        return expert(params, x_CD, alone), alone.made
 
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), params)
-    return [m.shape[1] for m in jax.eval_shape(made, one, jax.ShapeDtypeStruct((1, x_RD.shape[1]), x_RD.dtype))]
+    y_CO, found = jax.eval_shape(made, one, jax.ShapeDtypeStruct((1, x_RD.shape[1]), x_RD.dtype))
+    return y_CO.shape[1], [m.shape[1] for m in found]
