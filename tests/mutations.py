@@ -33,7 +33,7 @@ def get_config():
         "gating": ("Noise(0.1)",),
         "losses": ("LoadBalance(0.01)", "RouterZ(0.001)"),
     }
-    model = {"D": 16, "N": 2, "H": 2, "A": 4, "ffn": "GLU(F=8)", "layout": "all", "remat": "none", "moe": moe}
+    model = {"D": 16, "N": 2, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "layout": "all", "remat": "none", "moe": moe}
     data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 16, "B": 16}
     return {"mesh": {"data": 2, "expert": 2}, "model": model, "data": data}
 """

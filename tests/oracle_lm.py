@@ -35,7 +35,7 @@ def model(cfg, params, batch):
         p = {module: {k: w[n] for k, w in weights.items()} for module, weights in stack.items()}
         for i in (0, 1):
             x = x + attention(p[f"attention_{i}"], norm(x, p[f"norm_attention_{i}"]["scale_D"]), batch.segment_BL)
-            h = norm(x, p[f"norm_ffn_{i}"]["scale_D"])
+            h = norm(x, p["norm_ffn_0" if i == 0 else "norm_moe_1"]["scale_D"])
             if i == 0:
                 w = p["ffn_0"]
                 x = x + (gelu(h @ w["gate_DF"]) * (h @ w["up_DF"])) @ w["down_FD"]

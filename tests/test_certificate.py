@@ -167,7 +167,7 @@ def run(tmp_path_factory):
     for i in range(60):
         (text / f"{i}.txt").write_text(" ".join(str((i * 7 + j) % 50) for j in range(60)))
     moe = {"E": 3, "router": "LossFree(K=2)", "experts": "MLP(F=4)", "dispatch": "Scatter(1.0)"}
-    model = {"D": 8, "N": 2, "H": 2, "A": 4, "ffn": "MLP(F=4)", "remat": "none", "moe": moe}
+    model = {"D": 8, "N": 2, "attention": "MHA(2, 4)", "ffn": "MLP(F=4)", "remat": "none", "moe": moe}
     exp = build({"model": model, "data": {"source": f"Folder(path='{text}')", "L": 16, "B": 8}})
     params = jax.jit(exp.model.init)(
         jax.random.key(0), jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), exp.data.shapes(1))

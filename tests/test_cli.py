@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 def get_config(source="{texts}"):
     config = ConfigDict()
     config.mesh = {{"data": 8}}
-    config.model = {{"D": 8, "N": 1, "H": 1, "A": 4, "ffn": "MLP(F=4)", "layout": "none", "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "layout": "none", "remat": "none"}}
     config.data = {{"source": f"Folder(path={{source!r}})", "L": 8, "B": 8}}
     config.run = {{"steps": 2, "eval_every": 2, "save_every": 1, "eval_windows": 8}}
     return config

@@ -13,17 +13,18 @@ import pytest
 from jax import lax
 
 from moe_jax import step as steps
+from moe_jax.attention import MHA, NoPE, Relative, Rotary
 from moe_jax.audit.communication import audit, compare
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.core.shard import TOKENS
 from moe_jax.core.traffic import Collective, scheduled
 from moe_jax.costs.communication import layer, merged, passes, step
-from moe_jax.data import Classification, Digits, SpanCorruption
+from moe_jax.data import Classification, Digits, SpanCorruption, cross_entropy, terms
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.exchanges import EXCHANGES, AllGather, AllToAll, RaggedAllToAll, TwoLevel
 from moe_jax.experts import GLU, MLP
-from moe_jax.models import EncoderDecoderConfig, LMConfig, ViTConfig, cross_entropy
+from moe_jax.models import EncoderDecoderConfig, LMConfig, ViTConfig
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.optim import Adafactor, Constant
 from moe_jax.routers import ExpertChoice, RoundRobin, Top2
@@ -94,7 +95,7 @@ def test_forward_of_a_layer(name):
 
 MOE = MoEConfig(E=8, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25))
 BIASES = dataclasses.replace(MOE, experts=MLP(F=8, bias=True), shared=MLP(F=4, bias=True))
-MODEL = LMConfig(V=257, D=8, N=4, H=4, A=4, ffn=GLU(F=8, activation="gelu"), moe=MOE, remat="none")
+MODEL = LMConfig(V=257, D=8, N=4, attention=MHA(4, 4), ffn=GLU(F=8, activation="gelu"), moe=MOE, remat="none")
 OPTIM = OptimConfig(schedule=Constant(0.01))
 MEANS = Adafactor(smallest=2)
 B, L = 16, 8
@@ -110,7 +111,7 @@ def experiment(
 ) -> Experiment:
     fields = {**vars(MODEL), **data.sizes, **model}
     if kind is ViTConfig:
-        fields |= {"position": "learned", "causal": False}
+        fields |= {"attention": MHA(4, 4, position=NoPE(), bias=True), "causal": False}
     return Experiment(
         model=kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__}),
         data=dataclasses.replace(data, accumulate=accumulate),
@@ -132,7 +133,7 @@ EXPERIMENTS = {
         "d2e4", remat="exchanged", optim=optimizer(zero1=True), moe=moe(exchange=AllToAll(chunks=2)), **TWO
     ),
     "full": experiment("d2e4", remat="full", moe=moe(dispatch=Einsum(1.25)), **TWO),
-    "biases": experiment("f2e2t2", remat="exchanged", moe=BIASES, position="relative", **TWO),
+    "biases": experiment("f2e2t2", remat="exchanged", moe=BIASES, attention=MHA(4, 4, position=Relative()), **TWO),
     "pieces": experiment(
         "f2e2t2", accumulate=2, remat="full", moe=BIASES, ffn=MLP(F=8, bias=True), dtype="bfloat16", tied=False
     ),
@@ -165,7 +166,7 @@ EXPERIMENTS = {
         data=DataConfig(L=L, B=B, objective=SpanCorruption(sentinels=7)),
         remat="exchanged",
         layout="every 2",
-        position="shared",
+        attention=MHA(4, 4, position=Relative(shared=True)),
         tied=False,
         extra=GLU(F=8),
     ),
@@ -180,7 +181,15 @@ EXPERIMENTS = {
         moe=BIASES,
         **TWO,
     ),
-    "heads": experiment("d2t2f2", remat="full", qk_norm="head", J=2, window=3, rope=1e6, **TWO),
+    "heads": experiment(
+        "d2t2f2",
+        remat="full",
+        attention=(
+            MHA(4, 4, J=2, qk_norm="head", window=3, position=Rotary(base=1e6)),
+            MHA(4, 4, sinks=True, gate="head"),
+        ),
+        **TWO,
+    ),
 }
 
 
@@ -277,7 +286,7 @@ def test_a_wrong_collective_is_found(monkeypatch):
         everybody = lax.all_gather(logits_BLV, "data", tiled=True)
         return honest(logits_BLV + 0 * everybody.sum(), target_BL)
 
-    monkeypatch.setattr(train, "cross_entropy", gathers)
+    monkeypatch.setattr(terms, "cross_entropy", gathers)
     details = [r.detail for r in compare(predicted("data"), sent(EXPERIMENTS["data"])) if not r.holds]
     assert any(d.startswith(f"all-gather over data: {4 * B * L * 257} bytes that nothing predicts") for d in details)
 

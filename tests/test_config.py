@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from moe_jax.models.layout import sparse_layers, stacks
 
+from moe_jax.attention import MHA
 from moe_jax.config import COMPONENTS, KINDS, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
 from moe_jax.costs import flops, parameters
 from moe_jax.data import (
@@ -36,6 +36,7 @@ from moe_jax.dispatch import Gather, Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import Adaptive, RouterZ
 from moe_jax.models import LM, LMConfig
+from moe_jax.models.pattern import repeats, sparse_layers
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant, Cosine, InverseSqrt, OptimConfig
 from moe_jax.routers import Switch, TopK
@@ -239,7 +240,7 @@ def test_the_dense_twin_costs_the_same_for_any_size(K, F, shared, glu):
     moe = MoEConfig(
         E=4, router=TopK(K=K, normalize=False), experts=expert(F=F), shared=expert(F=shared) if shared else None
     )
-    model = LMConfig(V=11, D=6, N=1, H=1, A=2, moe=moe, layout="all", remat="none")
+    model = LMConfig(V=11, D=6, N=1, attention=MHA(1, 2), moe=moe, layout="all", remat="none")
     batch = DataConfig(L=8).shapes(1)
     assert flops(model.dense_twin(), batch).forward == without_router(model, batch)
 
@@ -295,17 +296,17 @@ def test_other_layouts_are_refused(layout):
 
 def test_stacks():
     D, S = False, True
-    assert stacks((D, S, D, S)) == [((D, S), 2)]
-    assert stacks((S, S, S)) == [((S,), 3)]
-    assert stacks((D, D, S, D, D, S)) == [((D, D, S), 2)]
-    assert stacks((D, D, S)) == [((D,), 2), ((S,), 1)]
-    assert stacks((S,)) == [((S,), 1)]
-    assert stacks((D, S)) == [((D, S), 1)]
+    assert repeats((D, S, D, S)) == [((D, S), 2)]
+    assert repeats((S, S, S)) == [((S,), 3)]
+    assert repeats((D, D, S, D, D, S)) == [((D, D, S), 2)]
+    assert repeats((D, D, S)) == [((D,), 2), ((S,), 1)]
+    assert repeats((S,)) == [((S,), 1)]
+    assert repeats((D, S)) == [((D, S), 1)]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12).map(tuple))
 def test_stacks_are_the_layers(sparse):
-    found = stacks(sparse)
+    found = repeats(sparse)
     assert sum((block * n for block, n in found), ()) == sparse
     assert all(n >= 1 and block for block, n in found)
 

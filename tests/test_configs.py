@@ -13,7 +13,6 @@ import pytest
 from moe_jax.audit.samples import sample
 from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment, build
-from moe_jax.moe import MoEConfig
 from moe_jax.step import Metrics, Program, State
 
 CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
@@ -31,16 +30,23 @@ def read(name: str) -> Experiment:
     return build(runpy.run_path(str(PAPERS[name]))["get_config"]("nano"))
 
 
+def names(model) -> set[tuple[str, ...]]:
+    """The kinds of layers of a model, by the names of their parts."""
+    return {tuple(sub.name for sub in model.sublayers(stack, i)) for stack in model.stacks() for i in range(model.N)}
+
+
 def test_shrinking_keeps_the_kind_of_everything():
     for name in (*CONFIGS, *FAMILIES):
         exp, small = read(name), shrink(read(name), DEVICES)[0]
-        assert set(small.model.sparse) == set(exp.model.sparse)
+        assert names(small.model) == names(exp.model)
         assert small.devices == DEVICES
         for axis, n in exp.mesh:
             assert (dict(small.mesh)[axis] > 1) == (n != 1) or n == -1
-        for field in ("position", "tied", "remat", "layout", "qk_norm"):
+        for field in ("tied", "remat", "layout"):
             assert getattr(small.model, field) == getattr(exp.model, field)
-        if isinstance(exp.model.moe, MoEConfig):
+        for mine, theirs in zip(small.model.attention, exp.model.attention, strict=True):
+            assert (mine.position, mine.qk_norm) == (theirs.position, theirs.qk_norm)
+        if exp.model.routed is not None:
             assert small.model.moe.router == exp.model.moe.router
             assert small.model.moe.dispatch == exp.model.moe.dispatch
             assert type(small.model.moe.experts) is type(exp.model.moe.experts)
@@ -61,12 +67,12 @@ def test_a_config_takes_a_step(name):
     assert int(metrics.skipped) == 0
     assert float(metrics.grad_norm) > 0
     assert int(state.step) == 1
-    assert (metrics.stats is None) == (not isinstance(exp.model.moe, MoEConfig))
+    assert (metrics.stats is None) == (exp.model.routed is None)
     after = jax.device_get(state.params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
     moved = [(a != b).any() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(after), strict=True)]
     assert np.mean(moved) > 0.9
-    if isinstance(exp.model.moe, MoEConfig):
+    if exp.model.routed is not None:
         up = next(x for path, x in jax.tree.leaves_with_path(state.params) if path[-1].key == "up_EDF")
         assert len({str(shard.index) for shard in up.addressable_shards}) == dict(exp.mesh)["expert"]
 

@@ -242,7 +242,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     config = ConfigDict()
-    config.model = {{"D": 8, "N": 1, "layout": "every 1", "H": 2, "A": 4, "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "layout": "every 1", "attention": "MHA(2, 4)", "remat": "none"}}
     config.model["moe"] = {{"E": 8, "router": "LossFree(K=2, rate=0.1)", "experts": "MLP(F=8)"}}
     config.model.moe.dispatch, config.model.moe.losses = "Scatter(4.0)", ("Adaptive(LoadBalance(0.01))",)
     config.data = {{"source": "Folder(path={text!r})", "L": 8, "B": 16}}

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.attention import MHA, NoPE, Relative, Sinusoidal
+from moe_jax.attention.positions import BUCKETS
 from moe_jax.audit import meshes, samples
 from moe_jax.config import DataConfig, Experiment, RunConfig
 from moe_jax.data import Corpus, Pairs, SpanCorruption
@@ -16,7 +18,7 @@ from moe_jax.dispatch import Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import LoadBalance
 from moe_jax.models import EncoderDecoder, EncoderDecoderConfig
-from moe_jax.models.blocks import BUCKETS, RMSNorm
+from moe_jax.models.blocks import RMSNorm
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import Constant, OptimConfig
 from moe_jax.routers import LossFree, Top2
@@ -26,8 +28,16 @@ from tests import oracle
 from tests.oracle_lm import gelu, norm
 
 MOE = MoEConfig(E=4, router=Top2(second="always"), experts=MLP(F=12), dispatch=Scatter(1.0), losses=(LoadBalance(0.1),))
+T5 = Relative(shared=True)
 CFG = EncoderDecoderConfig(
-    V=31, D=16, N=2, H=2, A=8, J=1, ffn=GLU(F=12, activation="gelu"), moe=MOE, extra=MLP(F=8), V_source=29
+    V=31,
+    D=16,
+    N=2,
+    attention=MHA(2, 8, J=1, position=T5),
+    ffn=GLU(F=12, activation="gelu"),
+    moe=MOE,
+    extra=MLP(F=8),
+    V_source=29,
 )
 B, M, L = 4, 10, 7
 SOURCE = (np.arange(B * M).reshape(B, M) * 7 + np.arange(B)[:, None] ** 2) % 29
@@ -100,12 +110,13 @@ def test_padding_is_nowhere(apply):
     assert np.isfinite(nothing).all()
 
 
-@pytest.mark.parametrize("position", ["shared", "sinusoidal"])
+@pytest.mark.parametrize("position", [T5, Sinusoidal()])
 def test_packed_pairs_do_not_see_each_other(params, dropless, position):
     """Two pairs in a row give the logits that each gives alone."""
     run = dropless
-    if position != "shared":
-        run = function_of(dataclasses.replace(CFG.dropless(), position=position), params)
+    if position != T5:
+        attention = MHA(2, 8, J=1, position=position)
+        run = function_of(dataclasses.replace(CFG.dropless(), attention=attention), params)
     places = np.array([1] * 4 + [2] * 5 + [0])[None], np.array([1] * 3 + [2] * 3 + [0])[None]
     packed, aux, _ = run(SOURCE[:1], TOKENS[:1], *places)
     assert aux.stats.tokens.tolist() == [9, 6]
@@ -134,7 +145,7 @@ def test_tables_and_vocabularies(params):
     assert [path[0].key for path in tables] == ["decoder_bias_PH", "encoder_bias_PH"]
     assert "source_VD" not in shapes(dataclasses.replace(CFG, V_source=None))
     assert "head_DV" in shapes(dataclasses.replace(CFG, tied=False))
-    bare = shapes(dataclasses.replace(CFG, position="none", extra=None))
+    bare = shapes(dataclasses.replace(CFG, attention=MHA(2, 8, J=1, position=NoPE()), extra=None))
     assert not [p for p in jax.tree.leaves_with_path(bare) if "bias" in str(p[0]) or "extra" in str(p[0])]
     for stack, parts in (("encoder_stack_0", {"attention"}), ("decoder_stack_0", {"attention", "cross"})):
         assert {name[:-2] for name in bare[stack] if name.startswith(("attention", "cross"))} == parts
@@ -220,7 +231,7 @@ def test_what_routers_remember_is_the_encoders_first(params):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"position": "relative"}, "'relative' is unknown; use one of 'shared'"),
+        ({"attention": MHA(2, 8, position=Relative())}, "Relative\\(shared=True\\)"),
         ({"V_source": 0}, "V_source=0 must be positive"),
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "choice-major"))}, "token-major"),
     ],
@@ -237,7 +248,9 @@ def test_what_cannot_work_is_refused(change, message):
 def step():
     """An experiment, and the gradients and losses that one device makes of it."""
     data = DataConfig(objective=SpanCorruption(sentinels=4), L=8, B=8)
-    model = dataclasses.replace(CFG, V=data.sizes["V"], V_source=None, J=2, N=1, layout="all", remat="none")
+    model = dataclasses.replace(
+        CFG, V=data.sizes["V"], V_source=None, attention=MHA(2, 8, position=T5), N=1, layout="all", remat="none"
+    )
     exp = Experiment(model, data)
     state, batch = meshes.start(exp), samples.sample(exp)
     return exp, state, batch, run(exp, state, batch)
@@ -267,7 +280,9 @@ def test_one_model_every_mesh(step, mesh):
 def test_it_learns_and_goes_on_where_it_was(tmp_path):
     """Law 9, with spans that are drawn anew: an interrupted run has the same losses; and they fall."""
     data = DataConfig(Corpus(0.02), objective=SpanCorruption(sentinels=4), L=16, B=16)
-    model = EncoderDecoderConfig(V=data.sizes["V"], D=16, N=1, H=2, A=8, ffn=GLU(F=16), layout="none", remat="none")
+    model = EncoderDecoderConfig(
+        V=data.sizes["V"], D=16, N=1, attention=MHA(2, 8, position=T5), ffn=GLU(F=16), layout="none", remat="none"
+    )
     optim = OptimConfig(schedule=Constant(0.02))
 
     run, mesh = RunConfig(steps=24, log_every=8, eval_every=24, eval_windows=32, save_every=8), (("data", 8),)

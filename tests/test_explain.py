@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax import MLP, Hash, LMConfig, MoEConfig, Scatter, Temperature, TopK
+from moe_jax.attention import MHA
 from moe_jax.data import Batch
 from moe_jax.inspect.explain import explain, margin_of, principal
 from moe_jax.inspect.look import layer_params, trace_layers
@@ -17,8 +18,7 @@ MODEL = LMConfig(
     V=V,
     D=D,
     N=2,
-    H=1,
-    A=4,
+    attention=MHA(1, 4),
     layout="all",
     remat="none",
     moe=MoEConfig(

@@ -191,7 +191,15 @@ def run(tmp_path_factory):
             row = [(n * 7 + j * (1 if domain == "up" else -1)) % 50 for j in range(60)]
             (folder / "text" / domain / f"{n}.txt").write_text(" ".join(map(str, row)))
     moe = {"E": 3, "router": "TopK(K=2)", "experts": "MLP(F=4)", "dispatch": "Scatter(1.0)"}
-    model = {"D": 8, "N": 2, "H": 2, "A": 4, "ffn": "MLP(F=4)", "remat": "none", "layout": "all", "moe": moe}
+    model = {
+        "D": 8,
+        "N": 2,
+        "attention": "MHA(2, 4)",
+        "ffn": "MLP(F=4)",
+        "remat": "none",
+        "layout": "all",
+        "moe": moe,
+    }
     data = {"source": f"Folder(path='{folder / 'text'}')", "L": 16, "B": 8}
     for name, own in {"run": model, "dense": {**model, "layout": "none"}}.items():
         exp = build({"model": own, "data": data, "mesh": {"data": 8}})
@@ -340,7 +348,14 @@ def test_a_run_is_followed_to_its_end(run, tmp_path, monkeypatch):
 
 def test_layers_have_the_numbers_of_the_model():
     model = build(
-        {"model": {"D": 8, "N": 4, "H": 2, "A": 4, "moe": {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}}}
+        {
+            "model": {
+                "D": 8,
+                "N": 4,
+                "attention": "MHA(2, 4)",
+                "moe": {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"},
+            }
+        }
     ).model
     assert layer_names(model) == ["layer 1", "layer 3"]
 
@@ -348,7 +363,7 @@ def test_layers_have_the_numbers_of_the_model():
 def test_each_stack_has_its_layers():
     """Of an encoder and a decoder each its own, counted as knock-outs count them; a single stack has them all."""
     moe = {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}
-    sizes = {"D": 8, "N": 4, "H": 2, "A": 4, "moe": moe}
+    sizes = {"D": 8, "N": 4, "attention": "MHA(2, 4)", "moe": moe}
     data = {"source": "ToyTranslation()", "objective": "Translation()"}
     two = build({"model": {"kind": "EncoderDecoder", **sizes}, "data": data}).model
     assert list(layers_of(two, "encoder")) == [0, 1]

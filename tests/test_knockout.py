@@ -23,6 +23,7 @@ from moe_jax import (
     TopK,
     TopP,
 )
+from moe_jax.attention import MHA
 from moe_jax.config import build
 from moe_jax.core.context import Context
 from moe_jax.data import Batch
@@ -41,8 +42,7 @@ MODEL = LMConfig(
     V=V,
     D=D,
     N=2,
-    H=2,
-    A=4,
+    attention=MHA(2, 4),
     layout="all",
     remat="none",
     moe=MoEConfig(E=E, router=TopK(K=2), experts=MLP(F=6, activation="relu2", bias=True), dispatch=Scatter(1.0)),
@@ -171,7 +171,7 @@ def test_the_model_without_an_expert(params):
 def replayed(params, batch, expert_NBLK):
     """Nats of each target where these choices are made."""
     args = (batch.tokens_BL, batch.segment_BL, batch.position_BL)
-    run = jax.jit(lambda p, args, replay: LM(MODEL.dropless()).apply({"params": p}, *args, replay=replay))
+    run = jax.jit(lambda p, args, replay: LM(MODEL.dropless()).apply({"params": p}, *args, call=Call(replay=replay)))
     logits, _ = run(params, args, expert_NBLK)
     logits = np.asarray(logits, np.float64)
     logits -= logits.max(-1, keepdims=True)
@@ -430,7 +430,15 @@ def test_where_layers_lie(kind, layout, N):
         "ViT": {"source": "Digits()", "objective": "Classification()", "L": 1},
     }[kind]
     moe = {"E": 3, "router": "TopK(K=2)", "experts": "MLP(F=4)"}
-    model = {"kind": kind, "D": 8, "N": N, "H": 2, "A": 4, "ffn": "MLP(F=4)", "layout": layout, "moe": moe}
+    model = {
+        "kind": kind,
+        "D": 8,
+        "N": N,
+        "attention": "MHA(2, 4)",
+        "ffn": "MLP(F=4)",
+        "layout": layout,
+        "moe": moe,
+    }
     exp = build({"model": {**model, **({"patch": 2} if kind == "ViT" else {})}, "data": data})
     zeros = lambda tree: jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), tree)  # noqa: E731
     params = zeros(jax.eval_shape(exp.model.init, jax.random.key(0), zeros(exp.data.shapes(1))))

@@ -46,7 +46,7 @@ from ml_collections import ConfigDict
 def get_config():
     config = ConfigDict()
     config.mesh = {{"data": 2, "expert": 4}}
-    config.model = {{"D": 16, "N": 2, "H": 2, "A": 8, "ffn": "MLP(F=16)"}}
+    config.model = {{"D": 16, "N": 2, "attention": "MHA(2, 8)", "ffn": "MLP(F=16)"}}
     config.model["moe"] = {{"E": 8, "router": "TopK(K=2)", "experts": "MLP(F=16)", "S": 32}}
     config.data = {{"source": "Folder(path={text!r})", "L": 32, "B": 16}}
     config.run = {{"steps": 12, "log_every": 1, "eval_every": 12, "save_every": 4, "eval_windows": 16}}

@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.attention import MHA, Relative
+from moe_jax.attention.positions import BUCKETS, buckets
 from moe_jax.core import dims
 from moe_jax.core.shard import RULES
+from moe_jax.data import cross_entropy
 from moe_jax.dispatch import Scatter, Sort
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import LoadBalance
-from moe_jax.models import LM, LMConfig, cross_entropy
-from moe_jax.models.blocks import BUCKETS, relative_buckets
+from moe_jax.models import LM, LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import Top2
 from tests.cases import mesh_of
 
 MOE = MoEConfig(E=4, router=Top2(second="always"), experts=MLP(F=12), dispatch=Scatter(1.0), losses=(LoadBalance(0.1),))
-CFG = LMConfig(V=31, D=16, N=4, H=2, A=8, ffn=GLU(F=12, activation="gelu"), moe=MOE, position="relative")
+CFG = LMConfig(V=31, D=16, N=4, attention=MHA(2, 8, position=Relative()), ffn=GLU(F=12, activation="gelu"), moe=MOE)
 B, L = 8, 12
 TOKENS = (np.arange(B * L).reshape(B, L) * 7 + np.arange(B)[:, None] ** 2) % 31
 
@@ -92,7 +94,7 @@ def test_parameters_lie_where_their_names_say(params, mesh):
     layer = dims.layouts(params, RULES)["stack_0"]
     assert layer["moe_1"]["up_EDF"] == jax.P(None, ("expert",), ("fsdp",), ("tensor",))
     assert layer["attention_0"]["out_HAD"] == jax.P(None, ("tensor",), None, ("fsdp",))
-    assert layer["moe_1"]["router_gate_DE"] == layer["norm_ffn_0"]["scale_D"] == jax.P()
+    assert layer["moe_1"]["router_gate_DE"] == layer["norm_moe_1"]["scale_D"] == jax.P()
 
 
 def test_the_dense_twin_has_the_width_of_the_chosen_experts():
@@ -105,7 +107,7 @@ def test_the_dense_twin_has_the_width_of_the_chosen_experts():
 
 
 def test_bfloat16_keeps_parameters_routing_and_logits_in_float32(params):
-    cfg = dataclasses.replace(CFG, dtype="bfloat16", tied=False, position="rotary")
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", tied=False, attention=MHA(2, 8))
     shapes = jax.eval_shape(lambda k: LM(cfg).init_with_output(k, jnp.asarray(TOKENS)), jax.random.key(0))
     (logits, aux), variables = shapes
     assert logits.dtype == jnp.float32
@@ -114,10 +116,10 @@ def test_bfloat16_keeps_parameters_routing_and_logits_in_float32(params):
 
 def test_relative_positions_are_t5s():
     """Exact below 16, then logarithmic up to 128; the future counts as 0 and is masked."""
-    buckets = relative_buckets(200)[199]
-    assert buckets[199 - np.arange(16)].tolist() == list(range(16))
-    assert [int(buckets[199 - d]) for d in (16, 20, 32, 64, 127, 128, 199)] == [16, 17, 21, 26, 31, 31, 31]
-    assert relative_buckets(4)[0].tolist() == [0, 0, 0, 0]
+    found = buckets(199 - np.arange(200))
+    assert found[199 - np.arange(16)].tolist() == list(range(16))
+    assert [int(found[199 - d]) for d in (16, 20, 32, 64, 127, 128, 199)] == [16, 17, 21, 26, 31, 31, 31]
+    assert buckets(-np.arange(4)).tolist() == [0, 0, 0, 0]
     assert BUCKETS == 32
 
 
@@ -127,8 +129,9 @@ def test_relative_positions_are_t5s():
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "choice-major"))}, "token-major"),
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "probability"))}, "causal=False"),
         ({"moe": None}, "layout='none'"),
-        ({"A": 7, "position": "rotary"}, "even"),
-        ({"position": "alibi"}, "'rotary', 'relative'"),
+        ({"attention": "MHA(2, 8)"}, "must be one of MHA"),
+        ({"attention": ()}, "must be one of MHA"),
+        ({"attention": (MHA(2, 8),) * 5}, "N=4 layers"),
         ({"dtype": "float16"}, "bfloat16"),
         ({"layout": "every 5"}, "n <= N=4"),
         ({"layout": "1,4"}, r"\[4\]"),

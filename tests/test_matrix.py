@@ -30,7 +30,8 @@ from moe_jax import (
     TopK,
     TwoLevel,
 )
-from moe_jax import train as trainer
+from moe_jax import step as trainer
+from moe_jax.attention import MHA, Relative
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.core import shard
 from moe_jax.core.context import Ids
@@ -38,7 +39,7 @@ from moe_jax.data import Batch, Bytes
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES
 from moe_jax.exchanges.ragged import fitting, places
-from moe_jax.models import LMConfig
+from moe_jax.models import Call, LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import AdamW, Constant
 from moe_jax.step import Program
@@ -158,9 +159,9 @@ def experiment(case: Case, dtype: str = "float32") -> Experiment:
     choose, mlp = case.dispatch == "gather", MLP(F=8, bias=True)
     router, dispatch, exchange = ExpertChoice() if choose else Top2(), DISPATCH[case.dispatch], EXCHANGE[case.exchange]
     moe = MoEConfig(E=8, router=router, experts=mlp, dispatch=dispatch, exchange=exchange, shared=mlp, S=4)
-    forms = {"position": "relative", "tied": not choose, "causal": not choose, "remat": case.remat, "dtype": dtype}
+    forms = {"tied": not choose, "causal": not choose, "remat": case.remat, "dtype": dtype}
     return Experiment(
-        model=LMConfig(V=32, D=8, N=4, H=4, A=2, ffn=mlp, moe=moe, **forms),
+        model=LMConfig(V=32, D=8, N=4, attention=MHA(4, 2, position=Relative()), ffn=mlp, moe=moe, **forms),
         data=DataConfig(tokenizer=Bytes(), L=L, B=B, accumulate=case.pieces),
         optim=OptimConfig(AdamW(), Constant(RATE), zero1=case.zero1),
         run=RunConfig(steps=3),
@@ -185,7 +186,7 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
     program, (tx, rate) = Program(exp, devices=jax.devices()[: exp.devices]), exp.optim.build(exp.run.steps)
 
     def logits(params, key, batch):
-        return exp.model.apply(params, batch, key, {})[0]
+        return exp.model.apply(params, batch, Call(key, {}))[0]
 
     def step(state, batch):
         here = shard.current(exp.exchange)

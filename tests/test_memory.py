@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from moe_jax import GLU, MLP, Einsum, LMConfig, LoadBalance, MoEConfig, Scatter, Sort, Top2
+from moe_jax.attention import MHA, Relative
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core import dims
 from moe_jax.costs.memory import Memory, memory
@@ -33,7 +34,7 @@ def experiment(model: str, mesh: str, changed: str = "") -> Experiment:
     fields = {name: parse_value(text) for name, text in re.findall(r"`(\w+)=([^`]+)`", changed)}
     N, D, F, H, A, V = SHAPES[size]
     moe = MoEConfig(E=64, router=Top2(), experts=MLP(F), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),), S=1024)
-    cfg = LMConfig(V, D, N, H, A, ffn=GLU(F, "gelu"), moe=moe, position="relative", dtype="bfloat16")
+    cfg = LMConfig(V, D, N, MHA(H, A, position=Relative()), ffn=GLU(F, "gelu"), moe=moe, dtype="bfloat16")
     cfg = dataclasses.replace(cfg, remat=fields.get("remat", "full"))
     data = DataConfig(L=1024, B=fields.get("B", math.prod(sizes.values())), accumulate=fields.get("accumulate", 1))
     optim = OptimConfig(Adafactor(), Constant(0.01))
@@ -50,6 +51,7 @@ def of(exp: Experiment, **changed: int) -> Memory:
 
 
 SMALL = experiment("0.1B/64E", "fsdp=2 x expert=4")
+ROTARY = (MHA(12, 64),)
 
 
 def with_model(exp: Experiment, **fields: object) -> Experiment:
@@ -81,7 +83,7 @@ def test_the_state_is_exact(optimizer, zero1):
 def test_one_small_step_by_hand():
     """One dense layer on one device, without fsdp: every number can be written down."""
     V, D, F, H, A, L, B = 512, 128, 256, 2, 64, 64, 4
-    cfg = LMConfig(V, D, 2, H, A, ffn=GLU(F), layout="none", dtype="bfloat16")
+    cfg = LMConfig(V, D, 2, MHA(H, A), ffn=GLU(F), layout="none", dtype="bfloat16")
     found = memory(Experiment(cfg, DataConfig(L=L, B=B), OptimConfig(AdamW(), Constant(0.01))), {})
     layer, T = 4 * D * H * A + 3 * D * F, B * L
     assert found.gradients == 4 * 2 * (layer + 2 * D)
@@ -100,7 +102,7 @@ def test_one_small_step_by_hand():
 
 @pytest.mark.parametrize("remat", ["full", "exchanged"])
 def test_pieces_halve_activations(remat):
-    exp = with_model(dataclasses.replace(SMALL, data=DataConfig(L=1024, B=64)), remat=remat, position="rotary")
+    exp = with_model(dataclasses.replace(SMALL, data=DataConfig(L=1024, B=64)), remat=remat, attention=ROTARY)
     once, whole, halves = (of(dataclasses.replace(exp, data=DataConfig(L=1024, B=64, accumulate=A))) for A in (1, 2, 4))
     assert 4 * halves.activations == 2 * whole.activations == once.activations
     assert halves.layer < whole.layer < once.layer
@@ -125,7 +127,7 @@ def test_every_axis_but_data_saves_state(axis):
 
 
 def test_tensor_parallelism_cuts_heads_and_hidden_units():
-    exp = with_model(SMALL, position="rotary")
+    exp = with_model(SMALL, attention=ROTARY)
     whole = [of(exp, fsdp=1).layer, of(exp, fsdp=1, tensor=4).layer]
     assert whole[1] < whole[0]
     exchanged = with_model(exp, remat="exchanged")
@@ -140,7 +142,7 @@ def test_float32_has_no_copies():
 def test_room_for_rows_is_counted():
     def layer(**fields: object) -> int:
         moe = dataclasses.replace(SMALL.model.moe, **fields)
-        return of(with_model(SMALL, moe=moe, position="rotary", causal=False)).layer
+        return of(with_model(SMALL, moe=moe, attention=ROTARY, causal=False)).layer
 
     assert layer() < layer(dispatch=Scatter(2.0)) < layer(dispatch=Scatter(None))
     assert layer(dispatch=Scatter(1.25)) < layer(dispatch=Einsum(1.25))  # which has masks

@@ -8,6 +8,7 @@ import pytest
 from nbclient.exceptions import CellExecutionError
 
 from experiments.train import run
+from moe_jax.attention import MHA
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Folder
 from moe_jax.experts import GLU, MLP
@@ -30,7 +31,7 @@ def runs(tmp_path_factory) -> Path:
         for i in range(6):
             (folder / "text" / domain / f"{i}.txt").write_text("".join(rng.choice(symbols, 400)))
     moe = MoEConfig(E=E, router=Top2(), experts=MLP(F=8), S=32)
-    model = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8), moe=moe, remat="none")
+    model = LMConfig(V=257, D=8, N=2, attention=MHA(2, 4), ffn=GLU(F=8), moe=moe, remat="none")
     exp = Experiment(
         model=model,
         data=DataConfig(source=Folder(str(folder / "text")), L=16, B=16),
@@ -91,7 +92,7 @@ from ml_collections import ConfigDict
 def get_config():
     config = ConfigDict()
     config.mesh = {"expert": 2}
-    config.model = {"D": 8, "N": 1, "H": 2, "A": 4, "ffn": "GLU(F=8)", "layout": "every 1", "remat": "none"}
+    config.model = {"D": 8, "N": 1, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "layout": "every 1", "remat": "none"}
     config.model.moe = {"E": 4, "router": "Top2()", "experts": "MLP(F=8)", "dispatch": "Scatter(1.0)", "S": 32}
     config.data = {"L": 16, "B": 16}
     return config

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.attention import MHA, NoPE, Relative, Rotary, Sinusoidal
 from moe_jax.config import DataConfig, Experiment, build
 from moe_jax.costs import KINDS, flops, parameters
 from moe_jax.data import Classification, Digits, SpanCorruption, ToyTranslation, Translation
@@ -135,16 +136,23 @@ def test_nano_is_the_same_kind_of_model(name):
     exp, small = experiment(name), experiment(name, "nano")
     assert type(exp.model) is type(small.model)
     assert parameters(small.model).total < 2_000_000
-    for field in ("position", "tied", "qk_norm", "causal", "rope"):
+    for field in ("tied", "causal", "layout") if exp.model.layout.startswith("every") else ("tied", "causal"):
         assert getattr(small.model, field) == getattr(exp.model, field)
-    assert set(small.model.sparse) == set(exp.model.sparse)
-    assert (small.model.J is None) == (exp.model.J is None)
+    assert names(small.model) == names(exp.model)
+    for mine, theirs in zip(small.model.attention, exp.model.attention, strict=True):
+        assert (mine.position, mine.qk_norm, mine.bias) == (theirs.position, theirs.qk_norm, theirs.bias)
+        assert (mine.J is None) == (theirs.J is None)
     moe = exp.model.moe
-    if isinstance(moe, MoEConfig):
+    if exp.model.routed is not None:
         assert small.model.moe.router == moe.router
         assert small.model.moe.losses == moe.losses
         assert type(small.model.moe.dispatch) is type(moe.dispatch)
         assert (small.model.moe.shared is None) == (moe.shared is None)
+
+
+def names(model) -> set[tuple[str, ...]]:
+    """The kinds of layers of a model, by the names of their parts."""
+    return {tuple(sub.name for sub in model.sublayers(stack, i)) for stack in model.stacks() for i in range(model.N)}
 
 
 def test_an_unknown_shape_is_refused():
@@ -164,11 +172,15 @@ LAYERS_ = st.builds(
     EXPERTS_,
     st.none() | EXPERTS_,
 )
-SIZES_ = {"D": st.integers(1, 4).map(lambda n: 2 * n), "N": st.integers(1, 4), "A": st.sampled_from((2, 4))}
+SIZES_ = {"D": st.integers(1, 4).map(lambda n: 2 * n), "N": st.integers(2, 4)}
+POSITIONS_ = {
+    LMConfig: (Rotary(), Relative(), Relative(shared=True), Sinusoidal(), NoPE()),
+    EncoderDecoderConfig: (Rotary(), Relative(shared=True), Sinusoidal(), NoPE()),
+    ViTConfig: (NoPE(),),
+}
 FORMS_ = {
     **{"ffn": EXPERTS_, "moe": LAYERS_ | EXPERTS_, "layout": st.sampled_from(("all", "none", "last 1", "0"))},
-    **{"extra": st.none() | EXPERTS_, "qk_norm": st.sampled_from(("none", "head", "all")), "H": st.just(4)},
-    **{"J": st.sampled_from((None, 1, 2)), "remat": st.just("none"), "causal": st.just(False)},
+    **{"extra": st.none() | EXPERTS_, "remat": st.just("none"), "causal": st.just(False)},
 }
 DATA = {
     LMConfig: DataConfig(L=8),
@@ -180,7 +192,18 @@ DATA = {
 @settings(deadline=None, max_examples=12)
 @given(kind=st.sampled_from(tuple(DATA)), data=st.data(), forms=st.fixed_dictionaries({**SIZES_, **FORMS_}))
 def test_any_model_is_counted(kind, data, forms):
-    forms["position"] = data.draw(st.sampled_from(kind.POSITIONS))
+    attention = st.builds(
+        MHA,
+        H=st.just(4),
+        A=st.sampled_from((2, 4)),
+        J=st.sampled_from((None, 1, 2)),
+        position=st.sampled_from(POSITIONS_[kind]),
+        qk_norm=st.sampled_from(("none", "head", "all")),
+        bias=st.booleans(),
+        sinks=st.booleans(),
+        gate=st.sampled_from(("none", "head", "element")),
+    )
+    forms["attention"] = tuple(data.draw(st.lists(attention, min_size=1, max_size=2)))
     forms |= {name: n for name, n in DATA[kind].sizes.items() if name in kind.__dataclass_fields__}
     forms |= (
         {"patch": 4, "representation": data.draw(st.booleans())}
@@ -217,15 +240,23 @@ def multiplied(jaxpr, times: int = 1) -> int:
 
 
 MOE = MoEConfig(E=4, router=TopK(K=2), experts=GLU(F=6), shared=GLU(F=3), dispatch=Scatter(1.5))
-SIZES = {"D": 8, "N": 4, "H": 4, "A": 2, "ffn": MLP(F=5), "moe": MOE, "remat": "none"}
+SIZES = {"D": 8, "N": 4, "attention": MHA(4, 2), "ffn": MLP(F=5), "moe": MOE, "remat": "none"}
 COUNTED = {
-    "decoder": (LMConfig, DataConfig(L=8), {"J": 2, "qk_norm": "head"}),
-    "t5": (EncoderDecoderConfig, DataConfig(L=16, objective=SpanCorruption()), {"extra": GLU(F=7), "tied": False}),
-    "dense": (LMConfig, DataConfig(L=8), {"layout": "none", "moe": None, "position": "relative"}),
+    "decoder": (
+        LMConfig,
+        DataConfig(L=8),
+        {"attention": (MHA(4, 2, J=2, qk_norm="head", gate="head"), MHA(4, 4, J=1, gate="element"))},
+    ),
+    "t5": (
+        EncoderDecoderConfig,
+        DataConfig(L=16, objective=SpanCorruption()),
+        {"extra": GLU(F=7), "tied": False, "attention": MHA(4, 2, position=Relative(shared=True))},
+    ),
+    "dense": (LMConfig, DataConfig(L=8), {"layout": "none", "moe": None, "attention": MHA(4, 2, position=Relative())}),
     "images": (
         ViTConfig,
         DataConfig(source=Digits(), L=1, objective=Classification()),
-        {"representation": True, "patch": 2},
+        {"representation": True, "patch": 2, "attention": MHA(4, 2, position=NoPE(), bias=True)},
     ),
 }
 
@@ -240,7 +271,7 @@ def test_flops_are_those_of_the_program(name):
     params = jax.eval_shape(model.init, jax.random.key(0), batch)
     jaxpr = jax.make_jaxpr(model.apply)(params, batch).jaxpr
     cost = flops(model, batch)
-    more = sum(of_slots(stack.L) for stack in model.stacks(batch)) * sum(model.sparse[: model.N]) if model.moe else 0
+    more = sum(of_slots(stack.L) for stack in model.stacks(batch)) * model.moe_layers // model.STACKS
     assert multiplied(jaxpr) == cost.forward - cost.kinds.get("experts", 0) + more
 
 
@@ -254,7 +285,7 @@ def of_slots(L: int) -> int:
 def test_flops_are_those_that_xla_counts():
     """Of a model whose loops have one turn, since XLA counts the body of a loop once."""
     moe = MoEConfig(E=4, router=TopK(K=2), experts=MLP(F=128), dispatch=Einsum(None))
-    model = LMConfig(V=64, D=64, N=1, H=4, A=16, moe=moe, layout="all", remat="none")
+    model = LMConfig(V=64, D=64, N=1, attention=MHA(4, 16), moe=moe, layout="all", remat="none")
     data = DataConfig(L=32)
     batch = data.shapes(1)
     params = jax.eval_shape(model.init, jax.random.key(0), batch)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import GLU, MLP, LMConfig, LoadBalance, MoEConfig, Scatter, Top2
+from moe_jax.attention import MHA, Relative
 from moe_jax.audit.placement import placement
 from moe_jax.config import DataConfig, Experiment, OptimConfig, parse
 from moe_jax.costs.communication import step
@@ -19,12 +20,10 @@ GLAM = Experiment(  # arXiv:2112.06905, table 4, with one sequence a chip
         V=256_000,
         D=8192,
         N=64,
-        H=128,
-        A=128,
+        attention=MHA(128, 128, position=Relative()),
         ffn=GLU(F=32_768, activation="gelu"),
         moe=MoEConfig(E=64, router=Top2(), experts=MLP(F=32_768), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),)),
         layout="every 2",
-        position="relative",
         remat="exchanged",
         dtype="bfloat16",
     ),

@@ -14,6 +14,7 @@ import pytest
 from experiments import cli
 from experiments import plan as program
 from moe_jax import GLU, MLP, AllGather, Einsum, LMConfig, LoadBalance, MoEConfig, RaggedAllToAll, Scatter, Sort, TopK
+from moe_jax.attention import MHA
 from moe_jax.config import DataConfig, Experiment, OptimConfig, build
 from moe_jax.core.shard import AXES
 from moe_jax.core.traffic import Collective
@@ -34,7 +35,7 @@ from tests import programs
 
 call = partial(programs.call, program)
 MOE = MoEConfig(E=8, router=TopK(K=2), experts=MLP(F=64), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),))
-MODEL = LMConfig(V=Bytes().V, D=32, N=2, H=4, A=8, ffn=GLU(F=64), moe=MOE, dtype="bfloat16", remat="none")
+MODEL = LMConfig(V=Bytes().V, D=32, N=2, attention=MHA(4, 8), ffn=GLU(F=64), moe=MOE, dtype="bfloat16", remat="none")
 SMALL = Experiment(MODEL, DataConfig(L=64, B=64), OptimConfig(Adafactor(), Constant(0.01)))
 V5E = topology("v5e:2x4")
 CONFIG = """
@@ -47,7 +48,7 @@ def get_config():
     config = ConfigDict()
     config.mesh = {mesh}
     config.model = {{
-        "D": 32, "N": 2, "H": 4, "A": 8, "ffn": "GLU(F=64)", "dtype": "bfloat16", "remat": "none",
+        "D": 32, "N": 2, "attention": "MHA(4, 8)", "ffn": "GLU(F=64)", "dtype": "bfloat16", "remat": "none",
         "moe": {{"E": 8, "router": "TopK(K=2)", "experts": "MLP(F=64)", "dispatch": "Scatter(1.25)"}},
     }}
     config.data = {{"L": 64, "B": 64}}

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from moe_jax import GLU, MLP, AllToAll, LMConfig, LoadBalance, MoEConfig, RaggedAllToAll, Scatter, Sort, Top2
+from moe_jax.attention import MHA
 from moe_jax.audit.communication import compare
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.costs.communication import step
@@ -212,8 +213,7 @@ SMALL = Experiment(
         V=512,
         D=256,
         N=4,
-        H=4,
-        A=64,
+        attention=MHA(4, 64),
         ffn=GLU(F=512, activation="gelu"),
         moe=MoEConfig(E=8, router=Top2(), experts=MLP(F=256), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),)),
         remat="exchanged",

@@ -27,20 +27,29 @@ from moe_jax import (
     TopK,
     ViTConfig,
 )
+from moe_jax.attention import MHA, NoPE, Relative
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import DataConfig, Experiment
-from moe_jax.data import Batch, Folder, Images, Pairs
+from moe_jax.data import Batch, Folder, Images, Pairs, cross_entropy
 from moe_jax.inspect import recorder, recording
-from moe_jax.models import cross_entropy
 from moe_jax.moe import RECORDED, check_record
 from tests.cases import close, context, normal
 
 V, D, E, K, B, L = 31, 8, 4, 2, 8, 8
 MOE = MoEConfig(E=E, router=Top2(), experts=GLU(F=6), dispatch=Scatter(1.0))
-MODEL = LMConfig(V=V, D=D, N=2, H=2, A=4, moe=MOE, layout="all", remat="full")
+MODEL = LMConfig(V=V, D=D, N=2, attention=MHA(2, 4), moe=MOE, layout="all", remat="full")
 SORT = dataclasses.replace(MOE, dispatch=Sort(), exchange=RaggedAllToAll(buffer=1.0))
-PAIRS = EncoderDecoderConfig(V=V, D=D, N=1, H=2, A=4, layout="all", moe=dataclasses.replace(MOE, router=TopK(K=K)))
-IMAGES = ViTConfig(V=5, D=D, N=1, H=2, A=4, layout="all", moe=MOE, patch=2, image=(4, 4, 1))
+PAIRS = EncoderDecoderConfig(
+    V=V,
+    D=D,
+    N=1,
+    attention=MHA(2, 4, position=Relative(shared=True)),
+    layout="all",
+    moe=dataclasses.replace(MOE, router=TopK(K=K)),
+)
+IMAGES = ViTConfig(
+    V=5, D=D, N=1, attention=MHA(2, 4, position=NoPE(), bias=True), layout="all", moe=MOE, patch=2, image=(4, 4, 1)
+)
 MESH = "d2e4"
 ALL = tuple(RECORDED)
 
@@ -86,7 +95,7 @@ def program(model, batch, mesh=None, options=None):
     """(params, key, replay) -> outputs, reports, and gradients where there is a key (training), recorded or not."""
 
     def loss(record, params, batch, key, replay):
-        logits_BLV, aux = model.apply(params, batch, key, replay=replay, record=record)
+        logits_BLV, aux = model.apply(params, batch, Call(key, replay=replay, record=record))
         nats_BL = jnp.where(batch.loss_mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)
         return nats_BL.sum() + aux.loss.mean(), (logits_BLV, aux)
 

@@ -150,7 +150,9 @@ def test_layers_are_compared_and_choices_replayed():
     params = params_of(cfg)
     params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(3), p.shape), params)
     tokens, key = jnp.asarray(batch().tokens_BL), jax.random.key(5)
-    run = jax.jit(lambda tokens, key, replay=None: LM(cfg).apply({"params": params}, tokens, key=key, replay=replay))
+    run = jax.jit(
+        lambda tokens, key, replay=None: LM(cfg).apply({"params": params}, tokens, call=Call(key, replay=replay))
+    )
     logits, aux = run(tokens, key)
     assert aux.expert_BLK.shape == (3, *tokens.shape, 2)
     flat = np.asarray(aux.expert_BLK).reshape(3, -1, 2)

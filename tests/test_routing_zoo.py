@@ -80,7 +80,7 @@ def small(tmp_path_factory):
     for i in range(12):
         (root / "texts" / f"{i}.txt").write_text(f"text number {i}, " * 20)
     base = zoo.base(steps=2)
-    base.model.update({"D": 8, "H": 1, "A": 4, "ffn": "MLP(F=4)"})
+    base.model.update({"D": 8, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)"})
     base.model.moe.update({"E": 8, "experts": "MLP(F=4)", "S": 8})
     base.data.update({"source": f"Folder(path={str(root / 'texts')!r})", "L": 8, "B": 8})
     base.run.eval_windows = 8

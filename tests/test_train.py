@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import train as trainer
+from moe_jax import step as trainer
+from moe_jax.attention import MHA, Relative
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Batch, Bytes
 from moe_jax.dispatch import Scatter
@@ -23,7 +24,7 @@ from moe_jax.step import Program
 from tests import oracle_lm
 
 MOE = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25), S=8)
-MODEL = LMConfig(V=257, D=8, N=2, H=2, A=4, ffn=GLU(F=8, activation="gelu"), moe=MOE, remat="none")
+MODEL = LMConfig(V=257, D=8, N=2, attention=MHA(2, 4), ffn=GLU(F=8, activation="gelu"), moe=MOE, remat="none")
 ALWAYS = dataclasses.replace(MOE, router=Top2("always"))
 EXP = Experiment(
     model=MODEL,
@@ -120,7 +121,9 @@ def test_golden_step():
     Loss and auxiliary loss directly, gradients along a direction by central differences, parameters after
     the step from these gradients by AdamW's formulas, decay only where the suffix allows it.
     """
-    exp = dataclasses.replace(EXP, model=dataclasses.replace(MODEL, position="relative", moe=ALWAYS))
+    exp = dataclasses.replace(
+        EXP, model=dataclasses.replace(MODEL, attention=MHA(2, 4, position=Relative()), moe=ALWAYS)
+    )
     program, rows = Program(exp), batch()
     state = program.init()
     params = told(jax.device_get(state.params))

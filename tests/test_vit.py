@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.attention import MHA, NoPE
 from moe_jax.audit import meshes
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Classification, Digits, Images
@@ -29,7 +30,9 @@ MOE = MoEConfig(
     S=20,  # four images
 )
 SHAPE = {"patch": 2, "image": (4, 4, 3), "representation": True, "remat": "none"}
-CFG = ViTConfig(V=7, D=8, N=2, H=2, A=4, ffn=MLP(F=10, bias=True), moe=MOE, **SHAPE)
+CFG = ViTConfig(
+    V=7, D=8, N=2, attention=MHA(2, 4, position=NoPE(), bias=True), ffn=MLP(F=10, bias=True), moe=MOE, **SHAPE
+)
 B = 8
 
 
@@ -91,7 +94,7 @@ def forward(cfg, params, batch):
     x = x + oracle.ACTIVATION["gelu"](h @ ffn["up_DF"] + ffn["up_F"]) @ ffn["down_FD"] + ffn["down_D"]
     x = x + attention(layer["attention_1"], norm(x, layer["norm_attention_1"]))
     real = np.repeat(batch.loss_mask_BL, cfg.L, axis=1)
-    moe = oracle.layer(cfg.moe, layer["moe_1"], norm(x, layer["norm_ffn_1"]), real)
+    moe = oracle.layer(cfg.moe, layer["moe_1"], norm(x, layer["norm_moe_1"]), real)
     x = norm(x + moe.y, params["norm"])[:, 0]
     x = np.tanh(x @ params["representation_DO"] + params["representation_D"])
     return x @ params["head_DV"] + params["head_V"], moe
@@ -171,7 +174,8 @@ def test_who_keeps_its_slot_depends_on_the_order_of_images_only_where_tokens_que
 def test_published_models_have_their_sizes(D, N, F, H, patch, total):
     """Every second layer with 32 experts, biases in them and none in the router, 18,291 classes (arXiv:2106.05974)."""
     moe = dataclasses.replace(MOE, E=32, experts=MLP(F, bias=True), S=None)
-    sizes = {"V": 18_291, "D": D, "N": N, "H": H, "A": D // H, "ffn": MLP(F, bias=True), "patch": patch}
+    heads = MHA(H, D // H, position=NoPE(), bias=True)
+    sizes = {"V": 18_291, "D": D, "N": N, "attention": heads, "ffn": MLP(F, bias=True), "patch": patch}
     cfg = ViTConfig(**sizes, moe=moe, representation=True)
     params = jax.eval_shape(cfg.init, jax.random.key(0), random_batch(cfg, 1))
     assert sum(p.size for p in jax.tree.leaves(params)) == total
@@ -241,8 +245,8 @@ def test_padding_images_are_nowhere(trial, start, one):
         ({"patch": 3}, r"Patches of 3 do not cut 4 x 4 images evenly"),
         ({"image": (4, 4)}, "height, width and channels"),
         ({"causal": True}, "causal=False"),
-        ({"window": 2}, "no order"),
-        ({"position": "rotary"}, "use one of 'learned'"),
+        ({"attention": MHA(2, 4, position=NoPE(), window=2)}, "no order"),
+        ({"attention": MHA(2, 4)}, "must have position=NoPE"),
     ],
     ids=str,
 )
