@@ -31,6 +31,7 @@ from moe_jax.routers import ROUTERS
 
 LAYERS = (ATTENTION, POSITIONS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
+NESTED = POSITIONS  # stand in other components alone
 COMPONENTS: dict[str, type] = {c.__name__: c for kind in REGISTERED for c in kind}
 # What may stand in a field that holds a component, or, in those of LISTS, several.
 KINDS: dict[str, tuple[type, ...]] = {

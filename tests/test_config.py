@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax.attention import MHA
-from moe_jax.config import COMPONENTS, KINDS, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
+from moe_jax.attention import MHA, NoPE, Relative, Rotary, Sinusoidal
+from moe_jax.config import COMPONENTS, KINDS, NESTED, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
 from moe_jax.costs import flops, parameters
 from moe_jax.data import (
     Bytes,
@@ -44,6 +44,11 @@ from tests import cases
 
 CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
 COMPONENT_CASES = (
+    MHA(2, 4, J=1, position=Rotary(base=1e6, fraction=0.5), qk_norm="head", window=3, sinks=True, gate="head"),
+    Rotary(base=100.0),
+    Relative(shared=True),
+    Sinusoidal(),
+    NoPE(),
     *cases.ROUTERS,
     *cases.SLOT_ROUTERS,
     *cases.GATING,
@@ -127,7 +132,7 @@ def test_lists_are_tuples():
 
 def test_every_component_is_tried():
     assert {type(c) for c in COMPONENT_CASES} == set(COMPONENTS.values())
-    assert {c for kinds in KINDS.values() for c in kinds} >= set(COMPONENTS.values())
+    assert {c for kinds in KINDS.values() for c in kinds} | set(NESTED) >= set(COMPONENTS.values())
 
 
 @pytest.mark.parametrize("component", COMPONENT_CASES, ids=repr)

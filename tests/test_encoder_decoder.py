@@ -185,7 +185,7 @@ def numpy_stack(cfg, p, prefix, x, segment, see, memory, across):
         x = x + numpy_attention(w[f"attention_{i}"], h, h, see, bias)
         if memory is not None:
             x = x + numpy_attention(w[f"cross_{i}"], scaled(f"cross_{i}", x), memory, across, 0)
-        h = scaled(f"ffn_{i}", x)
+        h = scaled("ffn_0" if i == 0 else "moe_1", x)
         if i == 0:
             x = x + (gelu(h @ w["ffn_0"]["gate_DF"]) * (h @ w["ffn_0"]["up_DF"])) @ w["ffn_0"]["down_FD"]
         else:

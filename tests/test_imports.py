@@ -12,7 +12,7 @@ PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("core", "files"),
-    ("routers", "gating", "experts", "losses", "dispatch", "exchanges"),
+    ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges"),
     ("moe_config",),
     ("moe",),
     ("models",),
@@ -20,6 +20,7 @@ ORDER = (
     ("config",),
     ("costs",),
     ("evaluate",),
+    ("step",),
     ("train",),
     ("audit",),
     ("plan", "inspect"),

@@ -33,6 +33,7 @@ from moe_jax.inspect.card import additions, card, text
 from moe_jax.inspect.fairness import columns
 from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
 from moe_jax.inspect.look import places, trace_layers
+from moe_jax.models import Call
 from moe_jax.models.lm import LM
 from tests import cases
 from tests.cases import normal

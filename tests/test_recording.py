@@ -32,6 +32,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import DataConfig, Experiment
 from moe_jax.data import Batch, Folder, Images, Pairs, cross_entropy
 from moe_jax.inspect import recorder, recording
+from moe_jax.models import Call
 from moe_jax.moe import RECORDED, check_record
 from tests.cases import close, context, normal
 

@@ -27,6 +27,7 @@ from moe_jax import (
     Top2,
 )
 from moe_jax.data import Folder
+from moe_jax.models import Call
 from moe_jax.step import Program, check_tasks
 from moe_jax.train import train
 from tests import oracle_routing

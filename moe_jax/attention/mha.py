@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from moe_jax.attention.heads import Cache, combine, extend, init_cache, project, rms_norm, within
-from moe_jax.attention.positions import BUCKETS, NoPE, Rotary
+from moe_jax.attention.positions import BUCKETS, POSITIONS, NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
 from moe_jax.attention.sees import Sees
 from moe_jax.core.shard import Shard
@@ -57,6 +57,9 @@ class MHA:
                 raise ValueError(f"MHA({name}={getattr(self, name)!r}) is unknown; use one of {words}.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"MHA(window={self.window}) sees nothing; make it positive, or None for all positions.")
+        if not isinstance(self.position, POSITIONS):
+            names = ", ".join(f"{c.__name__}()" for c in POSITIONS)
+            raise ValueError(f"MHA(position={self.position!r}) is no position; use one of {names}.")
         self.position.check(self.A)
 
     @property
