@@ -15,7 +15,7 @@ ORDER = (
     ("routers", "gating", "experts", "losses", "dispatch", "exchanges"),
     ("moe_config",),
     ("moe",),
-    ("models",),
+    ("models", "nnx"),
     ("data", "optim", "metrics", "checkpoint"),
     ("plots",),
     ("page",),
