@@ -132,11 +132,43 @@ def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | Non
     return Context(cfg.E, keys_G, key, state, *ids, cfg.gating, group_G)
 
 
-class MoE(nn.Module):
-    """A sparse layer for any Linen model: `MoE(MoEConfig(E=8))` or `MoE.of(E=8)`.
+def apply(
+    cfg: MoEConfig,
+    params: Parameters,
+    x_BLD: Float[Array, "B L D"],
+    mask_BL: Bool[Array, "B L"] | None = None,
+    key: Key[Array, ""] | None = None,
+    state: State | None = None,
+    ids: Ids = Ids(),
+    record: bool = False,
+    here: Shard | None = None,
+) -> tuple[Float[Array, "B L O"], Aux]:
+    """The layer as a pure function of its parameters: `forward` on every shard of the current mesh.
 
-    Under a mesh (`jax.set_mesh`, `make_mesh`) it is spread over it by the rules of `core.shard`; without one it is an
-    ordinary function, and in a model that is spread as a whole it is a function of one shard.
+    Arguments are those of `MoE`. here: the shard that runs it, if not that of the current mesh.
+    """
+    x_BLD, here = jnp.asarray(x_BLD), shard.current(cfg.exchange) if here is None else here
+    shard.check_axes(here, x_BLD)
+    check_call(cfg, here, x_BLD, state, ids, record)
+    check_parts(cfg, here, params.experts)
+    if mask_BL is None:
+        mask_BL = jnp.ones(x_BLD.shape[:2], bool)
+    tokens, everywhere = shard.token_spec(here), P()
+    layout = Parameters(everywhere, dims.layouts(params.experts, here.rules), shared_layout(params.shared, here))
+    specs = (layout, everywhere, everywhere, tokens, tokens, tokens)
+    layer = partial(forward, cfg, here, record=record)
+    run = shard.per_shard(layer, here, specs, (tokens, tokens, tokens, everywhere))
+    given = (params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
+    y_BLO, expert_BLK, recorded, (loss, total) = run(*given)
+    return y_BLO, Aux(loss, total, expert_BLK, recorded)
+
+
+class MoE(nn.Module):
+    """A sparse layer for any Linen model: `MoE(MoEConfig(E=8))` or `MoE.of(E=8)`; `moe_jax.nnx` has it for NNX.
+
+    Under a mesh (`jax.set_mesh`, `make_mesh`) it is spread over it by the rules of `core.shard`, within `jax.jit`;
+    without one it is an ordinary function, and in a model that is spread as a whole it is a function of one shard.
+    Axes of the mesh may be Auto or Explicit; those with other names than `core.shard.AXES` do not spread it.
     """
 
     cfg: MoEConfig
@@ -163,40 +195,41 @@ class MoE(nn.Module):
         weights and gradients are alive).
         record: names of `RECORDED` that are reported too, like ("weight", "kept"); it changes nothing else.
         """
-        cfg, here, (B, L, D) = self.cfg, shard.current(self.cfg.exchange), x_BLD.shape
-        if self.is_initializing():  # only shapes matter, and the batch may be of any size
-            cfg, here, state = dataclasses.replace(cfg, S=None), Shard(), cfg.init_state()
-            ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
-        check_call(cfg, here, x_BLD, state, ids, record)
-        x_BLD = jnp.asarray(x_BLD)
-        if mask_BL is None:
-            mask_BL = jnp.ones((B, L), bool)
-        params = Parameters(
-            self._params(cfg.router, "router_{}", D),
-            self._params(cfg.experts, "{}", D),
-            dense_params(self, cfg.shared, "shared_{}", D, cfg.init_scale),
-        )
-        tokens, everywhere = shard.token_spec(here), P()
-        layout = Parameters(everywhere, dims.layouts(params.experts, here.rules), shared_layout(params.shared, here))
-        specs = (layout, everywhere, everywhere, tokens, tokens, tokens)
-        layer = partial(forward, cfg, here, record=record)
-        run = shard.per_shard(layer, here, specs, (tokens, tokens, tokens, everywhere))
-        given = (params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
-        y_BLD, expert_BLK, recorded, (loss, total) = run(*given)
-        return y_BLD, Aux(loss, total, expert_BLK, recorded)
-
-    def _params(self, component: Any, pattern: str, D: int) -> dict[str, Array]:
-        sizes, zeros = {**sizes_of(component), "E": self.cfg.E, "D": D}, traits(component).zeros
-        scales = {n: 0.0 if n in zeros else self.cfg.init_scale for n in component.params}
-        return {n: param(self, pattern.format(n), sizes, scale) for n, scale in scales.items()}
+        params = parameters(self.cfg, x_BLD.shape[-1], partial(param, self))
+        if not self.is_initializing():
+            return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
+        # Only shapes matter, and the batch may be of any size.
+        cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
+        ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
+        return apply(cfg, params, jnp.zeros(x_BLD.shape, x_BLD.dtype), None, key, state, ids, record, here=Shard())
 
 
-def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: float = 1.0) -> dict[str, Array]:
-    """Parameters of an expert that stands alone: `up_EDF` is declared as `up_DF`."""
+Make = Callable[[str, Mapping[str, int], float], Array]  # (name, sizes of its dimensions, scale) -> a parameter
+
+
+def parameters(cfg: MoEConfig, D: int, make: Make) -> Parameters:
+    """Parameters of a layer of width D, each from `make`, in the order in which they are created."""
+
+    def every(component: Any, pattern: str) -> dict[str, Array]:
+        sizes, zeros = {**sizes_of(component), "E": cfg.E, "D": D}, traits(component).zeros
+        scales = {n: 0.0 if n in zeros else cfg.init_scale for n in component.params}
+        return {n: make(pattern.format(n), sizes, scale) for n, scale in scales.items()}
+
+    experts = every(cfg.router, "router_{}"), every(cfg.experts, "{}")
+    return Parameters(*experts, standing_alone(cfg.shared, "shared_{}", D, make, cfg.init_scale))
+
+
+def standing_alone(expert: Any, pattern: str, D: int, make: Make, scale: float = 1.0) -> dict[str, Array]:
+    """Parameters of an expert that stands alone, each from `make`: `up_EDF` is declared as `up_DF`."""
     if expert is None:
         return {}
     sizes = {**sizes_of(expert), "D": D}
-    return {n: param(module, pattern.format(n.replace("_E", "_")), sizes, scale) for n in expert.params}
+    return {n: make(pattern.format(n.replace("_E", "_")), sizes, scale) for n in expert.params}
+
+
+def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: float = 1.0) -> dict[str, Array]:
+    """Parameters of a Linen module with one expert that stands alone."""
+    return standing_alone(expert, pattern, D, partial(param, module), scale)
 
 
 def shared_layout(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
@@ -212,10 +245,15 @@ def usable(here: Shard, params: Mapping[str, Array], dtype: Any, experts: str = 
 
 
 def param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+    """A parameter of a Linen module."""
+    return parameter(module, name, sizes, initializer(name, scale))
+
+
+def initializer(name: str, scale: float) -> Callable:
     """Matrices are drawn; biases and scalars start at zero, and so does what has no scale."""
     letters = dims.dims_of(name)
     zero = not scale or len(letters.removeprefix("E")) < 2
-    return parameter(module, name, sizes, nn.initializers.zeros if zero else dims.kernel_init(letters, scale))
+    return nn.initializers.zeros if zero else dims.kernel_init(letters, scale)
 
 
 def check_call(
@@ -255,6 +293,19 @@ def check_record(record: Any) -> None:
             f'record={record!r} is no tuple of names to record; write record=("weight", "kept"), or others of '
             f"{', '.join(RECORDED)}."
         )
+
+
+def check_parts(cfg: MoEConfig, here: Shard, experts: Mapping[str, Array]) -> None:
+    """Refuses, inside of a shard_map, experts that are not this shard's."""
+    if not shard.inside():
+        return
+    E, shards = cfg.E, here.count(here.experts)
+    for name, w in experts.items():
+        if dims.dims_of(name).startswith("E") and len(w) * shards != E:
+            raise ValueError(
+                f"In this shard_map {name} has {len(w)} experts, but a shard has {E // shards} of E={E}; give "
+                f"parameters in_specs that spread E over {here.experts}, or call the layer outside."
+            )
 
 
 def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = "") -> None:

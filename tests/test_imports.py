@@ -15,7 +15,7 @@ ORDER = (
     ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges"),
     ("moe_config",),
     ("moe",),
-    ("models",),
+    ("models", "nnx"),
     ("data", "optim", "reporting", "checkpoint"),
     ("config",),
     ("costs",),

@@ -300,7 +300,37 @@ def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Calla
     """f on every shard of the current mesh; f itself where there is none, or where this is a shard already."""
     if shard.alone or inside():
         return f
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+    run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+    return lambda *args: run(*_laid(args, in_specs))
+
+
+def _laid(tree: Any, specs: Any) -> Any:
+    """Arrays as specs say, on those axes of the current mesh that are part of types (`AxisType.Explicit`)."""
+    explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
+    if not explicit:
+        return tree
+
+    def spread(spec: P, part: Any) -> Any:
+        entries = (tuple(a for a in entry if a in explicit) or None for entry in dims.axes(spec, len(spec)))
+        return jax.tree.map(partial(jax.sharding.reshard, out_shardings=P(*entries)), part)
+
+    return jax.tree.map(spread, specs, tree, is_leaf=lambda s: isinstance(s, P))
+
+
+def check_axes(shard: Shard, x: Array) -> None:
+    """Refuses a mesh on which a shard's function of tokens x can neither be spread nor left to the partitioner."""
+    mesh = jax.sharding.get_abstract_mesh()
+    foreign = {a for axes in dims.axes(jax.typeof(x).sharding.spec, x.ndim) for a in axes} - set(AXES)
+    if shard.alone and foreign:
+        raise ValueError(
+            f"Tokens are sharded over the Explicit mesh axes {sorted(foreign)}, which have no meaning here; name axes "
+            f"{', '.join(AXES)}, as moe_jax.make_mesh does, or make them with axis_types=(AxisType.Auto,) * n."
+        )
+    if inside() and (missing := {*shard.tokens, *shard.tensor} - set(mesh.manual_axes)):
+        raise ValueError(
+            f"This shard_map is over the mesh axes {sorted(mesh.manual_axes)} only, but the layer communicates over "
+            f"{sorted(missing)} too; leave out axis_names, which makes it one over all axes, or call the layer outside."
+        )
 
 
 def token_spec(shard: Shard) -> P:

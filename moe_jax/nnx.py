@@ -1,0 +1,102 @@
+"""Layers as modules of Flax NNX: shells over the same functions and names of parameters as those of Linen.
+
+It is imported by name, `from moe_jax import nnx`, so that whoever uses Linen does not wait for NNX.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from moe_jax import moe
+from moe_jax.core import dims, shard
+from moe_jax.core.context import Ids
+from moe_jax.core.groups import Dense
+from moe_jax.moe_config import MoEConfig, State
+
+
+class RouterState(nnx.Variable):
+    """What a layer remembers from step to step (`MoEConfig.init_state`), as nnx.BatchStat is of running averages."""
+
+
+class MoE(nnx.Module):
+    """A sparse layer for any NNX model: `MoE(MoEConfig(E=8), D, rngs=nnx.Rngs(0))` or `MoE.of(D, rngs=rngs, E=8)`.
+
+    D: the width of its input. Parameters are nnx.Param attributes with the names that Linen has (`router_gate_DE`,
+    `up_EDF`); under a mesh (`jax.set_mesh`, `make_mesh`) the layer is spread as Linen's is. `router_state` holds a
+    RouterState for each name of `MoEConfig.init_state`; calls read it, `update` writes it.
+    """
+
+    def __init__(self, cfg: MoEConfig, D: int, *, rngs: nnx.Rngs):
+        self.cfg, self.D = cfg, D
+        moe.parameters(cfg, D, partial(create, self, rngs))
+        self.router_state = nnx.Dict({name: RouterState(value) for name, value in cfg.init_state().items()})
+
+    @classmethod
+    def of(cls, D: int, *, rngs: nnx.Rngs, **fields: Any) -> "MoE":
+        """The layer from the fields of a `MoEConfig`."""
+        return cls(MoEConfig(**fields), D, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        mask_BL: Bool[Array, "B L"] | None = None,
+        key: Key[Array, ""] | None = None,
+        state: State | None = None,
+        ids: Ids = Ids(),
+        record: bool = False,
+    ) -> tuple[Float[Array, "B L O"], moe.Aux]:
+        """Output and what there is to report, as `moe_jax.MoE`; ValueError where x is not D wide.
+
+        state: what the layer remembers, if not what `router_state` holds.
+        """
+        check_width(x_BLD, self.D)
+        params = moe.parameters(self.cfg, self.D, partial(created, self))
+        state = self._remembered() if state is None else state
+        return moe.apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
+
+    def update(self, aux: moe.Aux) -> None:
+        """Remembers a training step, whose calls returned `aux`; once for each step, as `MoEConfig.update_state`."""
+        for name, value in self.cfg.update_state(self._remembered(), aux.stats).items():
+            self.router_state[name][...] = value
+
+    def _remembered(self) -> State:
+        return {name: variable[...] for name, variable in self.router_state.items()}
+
+
+class FeedForward(nnx.Module):
+    """A dense layer, one expert for every token: `FeedForward(GLU(F=1024), D, rngs=nnx.Rngs(0))`.
+
+    Its parameters are nnx.Param attributes without a dimension of experts (`up_DF`).
+    """
+
+    def __init__(self, expert: Any, D: int, *, rngs: nnx.Rngs, init_scale: float = 1.0):
+        self.expert, self.D = expert, D
+        moe.standing_alone(expert, "{}", D, partial(create, self, rngs), init_scale)
+
+    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L O"]:
+        """The expert's output; ValueError where x is not D wide."""
+        check_width(x_BLD, self.D)
+        here, params = shard.here(), moe.standing_alone(self.expert, "{}", self.D, partial(created, self))
+        return here.leave(self.expert(moe.usable(here, params, x_BLD.dtype), here.enter(x_BLD), Dense()))
+
+
+def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+    """A new parameter of a module, in float32; the name's suffix is its shape."""
+    init, shape = moe.initializer(name, scale), dims.shape(dims.dims_of(name), sizes)
+    setattr(module, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
+    return getattr(module, name)[...]
+
+
+def created(module: nnx.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+    """The same parameter, where the module is called."""
+    return getattr(module, name)[...]
+
+
+def check_width(x_BLD: Array, D: int) -> None:
+    """Refuses tokens of another width than the layer was made for."""
+    if x_BLD.shape[-1] != D:
+        raise ValueError(f"Tokens are {x_BLD.shape[-1]} wide, but the layer was made for D={D}; make one for them.")
