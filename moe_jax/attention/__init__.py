@@ -2,8 +2,12 @@
 
 from moe_jax.attention.mha import MHA
 from moe_jax.attention.positions import POSITIONS, NoPE, Relative, Rotary, Sinusoidal
+from moe_jax.attention.scaling import SCALINGS, Linear, Llama3, YaRN
 from moe_jax.attention.sees import Order, Sees
 
 ATTENTION = (MHA,)
 
-__all__ = ["ATTENTION", "MHA", "POSITIONS", "NoPE", "Order", "Relative", "Rotary", "Sees", "Sinusoidal"]
+__all__ = [
+    *("ATTENTION", "MHA", "POSITIONS", "SCALINGS", "Linear", "Llama3", "NoPE", "Order", "Relative", "Rotary", "Sees"),
+    *("Sinusoidal", "YaRN"),
+]
