@@ -37,7 +37,7 @@ class Llama3:
     factor: float
     low: float = 1.0
     high: float = 4.0
-    original: int | None = None
+    original: int = 0
     magnitude: ClassVar[float] = 1.0
     sharpness: ClassVar[float] = 1.0
 
@@ -60,14 +60,14 @@ class YaRN:
 
     original: length of the contexts trained on. beta_fast, beta_slow: pairs which turn more than `beta_fast` times
         over this length are unchanged, fewer than `beta_slow` times `factor` times slower, linearly by their index
-        between, whose ends are whole numbers where `truncate`.
+        between (as in the authors' code; by their turns in the paper), from and to whole ones where `truncate`.
     attention: factor of cosines and sines; None is 0.1 ln(factor) + 1.
     mscale, mscale_all_dim: DeepSeek's; m(s) = 0.1 s ln(factor) + 1. Where both are given, cosines and sines are
         multiplied with m(mscale) / m(mscale_all_dim); with the latter, the scores of `MLA` with m(mscale_all_dim)^2.
     """
 
     factor: float
-    original: int | None = None
+    original: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
@@ -120,7 +120,7 @@ def check_factor(scaling: Any) -> None:
 
 def check_original(scaling: Any) -> None:
     """Refuses a scaling that does not say from which length it starts."""
-    if scaling.original is None or scaling.original <= 0:
+    if not scaling.original or scaling.original <= 0:
         name = type(scaling).__name__
         raise ValueError(
             f"{name}(original={scaling.original}) needs the length of the contexts the model was trained on; "
