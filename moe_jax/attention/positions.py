@@ -129,6 +129,10 @@ class Relative:
 
     def table(self, params: Mapping[str, Array], sees: Sees) -> Float[Array, "P H"]:
         """The layer's table, or its stack's."""
+        if self.shared and "bias_PH" not in sees.shared:
+            raise ValueError(
+                "Relative(shared=True) finds no table in sees.shared; a stack gives it there, alone use Relative()."
+            )
         return sees.shared["bias_PH"] if self.shared else params["bias_PH"]
 
 
