@@ -64,7 +64,7 @@ def extend(cache: Cache, new: dict[str, Array], sees: Sees, window: int | None) 
 
 
 def is_ring(M: int, window: int | None) -> bool:
-    """Whether M places hold all that a window sees, so that later tokens may take the places of earlier ones."""
+    """Tells whether M places hold all that a window sees, so that later tokens may take the places of earlier ones."""
     return window is not None and M >= window
 
 

@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 def initializer(name: str, scale: float) -> Any:
-    """How a parameter is drawn: matrices from a truncated normal, scales are one, all else is zero."""
+    """Returns how a parameter is drawn: matrices from a truncated normal, scales are one, all else is zero."""
     if is_matrix(name):
         return dims.kernel_init(dims.dims_of(name), scale)
     return nn.initializers.ones if name.startswith("scale") else nn.initializers.zeros

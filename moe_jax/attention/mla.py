@@ -84,7 +84,7 @@ class MLA:
         return 2 * L * M * self.H * (self.A + self.U + self.O)
 
     def absorbs(self, L: int, M: int) -> bool:
-        """Whether L queries of M cached latents cost fewer FLOPs than keys and values made of these."""
+        """Tells whether L queries of M cached latents cost fewer FLOPs than keys and values made of these."""
         made = self.W * (self.A + self.O)
         return L * made + L * M * (2 * self.W + self.U) < M * made + L * M * (self.A + self.U + self.O)
 
