@@ -25,8 +25,8 @@ from moe_jax.attention import (
     YaRN,
     scores,
 )
-from moe_jax.attention.layer import Attention
-from moe_jax.core import dims
+from moe_jax.attention.layer import Attention, usable
+from moe_jax.core import dims, shard
 from moe_jax.core.shard import RULES
 from moe_jax.optim import OptimConfig
 from tests.cases import close, mesh_of
@@ -288,6 +288,31 @@ def test_a_cache_changes_nothing(part):
 
 
 @every
+def test_a_cache_is_spread(part):
+    """Over the shards of heads where it has heads, and the same on all of them where it has none."""
+    if not spread(part, "t2"):
+        assert part.qk_norm == "all"
+        return
+    (params, shared), x = numbers(part), jnp.array(tokens()[:4])
+    segment, position = (jnp.array(a) for a in layout(((5,), (3,), (0,), (4,)), L=5))
+    state = part.init_cache(4, ROOM)
+    with jax.set_mesh(mesh_of("f2t2d2")):
+        here = shard.current()
+        rules = {letter: here.rules[letter] for letter in "BHJ"}
+        cached = {name: dims.spec(dims.dims_of(name), rules) for name in state}
+        rows, laid = shard.token_spec(here), (dims.layouts(params, here.rules), dims.layouts(shared, here.rules))
+
+        def step(params, shared, x, segment, position, state):
+            ready = {name: usable(here, name, w, x.dtype) for name, w in here.vary(params).items()}
+            return part(ready, x, Sees(segment, position, shared=shared), here, state)
+
+        over = shard.per_shard(step, here, (*laid, rows, rows, rows, cached), (rows, cached))
+        y, new = jax.jit(over)(params, shared, x[:, :5], segment, position, state)
+    right, right_new = compiled(part)(params, x[:, :5], Sees(segment, position, shared=shared), state)
+    close((y, new), (right, right_new), rel=2e-5)
+
+
+@every
 def test_a_cache_has_its_size(part):
     """A ring of a window's size where there is one, for sequences of any length."""
     window = part.window
@@ -371,6 +396,33 @@ def test_matrices_are_decayed_and_spread(part):
     for name, laid in dims.layouts(params, RULES).items():
         used = [axes for axes in dims.axes(laid, params[name].ndim) if axes == ("fsdp",)]
         assert len(used) == (not small(name)), name
+
+
+@every
+def test_half_precision_stays(part):
+    """Outputs have the type of x, caches their own, parameters that are no matrices may be in float32."""
+    half, sees = jnp.bfloat16, packed(numbers(part)[1])
+    params = {name: w if small(name) else w.astype(half) for name, w in numbers(part)[0].items()}
+    x, state = jnp.array(tokens(), half), part.init_cache(B, ROOM)
+    assert jax.eval_shape(lambda: part(params, x, sees)[0]).dtype == half
+    y, new = jax.eval_shape(lambda: part(params, x, sees, cache=state))
+    assert y.dtype == half
+    assert jax.tree.map(jnp.dtype, new) == jax.tree.map(jnp.dtype, state)
+
+
+@pytest.mark.parametrize(
+    ("letters", "cut"),
+    [
+        *(("DHA", "D"), ("HAD", "D"), ("DQ", "D"), ("EDF", "D"), ("ED", "D"), ("QHI", "Q"), ("WHO", "W")),
+        *(("D", ""), ("Q", ""), ("W", ""), ("H", ""), ("EF", ""), ("HA", ""), ("", "")),
+    ],
+)
+def test_fsdp_cuts_one_width(letters, cut):
+    """The first of D, Q, W of a matrix; nothing of a vector."""
+    assert dims.gathered(letters) == cut
+    laid = dims.layouts({f"w_{letters}": np.zeros([4] * len(letters))}, {**RULES, "H": ()})
+    spread_over = dims.axes(laid[f"w_{letters}"], len(letters))
+    assert [letter for letter, axes in zip(letters, spread_over, strict=True) if "fsdp" in axes] == [*cut]
 
 
 @every
