@@ -140,7 +140,7 @@ def apply(
     key: Key[Array, ""] | None = None,
     state: State | None = None,
     ids: Ids = Ids(),
-    record: bool = False,
+    record: tuple[str, ...] = (),
     here: Shard | None = None,
 ) -> tuple[Float[Array, "B L O"], Aux]:
     """The layer as a pure function of its parameters: `forward` on every shard of the current mesh.

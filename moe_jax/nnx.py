@@ -47,7 +47,7 @@ class MoE(nnx.Module):
         key: Key[Array, ""] | None = None,
         state: State | None = None,
         ids: Ids = Ids(),
-        record: bool = False,
+        record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L O"], moe.Aux]:
         """Output and what there is to report, as `moe_jax.MoE`; ValueError where x is not D wide.
 

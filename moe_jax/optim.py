@@ -125,13 +125,14 @@ class OptimConfig:
     """clip: largest norm of all gradients together, None for no limit.
 
     zero1: every shard of `data` and `expert` remembers and updates its part only (ZeRO stage 1, arXiv:1910.02054).
-    no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions.
+    no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions,
+        sinks.
     """
 
     optimizer: Any = AdamW()
     schedule: Any = Cosine(peak=1e-3, warmup=100)
     clip: float | None = 1.0
-    no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH", "V", "A", "HA", "JA")
+    no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH", "V", "A", "HA", "JA", "Q", "W", "H")
     zero1: bool = False
 
     def __post_init__(self):

@@ -1,5 +1,7 @@
-"""The example of CONTRIBUTING.md is a router that works."""
+"""The examples of CONTRIBUTING.md are a router and an attention that work."""
 
+import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.attention import ATTENTION, Order
 from moe_jax.experts import MLP
 from moe_jax.moe import MoE, MoEConfig
+from tests import cases_attention, oracle_attention
+from tests import test_attention as contracts
 from tests.cases import normal
 
 ROOT = Path(__file__).parent.parent
@@ -18,12 +23,22 @@ G, S, D, E = 2, 8, 4, 6
 MASK = np.arange(S)[None, :] < np.array([8, 5])[:, None]
 
 
+def section(title: str, language: str) -> list[str]:
+    """Blocks of code in this language under this title."""
+    (text,) = re.findall(rf"\n## [^\n]*{title}\n(.*?)(?=\n## |\Z)", TEXT, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def run(code: str, **names) -> dict:
+    names["__name__"] = "example"
+    exec(code, names)
+    return names
+
+
 @pytest.fixture(scope="module")
 def MinP():
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    names = {"__name__": "example"}
-    exec(block, names)
-    return names["MinP"]
+    (block,) = section("a new router", "python")
+    return run(block)["MinP"]
 
 
 def test_example_routes(MinP):
@@ -60,7 +75,50 @@ def test_example_refuses_what_is_no_fraction(MinP):
         MinP(p=0.0)
 
 
+# ---------------------------------------------------------------- the attention
+
+TESTS = {name: f for name, f in vars(contracts).items() if name.startswith("test_")}
+CONTRACTS = {name: f for name, f in TESTS.items() if "part" in inspect.signature(f).parameters}
+VALUES = {"mesh": contracts.MESHES, "order": tuple(Order)}
+
+
+def added(diff: str) -> str:
+    """The lines that a diff adds."""
+    return "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))
+
+
+@pytest.fixture(scope="module")
+def fading():
+    """The case that the page adds, its oracle known."""
+    (block,), (_, case, formula) = section("a new attention", "python"), section("a new attention", "diff")
+    names = run(block)
+    patch = pytest.MonkeyPatch()
+    patch.setitem(oracle_attention.ATTEND, "Fading", run(added(formula), **vars(oracle_attention))["fading"])
+    yield run(f"case = ({added(case)})", Fading=names["Fading"], H=cases_attention.H)["case"][0]
+    patch.undo()
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_attention_keeps_every_contract(contract, fading, monkeypatch):
+    """All tests that registered attentions inherit."""
+    wanted = inspect.signature(CONTRACTS[contract]).parameters
+    axes = {name: values for name, values in VALUES.items() if name in wanted}
+    assert set(wanted) <= {"part", "monkeypatch", *axes}
+    for chosen in itertools.product(*axes.values()):
+        given = {"part": fading, "monkeypatch": monkeypatch, **dict(zip(axes, chosen, strict=True))}
+        CONTRACTS[contract](**{name: given[name] for name in wanted})
+
+
+def test_attention_is_registered_as_the_page_says():
+    """The line that it replaces is there."""
+    registration = section("a new attention", "diff")[0]
+    (old,) = (line[1:] for line in registration.splitlines() if line.startswith("-"))
+    assert old in (ROOT / "moe_jax/attention/__init__.py").read_text().splitlines()
+    names = {kind.__name__: kind for kind in ATTENTION}
+    assert run(added(registration).splitlines()[-1], **names, Fading=0)["ATTENTION"] == (*ATTENTION, 0)
+
+
 def test_paths_exist():
-    """Every path the page names is there, but the file that the example makes."""
+    """Every path the page names is there, but the files that the examples make."""
     for path in set(re.findall(r"`((?:moe_jax|tests|configs|experiments)/[\w/.]*)`", TEXT)):
-        assert (ROOT / path).exists() or path.endswith("min_p.py"), path
+        assert (ROOT / path).exists() or path.endswith(("min_p.py", "fading.py")), path

@@ -1,5 +1,7 @@
 """Pieces that attentions share: projections to heads, their norms, and the cache of a decoder."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -27,7 +29,7 @@ def rms_norm(x: Float[Array, "B L ..."], axes: tuple[int, ...], scale: Float[Arr
     return (y * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
-def init_cache(B: int, M: int, sizes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Cache:
+def init_cache(B: int, M: int, sizes: dict[str, tuple[int, ...]], dtype: Any) -> Cache:
     """An empty cache of M places for B sequences: arrays [B, M, ...] by name, no place taken (segment 0)."""
     if B < 1 or M < 1:
         raise ValueError(f"A cache of {M} places for {B} sequences holds nothing; both must be positive.")
@@ -39,10 +41,10 @@ def extend(cache: Cache, new: dict[str, Array], sees: Sees, window: int | None) 
     """Keys of the cache and new ones together, who sees them, and the cache with the new ones in it.
 
     A token goes to place `position % M`, so that a cache of a window's size is a ring; padding goes nowhere.
-    ValueError where more tokens come than a cache without a window has room for.
+    ValueError where more tokens come than a cache that is no ring has room for.
     """
     (B, L), M = sees.segment_BL.shape, cache["segment_BM"].shape[1]
-    if L > M and window is None:
+    if L > M and not is_ring(M, window):
         raise ValueError(
             f"{L} tokens do not fit into a cache of {M} places; make it larger: init_cache(B, M={L}, ...)."
         )
@@ -51,7 +53,7 @@ def extend(cache: Cache, new: dict[str, Array], sees: Sees, window: int | None) 
     seen = sees._replace(key_segment_BM=both["segment_BM"], key_position_BM=both["position_BM"])
     last_B1 = jnp.max(jnp.where(sees.segment_BL > 0, sees.position_BL, -1), axis=1, keepdims=True)
     stays_BL = (sees.segment_BL > 0) & (sees.position_BL > last_B1 - M)
-    if window is None:
+    if not is_ring(M, window):
         stays_BL &= sees.position_BL < M
     place_BL = jnp.where(stays_BL, sees.position_BL % M, M)
     row_B1 = jnp.arange(B)[:, None]
@@ -61,9 +63,14 @@ def extend(cache: Cache, new: dict[str, Array], sees: Sees, window: int | None) 
     return both, seen, kept
 
 
+def is_ring(M: int, window: int | None) -> bool:
+    """Tells whether M places hold all that a window sees, so that later tokens may take the places of earlier ones."""
+    return window is not None and M >= window
+
+
 def within(y_BLD: Float[Array, "B L D"], cache: Cache, sees: Sees, window: int | None) -> Float[Array, "B L D"]:
-    """Outputs, NaN for a token whose position is beyond the room of a cache without a window: never a wrong number."""
-    if window is not None:
-        return y_BLD
+    """Outputs, NaN for a token whose position is beyond the room of a cache that is no ring: never a wrong number."""
     M = cache["segment_BM"].shape[1]
+    if is_ring(M, window):
+        return y_BLD
     return jnp.where((sees.position_BL < M)[:, :, None], y_BLD, jnp.nan)

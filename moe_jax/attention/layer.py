@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -31,26 +32,38 @@ class Attention(nn.Module):
         """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
         part, here = self.part, Shard() if self.is_initializing() else shard.current()
         sizes = {**part.sizes, "D": x_BLD.shape[-1]}
-        params = {name: parameter(self, name, sizes, self._init(name)) for name in part.params}
-        sees = rows(*x_BLD.shape[:2]) if sees is None else sees
-        tokens = shard.token_spec(here)
-        heads = P(None, here.tensor or None)
-        layout = sees._replace(
-            segment_BL=tokens,
-            position_BL=tokens,
-            key_segment_BM=tokens,
-            key_position_BM=tokens,
-            bias_1HLM=heads,
-            shared=dims.layouts(sees.shared, here.rules),
-        )
-        specs = (dims.layouts(params, here.rules), tokens, layout, tokens)
-        run = shard.per_shard(partial(attend, part, here), here, specs, tokens)
-        return run(params, x_BLD, sees, memory_BMD)
+        params = {name: parameter(self, name, sizes, initializer(name, self.init_scale)) for name in part.params}
+        return over_mesh(part, here, params, x_BLD, sees, memory_BMD)
 
-    def _init(self, name: str) -> Any:
-        if is_matrix(name):
-            return dims.kernel_init(dims.dims_of(name), self.init_scale)
-        return nn.initializers.ones if name.startswith("scale") else nn.initializers.zeros
+
+def initializer(name: str, scale: float) -> Any:
+    """Returns how a parameter is drawn: matrices from a truncated normal, scales are one, all else is zero."""
+    if is_matrix(name):
+        return dims.kernel_init(dims.dims_of(name), scale)
+    return nn.initializers.ones if name.startswith("scale") else nn.initializers.zeros
+
+
+def over_mesh(
+    part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees | None, memory_BMD: Array | None
+) -> Float[Array, "B L D"]:
+    """An attention on every shard of the current mesh; a plain call where there is none."""
+    if here.tensor and not shard.inside():
+        part.check_spread(jax.sharding.get_abstract_mesh().shape["tensor"])
+    sees = rows(*x_BLD.shape[:2]) if sees is None else sees
+    tokens = shard.token_spec(here)
+    heads = P(None, here.tensor or None)
+    given: Any = sees
+    layout = given._replace(
+        segment_BL=tokens,
+        position_BL=tokens,
+        key_segment_BM=tokens,
+        key_position_BM=tokens,
+        bias_1HLM=heads,
+        shared=dims.layouts(sees.shared, here.rules),
+    )
+    specs = (dims.layouts(params, here.rules), tokens, layout, tokens)
+    run = shard.per_shard(partial(attend, part, here), here, specs, tokens)
+    return run(params, x_BLD, sees, memory_BMD)
 
 
 NO_MATRICES = ("HA", "JA", "PH")  # biases and scales of heads, tables of positions

@@ -51,7 +51,7 @@ class Rotary:
     """Rotary positions (RoFormer, arXiv:2104.09864): pairs (a, a + A/2) of a head turn by position / base^(2a/A).
 
     fraction: how much of each head turns, from its start; the rest has no position (GPT-NeoX, arXiv:2204.06745).
-    scaling: a component that slows rotations down for contexts longer than those trained on; None leaves them.
+    scaling: slows rotations down for contexts longer than those trained on: Linear, Llama3 or YaRN; None leaves them.
     """
 
     base: float = 10000.0
@@ -129,6 +129,10 @@ class Relative:
 
     def table(self, params: Mapping[str, Array], sees: Sees) -> Float[Array, "P H"]:
         """The layer's table, or its stack's."""
+        if self.shared and "bias_PH" not in sees.shared:
+            raise ValueError(
+                "Relative(shared=True) finds no table in sees.shared; a stack gives it there, alone use Relative()."
+            )
         return sees.shared["bias_PH"] if self.shared else params["bias_PH"]
 
 

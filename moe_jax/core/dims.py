@@ -4,6 +4,7 @@
     D width   F hidden width   V vocabulary   N layers   H heads   J heads of keys and values   A width of a head
     E experts   K choices per token   C slots per expert and group   R rows   P relative positions
     M a router's own: groups of experts, null experts, tasks   I, O generic in and out (O an expert's output width)
+    Q, W rank of latent queries, of latent keys and values   of a head U rotated part, I = A + U, O values
 
 The parameter `up_EDF` has shape [E, D, F], and lies on a mesh as the rules say of these letters; its name says so, and
 nothing else does. A name that ends in _ is a scalar's.
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, tuple[str, ...]]  # dimension letter -> mesh axes
+WIDTHS = "DQW"  # of what tokens are between layers or parts of one; fsdp cuts a matrix along the first it has
 
 
 def dims_of(name: str) -> str:
@@ -37,14 +39,20 @@ def shape(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[d] for d in dims)
 
 
+def gathered(dims: str) -> str:
+    """The dimension along which a parameter is spread over fsdp; "" of vectors, and of matrices without a width."""
+    return next((d for d in WIDTHS if d in dims), "") if len(dims) > 1 else ""
+
+
 def kernel_init(dims: str, scale: float = 1.0) -> Callable:
     """Truncated normal with std sqrt(scale / fan_in), Switch's initialiser (arXiv:2101.03961, sec. 2.4).
 
-    E in front is a batch of matrices. D in front is the input (`up_DF`, `query_DHA`); otherwise the last dimension is
-    the output and all before it the input (`down_FD`, `out_HAD`, `down_EFO`).
+    E in front is a batch of matrices. D in front is the input (`up_DF`, `query_DHA`); D at the end is the output, and all
+    before it the input (`down_FD`, `out_HAD`). Without D the first is the input (`key_WHA`, `down_EFO`).
     """
     batch = int(dims.startswith("E") and len(dims) > 2)
-    n_in = 1 if dims[batch] == "D" else len(dims) - batch - 1
+    one = dims[batch] == "D" or ("D" not in dims and len(dims) > 1)
+    n_in = 1 if one else len(dims) - batch - 1
     return nn.initializers.variance_scaling(
         scale,
         "fan_in",
@@ -58,9 +66,10 @@ def kernel_init(dims: str, scale: float = 1.0) -> Callable:
 def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
     """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded.
 
+    Of several widths (`WIDTHS`) only the first is.
     ValueError where two of its dimensions would be spread over the same mesh axis.
     """
-    axes = [tuple(rules.get(d, ())) for d in dims]
+    axes = [tuple(rules.get(d, ())) if d not in WIDTHS or d == gathered(dims) else () for d in dims]
     flat = [a for entry in axes for a in entry]
     if twice := sorted({a for a in flat if flat.count(a) > 1}):
         raise ValueError(
@@ -73,14 +82,14 @@ def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
 def layouts(tree: Any, rules: Rules) -> Any:
     """How parameters are laid out, by their names.
 
-    Whole everywhere are vectors of width D, and what belongs to a router (`router_gate_DE`), which decides about its
-    own tokens.
+    Whole everywhere are vectors of a width (D, Q, W), and what belongs to a router (`router_gate_DE`), which decides
+    about its own tokens.
     """
 
     def leaf(path, x):
         name = str(path[-1].key)
         letters = dims_of(name)
-        whole = name.startswith("router") or letters in ("", "D")
+        whole = name.startswith("router") or letters in ("", *WIDTHS)
         return P() if whole else spec(letters, rules, x.ndim)
 
     return jax.tree.map_with_path(leaf, tree)

@@ -29,7 +29,12 @@ from moe_jax.core.rows import Sent, written
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
 TOKENS = AXES[:-1]  # axes that the batch is spread over
 # Dimension letter -> mesh axes; what has no rule is replicated.
-RULES: dims.Rules = {"B": TOKENS, "E": ("expert",), "D": ("fsdp",), **{letter: ("tensor",) for letter in "FHJ"}}
+RULES: dims.Rules = {
+    "B": TOKENS,
+    "E": ("expert",),
+    **{letter: ("fsdp",) for letter in dims.WIDTHS},
+    **{letter: ("tensor",) for letter in "FHJ"},
+}
 EXCHANGED = "exchanged"  # the name, for rematerialisation, of what came from other devices
 Tree = TypeVar("Tree")
 
@@ -94,7 +99,8 @@ class Shard:
     @property
     def rules(self) -> dims.Rules:
         """Dimension letter -> axes."""
-        return {"B": self.tokens, "E": self.experts, "D": self.fsdp, **{letter: self.tensor for letter in "FHJ"}}
+        widths = {letter: self.fsdp for letter in dims.WIDTHS}
+        return {"B": self.tokens, "E": self.experts, **widths, **{letter: self.tensor for letter in "FHJ"}}
 
     @property
     def index(self) -> int | Int[Array, ""]:
@@ -122,10 +128,11 @@ class Shard:
     def whole(self, name: str, w: Array, dtype: Any = None) -> Array:
         """A parameter, gathered over fsdp, in the type it is used in; its gradient is reduce-scattered."""
         letters = dims.dims_of(name)
-        if not self.fsdp or "D" not in letters or letters == "D":
+        cut = dims.gathered(letters)
+        if not self.fsdp or not cut:
             return w
         w = w if dtype is None else w.astype(dtype)  # what travels may be half as large
-        return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index("D"), tiled=True)
+        return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index(cut), tiled=True)
 
     def vary(self, params: Tree) -> Tree:
         """Marks parameters as this shard's own along the axes of tokens.
