@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax.attention import ATTENTION, POSITIONS
+from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
 from moe_jax.core.shard import AXES, RULES, TOKENS
 from moe_jax.data import OBJECTIVES, SOURCES, TOKENIZERS, Bytes, Corpus, NextToken
 from moe_jax.dispatch import DISPATCHERS
@@ -29,9 +29,9 @@ from moe_jax.moe import MoEConfig, check_cuts, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
-LAYERS = (ATTENTION, POSITIONS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
+LAYERS = (ATTENTION, POSITIONS, SCALINGS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
-NESTED = POSITIONS  # stand in other components alone
+NESTED = (*POSITIONS, *SCALINGS)  # stand in other components alone
 COMPONENTS: dict[str, type] = {c.__name__: c for kind in REGISTERED for c in kind}
 # What may stand in a field that holds a component, or, in those of LISTS, several.
 KINDS: dict[str, tuple[type, ...]] = {

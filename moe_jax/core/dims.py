@@ -47,8 +47,8 @@ def gathered(dims: str) -> str:
 def kernel_init(dims: str, scale: float = 1.0) -> Callable:
     """Truncated normal with std sqrt(scale / fan_in), Switch's initialiser (arXiv:2101.03961, sec. 2.4).
 
-    E in front is a batch of matrices. D in front is the input (`up_DF`, `query_DHA`); D at the end is the output, and all
-    before it the input (`down_FD`, `out_HAD`). Without D the first is the input (`key_WHA`, `down_EFO`).
+    E in front is a batch of matrices. D in front is the input (`up_DF`, `query_DHA`); D at the end is the output, and
+    all before it the input (`down_FD`, `out_HAD`). Without D the first is the input (`key_WHA`, `down_EFO`).
     """
     batch = int(dims.startswith("E") and len(dims) > 2)
     one = dims[batch] == "D" or ("D" not in dims and len(dims) > 1)

@@ -218,8 +218,7 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
     """Weights gathered over fsdp, and their gradients scattered."""
     found = []
     for name, shape in params.items():
-        letters = dims.dims_of(name)
-        if "D" in letters and letters != "D":
+        if dims.gathered(dims.dims_of(name)):
             n, fsdp = math.prod(shape), part.here.fsdp
             whole = part.one("all-gather", fsdp, n * part.devices(fsdp), "fsdp gather of weights")
             found += scheduled(whole, again.get(name, BOTH), "weights")

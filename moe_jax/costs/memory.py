@@ -136,7 +136,7 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
         letters = dims.dims_of(names[-1])
         n = math.prod(dims.local(x.shape, layout, sizes))
         layers = x.shape[0] if "stack_" in names[0] else 1
-        gathered = sizes["fsdp"] if "D" in letters and len(letters) > 1 and not names[-1].startswith("router") else 1
+        gathered = sizes["fsdp"] if dims.gathered(letters) and not names[-1].startswith("router") else 1
         cast = len(letters) > 1 and not names[-1].startswith("router")
         found.append(Parameter(names, n, n // layers * gathered, cast))
     return found, bytes_of(params, laid, sizes), bytes_of(state, optim.layouts(state, params, spread), sizes)

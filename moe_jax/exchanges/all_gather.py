@@ -38,7 +38,7 @@ class AllGather:
         """Predicts the weights of all experts, and their gradients on the way back."""
         found, axes = [], part.here.experts
         for name, shape in experts.items():
-            n = math.prod(shape) * (part.devices(part.here.fsdp) if "D" in dims.dims_of(name) else 1)
+            n = math.prod(shape) * (part.devices(part.here.fsdp) if dims.gathered(dims.dims_of(name)) else 1)
             again = rows.needed if name == "down_ED" else BOTH
             whole = part.one("all-gather", axes, n * part.devices(axes), EXCHANGE)
             found += scheduled(whole, again, "activations" if rows.ladder else "weights")

@@ -173,14 +173,14 @@ def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf
 
 
 def is_matrix(name: str, model: Any) -> bool:
-    """Whether tokens are multiplied with it."""
+    """Whether tokens are multiplied with a parameter of this name."""
     letters = dims.dims_of(name)
     looked_up = letters == "VD" and not model.tied
-    return "D" in letters.removeprefix("E") != "D" and not looked_up
+    return bool(dims.gathered(letters.removeprefix("E"))) and not looked_up
 
 
 class Matrix(NamedTuple):
-    """A parameter as a device multiplies with it: `layers` x `experts` matrices of D x other."""
+    """A parameter as a device multiplies with it: `layers` x `experts` matrices of D (or a latent's rank) x other."""
 
     path: str
     layers: int
@@ -193,14 +193,14 @@ class Matrix(NamedTuple):
 
 def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
     letters = dims.dims_of(leaf.name)
-    n, front = len(letters), len(leaf.shape) - len(letters)
+    n, front, width = len(letters), len(leaf.shape) - len(letters), dims.gathered(letters)
     local, whole = dict(zip(letters, leaf.local[-n:], strict=True)), dict(zip(letters, leaf.shape[-n:], strict=True))
     routed = letters.startswith("E")
     gathers = routed and isinstance(exp.exchange, AllGather)
     experts = (whole if gathers else local)["E"] if routed else 1
-    held = math.prod(local[c] for c in letters if c != "D" and not (routed and c == "E"))
-    fetched = local["D"] < whole["D"] or (gathers and local["E"] < whole["E"])
-    return Matrix(leaf.path, math.prod(leaf.local[:front]), experts, whole["D"], held, fetched, routed)
+    held = math.prod(local[c] for c in letters if c != width and not (routed and c == "E"))
+    fetched = local[width] < whole[width] or (gathers and local["E"] < whole["E"])
+    return Matrix(leaf.path, math.prod(leaf.local[:front]), experts, whole[width], held, fetched, routed)
 
 
 # ---------------------------------------------------------------- network
