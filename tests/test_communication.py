@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 from moe_jax import step as steps
-from moe_jax.attention import MHA, NoPE, Relative, Rotary
+from moe_jax.attention import MHA, MLA, NoPE, Relative, Rotary
 from moe_jax.audit.communication import audit, compare
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
@@ -179,6 +179,12 @@ EXPERIMENTS = {
         patch=4,
         representation=True,
         moe=BIASES,
+        **TWO,
+    ),
+    "latents": experiment(
+        "d2t2f2",
+        remat="exchanged",
+        attention=(MLA(4, A=4, U=2, O=6, W=8, Q=6), MLA(4, A=4, U=2, O=4, W=4, gate="head")),
         **TWO,
     ),
     "heads": experiment(

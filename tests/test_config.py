@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax.attention import MHA, NoPE, Relative, Rotary, Sinusoidal
+from moe_jax.attention import MHA, MLA, Linear, Llama3, NoPE, Relative, Rotary, Sinusoidal, YaRN
 from moe_jax.config import COMPONENTS, KINDS, NESTED, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
 from moe_jax.costs import flops, parameters
 from moe_jax.data import (
@@ -45,7 +45,11 @@ from tests import cases
 CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
 COMPONENT_CASES = (
     MHA(2, 4, J=1, position=Rotary(base=1e6, fraction=0.5), qk_norm="head", window=3, sinks=True, gate="head"),
+    MLA(2, A=4, U=2, O=4, W=6, position=Rotary(scaling=YaRN(4.0, 64))),
     Rotary(base=100.0),
+    Linear(2.0),
+    Llama3(8.0, original=64),
+    YaRN(4.0, 64, truncate=False),
     Relative(shared=True),
     Sinusoidal(),
     NoPE(),

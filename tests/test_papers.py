@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.attention import MHA, NoPE, Relative, Rotary, Sinusoidal
+from moe_jax.attention import MHA, MLA, NoPE, Relative, Rotary, Sinusoidal
 from moe_jax.config import DataConfig, Experiment, build
 from moe_jax.costs import KINDS, flops, parameters
 from moe_jax.data import Classification, Digits, SpanCorruption, ToyTranslation, Translation
@@ -251,6 +251,11 @@ COUNTED = {
         EncoderDecoderConfig,
         DataConfig(L=16, objective=SpanCorruption()),
         {"extra": GLU(F=7), "tied": False, "attention": MHA(4, 2, position=Relative(shared=True))},
+    ),
+    "latents": (
+        LMConfig,
+        DataConfig(L=8),
+        {"attention": (MLA(4, A=4, U=2, O=6, W=8, Q=6), MLA(4, A=4, U=2, O=4, W=4, gate="element"))},
     ),
     "dense": (LMConfig, DataConfig(L=8), {"layout": "none", "moe": None, "attention": MHA(4, 2, position=Relative())}),
     "images": (
