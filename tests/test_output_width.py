@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import (
     MLP,
@@ -18,16 +21,21 @@ from moe_jax import (
     Gather,
     MoE,
     MoEConfig,
-    Ragged,
+    RaggedAllToAll,
     Scatter,
     SoftMoE,
     Sort,
     TopK,
     TwoLevel,
 )
+from moe_jax.audit.communication import compare
+from moe_jax.audit.hlo import collectives
+from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
+from moe_jax.core.shard import TOKENS, rules_for
+from moe_jax.costs.communication import layer
 from moe_jax.moe_config import width
-from tests.cases import close, context, normal
+from tests.cases import close, context, mesh_of, normal, sizes_of
 
 B, L, D, E = 8, 6, 4, 8
 
@@ -63,7 +71,7 @@ def run(cfg, mesh=None):
     params, x, target = parameters(cfg), normal(50, B, L, D), normal(51, B, L, cfg.experts.O)
 
     def loss(params, x):
-        y, aux = MoE(cfg).apply({"params": params}, x, record=cfg.traits.makes is TokenChoice)
+        y, aux = MoE(cfg).apply({"params": params}, x, record=("weight", "kept") * (cfg.traits.makes is TokenChoice))
         return ((y - target) ** 2).sum(), (y, aux.expert_BLK, aux.recorded)
 
     with context(mesh):
@@ -112,8 +120,8 @@ EXCHANGED = [
     (Scatter(1.0), TwoLevel(), "s2e4"),
     (Scatter(1.0), AllGather(), "d2e4"),
     (Sort(), AllGather(), "d2e4"),
-    (Sort(), Ragged(), "d2e4"),
-    (Sort(), Ragged(), "e4t2"),
+    (Sort(), RaggedAllToAll(), "d2e4"),
+    (Sort(), RaggedAllToAll(), "e4t2"),
     (Scatter(1.0), AllToAll(), "f2e2t2"),
 ]
 
@@ -125,6 +133,26 @@ def test_every_exchange_carries_the_width(dispatch, exchange, mesh):
     many, one = run(cfg, mesh), run(config(dispatch, shared=Projector(F=4, O=6)))
     assert many[2][0].shape == (B, L, 6)
     close(many[2:], one[2:])
+
+
+@pytest.mark.parametrize(("dispatch", "exchange", "mesh"), EXCHANGED[2:], ids=str)
+def test_what_travels_is_predicted(dispatch, exchange, mesh):
+    """Law 6: rows go to experts D wide and come back O wide, and so do their gradients."""
+    cfg = config(dispatch, exchange, shared=Projector(F=4, O=6))
+    on = partial(NamedSharding, mesh_of(mesh))
+    layout = jax.tree.map(on, dims.layouts(parameters(cfg), rules_for(exchange)))
+    tokens = on(P(TOKENS))
+
+    def loss(params, x):
+        y, aux = MoE(cfg).apply({"params": params}, x)
+        return (y**2).sum(), aux.stats
+
+    gradient, outputs = jax.grad(loss, (0, 1), has_aux=True), ((layout, tokens), None)
+    step = jax.jit(gradient, in_shardings=(layout, tokens), out_shardings=outputs)
+    with context(mesh):
+        text = step.lower(parameters(cfg), normal(50, B, L, D)).compile().as_text()
+    rows = compare(layer(cfg, sizes_of(mesh), B, L, D), collectives(text, mesh_of(mesh)))
+    assert [row.detail for row in rows if not row.holds] == []
 
 
 def test_a_shared_expert_has_the_same_width():

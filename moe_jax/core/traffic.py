@@ -111,9 +111,13 @@ class Rows(NamedTuple):
     needed: tuple[str, ...]  # rematerialisations that compute again what experts have made of them
     ladder: bool  # it is one of several branches
     of: str  # what it depends on who goes where
+    O: int  # width of a row on its way back
 
 
-def both_ways(there: list[Collective], back: list[Collective], rows: Rows) -> list[Scheduled]:
-    """Schedules rows that travel and come back; so do their gradients."""
+def both_ways(
+    there: list[Collective], back: list[Collective], rows: Rows, gradients: list[Collective] | None = None
+) -> list[Scheduled]:
+    """Schedules rows that travel and come back; their gradients are as large where nothing else is given."""
     again = rows.needed and FULL
-    return scheduled(there, FULL) + scheduled(back, again) + scheduled(there + back, backward=True)
+    gradients = there + back if gradients is None else gradients
+    return scheduled(there, FULL) + scheduled(back, again) + scheduled(gradients, backward=True)

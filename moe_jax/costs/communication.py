@@ -26,6 +26,7 @@ from moe_jax.models import Model
 from moe_jax.models.pattern import StackShape, Sublayer, blocks
 from moe_jax.models.transformer import Call
 from moe_jax.moe import MoE, MoEConfig
+from moe_jax.moe_config import width
 from moe_jax.optim import Adafactor
 
 
@@ -189,7 +190,8 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     # What rows become is computed again where the gradient asks for it; after their way back only by "full".
     needed = (BOTH if isinstance(cfg.exchange, AllGather) or not here.experts else FULL) if trained or not last else ()
     found = gathers(part, travelling, {"down_ED": needed})
-    found += hidden(part, travelling, last, part.D, G * weights if trained else 0)
+    O = width(cfg.experts, part.D)
+    found += hidden(part, travelling, last, part.D, G * weights if trained else 0, O)
     of = "activations" if trained or cfg.random else "ids"  # what it depends on who goes where
     ladder = isinstance(cfg.dispatch, Scatter) and cfg.dispatch.capacity_factor is None
     if ladder:
@@ -197,7 +199,7 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     if here.experts:
         rows = cfg.E * G * C if cfg.dispatch.rows is Padded else N * cfg.router.K
         experts = {n: params[n] for n in cfg.experts.params}
-        found += cfg.exchange.traffic(part, Rows(rows, cfg.E, C * G, needed, ladder, of), experts)
+        found += cfg.exchange.traffic(part, Rows(rows, cfg.E, C * G, needed, ladder, of, O), experts)
     total = part.one("all-reduce", here.tokens, stats, "routing statistics", of="float32")
     return found + scheduled(total, FULL if trained and cfg.losses else (), of)
 
@@ -226,18 +228,25 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
     return found
 
 
-def hidden(part: Part, params: Shapes, last: bool, entering: int, weights: int = 0) -> list[Scheduled]:
+def hidden(
+    part: Part, params: Shapes, last: bool, entering: int, weights: int = 0, O: int | None = None
+) -> list[Scheduled]:
     """Schedules tensor parallelism: the sum of all shards' hidden units or heads, and gradients of what entered them.
 
-    entering: numbers of a token that are given to hidden units. The sum is needed again by what comes after it in a
-    block.
+    entering: numbers of a token that are given to hidden units. O: width of the output; None is D. The sum is needed
+    again by what comes after it in a block.
     """
     axes, where = part.here.tensor, "tensor parallelism"
-    x = part.one("all-reduce", axes, part.B * part.L * part.D, where)
+    x = part.one("all-reduce", axes, part.B * part.L * (part.D if O is None else O), where)
     given = part.one("all-reduce", axes, part.B * part.L * entering, where)
     given += part.one("all-reduce", axes, weights, where, of="float32")
     for name, shape in params.items():
-        if dims.dims_of(name) in ("D", "ED", "A"):  # biases that one shard of hidden units adds, scales of all heads
+        if dims.dims_of(name) in (
+            "D",
+            "ED",
+            "EO",
+            "A",
+        ):  # biases that one shard of hidden units adds, scales of all heads
             fsdp = part.here.fsdp if dims.dims_of(name) == "ED" else ()
             n = math.prod(shape) * part.devices(fsdp)
             given += part.one("all-reduce", axes, n, where, of="" if fsdp else "float32")

@@ -41,5 +41,8 @@ class AllToAll:
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
         """Predicts rows [E, G*C, D] there and back, in chunks."""
         chunks = min(self.chunks, rows.slots)
-        way = part.one("all-to-all", part.here.experts, rows.rows * part.D, EXCHANGE, count=chunks)
-        return both_ways(way, way, rows)
+        there, back = (
+            part.one("all-to-all", part.here.experts, rows.rows * width, EXCHANGE, count=chunks)
+            for width in (part.D, rows.O)
+        )
+        return both_ways(there, back, rows)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import groups as g
 from moe_jax.core.shard import Shard, Slices, check_over
-from moe_jax.core.traffic import BOTH, EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways, scheduled
+from moe_jax.core.traffic import BOTH, EXCHANGE, Collective, Part, Rows, Scheduled, Shapes, both_ways, scheduled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,15 @@ class RaggedAllToAll:
         X = part.devices(axes)
         room = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
         asked = part.one("all-gather", axes, X * rows.E, EXCHANGE, of="int32")
-        if part.platform == "tpu":
-            there, back = (part.one("ragged-all-to-all", axes, n * part.D, EXCHANGE) for n in (room, R))
-        else:
-            there, back = (part.one("all-gather", axes, X * n * part.D, EXCHANGE) for n in (R, room))
-        return scheduled(asked, BOTH, rows.of) + both_ways(there, back, rows)
+
+        def way(before: int, after: int, width: int) -> list[Collective]:
+            if part.platform == "tpu":
+                return part.one("ragged-all-to-all", axes, after * width, EXCHANGE)
+            return part.one("all-gather", axes, X * before * width, EXCHANGE)
+
+        there, back = way(R, room, part.D), way(room, R, rows.O)
+        gradients = way(R, room, rows.O) + way(room, R, part.D)
+        return scheduled(asked, BOTH, rows.of) + both_ways(there, back, rows, gradients)
 
 
 def places(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:

@@ -43,5 +43,8 @@ class TwoLevel:
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
         """Predicts rows [E, G*C, D] there and back, inside a slice and across."""
         inner, outer = part.here.experts[-1:], part.here.experts[:-1]
-        way = [c for axes in (inner, outer) for c in part.one("all-to-all", axes, rows.rows * part.D, EXCHANGE)]
-        return both_ways(way, way, rows)
+        there, back = (
+            [c for axes in (inner, outer) for c in part.one("all-to-all", axes, rows.rows * width, EXCHANGE)]
+            for width in (part.D, rows.O)
+        )
+        return both_ways(there, back, rows)
