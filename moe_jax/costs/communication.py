@@ -228,6 +228,10 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
     return found
 
 
+# Parameters that every shard of hidden units or heads has whole: biases that one of them adds, scales of all heads.
+OF_ALL_HEADS = ("D", "O", "ED", "EO", "A")
+
+
 def hidden(
     part: Part, params: Shapes, last: bool, entering: int, weights: int = 0, O: int | None = None
 ) -> list[Scheduled]:
@@ -241,12 +245,7 @@ def hidden(
     given = part.one("all-reduce", axes, part.B * part.L * entering, where)
     given += part.one("all-reduce", axes, weights, where, of="float32")
     for name, shape in params.items():
-        if dims.dims_of(name) in (
-            "D",
-            "ED",
-            "EO",
-            "A",
-        ):  # biases that one shard of hidden units adds, scales of all heads
+        if dims.dims_of(name) in OF_ALL_HEADS:
             fsdp = part.here.fsdp if dims.dims_of(name) == "ED" else ()
             n = math.prod(shape) * part.devices(fsdp)
             given += part.one("all-reduce", axes, n, where, of="" if fsdp else "float32")
