@@ -175,7 +175,7 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     _check_mesh(config["mesh"])
     data = _section("data", DataConfig, config["data"])
     model = dict(config["model"])
-    _check_attention(model)
+    check_attention(model)
     cls = _kind(model.pop("kind", "LM"))
     for name in data.sizes:
         if name in model:
@@ -263,18 +263,17 @@ def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
     _check_names(name, [argument for argument, _ in pairs], fields, "argument")
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{text!r} gives an argument twice; give it once.")
-    try:
-        values = {argument: _argument(value) for argument, value in pairs}
-    except NOT_LITERAL:
-        raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
-    return _construct(name, cls, values)
+    return _construct(name, cls, {argument: _argument(text, value) for argument, value in pairs})
 
 
-def _argument(node: ast.expr) -> Any:
-    """A literal, or a component's constructor call."""
+def _argument(text: str, node: ast.expr) -> Any:
+    """A literal, or a component's constructor call; `text` is where it stands."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPONENTS:
         return parse(ast.unparse(node))
-    return ast.literal_eval(node)
+    try:
+        return ast.literal_eval(node)
+    except NOT_LITERAL:
+        raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
 
 
 def kind_of(model: Model) -> str:
@@ -398,9 +397,12 @@ def _check_mesh(mesh: Mapping[str, Any]) -> None:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")
 
 
-def _check_attention(model: Mapping[str, Any]) -> None:
+OLD_ATTENTION = ("H", "A", "J", "qk_norm", "window", "position", "rope")  # fields of models before 0.2
+
+
+def check_attention(model: Mapping[str, Any]) -> None:
     """Refuses a config of before 0.2, whose attention was fields of the model, and says how it is written now."""
-    if not (old := [name for name in ("H", "A", "J", "position", "rope", "qk_norm", "window") if name in model]):
+    if not (old := [name for name in OLD_ATTENTION if name in model]):
         return
     positions = {
         "rotary": f"Rotary(base={model.get('rope', 10000.0)})",
@@ -411,11 +413,12 @@ def _check_attention(model: Mapping[str, Any]) -> None:
     images = model.get("kind") == "ViT"
     usual = {"EncoderDecoder": "shared", "ViT": "learned"}.get(model.get("kind", "LM"), "rotary")
     position = positions.get(model.get("position", usual), "NoPE()")
-    fields = {name: model[name] for name in ("H", "A", "J", "qk_norm", "window") if model.get(name) is not None}
-    words = [*(f"{name}={value!r}" for name, value in fields.items()), f"position={position}", *["bias=True"] * images]
+    fields = {name: model[name] for name in OLD_ATTENTION if model.get(name) not in (None, "none")}
+    words = [f"{name}={value!r}" for name, value in fields.items() if name not in ("position", "rope")]
+    words += [f"position={position}", *["bias=True"] * images]
     raise ValueError(
         f"config.model.{old[0]} is a field of the attention since moe_jax 0.2; set config.model.attention="
-        f'"MHA({", ".join(words)})" instead. (A run that 0.1 has written is continued by 0.1.)'
+        f'"MHA({", ".join(words)})" instead. A run that moe_jax 0.1 has written can be continued by 0.1 only.'
     )
 
 

@@ -146,6 +146,49 @@ def test_a_component_prints_as_its_own_source(component):
     assert plain(component) == repr(component)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MHA(H=4, A=7)", "make them even"),
+        ("MHA(H=4, A=8, J=3)", "J=3 heads of keys and values do not divide H=4"),
+        ("MHA(H=4, A=8, window=0)", "window=0"),
+        ("MHA(H=4, A=8, qk_norm='some')", "use one of 'none', 'head', 'all'"),
+        ("MHA(H=4, A=8, position=TopK(K=2))", "is no position; use one of Rotary()"),
+        ("MHA(H=4, A=8, position=Rotary(scaling=YaRN(4.0)))", "original"),
+        ("MHA(H=4, A=8, position=Rotary(scaling=TopK(K=2)))", "scaling"),
+        ("MLA(H=4, A=8, U=4, O=8, W=8, position=Relative())", "use Rotary() or NoPE()"),
+        ("MLA(H=4, A=8, U=3, O=8, W=8)", "make them even"),
+    ],
+)
+def test_an_attention_that_cannot_be_is_one_clear_line(text, words):
+    """Of a component inside a component too."""
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        build({"model": {"D": 8, "N": 2, "layout": "none", "attention": text}})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("config.model.attention: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"H": 4, "A": 24, "position": "relative"}, "MHA(H=4, A=24, position=Relative())"),
+        (
+            {"H": 4, "A": 8, "J": 2, "rope": 1e6, "qk_norm": "head"},
+            "MHA(H=4, A=8, J=2, qk_norm='head', position=Rotary(base=1000000.0))",
+        ),
+        ({"kind": "EncoderDecoder", "H": 2, "A": 8}, "MHA(H=2, A=8, position=Relative(shared=True))"),
+        ({"kind": "ViT", "H": 2, "A": 8}, "MHA(H=2, A=8, position=NoPE(), bias=True)"),
+    ],
+)
+def test_a_config_of_before_is_told_what_to_write(old, new):
+    """Fields of attention were the model's in 0.1; the sentence says the version, and its advice is a component."""
+    with pytest.raises(ValueError, match=r"since moe_jax 0\.2") as caught:
+        build({"model": {"D": 8, "N": 2, "layout": "none", **old}})
+    (advice,) = re.findall(r'config.model.attention="(.*)" instead', str(caught.value))
+    assert advice == new
+    assert repr(parse(advice)) == repr(parse(new))
+
+
 def test_arguments_by_position_and_by_name():
     assert parse("TopK(3, normalize=False)") == TopK(K=3, normalize=False) == parse("TopK(normalize=False, K=3)")
     assert parse("Adaptive(RouterZ(0.1), 0.2)") == Adaptive(RouterZ(0.1), target=0.2)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from moe_jax.attention.scaling import SCALINGS
 from moe_jax.attention.sees import Order, Sees
 
 BUCKETS = 32  # of relative positions
@@ -66,6 +67,9 @@ class Rotary:
             raise ValueError(f"Rotary(base={self.base}) does not slow down; base must be above 1.")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"Rotary(fraction={self.fraction}) must lie in (0, 1].")
+        if self.scaling is not None and not isinstance(self.scaling, SCALINGS):
+            names = ", ".join(f"{c.__name__}(...)" for c in SCALINGS)
+            raise ValueError(f"Rotary(scaling={self.scaling!r}) is no scaling; use one of {names}, or None.")
 
     def turned(self, width: int) -> int:
         """Numbers of a head of this width that turn."""
