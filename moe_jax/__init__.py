@@ -5,12 +5,13 @@
     core/shard     the mesh, and all collectives       experts/   what an expert computes
     core/stats     what is counted of a routing        dispatch/  how rows reach experts and return
     moe            the layer                           exchanges/ how rows reach experts on other shards
-                                                       losses/    auxiliary losses
+    attention/     attentions and positions            losses/    auxiliary losses
 
 Training is in `moe_jax.train`, configs in `moe_jax.config`; they are not imported here, so that a layer alone is quick.
 """
 
-from moe_jax import dispatch, exchanges, experts, gating, losses, routers
+from moe_jax import attention, dispatch, exchanges, experts, gating, losses, routers
+from moe_jax.attention import *
 from moe_jax.core.context import Ids
 from moe_jax.core.shard import make_mesh
 from moe_jax.dispatch import *
@@ -24,5 +25,5 @@ from moe_jax.routers import *
 
 __all__ = ["LM", "Aux", "EncoderDecoder", "EncoderDecoderConfig", "Ids", "LMConfig", "MoE", "MoEConfig"]
 __all__ += ["ViT", "ViTConfig", "make_mesh"]
-for _package in (routers, gating, experts, dispatch, exchanges, losses):
+for _package in (attention, routers, gating, experts, dispatch, exchanges, losses):
     __all__ += _package.__all__

@@ -132,6 +132,7 @@ def test_relative_positions_are_t5s():
         ({"attention": "MHA(2, 8)"}, "must be one of MHA"),
         ({"attention": ()}, "must be one of MHA"),
         ({"attention": (MHA(2, 8),) * 5}, "N=4 layers"),
+        ({"attention": tuple(MHA(H, 8, position=Relative(shared=True)) for H in (2, 4))}, "share bias_PH"),
         ({"dtype": "float16"}, "bfloat16"),
         ({"layout": "every 5"}, "n <= N=4"),
         ({"layout": "1,4"}, r"\[4\]"),

@@ -41,7 +41,6 @@ class MHA:
     sinks: bool = False
     gate: str = "none"
     scale: float | None = None
-    kind: ClassVar[str] = "attention"
     of_memory: ClassVar[tuple[str, ...]] = ("key_DJA", "value_DJA")  # matrices that keys' tokens are multiplied with
     entering: ClassVar[str] = "D"  # widths of what is given to heads on several shards
 

@@ -37,7 +37,6 @@ class MLA:
     window: int | None = None
     gate: str = "none"
     scale: float | None = None
-    kind: ClassVar[str] = "attention"
     stack_params: ClassVar[tuple[str, ...]] = ()
     of_memory: ClassVar[tuple[str, ...]] = ()
 

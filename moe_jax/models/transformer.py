@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.attention import ATTENTION, Sees, Sinusoidal
 from moe_jax.attention.layer import Attention
 from moe_jax.attention.positions import table_bias
-from moe_jax.core import shard
+from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
@@ -104,6 +104,13 @@ class TransformerConfig:
             raise ValueError(f"layout={self.layout!r} has sparse layers, but moe is None; set moe or layout='none'.")
         if self.causal and isinstance(self.moe, MoEConfig) and not self.moe.causal:
             raise ValueError(not_causal(self.moe))
+        for name in self.stack_params:
+            sizes = {tuple(part.sizes[letter] for letter in dims.dims_of(name)) for part in self._sharing(name)}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"Attentions in turn share {name} of their stack, but not its sizes {sorted(sizes)}; give them equal "
+                    "heads, or a table for each layer: Relative()."
+                )
         if len(self.attention) > self.N:
             raise ValueError(f"{len(self.attention)} attentions in turn, but N={self.N} layers; name at most {self.N}.")
 
@@ -147,6 +154,9 @@ class TransformerConfig:
     def stack_params(self) -> dict[str, Mapping[str, int]]:
         """Sizes of the letters of the parameters that all layers of a stack share, by name."""
         return {name: part.sizes for part in self.attention for name in part.stack_params}
+
+    def _sharing(self, name: str) -> list[Any]:
+        return [part for part in self.attention if name in part.stack_params]
 
     def init_router(self) -> State:
         """The state of all MoE layers before the first step ({} for most)."""
