@@ -71,15 +71,19 @@ PIECES = (*ONE, "--config.data.accumulate=2")
 ZERO = ("--config.optim.zero1=True",)
 COPIES = ("--simulated=2", *mesh(data=2))
 KEPT = (*TWO, "--config.model.remat=exchanged")
+LATENTS = ("--simulated=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
 
-CORE, MOE, TRAIN, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/train.py", "moe_jax/core/stats.py"
+CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
 SCATTER, EXCHANGES, TRANSFORMER = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/transformer.py"
+ATTENTION, EVALUATE = "moe_jax/attention", "moe_jax/evaluate.py"
 REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
 OWN = "stats(routing, kept, B, ctx.task_GS, cfg.tasks)"
 ALIKE = f"total = here.sum({OWN})"
 LOSS = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))"
-NATS = "here.sum(nats_BL.sum()) / targets"
-TARGETS = "jnp.maximum(here.sum(batch.loss_mask_BL.sum(dtype=jnp.float32)), 1)"
+NATS = "here.sum((terms.nats_BL.sum(), "
+OF_A_SHARD = "jnp.maximum(objective.targets({0}).sum(), 1)"
+TARGETS = "jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)"
+DOCUMENTS = "sees.segment_BL[:, :, None] == segment_BM[:, None, :]"
 APPLIED = "params = optax.apply_updates(state.params, updates)"
 REPLICA = """
     alone = partial(jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False)
@@ -87,7 +91,7 @@ REPLICA = """
 OWN_SLICE = "g = jax.lax.dynamic_slice_in_dim({0}, self.place(more) * (n := g.shape[i] // self.count(more)), n, i)"
 SCATTERED = "g = lax.psum_scatter(g, more, scatter_dimension=i, tiled=True)"
 SENT = "shard.regroup(part, shard.experts, split=0, concat=1)"
-EVALUATED = "shard.here().sum((nats_BL.sum(1) @ by_domain, targets_Z, right, capacity_BL.sum())"
+EVALUATED = "here.sum((terms.nats_BL.sum(1) @ by_domain, targets_Z, right, limited.nats_BL.sum(), others))"
 HERE_ONLY = "jnp.where(here.index == 0, {0}, 0)"
 NAMED = "lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)"
 OFFSETS = "jnp.cumsum({0}, axis={1}) - {0}"
@@ -108,7 +112,7 @@ MUTATIONS = (
         "left -= set(after)",
         "g, left = g * self.count(tuple(a for a in after if a in left)), left - set(after)",
     ),
-    Mutation("gradients_summed_twice", TRAIN, "params = here.vary(params)", "params = params"),
+    Mutation("gradients_summed_twice", STEP, "params = here.vary(params)", "params = params"),
     Mutation("check_of_replicas_off", CORE, "check_vma=True)", "check_vma=False)"),
     Mutation(
         "gradient_once_per_tensor_shard",
@@ -120,7 +124,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pieces_averaged",
-        TRAIN,
+        STEP,
         "add = partial(jax.tree.map, jnp.add)",
         "add = partial(jax.tree.map, lambda a, b: (a + b) / 2)",
         PIECES,
@@ -130,22 +134,25 @@ MUTATIONS = (
     # losses
     Mutation(
         "loss_mean_of_means",
-        TRAIN,
+        STEP,
         NATS,
-        "here.sum(nats_BL.sum() / jnp.maximum(piece.loss_mask_BL.sum(), 1)) / here.count(here.tokens)",
+        NATS.replace("sum(),", f"sum() * targets / {OF_A_SHARD.format('microbatch')} / here.count(here.tokens),"),
     ),
     Mutation(
-        "loss_by_targets_of_a_shard", TRAIN, NATS, "here.sum(nats_BL.sum() / jnp.maximum(batch.loss_mask_BL.sum(), 1))"
+        "loss_by_targets_of_a_shard",
+        STEP,
+        NATS,
+        NATS.replace("sum(),", f"sum() * targets / {OF_A_SHARD.format('batch')},"),
     ),
-    Mutation("nats_of_one_shard", TRAIN, NATS, f"here.sum({HERE_ONLY.format('nats_BL.sum()')}) / targets"),
+    Mutation("nats_of_one_shard", STEP, NATS, f"here.sum(({HERE_ONLY.format('terms.nats_BL.sum()')}, "),
     Mutation(
-        "padding_counts_as_target", TRAIN, TARGETS, "here.sum(jnp.full((), batch.loss_mask_BL.size, jnp.float32))"
+        "padding_counts_as_target", STEP, TARGETS, "here.sum(jnp.full((), objective.targets(batch).size, jnp.float32))"
     ),
     Mutation(
         "padding_in_the_loss",
-        TRAIN,
-        "jnp.where(piece.loss_mask_BL, cross_entropy(logits_BLV, piece.target_BL), 0)",
-        "cross_entropy(logits_BLV, piece.target_BL)",
+        "moe_jax/data/terms.py",
+        "jnp.where(mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)",
+        "cross_entropy(logits_BLV, batch.target_BL)",
     ),
     Mutation(
         "auxiliary_loss_per_shard",
@@ -184,22 +191,22 @@ MUTATIONS = (
     Mutation("drops_not_seen", SCATTER, "default=run), kept_GSK", "default=run), real_GSK"),
     Mutation(
         "evaluation_of_one_shard",
-        "moe_jax/evaluate.py",
+        EVALUATE,
         EVALUATED,
-        EVALUATED.replace("sum((", "sum(jax.tree.map(lambda a: jnp.where(shard.here().index == 0, a, 0), (") + ")",
+        EVALUATED.replace("here.sum((", f"here.sum(jax.tree.map(lambda a: {HERE_ONLY.format('a')}, (") + ")",
     ),
-    Mutation("evaluation_drops", "moe_jax/evaluate.py", "run(cfg.dropless())", "run(cfg)"),
+    Mutation("evaluation_drops", EVALUATE, "run(cfg.dropless())", "run(cfg)"),
     # replicas
     Mutation(
         "stale_replica",
-        TRAIN,
+        STEP,
         APPLIED,
         APPLIED + REPLICA.format('jnp.where(jax.lax.axis_index("data") == 0, new["scale_D"], old["scale_D"])'),
         COPIES,
     ),
     Mutation(
         "replicas_drift",
-        TRAIN,
+        STEP,
         APPLIED,
         APPLIED + REPLICA.format('new["scale_D"] + 1e-6 * jax.lax.axis_index("data")'),
         COPIES,
@@ -217,9 +224,26 @@ MUTATIONS = (
     Mutation(
         "hidden_units_summed_twice",
         MOE,
-        "y_GSD = here.leave(y_GSD)",
-        "y_GSD = here.leave(here.enter(here.leave(y_GSD)))",
+        "y_GSO = here.leave(y_GSO)",
+        "y_GSO = here.leave(here.enter(here.leave(y_GSO)))",
         TENSOR,
+    ),
+    Mutation(
+        "heads_not_summed", f"{ATTENTION}/mha.py", "y_BLD = here.leave(y_BLD)", "y_BLD = y_BLD", TENSOR, refused=True
+    ),
+    Mutation(
+        "heads_summed_twice",
+        f"{ATTENTION}/mha.py",
+        "y_BLD = here.leave(y_BLD)",
+        "y_BLD = here.leave(here.enter(here.leave(y_BLD)))",
+        TENSOR,
+    ),
+    Mutation(
+        "latents_not_entered",
+        f"{ATTENTION}/mla.py",
+        "latent_BMW, rope_BMU = here.enter((latent_BMW, rope_BMU))",
+        "latent_BMW, rope_BMU = (latent_BMW, rope_BMU)",
+        LATENTS,
     ),
     Mutation(
         "bias_of_every_tensor_shard",
@@ -231,8 +255,8 @@ MUTATIONS = (
     Mutation(
         "weights_gathered_own_part_first",
         CORE,
-        'return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index("D"), tiled=True)',
-        'axis = w.ndim - len(letters) + letters.index("D")\n        '
+        "return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index(cut), tiled=True)",
+        "axis = w.ndim - len(letters) + letters.index(cut)\n        "
         "whole = lax.all_gather(w, self.fsdp, axis=axis, tiled=True)\n        "
         "return jnp.roll(whole, -lax.axis_index(self.fsdp) * w.shape[axis], axis)",
         FSDP,
@@ -268,8 +292,8 @@ MUTATIONS = (
     Mutation(
         "sources_in_the_wrong_order",
         f"{EXCHANGES}/two_level.py",
-        "y_eRD.reshape(e, Y, X, C, D)",
-        "y_eRD.reshape(e, X, Y, C, D).swapaxes(1, 2)",
+        "y_eRO.reshape(e, Y, X, C, -1)",
+        "y_eRO.reshape(e, X, Y, C, -1).swapaxes(1, 2)",
         LEVELS,
     ),
     Mutation(
@@ -294,12 +318,7 @@ MUTATIONS = (
         RAGGED,
     ),
     # routing
-    Mutation(
-        "capacity_of_a_shard",
-        MOE,
-        "S = x_BLD.shape, cfg.S or x_BLD.shape[1]",
-        "S = x_BLD.shape, x_BLD.shape[0] * x_BLD.shape[1]",
-    ),
+    Mutation("capacity_of_a_shard", MOE, "S = cfg.group(B, L, training=key is not None)", "S = B * L"),
     Mutation("noise_by_local_group", MOE, "here.index * G + jnp.arange(G)", "jnp.arange(G)"),
     Mutation(
         "groups_numbered_in_another_order",
@@ -328,9 +347,16 @@ MUTATIONS = (
     ),
     Mutation(
         "attention_sees_the_next_token",
-        "moe_jax/models/blocks.py",
-        "jnp.tri(L, dtype=bool)",
-        "jnp.tri(L, k=1, dtype=bool)",
+        f"{ATTENTION}/sees.py",
+        "seen_BLM &= distance_BLM >= 0",
+        "seen_BLM &= distance_BLM >= -1",
+    ),
+    Mutation("attention_ignores_segments", f"{ATTENTION}/sees.py", DOCUMENTS, f"({DOCUMENTS}) | True"),
+    Mutation(
+        "documents_see_each_other",
+        f"{ATTENTION}/sees.py",
+        DOCUMENTS,
+        "(sees.segment_BL > 0)[:, :, None] == (segment_BM > 0)[:, None, :]",
     ),
     Mutation(
         "padding_takes_a_slot",
@@ -367,8 +393,8 @@ MUTATIONS = (
     Mutation(
         "rows_of_a_neighbour_in_a_gradient",
         "moe_jax/core/kernels/by_expert.py",
-        "pull(rows.mine(g_RD))",
-        "pull(rows.read(g_RD))",
+        "pull(rows.mine(g_RO))",
+        "pull(rows.read(g_RO))",
         RAGGED,
     ),
     Mutation(
@@ -461,7 +487,7 @@ def short(line: str) -> str:
     """A line of the audit without what holds."""
     subject, _, detail = line.partition(" NO   ")
     parts = detail.split("; ")
-    wrong = [part.partition(", where ")[0] for part in parts if part.startswith("NOT ")] or parts[-1:]
+    wrong = [part.partition(", where ")[0] for part in parts if part.startswith("NOT ")] or parts[1:] or parts
     return f"{subject.strip()}: {'; '.join(wrong)}"
 
 
