@@ -108,8 +108,8 @@ class TransformerConfig:
             sizes = {tuple(part.sizes[letter] for letter in dims.dims_of(name)) for part in self._sharing(name)}
             if len(sizes) > 1:
                 raise ValueError(
-                    f"Attentions in turn share {name} of their stack, but not its sizes {sorted(sizes)}; give them equal "
-                    "heads, or a table for each layer: Relative()."
+                    f"Attentions in turn share {name} of their stack, but not its sizes {sorted(sizes)}; give them "
+                    "equal heads, or a table for each layer: Relative()."
                 )
         if len(self.attention) > self.N:
             raise ValueError(f"{len(self.attention)} attentions in turn, but N={self.N} layers; name at most {self.N}.")
