@@ -17,7 +17,7 @@ from moe_jax.attention import MHA
 from moe_jax.audit import meshes
 from moe_jax.audit.dispatchers import dispatchers, fitting
 from moe_jax.audit.placement import placement
-from moe_jax.audit.shrink import fold, shrink
+from moe_jax.audit.shrink import fold, kinds, narrow, shrink
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core.shard import Shard, over_slices
 from moe_jax.optim import Adafactor, Constant

@@ -121,7 +121,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("run.steps=1e3", "config.run.steps=1000.0 must be a whole number"),
         ("run.steps=0", "config.run.steps=0 must be positive"),
         ("optim.clip=abc", "config.optim.clip='abc' must be a number or None"),
-        ("model.position=None", "position='None' is unknown; use one of"),
+        ("model.attention=None", "config.model.attention=None must be one of 'MHA(...)'"),
         ("model.layout=None", "layout='None' is not a choice of layers"),
         ("model.tied=no", "Non-boolean argument to boolean flag"),
         ("mesh.zz=2", "config.mesh has no field 'zz'; there are data, expert, fsdp, slice, tensor"),

@@ -17,7 +17,7 @@ from moe_jax.data import Corpus, Pairs, SpanCorruption
 from moe_jax.dispatch import Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import LoadBalance
-from moe_jax.models import EncoderDecoder, EncoderDecoderConfig
+from moe_jax.models import Call, EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.blocks import RMSNorm
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import Constant, OptimConfig
@@ -55,8 +55,8 @@ def function_of(cfg, params):
         )
         return logits, aux, found["intermediates"]["encoder_norm"]["__call__"][0]
 
-    whole = (np.ones_like(SOURCE), np.ones_like(TOKENS), None, {})
-    compiled = jax.jit(lambda s, t, ss, ts, key, router: run(s, t, ss, ts, key, router))
+    whole = (np.ones_like(SOURCE), np.ones_like(TOKENS), {})
+    compiled = jax.jit(lambda s, t, ss, ts, router: run(s, t, ss, ts, None, Call(router=router)))
     return lambda source, tokens, *rest: compiled(source, tokens, *rest, *whole[len(rest) :])
 
 
@@ -219,7 +219,7 @@ def test_what_routers_remember_is_the_encoders_first(params):
     (name,) = router
     assert router[name].shape == (2, 4)
     router = {name: 100 * np.eye(4, dtype=np.float32)[[0, 3]]}
-    _, aux, _ = function_of(cfg, params)(SOURCE, TOKENS, np.ones_like(SOURCE), np.ones_like(TOKENS), None, router)
+    _, aux, _ = function_of(cfg, params)(SOURCE, TOKENS, np.ones_like(SOURCE), np.ones_like(TOKENS), router)
     assert aux.stats.choices_E.tolist() == [[B * M, 0, 0, 0], [0, 0, 0, B * L]]
     chosen = np.asarray(aux.expert_BLK)[..., 0]
     assert chosen.shape == (2, B, M)

@@ -10,7 +10,8 @@ from moe_jax import MLP, Hash, LMConfig, MoEConfig, Scatter, Temperature, TopK
 from moe_jax.attention import MHA
 from moe_jax.data import Batch
 from moe_jax.inspect.explain import explain, margin_of, principal
-from moe_jax.inspect.look import layer_params, trace_layers
+from moe_jax.inspect.look import trace_layers
+from moe_jax.models.pattern import layer_params
 from tests.cases import normal
 
 V, D, E, B, L = 17, 6, 5, 2, 9

@@ -25,6 +25,7 @@ from moe_jax.inspect import live, report
 from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names
 from moe_jax.inspect.knockout import Effects, Losses
 from moe_jax.inspect.recorder import layers_of
+from moe_jax.models.pattern import moe_paths
 from moe_jax.reporting.metrics import FILE, plain
 from moe_jax.step import State
 from tests import programs
@@ -363,11 +364,11 @@ def test_layers_have_the_numbers_of_the_model():
 def test_each_stack_has_its_layers():
     """Of an encoder and a decoder each its own, counted as knock-outs count them; a single stack has them all."""
     moe = {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}
-    sizes = {"D": 8, "N": 4, "attention": "MHA(2, 4)", "moe": moe}
+    sizes = {"D": 8, "N": 4, "attention": "MHA(2, 4, position=NoPE())", "moe": moe}
     data = {"source": "ToyTranslation()", "objective": "Translation()"}
     two = build({"model": {"kind": "EncoderDecoder", **sizes}, "data": data}).model
     assert list(layers_of(two, "encoder")) == [0, 1]
     assert list(layers_of(two, "decoder")) == [2, 3]
-    assert [p.stack.split("_")[0] for p in i.places(two)] == ["encoder"] * 2 + ["decoder"] * 2
+    assert [p.stack.split("_")[0] for p in moe_paths(two)] == ["encoder"] * 2 + ["decoder"] * 2
     one = build({"model": sizes}).model
     assert list(layers_of(one, "decoder")) == [0, 1]

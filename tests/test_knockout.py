@@ -32,9 +32,10 @@ from moe_jax.inspect import probes
 from moe_jax.inspect.card import additions, card, text
 from moe_jax.inspect.fairness import columns
 from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
-from moe_jax.inspect.look import places, trace_layers
+from moe_jax.inspect.look import trace_layers
 from moe_jax.models import Call
 from moe_jax.models.lm import LM
+from moe_jax.models.pattern import moe_paths
 from tests import cases
 from tests.cases import normal
 
@@ -194,7 +195,7 @@ def test_one_layer_alone_is_masked(params):
 def test_all_knock_outs(params):
     """One for each expert, of several batches; the worst of them is the planted one."""
     strong = jax.tree.map(np.copy, params)
-    at = places(MODEL)[1]
+    at = moe_paths(MODEL)[1]
     strong[at.stack][at.module]["down_ED"][1, 2] += 4 * normal(5, D)
     batches = [BATCH, some_batch(1)]
     effects = knock_out(MODEL, strong, batches)
@@ -221,7 +222,7 @@ def test_isolation(params):
 def test_substitution(layer, params):
     """Every choice of an expert is computed by another at its own weight; nothing else of the model is touched."""
     run, p, x = layer
-    at = places(MODEL)[1]
+    at = moe_paths(MODEL)[1]
     given = {**params, at.stack: {**params[at.stack], at.module: {k: np.stack([w, w]) for k, w in p.items()}}}
     new = substitute(MODEL, given, 1, 2, 0)[at.stack][at.module]
     y, _ = run({name: w[1] for name, w in new.items()}, {})
@@ -308,7 +309,7 @@ def test_card(params, seen):
         assert share.lift == pytest.approx(share.share / np.mean(seen.domain_T == share.what))
     counts = {v: sum(seen.token_T[t] == v for t, _ in rows) for v in range(V)}
     assert found.tokens[0].n == max(counts.values()) == counts[found.tokens[0].what]
-    at = places(MODEL)[n]
+    at = moe_paths(MODEL)[n]
     p = {name: w[at.repeat][e].astype(np.float64) for name, w in params[at.stack][at.module].items() if name[0] != "r"}
     added = [
         seen.weight_NTK[n, t, k]
@@ -328,7 +329,7 @@ def test_card(params, seen):
 def test_planted_expert(params, seen):
     """An expert that always writes a token's embedding promotes that token."""
     planted = jax.tree.map(np.copy, params)
-    at = places(MODEL)[0]
+    at = moe_paths(MODEL)[0]
     planted[at.stack][at.module]["down_EFD"][0, 1] = 0
     planted[at.stack][at.module]["down_ED"][0, 1] = 3 * planted["embed_VD"][7] / planted["norm"]["scale_D"]
     found = card(MODEL, planted, seen, 0, 1)
@@ -435,7 +436,7 @@ def test_where_layers_lie(kind, layout, N):
         "kind": kind,
         "D": 8,
         "N": N,
-        "attention": "MHA(2, 4)",
+        "attention": "MHA(2, 4, position=NoPE(), bias=True)",
         "ffn": "MLP(F=4)",
         "layout": layout,
         "moe": moe,
@@ -443,7 +444,7 @@ def test_where_layers_lie(kind, layout, N):
     exp = build({"model": {**model, **({"patch": 2} if kind == "ViT" else {})}, "data": data})
     zeros = lambda tree: jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), tree)  # noqa: E731
     params = zeros(jax.eval_shape(exp.model.init, jax.random.key(0), zeros(exp.data.shapes(1))))
-    found = places(exp.model)
+    found = moe_paths(exp.model)
     assert len(set(found)) == len(found) == exp.model.moe_layers
     layers = {
         (path[0].key, path[1].key, n)

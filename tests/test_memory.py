@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from moe_jax import GLU, MLP, Einsum, LMConfig, LoadBalance, MoEConfig, Scatter, Sort, Top2
+from moe_jax import step as training
 from moe_jax.attention import MHA, Relative
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core import dims
@@ -66,8 +67,8 @@ def with_model(exp: Experiment, **fields: object) -> Experiment:
 def test_the_state_is_exact(optimizer, zero1):
     exp = dataclasses.replace(SMALL, optim=OptimConfig(optimizer, Constant(0.01), zero1=zero1))
     tx, _ = exp.optim.build(exp.run.steps)
-    state = jax.eval_shape(partial(step.init, exp, tx))
-    layouts = step.layouts_of(exp, state, dict(exp.mesh)).state
+    state = jax.eval_shape(partial(training.init, exp, tx))
+    layouts = training.layouts_of(exp, state, dict(exp.mesh)).state
 
     def held(tree, laid) -> int:
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(laid), strict=True)

@@ -65,7 +65,7 @@ def linen(name, mesh):
     state = {n: v[...] for n, v in module.router_state.items()}
 
     def loss(params, x):
-        return task(*moe_jax.MoE(CONFIGS[name]).apply({"params": params}, x, MASK, KEY, state, IDS, False))
+        return task(*moe_jax.MoE(CONFIGS[name]).apply({"params": params}, x, MASK, KEY, state, IDS))
 
     with context(mesh):
         return jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, X))

@@ -326,7 +326,7 @@ def test_search_says_why_not():
     assert not found.options
     assert found.smallest is not None
     assert found.smallest.memory.total > 300_000
-    assert any("config.model.H=n does not spread evenly" in why for why in found.refused), found.refused
+    assert any("config.model.attention.H=n does not spread evenly" in why for why in found.refused), found.refused
     nowhere = search(FEW, where._replace(chip=V5E.chip._replace(usable=1000.0)))
     assert nowhere.smallest is None
     assert nowhere.large == nowhere.meshes > 0

@@ -30,7 +30,7 @@ from moe_jax import (
 from moe_jax.attention import MHA, NoPE, Relative
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import DataConfig, Experiment
-from moe_jax.data import Batch, Folder, Images, Pairs, cross_entropy
+from moe_jax.data import Batch, Folder, Images, NextToken, Pairs, cross_entropy
 from moe_jax.inspect import recorder, recording
 from moe_jax.models import Call
 from moe_jax.moe import RECORDED, check_record
@@ -115,7 +115,13 @@ def program(model, batch, mesh=None, options=None):
 
 
 KEY = jax.random.key(5)
-APPLY = jax.jit(MODEL.apply, static_argnames="record")
+
+
+@partial(jax.jit, static_argnames="record")
+def APPLY(params, batch, record=(), replay=None):
+    return MODEL.apply(params, batch, Call(replay=replay, record=record))
+
+
 # As XLA compiles by default; tests use its older emitters, which compile faster, and round by what else is computed.
 EMITTERS = {"xla_cpu_use_fusion_emitters": True} if version("jaxlib") < "0.11" else {}
 TRIED = {
@@ -250,10 +256,10 @@ def test_details_of_two_stacks(router, names):
     moe = MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=Einsum(None), losses=())
     model, batch = dataclasses.replace(PAIRS, moe=moe, causal=False), pairs()
     params = parameters(model, batch)
-    _, aux = jax.eval_shape(partial(model.apply, record=names), params, batch)
+    _, aux = jax.eval_shape(partial(model.apply, call=Call(record=names)), params, batch)
     found = {name: a.shape for name, a in aux.recorded._asdict().items() if a is not None}
     assert found == {RECORDED[name]: (2, B, L, {"input": D}.get(name, E)) for name in names}
-    recorded = jax.jit(partial(model.apply, record=names))(params, batch)[1].recorded
+    recorded = jax.jit(partial(model.apply, call=Call(record=names)))(params, batch)[1].recorded
     for name in names:
         of_decoder_BL = np.abs(getattr(recorded, RECORDED[name])[1]).sum(-1)
         assert not of_decoder_BL[:, 4:].any()
@@ -341,7 +347,7 @@ def test_a_recording_of_a_folder_is_replayed(folder, params):
 def test_other_models_are_recorded(model, batch, stack):
     """A stack of an encoder and a decoder, with the loss where it predicts; patches, the class by the first."""
     params = parameters(model, batch)
-    look = jax.jit(partial(recorder.routed, model, stack, False))
+    look = jax.jit(partial(recorder.routed, model, NextToken(), stack, False))
     tokens = recorder.tokens_of(model, batch, stack)
     rec = recorder.columns(*jax.device_get(look(params, {}, None, batch)), tokens, batch.domain_B, E, ())
     logits, aux = jax.device_get(jax.jit(model.apply)(params, batch))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import (
-    Base,
+    BASELayer,
     Einsum,
     ExpertChoice,
     Gather,
@@ -66,7 +66,7 @@ def test_slots_of_routers_that_bring_their_own(router):
         (MoEConfig(E=4, router=NoisyTopK(), dispatch=Sort()), True, False),
         (MoEConfig(E=4, router=NoisyTopK(), dispatch=Sort()), False, True),
         (MoEConfig(E=4, router=RoundRobin(), dispatch=Sort()), False, False),
-        (MoEConfig(E=4, router=Base(), dispatch=Sort()), False, False),
+        (MoEConfig(E=4, router=BASELayer(), dispatch=Sort()), False, False),
     ],
 )
 def test_groups(layer, training, irrelevant):
@@ -87,7 +87,7 @@ def test_groups(layer, training, irrelevant):
 def test_traits_have_defaults():
     """What is not declared is the most usual; groups matter to what is not causal."""
     assert traits(None) == traits(object())
-    plain, base = traits(TopK(K=3)), traits(Base())
+    plain, base = traits(TopK(K=3)), traits(BASELayer())
     assert (plain.causal, plain.random, plain.grouped, plain.K, plain.params) == (True, False, False, 3, ("gate_DE",))
     assert (base.causal, base.random, base.grouped) == (False, True, True)
     assert traits(RoundRobin()).grouped
