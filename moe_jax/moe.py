@@ -198,10 +198,10 @@ class MoE(nn.Module):
         params = parameters(self.cfg, x_BLD.shape[-1], partial(param, self))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
-        # Only shapes matter, and the batch may be of any size.
+        # The batch may be of any size, whatever the mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
         ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
-        return apply(cfg, params, jnp.zeros(x_BLD.shape, x_BLD.dtype), None, key, state, ids, record, here=Shard())
+        return apply(cfg, params, shard.replicated(x_BLD), None, key, state, ids, record, here=Shard())
 
 
 Make = Callable[[str, Mapping[str, int], float], Array]  # (name, sizes of its dimensions, scale) -> a parameter

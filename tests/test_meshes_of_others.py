@@ -1,5 +1,7 @@
 """Meshes that `make_mesh` has not made: the layer works on them, or says in a sentence why it does not."""
 
+from contextlib import nullcontext
+
 import jax
 import numpy as np
 import pytest
@@ -55,6 +57,15 @@ def test_other_meshes(mesh, spec, one):
         x = jax.device_put(X, NamedSharding(mesh, spec))
         close(jax.device_get(jax.jit(LAYER.init)(KEY, x)), PARAMS)
         close(jax.device_get(jax.jit(step)(PARAMS, x)), one)
+
+
+@pytest.mark.parametrize("mesh", [None, mesh_of("data", "expert")], ids=str)
+def test_outputs_beside_parameters_are_those_of_the_input(mesh):
+    """`init_with_output` gives what `apply` gives with the parameters it makes."""
+    with jax.set_mesh(mesh) if mesh else nullcontext():
+        (y, _), made = jax.device_get(jax.jit(LAYER.init_with_output)(KEY, X))
+    close(y, jax.jit(LAYER.apply)(made, X)[0])
+    assert np.abs(y).max() > 0
 
 
 def apply(params, x):

@@ -311,6 +311,11 @@ def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Calla
     return lambda *args: run(*_laid(args, in_specs))
 
 
+def replicated(x: Array) -> Array:
+    """x on every device, where the axes of the current mesh are part of its type (`AxisType.Explicit`)."""
+    return _laid(x, P())
+
+
 def _laid(tree: Any, specs: Any) -> Any:
     """Arrays as specs say, on those axes of the current mesh that are part of types (`AxisType.Explicit`)."""
     explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
