@@ -445,12 +445,12 @@ def _check_batch(exp: Experiment) -> None:
             f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change mesh."
         )
     cuts = {"D": (model.D, list(RULES["D"]))}
+    for i, part in enumerate(model.attention):
+        where = f"attention[{i}]" if len(model.attention) > 1 else "attention"
+        cuts |= {f"{where}.{letter}": (n, list(RULES[letter])) for letter, n in part.sizes.items() if letter in RULES}
     for stack in model.stacks():
-        for sub in (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind != "moe"):
-            field = sub.name if sub.name in ("attention", "ffn", "extra") else "attention"
-            field = "moe" if sub.part is model.moe else field
-            widths = sub.part.sizes if sub.kind == "attention" else {"F": sub.part.F}
-            cuts |= {f"{field}.{letter}": (n, list(RULES[letter])) for letter, n in widths.items() if letter in RULES}
+        dense = (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind == "dense")
+        cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
     check_cuts({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:
         part.check_spread(sizes.get("tensor", 1))

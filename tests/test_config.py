@@ -168,6 +168,19 @@ def test_an_attention_that_cannot_be_is_one_clear_line(text, words):
     assert str(caught.value).startswith("config.model.attention: ")
 
 
+def test_every_attention_in_turn_fits_the_mesh():
+    """The first as well as the last; a latent's ranks are cut by fsdp."""
+    first, last = "MHA(H=3, A=4)", "MHA(H=4, A=4)"
+    for attention, words in (
+        ((first, last), r"attention\[0\].H=3 does not spread evenly over config.mesh.tensor=2"),
+        ((last, first), r"attention\[1\].H=3 does not spread evenly over config.mesh.tensor=2"),
+        ("MLA(H=4, A=4, U=2, O=4, W=7)", r"attention.W=7 does not spread evenly over config.mesh.fsdp=2"),
+    ):
+        model = {"D": 8, "N": 2, "layout": "none", "attention": attention}
+        with pytest.raises(ValueError, match=words):
+            build({"model": model, "mesh": {"tensor": 2, "fsdp": 2}, "data": {"B": 8}})
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
