@@ -81,7 +81,7 @@ def usable(here: Shard, name: str, w: Array, dtype: Any) -> Array:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether tokens are multiplied with this parameter."""
+    """Tells whether tokens are multiplied with this parameter."""
     letters = dims.dims_of(name)
     return len(letters) > 1 and letters not in NO_MATRICES
 

@@ -119,7 +119,7 @@ class Relative:
         return ("bias_PH",) if self.shared else ()
 
     def bias(self, params: Mapping[str, Array], sees: Sees, cached: bool = False) -> Float[Array, "_ H L M"] | None:
-        """What is added to scores: [1, H, L, L] by places in a row; with a cache [B, H, L, M] by positions."""
+        """The bias of scores: [1, H, L, L] by places in a row; with a cache [B, H, L, M] by positions."""
         if not cached:
             if self.shared and sees.bias_1HLM is not None:  # made once for the stack
                 return sees.bias_1HLM

@@ -1,4 +1,4 @@
-"""How scores of queries and keys become weighted sums of values: several back-ends of one definition."""
+"""Weighted sums of values by scores of queries and keys: several back-ends of one definition."""
 
 from collections.abc import Callable
 from typing import NamedTuple

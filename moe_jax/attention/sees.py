@@ -40,7 +40,7 @@ class Sees(NamedTuple):
 
 
 def mask(sees: Sees, window: int | None = None) -> Bool[Array, "B L M"]:
-    """Whether a query sees a key.
+    """Tells which keys a query sees.
 
     window: how many positions back a query of a causal stack sees, its own among them (arXiv:2004.05150).
     """
