@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from experiments.launch import join, pulse
-from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
+from moe_jax.config import SECTIONS, Experiment, build, typed
+from moe_jax.overrides import override
 from moe_jax.train import TrainingDiverged
+from moe_jax.words import meant
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
@@ -30,6 +32,13 @@ flags.DEFINE_string("heartbeat", None, "A file to touch every second, for a supe
 PREFIX = "config."
 OVERRIDE = re.compile(r"--?config\.")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+EXAMPLES = (
+    "model.moe.router.K=4",
+    "model.moe.losses.LoadBalance.weight=0.02",
+    "model.attention.position.base=500000",
+    "optim.schedule.peak=0.001",
+    'model.moe.router="TopK(K=4, normalize=False)"',
+)
 OWN = tuple(str(pathlib.Path(__file__).parents[1] / package) for package in ("moe_jax", "experiments"))
 
 
@@ -70,7 +79,14 @@ def run(main: Callable[[], None]) -> None:
 
 def parse(argv: list[str]) -> None:
     """absl's own parsing of all but --config.a.b=VALUE, which wait for `experiment`; ValueError in its words."""
-    rest = FLAGS(split(argv)[0])
+    try:
+        rest = FLAGS(split(argv)[0])
+    except flags.UnrecognizedFlagError as error:
+        target = meant(error.flagname) if "config" in FLAGS else ""
+        if target:
+            value = str(error.flagvalue).partition("=")[2] or "VALUE"
+            raise ValueError(f"There is no flag --{error.flagname}; {typed(target, value)}.") from None
+        raise
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is not a flag; write --name=value.")
 
@@ -144,37 +160,20 @@ def define_config() -> None:
         flags.DEFINE_string("config", None, "A file with get_config(); --config.a.b=VALUE sets a field.")
 
 
-def experiment() -> Experiment:
-    """The experiment of --config, with every --config.a.b=VALUE set in it, in any order."""
-    if not FLAGS["config"].value:
+def experiment(default: str | None = None, *more: str) -> Experiment:
+    """The experiment of --config, with every --config.a.b=VALUE set in it, in any order; built once, after all of them.
+
+    default: the file without --config. more: overrides of the program's own, which count before the command line's.
+    """
+    if not (file := FLAGS["config"].value or default):
         raise ValueError("No experiment was given; say --config=configs/glam_nano.py, for instance.")
-    config, overrides = load(FLAGS["config"].value), split(sys.argv)[1]
-    return build(overridden(config, overrides) if overrides else config)
+    return build(overridden(load(file), [*split(sys.argv)[1], *more]))
 
 
 def overridden(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A config's values after --config.a.b=VALUE flags, by ml_collections' `config_flags`."""
-    whole = editable(config)
-    for word in overrides:
-        check_field(whole, word.lstrip("-").removeprefix(PREFIX).partition("=")[0])
-    values, argv = flags.FlagValues(), ["", *overrides]
-    config_flags.DEFINE_config_dict("config", whole, flag_values=values, sys_argv=argv)
-    values(argv)
-    return values["config"].value.to_dict()
-
-
-def check_field(config: ConfigDict, path: str) -> None:
-    """ValueError where a config has no such field, with the one that was probably meant."""
-    node, names = config, path.split(".")
-    for i, name in enumerate(names):
-        at = ".".join(["config", *names[:i]])
-        if not isinstance(node, ConfigDict):
-            raise ValueError(f"{at}={node!r} has no fields; set it as a whole.")
-        if name not in node:
-            raise ValueError(f"{at} has no field {name!r}{suggestion(name, list(node))}")
-        node = node[name]
-    if isinstance(node, ConfigDict):
-        raise ValueError(f"config.{path} has the fields {', '.join(node)}; set them one by one.")
+    """A config's values after --config.a.b=VALUE flags."""
+    pairs = [word.lstrip("-").removeprefix(PREFIX).partition("=") for word in overrides]
+    return override(config, [(path, text) for path, _, text in pairs])
 
 
 def load(file: str) -> dict[str, Any]:
@@ -258,9 +257,11 @@ def help_text(main: Callable[[], None]) -> str:
     own = [*FLAGS.get_key_flags_for_module(program), *FLAGS.get_key_flags_for_module(sys.modules[__name__])]
     lines = [(program.__doc__ or "").strip(), "", "Flags:"]
     lines += sorted({f"  --{flag.name:<14}{' '.join(flag.help.split())}" for flag in own})
-    lines += ["", "Fields of a config:"]
+    lines += ["", "Fields of a config (docs/config.md explains each):"]
     for path, section in SECTIONS.items():
         start = "--" + PREFIX + (path + "." if path else "")
         names = [f.name for f in dataclasses.fields(section) if f.name != "V"]
         lines.append(f"  {start}{{{','.join(n for n in names if f'{path}.{n}'.strip('.') not in SECTIONS)}}}")
+    lines += ["", "A path goes on into a component, or an entry of a tuple:"]
+    lines += [f"  --{PREFIX}{example}" for example in EXAMPLES]
     return "\n".join(lines)

@@ -25,6 +25,9 @@ State = dict[str, Array]  # what a layer remembers from step to step; layers may
 class MoEConfig:
     """One MoE layer, as independent choices.
 
+    E: number of experts.
+    router: decides which experts a token goes to. experts: what each of them computes.
+    dispatch: brings tokens to their experts and outputs back, and says how many an expert takes.
     gating: what is done to the router's input, its logits, or who may be chosen, in order.
     S: tokens per routing group, in which capacity is counted; None is one sequence. It is not the size of a
        shard, so that which tokens are dropped does not depend on the mesh.

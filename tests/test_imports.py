@@ -11,13 +11,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("core", "files"),
+    ("core", "files", "words"),
     ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges"),
     ("moe_config",),
     ("moe",),
     ("models", "nnx"),
     ("data", "optim", "reporting", "checkpoint"),
     ("config",),
+    ("overrides",),
     ("costs",),
     ("evaluate",),
     ("step",),

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import sys
 import tempfile
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from experiments.bench.timing import compiled, in_turn, quartiles
 from experiments.bench.watch import Outside, watched
 from experiments.routing_zoo.present import lines
 from moe_jax.config import Experiment, build
-from moe_jax.core.shard import make_mesh
+from moe_jax.core.shard import AXES, make_mesh
 from moe_jax.data import batches, default_directory
 from moe_jax.step import Program
 
@@ -63,9 +62,8 @@ def main() -> None:
 
 def experiments() -> list[Experiment]:
     """The experiment of --config, with its overrides, and its twin."""
-    given = flags.FLAGS["config"].value or CONFIG
-    values, overrides = cli.load(given), cli.split(sys.argv)[1]
-    exp = build(cli.overridden(values, overrides) if overrides else values)
+    sizes = sizes_of(MESH.value) if MESH.value else {}
+    exp = cli.experiment(CONFIG, *(f"--config.mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES if sizes))
     if TWIN.value:
         return [exp, build(cli.load(TWIN.value))]
     return [exp, dataclasses.replace(exp, model=exp.model.dense_twin())]

@@ -32,7 +32,7 @@ class Jitter:
 class Noise:
     """While training, Gaussian noise of this standard deviation on the router's "logits", or on its "input"."""
 
-    std: float = 0.1
+    std: float = 0.1  # standard deviation
     on: str = "logits"
     random: ClassVar[bool] = True
 
