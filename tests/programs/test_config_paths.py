@@ -240,12 +240,12 @@ def broken(tmp_path) -> list[str]:
     """A file that is wrong twice, and the flags that mend it."""
     file = tmp_path / "broken.py"
     file.write_text(f"def get_config():\n    return {merged(VALUES, BROKEN)!r}\n")
-    return [f"--config={file}", "--config.model.moe.router.K=2", "--config.mesh.data=2"]
+    return [f"--config={file}", "--config.model.moe.router.K=2", "--config.mesh.data=4"]
 
 
 @pytest.mark.parametrize(
     ("program", "more"),
-    [(train, ["--print_config"]), (plan, ["--topology=v5e:1x2", "--analytic"]), (audit, ["--placement"])],
+    [(train, ["--print_config"]), (plan, ["--topology=v5e:2x2", "--analytic"]), (audit, ["--placement"])],
 )
 def test_a_wrong_file_is_mended_by_flags(program, more, broken):
     """In every program, which checks the config once, with all flags."""
