@@ -25,7 +25,7 @@ from moe_jax.experts import EXPERTS
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import MODELS, LMConfig, Model
-from moe_jax.moe import MoEConfig, check_cuts, check_mesh
+from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
@@ -224,7 +224,7 @@ def plain(value: Any) -> Any:
     return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
-def dense_twin(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def dense_baseline(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_twin`."""
     twin = build(config)
     twin = dataclasses.replace(twin, model=twin.model.dense_twin())
@@ -451,7 +451,7 @@ def _check_batch(exp: Experiment) -> None:
     for stack in model.stacks():
         dense = (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind == "dense")
         cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
-    check_cuts({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
+    check_divides({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:
         part.check_spread(sizes.get("tensor", 1))
     if model.routed is None:

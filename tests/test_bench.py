@@ -21,7 +21,7 @@ from experiments.cli import load
 from moe_jax.config import build
 from moe_jax.core.groups import Dense
 from moe_jax.core.kernels.by_expert import ladder
-from moe_jax.core.routing import queue
+from moe_jax.core.routing import position_in_expert
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig
 from tests import programs
@@ -264,7 +264,7 @@ def test_stages_of_every_dispatcher(dispatch):
     rows = jnp.ones_like(stages.ready(cfg, here, shape, tokens, place))
     combine = jax.jit(stages.dispatcher(cfg, here, stages.Ready))
     y_GSD = combine((jnp.full_like(x_GSD, jnp.nan), rows, routing.weight_GSK), routing)
-    kept_GSK = queue(routing) < stages.slots(cfg, tokens.count_GE(shape.L), shape.L)
+    kept_GSK = position_in_expert(routing) < stages.slots(cfg, tokens.count_GE(shape.L), shape.L)
     np.testing.assert_allclose(y_GSD[..., 0], (routing.weight_GSK * kept_GSK).sum(-1), rtol=1e-5)
 
 

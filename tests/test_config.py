@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.attention import MHA, MLA, Linear, Llama3, NoPE, Relative, Rotary, Sinusoidal, YaRN
-from moe_jax.config import COMPONENTS, KINDS, NESTED, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
+from moe_jax.config import COMPONENTS, KINDS, NESTED, SECTIONS, DataConfig, Experiment, build, dense_baseline, parse, plain
 from moe_jax.costs import flops, parameters
 from moe_jax.data import (
     Bytes,
@@ -318,7 +318,7 @@ def test_a_twin_needs_one_kind_of_expert():
 
 
 def test_the_twin_of_a_config_is_a_config():
-    twin = build(dense_twin(runpy.run_path(str(CONFIGS["glam_nano"]))["get_config"]()))
+    twin = build(dense_baseline(runpy.run_path(str(CONFIGS["glam_nano"]))["get_config"]()))
     exp = experiment("glam_nano")
     assert twin == dataclasses.replace(exp, model=exp.model.dense_twin()) == experiment("dense_nano")
     assert twin.model.moe == MLP(F=2 * 192)

@@ -63,7 +63,7 @@ def parameters(router):
     E_ = 1 if isinstance(router, moe_jax.MixtureOfDepths) else E
     sizes = {**moe_jax.moe_config.sizes_of(router), "E": E_, "D": D}
     return {
-        n: normal(i, *moe_jax.core.dims.shape(moe_jax.core.dims.dims_of(n), sizes)) for i, n in enumerate(router.params)
+        n: normal(i, *moe_jax.core.dims.shape_of(moe_jax.core.dims.dims_of(n), sizes)) for i, n in enumerate(router.params)
     }
 
 

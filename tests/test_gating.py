@@ -56,7 +56,7 @@ def params_of(router) -> dict:
     """Random parameters, of any router."""
     sizes = {**moe_config.sizes_of(router), "E": E, "D": D}
     rng = np.random.default_rng(1)
-    return {n: rng.normal(size=moe.dims.shape(moe.dims.dims_of(n), sizes)).astype(np.float32) for n in router.params}
+    return {n: rng.normal(size=moe.dims.shape_of(moe.dims.dims_of(n), sizes)).astype(np.float32) for n in router.params}
 
 
 def context(key=None, gating=(), replay_GSK=None, state=None) -> Context:
@@ -466,7 +466,7 @@ def test_logits_in_parts():
     rng = np.random.default_rng(2)
     x, w, g = (rng.normal(size=size).astype(np.float32) for size in ((2, 32, 96), (96, E), (2, 32, E)))
     x = jnp.asarray(x, jnp.bfloat16)
-    y, (dx, dw) = jax.jit(gate.in_parts)(x, w), jax.jit(gate.in_parts_back)(x, w, g)
+    y, (dx, dw) = jax.jit(gate.matmul_bf16x3)(x, w), jax.jit(gate.matmul_bf16x3_grad)(x, w, g)
     x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
     error = lambda got, exact: np.abs(np.asarray(got, np.float64) - exact).max() / np.abs(exact).max()  # noqa: E731
     assert error(y, x @ w) < 3e-7

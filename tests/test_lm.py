@@ -91,7 +91,7 @@ def test_parameters_lie_where_their_names_say(params, mesh):
     laid = dims.shardings(params, mesh, RULES)
     spread = {str(path[-1].key) for path, s in jax.tree.leaves_with_path(laid) if not s.is_fully_replicated}
     assert spread == {"up_EDF", "down_EFD"}
-    layer = dims.layouts(params, RULES)["stack_0"]
+    layer = dims.specs(params, RULES)["stack_0"]
     assert layer["moe_1"]["up_EDF"] == jax.P(None, ("expert",), ("fsdp",), ("tensor",))
     assert layer["attention_0"]["out_HAD"] == jax.P(None, ("tensor",), None, ("fsdp",))
     assert layer["moe_1"]["router_gate_DE"] == layer["norm_moe_1"]["scale_D"] == jax.P()

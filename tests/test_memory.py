@@ -68,11 +68,11 @@ def test_the_state_is_exact(optimizer, zero1):
     exp = dataclasses.replace(SMALL, optim=OptimConfig(optimizer, Constant(0.01), zero1=zero1))
     tx, _ = exp.optim.build(exp.run.steps)
     state = jax.eval_shape(partial(training.init, exp, tx))
-    layouts = training.layouts_of(exp, state, dict(exp.mesh)).state
+    layouts = training.state_specs(exp, state, dict(exp.mesh)).state
 
     def held(tree, laid) -> int:
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(laid), strict=True)
-        return sum(x.dtype.itemsize * math.prod(dims.local(x.shape, layout, dict(exp.mesh))) for x, layout in pairs)
+        return sum(x.dtype.itemsize * math.prod(dims.local_shape(x.shape, layout, dict(exp.mesh))) for x, layout in pairs)
 
     found = of(exp)
     assert found.parameters == held(state.params, layouts.params)

@@ -98,7 +98,7 @@ def test_pieces_add_up():
         exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, accumulate=A))
         state = trainer.init(exp, tx)
         step = jax.jit(
-            partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0), trainer.layouts_of(exp, state, {}))
+            partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0), trainer.state_specs(exp, state, {}))
         )
         results.append(step(state, jax.tree.map(jnp.asarray, batch())))
     (state1, metrics1), (state2, metrics2) = results
@@ -133,7 +133,7 @@ def test_golden_step():
     sgd = optax.sgd(1.0)
     alone = state._replace(params=params, opt_state=sgd.init(params))
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), alone)
-    step = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0, trainer.layouts_of(exp, alone, {})))
+    step = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0, trainer.state_specs(exp, alone, {})))
     after, metrics = step(alone, jax.tree.map(jnp.asarray, rows))
     np.testing.assert_allclose([metrics.loss, metrics.aux_loss], [loss, aux_loss], rtol=1e-5)
     grads = {k: g - flat(after.params)[k] for k, g in flat(params).items()}
@@ -195,10 +195,10 @@ def test_a_step_that_is_not_finite_changes_nothing(two_steps):
 )
 def test_what_a_process_reads(mine, n, part, parts):
     """Its own rows; all processes that share a shard of tensor parallelism read the same."""
-    assert trainer.part_of(mine, n) == {"process": part, "processes": parts}
+    assert trainer.process_slice(mine, n) == {"process": part, "processes": parts}
 
 
 @pytest.mark.parametrize("mine", [{0, 2}, {1, 2}, {0, 1, 2}])
 def test_rows_that_do_not_lie_together_are_refused(mine):
     with pytest.raises(ValueError, match="do not lie together"):
-        trainer.part_of(mine, 8)
+        trainer.process_slice(mine, 8)

@@ -26,10 +26,10 @@ from experiments.bench.work import by_rows, kept, slots
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Padded, Ragged
-from moe_jax.core.rows import Sent, written
+from moe_jax.core.rows import LazyRows, materialize
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import stats
-from moe_jax.moe import MoEConfig, context, usable
+from moe_jax.moe import MoEConfig, context, gather_params
 
 STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 
@@ -37,8 +37,8 @@ STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 class Still(Shard):
     """A shard whose rows come back as they are."""
 
-    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Array]:
-        return apart(written(x)), jnp.ones((), bool)
+    def visit(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
+        return apart(materialize(x)), jnp.ones((), bool)
 
 
 @jax.custom_vjp
@@ -54,8 +54,8 @@ apart.defvjp(lambda x: (apart(x), ()), lambda _, g: (apart(g),))
 class Ready(Shard):
     """A shard that has rows which are not those that were sent: nobody need send any."""
 
-    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Array]:
-        shape = jax.eval_shape(written, x).shape
+    def visit(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
+        shape = jax.eval_shape(materialize, x).shape
         rows, n = params["rows"], math.prod(shape[:-1])
         # What a capacity that is not chosen would need is not there.
         return rows[:n].reshape(shape) if n <= len(rows) else jnp.zeros(shape, rows.dtype), jnp.ones((), bool)
@@ -70,7 +70,7 @@ def measure(
     """
     params, x_BLD, _ = inputs
     with place.active():
-        here = shard.current(cfg.exchange)
+        here = shard.from_mesh(cfg.exchange)
         x_GSD = x_BLD.reshape(-1, shape.L, shape.D)
         run, gate = router(cfg, here), params["router_gate_DE"]
         routing = jax.jit(run)((gate, x_GSD))[2]
@@ -166,12 +166,12 @@ def experts(
     if by_row and here.experts:
         return None
     own = {name: params[name] for name in cfg.experts.params}
-    rows, layout = shard.token_spec(here), dims.layouts(own, here.rules)
+    rows, layout = shard.token_spec(here), dims.specs(own, here.rules)
 
     def local(by, kept_GE):
         params, x = by
         groups = Ragged(kept_GE.sum(0)) if by_row else Padded()
-        y = groups.apply(cfg.experts, usable(here, here.vary(params), x.dtype, "E"), here.enter(x))
+        y = groups.apply(cfg.experts, gather_params(here, here.vary(params), x.dtype, "E"), here.enter(x))
         return here.leave(y)
 
     run = shard.per_shard(local, here, ((layout, rows), rows), rows)

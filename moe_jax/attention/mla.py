@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.attention.heads import Cache, combine, extend, init_cache, project, rms_norm, within
+from moe_jax.attention.heads import Cache, merge_heads, extend, init_cache, project, rms_norm, mask_overflow
 from moe_jax.attention.mha import GATES
 from moe_jax.attention.positions import NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
@@ -136,8 +136,8 @@ class MLA:
             y_BLHO *= jax.nn.sigmoid(project(inner_BLD, params["gate_DH"]))[..., None]
         if self.gate == "element":
             y_BLHO *= jax.nn.sigmoid(project(inner_BLD, params["gate_DHO"]))
-        y_BLD = here.leave(combine(y_BLHO, params["out_HOD"]))
-        return (y_BLD, None) if cache is None else (within(y_BLD, cache, sees, self.window), new)
+        y_BLD = here.leave(merge_heads(y_BLHO, params["out_HOD"]))
+        return (y_BLD, None) if cache is None else (mask_overflow(y_BLD, cache, sees, self.window), new)
 
     def _attend(self, q_BLHI: Array, k_BMJI: Array, v_BMJO: Array, sees: Sees) -> Float[Array, "B L H O"]:
         """Scores are scaled by the width of a head, whatever form its queries have."""

@@ -141,7 +141,7 @@ def token_choice(
     )
 
 
-def queue(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G S K"]:
+def position_in_expert(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G S K"]:
     """Position of every choice in its expert's queue, per group; S*K for choices that go nowhere.
 
     token-major: tokens in order, each with all its choices; only this one is causal.

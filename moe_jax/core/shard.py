@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
-from moe_jax.core.rows import Sent, written
+from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
 TOKENS = AXES[:-1]  # axes that the batch is spread over
@@ -58,14 +58,14 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
         )
     types, used = (AxisType.Auto,) * len(AXES), devices or jax.devices()
     if len({getattr(d, "slice_index", 0) for d in used}) > 1:
-        return Mesh(over_slices(used, tuple(all_sizes)), AXES, axis_types=types)
+        return Mesh(hybrid_device_mesh(used, tuple(all_sizes)), AXES, axis_types=types)
     laid = create_device_mesh(
         all_sizes, used, allow_split_physical_axes=True
     )  # an axis may be a part of a torus's side
     return Mesh(laid, AXES, axis_types=types)
 
 
-def over_slices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+def hybrid_device_mesh(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
     """Devices in the shape of a mesh whose first axis, and no other, leaves a slice."""
     slices = len({d.slice_index for d in devices})
     if sizes[0] != slices:
@@ -128,7 +128,7 @@ class Shard:
     def whole(self, name: str, w: Array, dtype: Any = None) -> Array:
         """A parameter, gathered over fsdp, in the type it is used in; its gradient is reduce-scattered."""
         letters = dims.dims_of(name)
-        cut = dims.gathered(letters)
+        cut = dims.fsdp_dim(letters)
         if not self.fsdp or not cut:
             return w
         w = w if dtype is None else w.astype(dtype)  # what travels may be half as large
@@ -176,12 +176,12 @@ class Shard:
 
     # ---- experts
 
-    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
+    def visit(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
         """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
             return apply(params, x, groups), jnp.ones((), bool)
-        return self.exchange(self, apply, params, written(x), groups)
+        return self.exchange(self, apply, params, materialize(x), groups)
 
     def count(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""
@@ -222,7 +222,7 @@ class Slices(NamedTuple):
     at_source_XXe: Int[Array, "X X e"]
     at_destination_XXe: Int[Array, "X X e"]
 
-    def back(self) -> "Slices":
+    def reverse(self) -> "Slices":
         """The same rows, the other way."""
         sizes, source, destination = (a.swapaxes(0, 1) for a in self)
         return Slices(sizes, destination, source)
@@ -273,7 +273,7 @@ def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Arr
     return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, 0)
 
 
-def check_over(exchange: Any) -> None:
+def check_expert_axes(exchange: Any) -> None:
     """Refuses experts over axes that there are not, or that are spoken for."""
     allowed = ("slice", "expert")
     if not exchange.over or [a for a in allowed if a in exchange.over] != list(exchange.over):
@@ -285,7 +285,7 @@ def check_over(exchange: Any) -> None:
 # ---------------------------------------------------------------- where code runs
 
 
-def current(exchange: Any = None) -> Shard:
+def from_mesh(exchange: Any = None) -> Shard:
     """The shard that the current mesh (`jax.set_mesh`) implies; alone when there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
@@ -293,25 +293,25 @@ def current(exchange: Any = None) -> Shard:
     return Shard(rules["B"], rules["E"], rules["D"], rules["F"], exchange)
 
 
-def inside() -> bool:
+def in_shard_map() -> bool:
     """Whether this is traced for one shard: arrays are local."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def here() -> Shard:
+def local() -> Shard:
     """The shard this is traced for; alone outside of `per_shard`."""
-    return current() if inside() else Shard()
+    return from_mesh() if in_shard_map() else Shard()
 
 
 def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Callable:
     """f on every shard of the current mesh; f itself where there is none, or where this is a shard already."""
-    if shard.alone or inside():
+    if shard.alone or in_shard_map():
         return f
     run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=True)
     return lambda *args: run(*_laid(args, in_specs))
 
 
-def replicated(x: Array) -> Array:
+def replicate(x: Array) -> Array:
     """x on every device, where the axes of the current mesh are part of its type (`AxisType.Explicit`)."""
     return _laid(x, P())
 
@@ -338,7 +338,7 @@ def check_axes(shard: Shard, x: Array) -> None:
             f"Tokens are sharded over the Explicit mesh axes {sorted(foreign)}, which have no meaning here; name axes "
             f"{', '.join(AXES)}, as moe_jax.make_mesh does, or make them with axis_types=(AxisType.Auto,) * n."
         )
-    if inside() and (missing := {*shard.tokens, *shard.tensor} - set(mesh.manual_axes)):
+    if in_shard_map() and (missing := {*shard.tokens, *shard.tensor} - set(mesh.manual_axes)):
         raise ValueError(
             f"This shard_map is over the mesh axes {sorted(mesh.manual_axes)} only, but the layer communicates over "
             f"{sorted(missing)} too; leave out axis_names, which makes it one over all axes, or call the layer outside."

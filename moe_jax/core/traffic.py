@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
         def leaf(path, x, layout):
             rank = len(dims.dims_of(str(path[-1].key)))
-            return dims.local(x.shape, layout, self.sizes)[x.ndim - rank if rank else x.ndim :]
+            return dims.local_shape(x.shape, layout, self.sizes)[x.ndim - rank if rank else x.ndim :]
 
         return jax.tree.map_with_path(leaf, params, laid)
 

@@ -26,7 +26,7 @@ from moe_jax.models import Model
 from moe_jax.models.pattern import StackShape, Sublayer, blocks
 from moe_jax.models.transformer import Call
 from moe_jax.moe import MoE, MoEConfig
-from moe_jax.moe_config import width
+from moe_jax.moe_config import output_width
 from moe_jax.optim import Adafactor
 
 
@@ -66,7 +66,7 @@ def layer(
     x = jax.ShapeDtypeStruct((1, L, D), dtype)
     (_, aux), variables = jax.eval_shape(MoE(cfg).init_with_output, jax.random.key(0), x)
     params = variables["params"]
-    laid = dims.layouts(params, rules_for(cfg.exchange, part.sizes))
+    laid = dims.specs(params, rules_for(cfg.exchange, part.sizes))
     sent = moe(cfg, part, part.local(params, laid), n_elements(aux.stats), last=True)
     forward = [s.what for s in sent if not s.backward]
     return forward + [s.what for s in sent if s.backward] + gradients(part, params, laid, laid) if backward else forward
@@ -86,7 +86,7 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     cfg, data = exp.model, exp.data
     part = Part.of(exp.exchange, sizes, data.B // data.accumulate, data.L, cfg.D, cfg.dtype, platform)
     params, aux = shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
-    laid = dims.layouts(params, rules_for(exp.exchange, part.sizes))
+    laid = dims.specs(params, rules_for(exp.exchange, part.sizes))
     new = exp.optim.sharded(params, laid, part.sizes)
     stats = n_elements(aux.stats) // cfg.moe_layers if aux else 0
     forward, backward = model(exp, part, part.local(params, laid), stats)
@@ -190,7 +190,7 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     # What rows become is computed again where the gradient asks for it; after their way back only by "full".
     needed = (BOTH if isinstance(cfg.exchange, AllGather) or not here.experts else FULL) if trained or not last else ()
     found = gathers(part, travelling, {"down_ED": needed})
-    O = width(cfg.experts, part.D)
+    O = output_width(cfg.experts, part.D)
     found += hidden(part, travelling, last, part.D, G * weights if trained else 0, O)
     of = "activations" if trained or cfg.random else "ids"  # what it depends on who goes where
     ladder = isinstance(cfg.dispatch, Scatter) and cfg.dispatch.capacity_factor is None
@@ -220,7 +220,7 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
     """Weights gathered over fsdp, and their gradients scattered."""
     found = []
     for name, shape in params.items():
-        if dims.gathered(dims.dims_of(name)):
+        if dims.fsdp_dim(dims.dims_of(name)):
             n, fsdp = math.prod(shape), part.here.fsdp
             whole = part.one("all-gather", fsdp, n * part.devices(fsdp), "fsdp gather of weights")
             found += scheduled(whole, again.get(name, BOTH), "weights")
@@ -259,7 +259,7 @@ def gradients(part: Part, params: Any, laid: Any, new: Any) -> list[Collective]:
     """Gradients of parameters that are `laid` so, summed over tokens' shards to lie as `new`."""
 
     def of(x, old, new):
-        n, left, found = math.prod(dims.local(x.shape, old, part.sizes)), set(part.here.tokens), []
+        n, left, found = math.prod(dims.local_shape(x.shape, old, part.sizes)), set(part.here.tokens), []
         for before, after in zip(dims.axes(old, x.ndim), dims.axes(new, x.ndim), strict=True):
             more = after[len(before) :]
             n, left = n // part.devices(more), left - set(after)
@@ -280,7 +280,7 @@ def update(exp: Experiment, part: Part, params: Any, laid: Any, new: Any) -> lis
     norms = 2 if exp.optim.clip else 1
 
     def of(x, old, new):
-        before, after = math.prod(dims.local(x.shape, old, part.sizes)), dims.axes(new, x.ndim)
+        before, after = math.prod(dims.local_shape(x.shape, old, part.sizes)), dims.axes(new, x.ndim)
         more = {a for axes in after for a in axes} - {a for axes in dims.axes(old, x.ndim) for a in axes}
         found = [c for axes in after for c in part.one("all-reduce", axes, norms, "gradient norm", "float32", norms)]
         if isinstance(exp.optim.optimizer, Adafactor):
@@ -292,7 +292,7 @@ def update(exp: Experiment, part: Part, params: Any, laid: Any, new: Any) -> lis
 
 def means(optimizer: Adafactor, part: Part, shape: tuple[int, ...], old: Any, new: Any) -> list[Collective]:
     """Adafactor's: of squares over rows and columns, and of what it limits and scales by."""
-    axes, local = dims.axes(new, len(shape)), dims.local(shape, new, part.sizes)
+    axes, local = dims.axes(new, len(shape)), dims.local_shape(shape, new, part.sizes)
     scalars = axes + 2 * dims.axes(old, len(shape)) * optimizer.relative  # of updates; of parameters, once safely
     found = [(a, 1) for a in scalars]
     if len(shape) > 1 and np.sort(shape)[-2] >= optimizer.smallest:

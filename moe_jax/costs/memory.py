@@ -128,18 +128,18 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
     """Parameters on one device, and bytes of them and of what the optimizer remembers."""
     data = dataclasses.replace(exp.data, B=1, accumulate=1)
     params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
-    laid = dims.layouts(params, shard.rules_for(exp.exchange, sizes))
+    laid = dims.specs(params, shard.rules_for(exp.exchange, sizes))
     spread = exp.optim.sharded(params, laid, sizes)
     found = []
     for (path, x), layout in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(laid), strict=True):
         names = optim.names_of(path)
         letters = dims.dims_of(names[-1])
-        n = math.prod(dims.local(x.shape, layout, sizes))
+        n = math.prod(dims.local_shape(x.shape, layout, sizes))
         layers = x.shape[0] if "stack_" in names[0] else 1
-        gathered = sizes["fsdp"] if dims.gathered(letters) and not names[-1].startswith("router") else 1
+        gathered = sizes["fsdp"] if dims.fsdp_dim(letters) and not names[-1].startswith("router") else 1
         cast = len(letters) > 1 and not names[-1].startswith("router")
         found.append(Parameter(names, n, n // layers * gathered, cast))
-    return found, bytes_of(params, laid, sizes), bytes_of(state, optim.layouts(state, params, spread), sizes)
+    return found, bytes_of(params, laid, sizes), bytes_of(state, optim.opt_state_specs(state, params, spread), sizes)
 
 
 @lru_cache
@@ -153,4 +153,4 @@ def shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]
 def bytes_of(tree: Any, layouts: Any, sizes: Mapping[str, int]) -> int:
     """Of a device's part of arrays that lie so."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layouts), strict=True)
-    return sum(math.prod(dims.local(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)
+    return sum(math.prod(dims.local_shape(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)

@@ -62,6 +62,6 @@ class Einsum:
             entered = routing._replace(weight_GEC=shard.enter(routing.weight_GEC))
             return r.slot_masks(entered), routing.token_GEC < S
         C = self.slots(S, routing.expert_GSK.shape[-1], routing.E)
-        queue_GSK = r.queue(routing, self.priority)
+        queue_GSK = r.position_in_expert(routing, self.priority)
         weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
         return r.masks(weighted, queue_GSK, C), queue_GSK < C

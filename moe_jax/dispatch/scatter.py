@@ -45,7 +45,7 @@ class Scatter:
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "G S O"], Bool[Array, "G S K"]]:
         S, K, E = x_GSD.shape[1], routing.expert_GSK.shape[-1], routing.E
-        queue_GSK, real_GSK = r.queue(routing, self.priority), routing.expert_GSK < E
+        queue_GSK, real_GSK = r.position_in_expert(routing, self.priority), routing.expert_GSK < E
         C = self.slots(S, K, E)
         kept_GSK = real_GSK & (queue_GSK < C)
         weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
@@ -81,10 +81,10 @@ def _padded(
 
     def with_slots(C: int, x_GSD, weight_GSK, params):
         row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + queue_GSK
-        places = rows.places(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
+        places = rows.row_map(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
         x_ECD = rows.send(x_GSD, places).rows.reshape(E, G * C, D)
         y_ECO, _ = shard.visit(experts, params, x_ECD, Padded())
-        return rows.combine(y_ECO.reshape(E * G * C, -1), weight_GSK, places)
+        return rows.weighted_sum(y_ECO.reshape(E * G * C, -1), weight_GSK, places)
 
     if C is not None:
         return with_slots(C, x_GSD, routing.weight_GSK, params)
@@ -95,7 +95,7 @@ def _padded(
 
 def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard) -> Float[Array, "G S O"]:
     """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
-    row_GSK, sizes_E = rows.back_to_back(routing, queue_GSK, kept_GSK)
-    places = rows.places(row_GSK, row_GSK.size)
+    row_GSK, sizes_E = rows.ragged_rows(routing, queue_GSK, kept_GSK)
+    places = rows.row_map(row_GSK, row_GSK.size)
     y_RO, _ = shard.visit(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
-    return rows.combine(y_RO, routing.weight_GSK, places)
+    return rows.weighted_sum(y_RO, routing.weight_GSK, places)

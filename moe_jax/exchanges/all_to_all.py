@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
-from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.shard import Shard, check_expert_axes
 from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
 
 
@@ -23,7 +23,7 @@ class AllToAll:
     takes: ClassVar = (Padded,)
 
     def __post_init__(self):
-        check_over(self)
+        check_expert_axes(self)
         if self.chunks < 1:
             raise ValueError(f"AllToAll(chunks={self.chunks}) must be at least 1, which is everything at once.")
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
-from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.shard import Shard, check_expert_axes
 from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
 
 
@@ -22,7 +22,7 @@ class TwoLevel:
     takes: ClassVar = (Padded,)
 
     def __post_init__(self):
-        check_over(self)
+        check_expert_axes(self)
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded

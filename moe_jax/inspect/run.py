@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, default_directory, evaluation_batches
-from moe_jax.moe import State
+from moe_jax.moe import LayerState
 
 
 class Run(NamedTuple):
@@ -15,7 +15,7 @@ class Run(NamedTuple):
     exp: Experiment
     step: int
     params: Any
-    router: State  # what routers remember
+    router: LayerState  # what routers remember
 
     @property
     def weights(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
 from moe_jax.models.pattern import Repeated, StackShape, Sublayer, blocks, placed, sparse_layers
-from moe_jax.moe import Aux, MoE, MoEConfig, State
+from moe_jax.moe import Aux, MoE, MoEConfig, LayerState
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.EXCHANGED)
 REMAT: dict[str, Callable] = {
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     """
 
     key: Key[Array, ""] | None = None
-    router: State | None = None
+    router: LayerState | None = None
     replay: Int[Array, "N B _ K"] | None = None
     record: tuple[str, ...] = ()
 
@@ -158,7 +158,7 @@ class TransformerConfig:
     def _sharing(self, name: str) -> list[Any]:
         return [part for part in self.attention if name in part.stack_params]
 
-    def init_router(self) -> State:
+    def init_router(self) -> LayerState:
         """The state of all MoE layers before the first step ({} for most)."""
         return {} if self.routed is None else self.routed.init_state(self.moe_layers)
 
@@ -235,7 +235,7 @@ def stack(
     return x_BLD, reports
 
 
-def share(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
+def share_params(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
     """Who sees whom, with the parameters that all layers of a stack share, and what they add to scores, made once."""
     shared = {
         name: parameter(module, prefix + name, sizes, nn.initializers.zeros) for name, sizes in cfg.stack_params.items()
@@ -257,7 +257,7 @@ class Block(nn.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         key: Key[Array, ""] | None,
-        own: tuple[State, Int[Array, "M B L K"] | None],
+        own: tuple[LayerState, Int[Array, "M B L K"] | None],
         inputs: StackInputs,
     ) -> tuple[Float[Array, "B L D"], Aux | None]:
         """own: state and replayed choices of the MoE layers among the repeated ones."""
@@ -296,7 +296,7 @@ def count_agreement(aux: Aux) -> Aux:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
+    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
     agreed = jnp.concatenate([jnp.zeros(1), shared])
     return aux._replace(stats=aux.stats._replace(agreed=agreed))
 

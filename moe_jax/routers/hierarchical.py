@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, softmax_at
+from moe_jax.core.scores import take_experts, softmax_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Hierarchical:
             inner = softmax_at(jnp.repeat(logits_GSE, self.outer, axis=1), by_group)
             weight_GSK = outer_GSK * inner.reshape(G, S, self.K)
         else:
-            weight_GSK = at(probs_GSE, expert_GSK)
+            weight_GSK = take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, group_GSM[..., group_of_E] + logits_GSE, probs_GSE, mask_GS)
 
     def _choose(self, group_GSM: Array, each_GSMI: Array, ctx: Context) -> Array:

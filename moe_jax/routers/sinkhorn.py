@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices
+from moe_jax.core.scores import take_experts, check_choices
 from moe_jax.core.stats import Stats, ratio
 
 
@@ -52,7 +52,7 @@ class Sinkhorn:
         tokens_G11 = mask_GS.sum(-1)[:, None, None]
         sums = {"potential_E": ((v_G1E - v_G1E.mean(-1, keepdims=True)) * tokens_G11).sum((0, 1))}
         return token_choice(
-            expert_GSK, at(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS, load_GSE=None, sums=sums
+            expert_GSK, take_experts(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS, load_GSE=None, sums=sums
         )
 
     def _balance(self, logits_GSE: Array, mask_GS: Array, v_G1E: Array) -> Array:
