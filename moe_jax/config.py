@@ -225,9 +225,9 @@ def plain(value: Any) -> Any:
 
 
 def dense_baseline(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_twin`."""
+    """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_baseline`."""
     twin = build(config)
-    twin = dataclasses.replace(twin, model=twin.model.dense_twin())
+    twin = dataclasses.replace(twin, model=twin.model.dense_baseline())
     return ml_collections.ConfigDict(plain(twin))
 
 

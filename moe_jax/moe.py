@@ -35,8 +35,8 @@ class Recorded(NamedTuple):
     probs_BLE: Float[Array, "*N B L E"] | None = None  # of the router
     logits_BLE: Float[Array, "*N B L E"] | None = None  # of the router
     input_BLD: Float[Array, "*N B L D"] | None = None  # what router and experts are given; 0 for padding
-    visits_BLE: Float[Array, "*N B L E"] | None = None  # how often (or much) it visits each expert, before drops
-    gains_BLE: Float[Array, "*N B L E"] | None = None  # each expert's weight in its output, before drops
+    assignments_BLE: Float[Array, "*N B L E"] | None = None  # how often (or much) it visits each expert, before drops
+    combine_BLE: Float[Array, "*N B L E"] | None = None  # each expert's weight in its output, before drops
 
 
 RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fields}
@@ -83,13 +83,13 @@ def forward(
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
-    routing = cfg.router(here.vary(params.router), x_GSD, mask_GS, ctx)
-    inner_GSD = here.enter(x_GSD)
-    experts = gather_params(here, here.vary(params.experts), x_GSD.dtype, "E")
+    routing = cfg.router(here.pvary(params.router), x_GSD, mask_GS, ctx)
+    inner_GSD = here.tensor_enter(x_GSD)
+    experts = gather_params(here, here.pvary(params.experts), x_GSD.dtype, "E")
     y_GSO, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
     if cfg.shared is not None:
-        y_GSO += cfg.shared(gather_params(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
-    y_GSO = here.leave(y_GSO)
+        y_GSO += cfg.shared(gather_params(here, here.pvary(params.shared), x_GSD.dtype), inner_GSD, Dense())
+    y_GSO = here.tensor_exit(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
@@ -110,8 +110,8 @@ def collect_recorded(
         "probs": lambda: routing.probs_GSE,
         "logits": lambda: routing.logits_GSE,
         "input": lambda: x_BLD,
-        "visits": lambda: routing.visits_GSE,
-        "gains": lambda: routing.gains_GSE,
+        "assignments": lambda: routing.assignments_GSE,
+        "combine": lambda: routing.combine_GSE,
     }
     return Recorded(**{RECORDED[name]: ways[name]().reshape(B, L, -1) for name in record})
 
@@ -127,7 +127,7 @@ def context(cfg: MoEConfig, here: Shard, state: LayerState, key: Key[Array, ""] 
 
     A group's key, like its number, goes by its place in the whole batch, so that noise is the same on every mesh.
     """
-    group_G = here.index * G + jnp.arange(G)
+    group_G = here.batch_shard_index * G + jnp.arange(G)
     keys_G = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(group_G)
     return Context(cfg.E, keys_G, key, state, *ids, cfg.gating, group_G)
 
@@ -241,7 +241,7 @@ def shared_specs(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
 def gather_params(here: Shard, params: Mapping[str, Array], dtype: Any, experts: str = "") -> dict[str, Array]:
     """A shard's parameters of an expert as they are computed with: gathered over fsdp, and added once."""
     names = {n: n if experts else n.replace("_E", "_") for n in params}
-    return {n: here.once(names[n], here.whole(names[n], w, dtype)) for n, w in params.items()}
+    return {n: here.bias_once(names[n], here.unshard(names[n], w, dtype)) for n, w in params.items()}
 
 
 def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
@@ -299,7 +299,7 @@ def check_local_experts(cfg: MoEConfig, here: Shard, experts: Mapping[str, Array
     """Refuses, inside of a shard_map, experts that are not this shard's."""
     if not shard.in_shard_map():
         return
-    E, shards = cfg.E, here.count(here.experts)
+    E, shards = cfg.E, here.axis_size(here.experts)
     for name, w in experts.items():
         if dims.dims_of(name).startswith("E") and len(w) * shards != E:
             raise ValueError(

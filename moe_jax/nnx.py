@@ -81,7 +81,7 @@ class FeedForward(nnx.Module):
         """The expert's output; ValueError where x is not D wide."""
         check_width(x_BLD, self.D)
         here, params = shard.local(), moe.dense_params_from(self.expert, "{}", self.D, partial(created, self))
-        return here.leave(self.expert(moe.gather_params(here, params, x_BLD.dtype), here.enter(x_BLD), Dense()))
+        return here.tensor_exit(self.expert(moe.gather_params(here, params, x_BLD.dtype), here.tensor_enter(x_BLD), Dense()))
 
 
 def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float) -> Array:

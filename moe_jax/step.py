@@ -96,7 +96,7 @@ def backward(
     def gradient(microbatch: AnyBatch, key):
         return jax.grad(loss_of, has_aux=True)(params, microbatch, key)
 
-    params = here.vary(params)
+    params = here.pvary(params)
     if A == 1:
         grads, (loss, aux_loss, others, stats) = gradient(batch, key)
     else:
@@ -223,7 +223,7 @@ class Program:
     def step(self, state: State, batch: AnyBatch) -> tuple[State, Metrics]:
         """The state given is consumed."""
         with jax.set_mesh(self.mesh):
-            return self._step(state, self.place(batch))
+            return self._step(state, self.to_global(batch))
 
     def lower(self, batch: AnyBatch) -> jax.stages.Lowered:
         """Lowers the train step for the shapes of a global batch of arrays or `jax.ShapeDtypeStruct`; runs nothing."""
@@ -233,7 +233,7 @@ class Program:
 
     def evaluate(self, state: State, batch: AnyBatch) -> Any:
         with jax.set_mesh(self.mesh):
-            return self._evaluate(state.params, state.router, self.place(batch))
+            return self._evaluate(state.params, state.router, self.to_global(batch))
 
     @property
     def share(self) -> dict[str, int]:
@@ -242,7 +242,7 @@ class Program:
         places = self.rows.addressable_devices_indices_map((n,)).values()
         return process_slice({place[0].indices(n)[0] for place in places if place is not None}, n)
 
-    def place(self, batch: AnyBatch) -> AnyBatch:
+    def to_global(self, batch: AnyBatch) -> AnyBatch:
         """This process's rows of a batch, as part of the global one."""
         parts = self.share["processes"]
 

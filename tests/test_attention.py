@@ -306,7 +306,7 @@ def test_a_cache_is_spread(part):
         rows, laid = shard.token_spec(here), (dims.specs(params, here.rules), dims.specs(shared, here.rules))
 
         def step(params, shared, x, segment, position, state):
-            ready = {name: gather_param(here, name, w, x.dtype) for name, w in here.vary(params).items()}
+            ready = {name: gather_param(here, name, w, x.dtype) for name, w in here.pvary(params).items()}
             return part(ready, x, Sees(segment, position, shared=shared), here, state)
 
         over = shard.per_shard(step, here, (*laid, rows, rows, rows, cached), (rows, cached))

@@ -339,7 +339,7 @@ def test_steps_of_a_config_and_its_twin(tiny):
 def test_a_run_is_watched(tiny, tmp_path):
     """A dense one, which compiles faster."""
     exp = build(load(tiny[0].partition("=")[2]))
-    exp = dataclasses.replace(exp, model=exp.model.dense_twin())
+    exp = dataclasses.replace(exp, model=exp.model.dense_baseline())
     found = steps.outside(exp, tmp_path / "data", steps=6)
     assert min(found.step, found.checkpoint) > 0
     assert min(found) >= 0

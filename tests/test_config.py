@@ -291,7 +291,7 @@ def test_the_dense_twin_costs_the_same(name, shared):
     moe = exp.model.moe
     moe = dataclasses.replace(moe, shared=dataclasses.replace(moe.experts, F=shared) if shared else None)
     model = dataclasses.replace(exp.model, moe=moe)
-    twin, batch = model.dense_twin(), exp.data.shapes(1)
+    twin, batch = model.dense_baseline(), exp.data.shapes(1)
     assert flops(twin, batch).forward == without_router(model, batch) < flops(model, batch).forward
     assert parameters(twin).total < parameters(model).total
     assert twin.moe == dataclasses.replace(moe.experts, F=moe.router.K * moe.experts.F + shared)
@@ -307,20 +307,20 @@ def test_the_dense_twin_costs_the_same_for_any_size(K, F, shared, glu):
     )
     model = LMConfig(V=11, D=6, N=1, attention=MHA(1, 2), moe=moe, layout="all", remat="none")
     batch = DataConfig(L=8).shapes(1)
-    assert flops(model.dense_twin(), batch).forward == without_router(model, batch)
+    assert flops(model.dense_baseline(), batch).forward == without_router(model, batch)
 
 
 def test_a_twin_needs_one_kind_of_expert():
     model = experiment("glam_nano").model
     mixed = dataclasses.replace(model, moe=dataclasses.replace(model.moe, shared=GLU(F=8)))
     with pytest.raises(ValueError, match="of another kind"):
-        mixed.dense_twin()
+        mixed.dense_baseline()
 
 
 def test_the_twin_of_a_config_is_a_config():
     twin = build(dense_baseline(runpy.run_path(str(CONFIGS["glam_nano"]))["get_config"]()))
     exp = experiment("glam_nano")
-    assert twin == dataclasses.replace(exp, model=exp.model.dense_twin()) == experiment("dense_nano")
+    assert twin == dataclasses.replace(exp, model=exp.model.dense_baseline()) == experiment("dense_nano")
     assert twin.model.moe == MLP(F=2 * 192)
 
 

@@ -144,9 +144,9 @@ def test_every_router_leaves_it_alone(router):
         group_G=jnp.arange(G),
         token_GS=ids,
     )
-    visits_GSE = router(weights, jnp.array(normal(9, G, S, D)), jnp.ones((G, S), bool), ctx).visits_GSE
-    assert (visits_GSE[..., 1] == 0).all()
-    assert visits_GSE.sum() > 0
+    assignments_GSE = router(weights, jnp.array(normal(9, G, S, D)), jnp.ones((G, S), bool), ctx).assignments_GSE
+    assert (assignments_GSE[..., 1] == 0).all()
+    assert assignments_GSE.sum() > 0
 
 
 # ---------------------------------------------------------------- in a model

@@ -98,10 +98,10 @@ def test_parameters_lie_where_their_names_say(params, mesh):
 
 
 def test_the_dense_twin_has_the_width_of_the_chosen_experts():
-    assert CFG.dense_twin().moe == MLP(F=24)
+    assert CFG.dense_baseline().moe == MLP(F=24)
     shared = dataclasses.replace(CFG, moe=dataclasses.replace(MOE, shared=MLP(F=5)))
-    assert shared.dense_twin().moe == MLP(F=29)
-    logits, aux = LM(CFG.dense_twin()).init_with_output(jax.random.key(0), jnp.asarray(TOKENS))[0]
+    assert shared.dense_baseline().moe == MLP(F=29)
+    logits, aux = LM(CFG.dense_baseline()).init_with_output(jax.random.key(0), jnp.asarray(TOKENS))[0]
     assert aux is None
     assert logits.shape == (B, L, 31)
 

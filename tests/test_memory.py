@@ -39,7 +39,7 @@ def experiment(model: str, mesh: str, changed: str = "") -> Experiment:
     cfg = dataclasses.replace(cfg, remat=fields.get("remat", "full"))
     data = DataConfig(L=1024, B=fields.get("B", math.prod(sizes.values())), accumulate=fields.get("accumulate", 1))
     optim = OptimConfig(Adafactor(), Constant(0.01))
-    return Experiment(cfg if sparse else cfg.dense_twin(), data, optim, mesh=tuple(sizes.items()))
+    return Experiment(cfg if sparse else cfg.dense_baseline(), data, optim, mesh=tuple(sizes.items()))
 
 
 def parse_value(text: str) -> str | int:

@@ -39,7 +39,7 @@ def runs(tmp_path_factory) -> Path:
         run=RunConfig(steps=6, log_every=1, eval_every=3, eval_windows=32, save_every=6),
         mesh=(("data", 2), ("expert", 4)),
     )
-    for name, each in {"RUN": exp, "TWIN": dataclasses.replace(exp, model=model.dense_twin())}.items():
+    for name, each in {"RUN": exp, "TWIN": dataclasses.replace(exp, model=model.dense_baseline())}.items():
         run(each, folder / name, folder / "data")
     return folder
 

@@ -187,14 +187,14 @@ def says_what_happened(aux):
     assert (slot[~taken] == -1).all()
     assert not weight[~taken].any()
     np.testing.assert_allclose(
-        (weight[..., None] * (expert[..., None] == np.arange(E))).sum((1, 2, 3)), stats.gains_E, 1e-5
+        (weight[..., None] * (expert[..., None] == np.arange(E))).sum((1, 2, 3)), stats.combine_E, 1e-5
     )
     real = (probs.sum(-1) > 0) & taken.any(-1)
     np.testing.assert_allclose(probs.sum(-1)[real], 1, rtol=1e-5)
     np.testing.assert_allclose((probs * real[..., None]).sum((1, 2)), stats.probs_E, rtol=1e-4)
     np.testing.assert_allclose(jax.nn.softmax(logits)[real], probs[real], rtol=1e-5)
     np.testing.assert_array_equal(visits.sum((1, 2)), stats.choices_E)
-    np.testing.assert_allclose(gains.sum((1, 2)), stats.gains_E, rtol=1e-5)
+    np.testing.assert_allclose(gains.sum((1, 2)), stats.combine_E, rtol=1e-5)
     assert inputs[real].any(-1).all()
 
 
@@ -239,9 +239,9 @@ def test_what_is_not_recorded():
         with pytest.raises(ValueError, match="makes no choices of tokens"):
             jax.eval_shape(partial(soft.init, record=(name,)), jax.random.key(0), x)
     params = jax.jit(soft.init)(jax.random.key(0), x)
-    _, aux = jax.jit(partial(soft.apply, record=("visits", "gains")))(params, x)
-    np.testing.assert_array_equal(aux.recorded.visits_BLE.sum((0, 1)), aux.stats.choices_E)
-    np.testing.assert_allclose(aux.recorded.gains_BLE.sum((0, 1)), aux.stats.gains_E, rtol=1e-5)
+    _, aux = jax.jit(partial(soft.apply, record=("assignments", "combine")))(params, x)
+    np.testing.assert_array_equal(aux.recorded.assignments_BLE.sum((0, 1)), aux.stats.choices_E)
+    np.testing.assert_allclose(aux.recorded.combine_BLE.sum((0, 1)), aux.stats.combine_E, rtol=1e-5)
     words = r'no tuple of names to record; write record=\("weight", "kept"\)'
     for record in (True, "weight", ["weight"], None):
         with pytest.raises(ValueError, match=words):
@@ -250,7 +250,7 @@ def test_what_is_not_recorded():
         jax.eval_shape(partial(MoE(MOE).init, record=("weights",)), jax.random.key(0), x)
 
 
-@pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("visits", "input"))])
+@pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("assignments", "input"))])
 def test_details_of_two_stacks(router, names):
     """Those asked for and no others; of the shorter sequence, nothing beyond its end."""
     moe = MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=Einsum(None), losses=())

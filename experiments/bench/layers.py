@@ -40,14 +40,14 @@ class Place(NamedTuple):
         laid = jax.tree.map(partial(NamedSharding, self.mesh), layouts, is_leaf=lambda p: isinstance(p, PartitionSpec))
         return jax.device_put(tree, laid)
 
-    def count(self, axes: tuple[str, ...]) -> int:
+    def axis_size(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
     @property
     def shards(self) -> int:
         """How many the tokens are spread over."""
-        return self.count(shard.TOKENS)
+        return self.axis_size(shard.TOKENS)
 
 
 class Passes(NamedTuple):

@@ -147,7 +147,7 @@ def routing_pass(router: Any, E: int, size: Size) -> Callable[[], Any]:
         routing = router(own, x_GSD, mask_GS, ctx)
         s = stats(routing, mask_GS[..., None], len(x_GSD))
         # Weights, which the experts' outputs would be multiplied with, and the balancing loss have gradients.
-        return (s.gains_E * c_E).sum() + LoadBalance()(s, {}, router), s
+        return (s.combine_E * c_E).sum() + LoadBalance()(s, {}, router), s
 
     return compiled(value, own, x_GSD, *rest)
 

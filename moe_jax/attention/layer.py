@@ -71,13 +71,13 @@ NO_MATRICES = ("HA", "JA", "PH")  # biases and scales of heads, tables of positi
 
 def attend(part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees, memory_BMD: Array | None) -> Array:
     """An attention on one shard's tokens, its matrices gathered over fsdp."""
-    ready = {name: gather_param(here, name, w, x_BLD.dtype) for name, w in here.vary(params).items()}
+    ready = {name: gather_param(here, name, w, x_BLD.dtype) for name, w in here.pvary(params).items()}
     return part(ready, x_BLD, sees, here, memory_BMD=memory_BMD)[0]
 
 
 def gather_param(here: Shard, name: str, w: Array, dtype: Any) -> Array:
     """A parameter as it is computed with: a matrix whole over fsdp and in the type of its input."""
-    return here.whole(name, w, dtype).astype(dtype) if is_matrix(name) else w
+    return here.unshard(name, w, dtype).astype(dtype) if is_matrix(name) else w
 
 
 def is_matrix(name: str) -> bool:

@@ -64,7 +64,7 @@ class Trial:
         """Of a state and a batch in the memory of the host."""
         state = jax.device_put(state, self.program.shardings)
         with jax.set_mesh(self.program.mesh):
-            return self.run(state, self.program.place(batch))
+            return self.run(state, self.program.to_global(batch))
 
 
 def everything(exp: Experiment, layouts: step.StateSpecs, state: step.State, batch: AnyBatch) -> StepTrace:

@@ -21,5 +21,5 @@ def parameter(module: nn.Module, name: str, sizes: Mapping[str, int], init: Call
 
 def weight(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, dtype: Any = None) -> jax.Array:
     """The same, to be multiplied with: gathered where it is spread over fsdp, and in this type."""
-    w = shard.local().whole(name, parameter(module, name, sizes, init), dtype)
+    w = shard.local().unshard(name, parameter(module, name, sizes, init), dtype)
     return w if dtype is None else w.astype(dtype)

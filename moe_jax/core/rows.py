@@ -51,15 +51,15 @@ def row_map(row_GSK: Int[Array, "G S K"], R: int) -> RowMap:
 
 
 def ragged_rows(
-    routing: TokenChoice, queue_GSK: Int[Array, "G S K"], kept_GSK: Bool[Array, "G S K"]
+    routing: TokenChoice, position_GSK: Int[Array, "G S K"], kept_GSK: Bool[Array, "G S K"]
 ) -> tuple[Int[Array, "G S K"], Int[Array, "E"]]:
     """The row of every kept choice where rows lie by expert, group and place in the queue; how many each expert has."""
-    G, E, nowhere = len(queue_GSK), routing.E, queue_GSK.size
+    G, E, nowhere = len(position_GSK), routing.E, position_GSK.size
     expert_GSK = jnp.where(kept_GSK, routing.expert_GSK, E)
     count_GE = jnp.zeros((G, E), jnp.int32).at[jnp.arange(G)[:, None, None], expert_GSK].add(1, mode="drop")
     before_EG = jnp.cumsum(count_GE.T.reshape(-1)).reshape(E, G) - count_GE.T
     first_GSK = before_EG.at[expert_GSK, jnp.arange(G)[:, None, None]].get(mode="clip")
-    return jnp.where(kept_GSK, first_GSK + queue_GSK, nowhere), count_GE.sum(0)
+    return jnp.where(kept_GSK, first_GSK + position_GSK, nowhere), count_GE.sum(0)
 
 
 def send(x_GSD: Float[Array, "G S D"], to: RowMap) -> LazyRows:

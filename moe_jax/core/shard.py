@@ -103,7 +103,7 @@ class Shard:
         return {"B": self.tokens, "E": self.experts, **widths, **{letter: self.tensor for letter in "FHJ"}}
 
     @property
-    def index(self) -> int | Int[Array, ""]:
+    def batch_shard_index(self) -> int | Int[Array, ""]:
         """Position of this shard among those that tokens are spread over, in the order of the tokens."""
         return lax.axis_index(self.tokens) if self.tokens else 0
 
@@ -125,7 +125,7 @@ class Shard:
 
     # ---- parameters
 
-    def whole(self, name: str, w: Array, dtype: Any = None) -> Array:
+    def unshard(self, name: str, w: Array, dtype: Any = None) -> Array:
         """A parameter, gathered over fsdp, in the type it is used in; its gradient is reduce-scattered."""
         letters = dims.dims_of(name)
         cut = dims.fsdp_dim(letters)
@@ -134,7 +134,7 @@ class Shard:
         w = w if dtype is None else w.astype(dtype)  # what travels may be half as large
         return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index(cut), tiled=True)
 
-    def vary(self, params: Tree) -> Tree:
+    def pvary(self, params: Tree) -> Tree:
         """Marks parameters as this shard's own along the axes of tokens.
 
         Their gradients are then this shard's, and are summed where this is called, whatever derivatives are used below.
@@ -160,15 +160,15 @@ class Shard:
     # ---- tensor parallelism (Megatron-LM, arXiv:1909.08053, sec. 3): between `enter` and `leave` a shard has some of
     # the hidden units or heads
 
-    def enter(self, x: Tree) -> Tree:
+    def tensor_enter(self, x: Tree) -> Tree:
         """Into the part that is spread over hidden units: gradients are summed over them on their way out."""
         return jax.tree.map(lambda a: _varying(a, self.tensor), x)
 
-    def leave(self, y: Array) -> Array:
+    def tensor_exit(self, y: Array) -> Array:
         """Sums what the hidden units of all shards add to the output."""
         return checkpoint_name(lax.psum(y, self.tensor), EXCHANGED) if self.tensor else y
 
-    def once(self, name: str, w: Array) -> Array:
+    def bias_once(self, name: str, w: Array) -> Array:
         """A parameter that adds to the output of all hidden units (a bias `down_ED`): zeros on all shards but one."""
         if not self.tensor or "F" in dims.dims_of(name):
             return w
@@ -176,22 +176,22 @@ class Shard:
 
     # ---- experts
 
-    def visit(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
+    def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
         """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
             return apply(params, x, groups), jnp.ones((), bool)
         return self.exchange(self, apply, params, materialize(x), groups)
 
-    def count(self, axes: tuple[str, ...]) -> int:
+    def axis_size(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""
         return lax.axis_size(axes) if axes else 1
 
-    def place(self, axes: tuple[str, ...]) -> Int[Array, ""]:
+    def axis_index(self, axes: tuple[str, ...]) -> Int[Array, ""]:
         """Which of them this one is."""
         return lax.axis_index(axes)
 
-    def regroup(self, x: Array, axes: tuple[str, ...], split: int, concat: int) -> Array:
+    def all_to_all(self, x: Array, axes: tuple[str, ...], split: int, concat: int) -> Array:
         """Cut along `split`, the i-th piece goes to the i-th shard; what comes is put together along `concat`."""
         if not axes:
             return x

@@ -37,7 +37,7 @@ class Sort:
         kept_GSK = routing.expert_GSK < routing.E
         row_GSK, sizes_E = rows.ragged_rows(routing, position_in_expert(routing), kept_GSK)
         places = rows.row_map(row_GSK, row_GSK.size)
-        y_RO, reached = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
-        y_GSO = rows.weighted_sum(y_RO, shard.enter(routing.weight_GSK), places)
+        y_RO, reached = shard.apply_experts(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
+        y_GSO = rows.weighted_sum(y_RO, shard.tensor_enter(routing.weight_GSK), places)
         reached_R = jnp.broadcast_to(reached, (row_GSK.size,))
         return y_GSO, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)

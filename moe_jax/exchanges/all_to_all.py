@@ -33,9 +33,9 @@ class AllToAll:
         C = x_ECD.shape[1]
         cuts = [C * i // self.chunks for i in range(1, self.chunks)]
         parts = [part for part in jnp.split(x_ECD, cuts, axis=1) if part.shape[1]]
-        sent = [shard.regroup(part, shard.experts, split=0, concat=1) for part in parts]
+        sent = [shard.all_to_all(part, shard.experts, split=0, concat=1) for part in parts]
         done = [experts(params, part, groups) for part in sent]
-        back = [shard.regroup(part, shard.experts, split=1, concat=0) for part in done]
+        back = [shard.all_to_all(part, shard.experts, split=1, concat=0) for part in done]
         return jnp.concatenate(back, axis=1), jnp.ones((), bool)
 
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:

@@ -35,7 +35,7 @@ class RaggedAllToAll:
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged
     ) -> tuple[Float[Array, "R O"], Bool[Array, "R"]]:
-        (E,), R, X = groups.sizes_E.shape, len(x_RD), shard.count(shard.experts)
+        (E,), R, X = groups.sizes_E.shape, len(x_RD), shard.axis_size(shard.experts)
         rows = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
         asked_XE = shard.gather(groups.sizes_E, shard.experts, tiled=False)
         asked_XXe = asked_XE.reshape(X, X, E // X)
@@ -43,7 +43,7 @@ class RaggedAllToAll:
         begin_XE = jnp.cumsum(asked_XE, axis=1) - asked_XE
         slices = Slices(sizes_XXe, begin_XE.reshape(X, X, E // X), slice_offsets(sizes_XXe))
         x_rD = shard.send_slices(x_RD, slices, rows)
-        mine = shard.place(shard.experts)
+        mine = shard.axis_index(shard.experts)
         y_rO = experts(params, x_rD, g.Ragged(sizes_XXe[:, mine].sum(0)))
         there_r1 = (jnp.arange(rows) < sizes_XXe[:, mine].sum())[:, None]
         y_RO = shard.send_slices(jnp.where(there_r1, y_rO, 0), slices.reverse(), R)

@@ -114,7 +114,7 @@ def recordings(
     for n, batch in enumerate(batches):
         with jax.set_mesh(program.mesh):
             now = None if key is None else jax.random.fold_in(key, n)
-            seen, nats_BL = jax.device_get(look(params, state, now, program.place(batch)))
+            seen, nats_BL = jax.device_get(look(params, state, now, program.to_global(batch)))
         part = columns(seen, nats_BL, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
         yield part._replace(sequence_T=part.sequence_T + rows, document_T=part.document_T + documents)
         rows, documents = rows + len(batch.domain_B), documents + part.document_T.max(initial=-1) + 1

@@ -50,4 +50,4 @@ class FeedForward(nn.Module):
         here = shard.local()
         params = dense_params(self, self.expert, "{}", x_BLD.shape[-1], self.init_scale)
         params = gather_params(here, params, x_BLD.dtype)
-        return here.leave(self.expert(params, here.enter(x_BLD), Dense()))
+        return here.tensor_exit(self.expert(params, here.tensor_enter(x_BLD), Dense()))

@@ -168,7 +168,7 @@ class TransformerConfig:
             return self
         return dataclasses.replace(self, moe=self.moe.dropless())
 
-    def dense_twin(self) -> Any:
+    def dense_baseline(self) -> Any:
         """The dense model with the same active matrix multiplications per token, up to the router's.
 
         Every MoE becomes one expert of K times the hidden width, plus the shared one's.

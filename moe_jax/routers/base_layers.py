@@ -44,9 +44,9 @@ class BASELayer:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         if ctx.training and ctx.replay_GSK is None:
             score_GSE = lax.stop_gradient(logits_GSE)
-            expert_GSK = ctx.given(jax.vmap(self._auction)(score_GSE, mask_GS)[..., None])
+            expert_GSK = ctx.override(jax.vmap(self._auction)(score_GSE, mask_GS)[..., None])
         else:
-            expert_GSK = ctx.pick(logits_GSE, 1)
+            expert_GSK = ctx.top_k(logits_GSE, 1)
         weight_GSK = take_experts(jax.nn.sigmoid(logits_GSE), expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, jax.nn.softmax(logits_GSE), mask_GS)
 

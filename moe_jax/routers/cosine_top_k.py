@@ -41,6 +41,6 @@ class CosineTopK:
         x_GSA = l2_normalize(linear(ctx.input(x_GSD), params["project_DA"]), axis=-1)
         logits_GSE = ctx.logits(linear(x_GSA, l2_normalize(params["embed_AE"], axis=0)) * jnp.exp(params["scale_"]) / 0.07)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(logits_GSE, self.K)
+        expert_GSK = ctx.top_k(logits_GSE, self.K)
         weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)

@@ -57,7 +57,7 @@ class Hierarchical:
         ctx: Context = Context(),
     ) -> TokenChoice:
         x_GSD = ctx.input(x_GSD)
-        group_GSM = ctx.scale(linear(x_GSD, params["group_DM"]))
+        group_GSM = ctx.transform(linear(x_GSD, params["group_DM"]))
         logits_GSE = ctx.logits(linear(x_GSD, params["gate_DE"]))
         G, S, E = logits_GSE.shape
         each_GSMI = logits_GSE.reshape(G, S, self.M, E // self.M)
@@ -81,4 +81,4 @@ class Hierarchical:
         best_GSK = lax.top_k(group_GSM, self.outer)[1]
         inside_GSKI = jnp.take_along_axis(each_GSMI, best_GSK[..., None], axis=2)
         expert_GSKI = best_GSK[..., None] * n + lax.top_k(inside_GSKI, self.inner)[1]
-        return ctx.given(expert_GSKI.reshape(G, S, self.K))
+        return ctx.override(expert_GSKI.reshape(G, S, self.K))

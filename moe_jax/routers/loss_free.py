@@ -63,8 +63,8 @@ class LossFree:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         score_GSE = SCORES[self.score](logits_GSE)
-        biased_GSE = score_GSE + ctx.remembered("bias_E", self)[None, None]
-        expert_GSK = ctx.pick(self._kept(ctx.open(biased_GSE)), self.K)
+        biased_GSE = score_GSE + ctx.get_state("bias_E", self)[None, None]
+        expert_GSK = ctx.top_k(self._kept(ctx.mask_dropped(biased_GSE)), self.K)
         weight_GSK = take_experts(score_GSE, expert_GSK)
         weight_GSK = self.scale * (normalize_weights(weight_GSK) if self.normalize else weight_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, normalize_weights(score_GSE), mask_GS)

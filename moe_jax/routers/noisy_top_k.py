@@ -57,7 +57,7 @@ class NoisyTopK:
                 std_GSE = jax.nn.softplus(linear(ctx.input(x_GSD), params["noise_DE"]))
             noisy_GSE = clean_GSE + noise_GSE * std_GSE
             load_GSE = self._load(clean_GSE, noisy_GSE, std_GSE)
-        expert_GSK = ctx.pick(noisy_GSE, self.K)
+        expert_GSK = ctx.top_k(noisy_GSE, self.K)
         if self.normalize:
             weight_GSK = softmax_at(noisy_GSE, expert_GSK)
         else:

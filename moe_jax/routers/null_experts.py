@@ -50,9 +50,9 @@ class NullExperts:
     ) -> TokenChoice:
         x_GSD, E = ctx.input(x_GSD), params["gate_DE"].shape[-1]
         logits_GSE = ctx.logits(linear(x_GSD, params["gate_DE"]))
-        every = jnp.concatenate([logits_GSE, ctx.scale(linear(x_GSD, params["null_DM"]))], -1)
+        every = jnp.concatenate([logits_GSE, ctx.transform(linear(x_GSD, params["null_DM"]))], -1)
         probs_GSE = jax.nn.softmax(every)[..., :E]
-        expert_GSK = jnp.minimum(ctx.pick(every, self.K), E)  # nulls are nowhere
+        expert_GSK = jnp.minimum(ctx.top_k(every, self.K), E)  # nulls are nowhere
         weight_GSK = take_experts(probs_GSE, expert_GSK)
         return token_choice(
             expert_GSK, normalize_weights(weight_GSK) if self.normalize else weight_GSK, logits_GSE, probs_GSE, mask_GS

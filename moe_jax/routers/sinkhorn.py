@@ -45,10 +45,10 @@ class Sinkhorn:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        free_GSE, v_G1E = lax.stop_gradient(logits_GSE), ctx.remembered("potential_E", self)[None, None]
+        free_GSE, v_G1E = lax.stop_gradient(logits_GSE), ctx.get_state("potential_E", self)[None, None]
         if ctx.training:
             v_G1E = self._balance(free_GSE, mask_GS, v_G1E)
-        expert_GSK = ctx.pick(free_GSE + v_G1E, self.K)
+        expert_GSK = ctx.top_k(free_GSE + v_G1E, self.K)
         tokens_G11 = mask_GS.sum(-1)[:, None, None]
         sums = {"potential_E": ((v_G1E - v_G1E.mean(-1, keepdims=True)) * tokens_G11).sum((0, 1))}
         return token_choice(

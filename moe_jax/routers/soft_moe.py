@@ -45,7 +45,7 @@ class SoftMoE:
         (D, E, C), (G, S, _) = params["phi_DEC"].shape, x_GSD.shape
         phi_DR = l2_normalize(params["phi_DEC"].reshape(D, E * C), axis=0) * jnp.exp(params["scale_"])
         x_GSD = l2_normalize(ctx.input(x_GSD).astype(jnp.float32), axis=-1)
-        logits_GSR = ctx.scale(jnp.einsum("gsd,dr->gsr", x_GSD, phi_DR, precision=lax.Precision.HIGHEST))
+        logits_GSR = ctx.transform(jnp.einsum("gsd,dr->gsr", x_GSD, phi_DR, precision=lax.Precision.HIGHEST))
         used_GSR = jnp.broadcast_to(mask_GS[..., None], logits_GSR.shape)
         if (dropped_GE := ctx.dropped()) is not None:
             used_GSR &= ~jnp.repeat(dropped_GE, C, axis=-1)[:, None]

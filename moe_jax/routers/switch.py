@@ -28,5 +28,5 @@ class Switch:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(probs_GSE, 1)
+        expert_GSK = ctx.top_k(probs_GSE, 1)
         return token_choice(expert_GSK, take_experts(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS)

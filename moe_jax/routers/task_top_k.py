@@ -48,6 +48,6 @@ class TaskTopK:
             logits_GSE += linear(ctx.input(x_GSD), params["gate_DE"])
         logits_GSE = ctx.logits(logits_GSE)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(logits_GSE, self.K)
+        expert_GSK = ctx.top_k(logits_GSE, self.K)
         weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)

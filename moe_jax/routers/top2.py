@@ -45,7 +45,7 @@ class Top2:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE, E = jax.nn.softmax(logits_GSE), logits_GSE.shape[-1]
-        named_GSK = expert_GSK = ctx.pick(probs_GSE, 2)
+        named_GSK = expert_GSK = ctx.top_k(probs_GSE, 2)
         if ctx.replay_GSK is not None:  # a second that was not used still divides the first's weight
             first_GSE = jax.nn.one_hot(expert_GSK[..., 0], E, dtype=bool)
             other_GS = jnp.where(first_GSE, -1, probs_GSE).argmax(-1)

@@ -40,7 +40,7 @@ class TopK:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         score_GSE = SCORES[self.score](logits_GSE)
-        expert_GSK = ctx.pick(logits_GSE, self.K)
+        expert_GSK = ctx.top_k(logits_GSE, self.K)
         weight_GSK = take_experts(score_GSE, expert_GSK)
         if self.score in ("sparsemax", "entmax15") and ctx.replay_GSK is None:
             expert_GSK = jnp.where(weight_GSK > 0, expert_GSK, logits_GSE.shape[-1])

@@ -39,7 +39,7 @@ class TopP:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(probs_GSE, self.K)
+        expert_GSK = ctx.top_k(probs_GSE, self.K)
         weight_GSK = take_experts(probs_GSE, expert_GSK)
         if ctx.replay_GSK is None:
             before_GSK = jnp.cumsum(weight_GSK, -1) - weight_GSK
