@@ -21,9 +21,9 @@ from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
 from moe_jax.core.traits import traits
 from moe_jax.losses import LOGGED
-from moe_jax.moe_config import MoEConfig, LayerState, sizes_of
+from moe_jax.moe_config import LayerState, MoEConfig, sizes_of
 
-__all__ = ["RECORDED", "Aux", "MoE", "MoEConfig", "Recorded", "State"]
+__all__ = ["RECORDED", "Aux", "LayerState", "MoE", "MoEConfig", "Recorded"]
 
 
 class Recorded(NamedTuple):
@@ -272,7 +272,7 @@ def check_call(
                 f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
             )
     of_choices = ids.expert_BLK is not None or any(RECORDED[name].endswith("K") for name in record)
-    if of_choices and cfg.traits.makes is not TokenChoice:
+    if of_choices and cfg.traits.routing is not TokenChoice:
         raise ValueError(
             f"{type(cfg.router).__name__}() makes no choices of tokens that could be recorded or replayed."
         )
@@ -313,7 +313,7 @@ def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = ""
     over = [a for a in cfg.exchange.over if sizes.get(a, 1) > 1]
     axes = " x ".join(f"{where}mesh.{a}" for a in over) + f"={math.prod(sizes[a] for a in over)}"
     if over and not cfg.spreads:
-        fits = "RaggedAllToAll()" if cfg.dispatch.rows is Ragged else "AllToAll()"
+        fits = "RaggedAllToAll()" if cfg.dispatch.layout is Ragged else "AllToAll()"
         raise ValueError(
             f"{type(cfg.exchange).__name__}() does not carry the rows of {type(cfg.dispatch).__name__}() between "
             f"shards, but {axes}; use {fits} as exchange, or set mesh.expert=1."

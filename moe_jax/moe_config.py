@@ -61,7 +61,7 @@ class MoEConfig:
         for part in (self.router, *self.gating):
             if hasattr(part, "check"):
                 part.check(self.E)
-        makes = self.traits.makes
+        makes = self.traits.routing
         if makes not in self.dispatch.accepts:
             fits = "Einsum(capacity_factor=None)" + (" or Gather()" if makes.__name__ == "SlotChoice" else "")
             fits = "Scatter(), Sort() or Einsum()" if makes is TokenChoice else fits
@@ -113,7 +113,7 @@ class MoEConfig:
 
     def slots(self, S: int) -> int:
         """Slots of an expert for a group of S tokens: the router's where it brings its own, else the dispatcher's."""
-        if self.traits.makes is not TokenChoice:
+        if self.traits.routing is not TokenChoice:
             return self.router.slots(S, self.E)
         return self.dispatch.slots(S, self.router.K, self.E)
 
@@ -157,7 +157,7 @@ class MoEConfig:
     @property
     def spreads(self) -> bool:
         """Whether its exchange carries the rows of its dispatcher, so that experts may lie on several shards."""
-        return self.dispatch.rows in self.exchange.takes
+        return self.dispatch.layout in self.exchange.layouts
 
     def init_state(self, *layers: int) -> LayerState:
         """What a layer remembers before its first step ({} for most), for `layers` of them in front."""

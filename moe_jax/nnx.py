@@ -15,7 +15,7 @@ from moe_jax import moe
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Dense
-from moe_jax.moe_config import MoEConfig, LayerState
+from moe_jax.moe_config import LayerState, MoEConfig
 
 
 class RouterState(nnx.Variable):
@@ -81,7 +81,9 @@ class FeedForward(nnx.Module):
         """The expert's output; ValueError where x is not D wide."""
         check_width(x_BLD, self.D)
         here, params = shard.local(), moe.dense_params_from(self.expert, "{}", self.D, partial(created, self))
-        return here.tensor_exit(self.expert(moe.gather_params(here, params, x_BLD.dtype), here.tensor_enter(x_BLD), Dense()))
+        return here.tensor_exit(
+            self.expert(moe.gather_params(here, params, x_BLD.dtype), here.tensor_enter(x_BLD), Dense())
+        )
 
 
 def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float) -> Array:

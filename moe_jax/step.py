@@ -81,8 +81,8 @@ class Losses(NamedTuple):
 def backward(
     exp: Experiment, layouts: StateSpecs, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
 ) -> tuple[Any, Losses]:
-    """Gradients and losses of a batch in `accumulate` microbatches, on one shard; shards' gradients are summed once."""
-    A, here, objective = exp.data.accumulate, shard.local(), exp.data.objective
+    """Gradients and losses of a batch, microbatch by microbatch, on one shard; shards' gradients are summed once."""
+    A, here, objective = exp.data.microbatches, shard.local(), exp.data.objective
     targets = jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)
 
     def loss_of(params, microbatch: AnyBatch, key):

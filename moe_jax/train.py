@@ -42,8 +42,8 @@ def train(
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
 
     def evaluation() -> dict[str, Any]:
-        began, B = time.monotonic(), data.B // data.accumulate
-        chosen = evaluation_batches(held_out, B, run.eval_windows, **program.share)
+        began, B = time.monotonic(), data.B // data.microbatches
+        chosen = evaluation_batches(held_out, B, run.eval_sequences, **program.share)
         record = evaluate(partial(program.evaluate, state), chosen, held_out.domains)
         for name in ("", "_capacity"):
             if "loss" + name in record and held_out.bytes_per_token:
@@ -86,7 +86,12 @@ def train(
                     f"its parameters are the last good ones{f' and saved in {workdir}' if workdir else ''}: go on "
                     "with a lower learning rate, or look at the data."
                 )
-        yield {"kind": "end", "step": step, "seconds": (seconds := tally.seconds()), "energy": energy_record(exp, seconds)}
+        yield {
+            "kind": "end",
+            "step": step,
+            "seconds": (seconds := tally.seconds()),
+            "energy": energy_record(exp, seconds),
+        }
     finally:
         if checkpoints is not None:
             checkpoints.close()

@@ -33,7 +33,8 @@ def get_config():
         "gating": ("Noise(0.1)",),
         "losses": ("LoadBalance(0.01)", "RouterZ(0.001)"),
     }
-    model = {"D": 16, "N": 2, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "layout": "all", "remat": "none", "moe": moe}
+    model = {"D": 16, "N": 2, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "moe_layers": "all"}
+    model |= {"remat": "none", "moe": moe}
     data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 16, "B": 16}
     return {"mesh": {"data": 2, "expert": 2}, "model": model, "data": data}
 """
@@ -67,10 +68,10 @@ LEVELS = (*moe(exchange="TwoLevel()"), *mesh(slice=2, expert=2))
 RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="RaggedAllToAll()"))
 DROPLESS = (*ONE, *moe(dispatch="Scatter(capacity_factor=None)"))
 SWITCH = (*ONE, *moe(router="Switch()"))
-PIECES = (*ONE, "--config.data.accumulate=2")
+PIECES = (*ONE, "--config.data.microbatches=2")
 ZERO = ("--config.optim.zero1=True",)
 COPIES = ("--simulated=2", *mesh(data=2))
-KEPT = (*TWO, "--config.model.remat=exchanged")
+KEPT = (*TWO, "--config.model.remat=save_collectives")
 LATENTS = ("--simulated=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
 
 CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
@@ -88,7 +89,9 @@ APPLIED = "params = optax.apply_updates(state.params, updates)"
 REPLICA = """
     alone = partial(jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False)
     params = {{**params, "norm": alone(lambda new, old: {{"scale_D": {0}}})(params["norm"], state.params["norm"])}}"""
-OWN_SLICE = "g = jax.lax.dynamic_slice_in_dim({0}, self.axis_index(more) * (n := g.shape[i] // self.axis_size(more)), n, i)"
+OWN_SLICE = (
+    "g = jax.lax.dynamic_slice_in_dim({0}, self.axis_index(more) * (n := g.shape[i] // self.axis_size(more)), n, i)"
+)
 SCATTERED = "g = lax.psum_scatter(g, more, scatter_dimension=i, tiled=True)"
 SENT = "shard.all_to_all(part, shard.experts, split=0, concat=1)"
 EVALUATED = "here.sum((terms.nats_BL.sum(1) @ by_domain, targets_Z, right, limited.nats_BL.sum(), others))"
@@ -215,7 +218,7 @@ MUTATIONS = (
     Mutation(
         "hidden_units_not_summed",
         CORE,
-        "checkpoint_name(lax.psum(y, self.tensor), EXCHANGED)",
+        "checkpoint_name(lax.psum(y, self.tensor), COLLECTIVES)",
         "y",
         TENSOR,
         refused=True,
@@ -229,7 +232,12 @@ MUTATIONS = (
         TENSOR,
     ),
     Mutation(
-        "heads_not_summed", f"{ATTENTION}/mha.py", "y_BLD = here.tensor_exit(y_BLD)", "y_BLD = y_BLD", TENSOR, refused=True
+        "heads_not_summed",
+        f"{ATTENTION}/mha.py",
+        "y_BLD = here.tensor_exit(y_BLD)",
+        "y_BLD = y_BLD",
+        TENSOR,
+        refused=True,
     ),
     Mutation(
         "heads_summed_twice",
@@ -367,15 +375,15 @@ MUTATIONS = (
     Mutation(
         "weight_is_constant",
         "moe_jax/routers/switch.py",
-        "at(probs_GSE, expert_GSK), logits",
-        "at(probs_GSE, expert_GSK) / at(probs_GSE, expert_GSK), logits",
+        "take_experts(probs_GSE, expert_GSK), logits",
+        "take_experts(probs_GSE, expert_GSK) / take_experts(probs_GSE, expert_GSK), logits",
         SWITCH,
     ),
     Mutation(
         "weight_without_gradient",
         "moe_jax/core/scores.py",
-        "jnp.where(used_GSK, at(logits_GSE, expert_GSK), -jnp.inf)",
-        "jnp.where(used_GSK, at(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
+        "jnp.where(used_GSK, take_experts(logits_GSE, expert_GSK), -jnp.inf)",
+        "jnp.where(used_GSK, take_experts(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
     ),
     Mutation(
         "overflowing_slot_used_again",
@@ -400,8 +408,8 @@ MUTATIONS = (
     Mutation(
         "rows_back_in_the_wrong_order",
         "moe_jax/core/rows.py",
-        "return Places(row_GSK.reshape(-1, K), choice_R)",
-        "return Places(choice_R[:choices].reshape(-1, K), choice_R)",
+        "return RowMap(row_GSK.reshape(-1, K), choice_R)",
+        "return RowMap(choice_R[:choices].reshape(-1, K), choice_R)",
         RAGGED,
     ),
     # communication, of the same numbers
@@ -409,7 +417,8 @@ MUTATIONS = (
         "tokens_gathered_besides",
         MOE,
         REAL,
-        f"{REAL}\n    x_BLD = jax.lax.dynamic_slice_in_dim(here.gather(x_BLD, here.tokens), here.batch_shard_index * B, B)",
+        f"{REAL}\n    x_BLD = jax.lax.dynamic_slice_in_dim("
+        "here.gather(x_BLD, here.tokens), here.batch_shard_index * B, B)",
         TWO,
     ),
     Mutation(
@@ -418,12 +427,13 @@ MUTATIONS = (
         SENT,
         SENT.replace(
             "(part,",
-            "(shard.all_to_all(shard.all_to_all(part, shard.experts, split=0, concat=1), shard.experts, split=1, concat=0),",
+            "(shard.all_to_all("
+            "shard.all_to_all(part, shard.experts, split=0, concat=1), shard.experts, split=1, concat=0),",
         ),
         TWO,
     ),
     Mutation(
-        "exchanged_rows_without_a_name", CORE, f"return checkpoint_name({NAMED}, EXCHANGED)", f"return {NAMED}", KEPT
+        "exchanged_rows_without_a_name", CORE, f"return checkpoint_name({NAMED}, COLLECTIVES)", f"return {NAMED}", KEPT
     ),
     Mutation(
         "zero1_sums_everything_everywhere", CORE, SCATTERED, OWN_SLICE.format("lax.psum(g, more)"), (*COPIES, *ZERO)

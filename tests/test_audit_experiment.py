@@ -173,7 +173,7 @@ def test_every_config_can_be_shrunk(file):
     assert math.prod(n for _, n in small.mesh) <= 8
     assert kinds(small.model) == kinds(narrow(exp.model, exp.data.shapes(1), small.data.shapes(1)))
     assert small.optim.optimizer == exp.optim.optimizer
-    if exp.model.moe_layers:
+    if exp.model.n_moe_layers:
         mine, theirs = small.model.moe, exp.model.moe
         assert (mine.E, mine.router, mine.dispatch, mine.losses) == (
             theirs.E,
@@ -207,7 +207,7 @@ MODEL = LMConfig(
     attention=MHA(2, 4),
     ffn=GLU(F=8),
     moe=MoEConfig(E=8, experts=MLP(F=8, bias=True)),
-    layout="every 2",
+    moe_layers="every 2",
 )
 
 

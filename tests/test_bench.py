@@ -33,10 +33,10 @@ from ml_collections import ConfigDict
 def get_config():
     config = ConfigDict()
     config.mesh = {{"data": 8}}
-    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "layout": "all", "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "moe_layers": "all", "remat": "none"}}
     config.model.moe = {{"E": 4, "router": "TopK(K=2)", "experts": "MLP(F=4)", "dispatch": "Scatter(1.5)", "S": 8}}
     config.data = {{"source": "Folder(path={texts!r})", "L": 8, "B": 8}}
-    config.run = {{"steps": 2, "log_every": 2, "eval_windows": 8}}
+    config.run = {{"steps": 2, "log_every": 2, "eval_sequences": 8}}
     return config
 """
 

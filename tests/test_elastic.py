@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 PLACES = {
-    "d2e4": Place(zero1=True, remat="exchanged", exchange=AllToAll(chunks=2)),
+    "d2e4": Place(zero1=True, remat="save_collectives", exchange=AllToAll(chunks=2)),
     "f2e2t2": Place(remat="full", exchange=AllGather()),
     "s2e2t2": Place(exchange=TwoLevel()),
     "f2e2": Place(zero1=True),
@@ -242,12 +242,12 @@ from ml_collections import ConfigDict
 
 def get_config():
     config = ConfigDict()
-    config.model = {{"D": 8, "N": 1, "layout": "every 1", "attention": "MHA(2, 4)", "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "moe_layers": "every 1", "attention": "MHA(2, 4)", "remat": "none"}}
     config.model["moe"] = {{"E": 8, "router": "LossFree(K=2, rate=0.1)", "experts": "MLP(F=8)"}}
     config.model.moe.dispatch, config.model.moe.losses = "Scatter(4.0)", ("Adaptive(LoadBalance(0.01))",)
     config.data = {{"source": "Folder(path={text!r})", "L": 8, "B": 16}}
     config.optim = {{"schedule": "Constant(peak=0.01)", "zero1": True}}
-    config.run = {{"log_every": 1, "eval_every": 100, "save_every": 100, "eval_windows": 16}}
+    config.run = {{"log_every": 1, "eval_every": 100, "save_every": 100, "eval_sequences": 16}}
     return config
 """
 OTHERWISE = ("--config.optim.zero1=False", "--config.model.moe.exchange=AllGather()")

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from moe_jax.config import RunConfig
-from moe_jax.costs.chips import CHIPS, chip, by_device_kind, peak
+from moe_jax.costs.chips import CHIPS, by_device_kind, chip, peak
 from moe_jax.costs.energy import energy, run_energy, usable_cores
 from moe_jax.reporting.metrics import summary_rows
 

@@ -231,7 +231,9 @@ def without(router):
             return (r.combine_GSE * jnp.arange(1.0, E + 1)[None, None]).sum(), r
 
         grads, r = jax.grad(total, has_aux=True)(jax.tree.map(jnp.asarray, params_of(router)))
-        assignments_GSE = r.combine_GSE if isinstance(r, SoftSlots) else r.assignments_GSE  # every slot is some mixture of tokens
+        assignments_GSE = (
+            r.combine_GSE if isinstance(r, SoftSlots) else r.assignments_GSE
+        )  # every slot is some mixture of tokens
         return assignments_GSE, grads, r
 
     return jax.jit(run)
@@ -374,7 +376,7 @@ REPLAYED = (
 
 def test_every_router_of_tokens_is_replayed():
     """What names experts for tokens can be recorded."""
-    of_tokens = {r for r in ROUTERS if traits(r).makes is TokenChoice}
+    of_tokens = {r for r in ROUTERS if traits(r).routing is TokenChoice}
     assert {type(r) for r in REPLAYED} == of_tokens
     assert {t for t in GATING if t not in DROPOUTS} == {Temperature, SoftCap, Jitter, Noise}
 

@@ -73,7 +73,7 @@ def objective(cfg, params, tokens):
     return cross_entropy(logits, tokens[:, 1:]).mean() + aux.loss.mean(), (logits, aux)
 
 
-@pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "exchanged")], ids=str)
+@pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "save_collectives")], ids=str)
 def test_one_model_every_mesh(params, shape, remat):
     """Law 1 for a whole model: loss, logits, statistics, all gradients; scanned, with and without remat."""
     cfg = dataclasses.replace(CFG, remat=remat)
@@ -128,14 +128,14 @@ def test_relative_positions_are_t5s():
     [
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "choice-major"))}, "token-major"),
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "probability"))}, "causal=False"),
-        ({"moe": None}, "layout='none'"),
+        ({"moe": None}, "moe_layers='none'"),
         ({"attention": "MHA(2, 8)"}, "must be one of MHA"),
         ({"attention": ()}, "must be one of MHA"),
         ({"attention": (MHA(2, 8),) * 5}, "N=4 layers"),
         ({"attention": tuple(MHA(H, 8, position=Relative(shared=True)) for H in (2, 4))}, "share bias_PH"),
         ({"dtype": "float16"}, "bfloat16"),
-        ({"layout": "every 5"}, "n <= N=4"),
-        ({"layout": "1,4"}, r"\[4\]"),
+        ({"moe_layers": "every 5"}, "n <= N=4"),
+        ({"moe_layers": "1,4"}, r"\[4\]"),
         ({"D": 0}, "D=0"),
     ],
     ids=str,

@@ -69,7 +69,7 @@ EXCHANGE = {
     "ragged-slices": RaggedAllToAll(over=EVERYWHERE),
     "alone": AllToAll(),  # experts are not spread
 }
-REMAT = ("none", "full", "exchanged")
+REMAT = ("none", "full", "save_collectives")
 L, B, RATE = 8, 32, 0.01
 
 
@@ -99,7 +99,7 @@ class Case(NamedTuple):
             return "expert" not in sizes
         if self.exchange == "ragged-slices" and "slice" not in sizes:
             return False
-        return DISPATCH[self.dispatch].rows in exchange.takes and bool(sizes.keys() & set(exchange.over))
+        return DISPATCH[self.dispatch].layout in exchange.layouts and bool(sizes.keys() & set(exchange.over))
 
     @property
     def covers(self) -> set:
@@ -139,7 +139,7 @@ def test_cases_cover_all_pairs():
     assert {type(EXCHANGE[c.exchange]) for c in CASES if c.exchange != "alone"} == set(EXCHANGES)
     together = {(c.dispatch, c.exchange) for c in CASES}
     for d, x in itertools.product(DISPATCH, EXCHANGE):
-        assert ((d, x) in together) == (x == "alone" or DISPATCH[d].rows in EXCHANGE[x].takes), (d, x)
+        assert ((d, x) in together) == (x == "alone" or DISPATCH[d].layout in EXCHANGE[x].layouts), (d, x)
 
 
 # ---------------------------------------------------------------- one case
@@ -162,7 +162,7 @@ def experiment(case: Case, dtype: str = "float32") -> Experiment:
     forms = {"tied": not choose, "causal": not choose, "remat": case.remat, "dtype": dtype}
     return Experiment(
         model=LMConfig(V=32, D=8, N=4, attention=MHA(4, 2, position=Relative()), ffn=mlp, moe=moe, **forms),
-        data=DataConfig(tokenizer=Bytes(), L=L, B=B, accumulate=case.pieces),
+        data=DataConfig(tokenizer=Bytes(), L=L, B=B, microbatches=case.pieces),
         optim=OptimConfig(AdamW(), Constant(RATE), zero1=case.zero1),
         run=RunConfig(steps=3),
         mesh=tuple(sizes_of(case.mesh).items()),
@@ -261,11 +261,11 @@ def test_one_model_every_mesh(case):
 
 
 HALF = (
-    Case("f2e2t2", "einsum-limited", "to_all", "exchanged", 2, True),
+    Case("f2e2t2", "einsum-limited", "to_all", "save_collectives", 2, True),
     Case("d2e4", "scatter-limited", "chunks", "none", 2, True),
     Case("s2e2t2", "einsum-limited", "two_level", "full", 2),
     Case("s2d2e2", "sort", "ragged-slices", "none", 1, True),
-    Case("f2e2t2", "sort", "all_gather", "exchanged", 1),
+    Case("f2e2t2", "sort", "all_gather", "save_collectives", 1),
 )
 
 

@@ -71,7 +71,7 @@ def run(cfg, mesh=None):
     params, x, target = parameters(cfg), normal(50, B, L, D), normal(51, B, L, cfg.experts.O)
 
     def loss(params, x):
-        y, aux = MoE(cfg).apply({"params": params}, x, record=("weight", "kept") * (cfg.traits.makes is TokenChoice))
+        y, aux = MoE(cfg).apply({"params": params}, x, record=("weight", "kept") * (cfg.traits.routing is TokenChoice))
         return ((y - target) ** 2).sum(), (y, aux.expert_BLK, aux.recorded)
 
     with context(mesh):

@@ -38,18 +38,18 @@ from tests.cases import close, context, normal
 
 V, D, E, K, B, L = 31, 8, 4, 2, 8, 8
 MOE = MoEConfig(E=E, router=Top2(), experts=GLU(F=6), dispatch=Scatter(1.0))
-MODEL = LMConfig(V=V, D=D, N=2, attention=MHA(2, 4), moe=MOE, layout="all", remat="full")
+MODEL = LMConfig(V=V, D=D, N=2, attention=MHA(2, 4), moe=MOE, moe_layers="all", remat="full")
 SORT = dataclasses.replace(MOE, dispatch=Sort(), exchange=RaggedAllToAll(buffer=1.0))
 PAIRS = EncoderDecoderConfig(
     V=V,
     D=D,
     N=1,
     attention=MHA(2, 4, position=Relative(shared=True)),
-    layout="all",
+    moe_layers="all",
     moe=dataclasses.replace(MOE, router=TopK(K=K)),
 )
 IMAGES = ViTConfig(
-    V=5, D=D, N=1, attention=MHA(2, 4, position=NoPE(), bias=True), layout="all", moe=MOE, patch=2, image=(4, 4, 1)
+    V=5, D=D, N=1, attention=MHA(2, 4, position=NoPE(), bias=True), moe_layers="all", moe=MOE, patch=2, image=(4, 4, 1)
 )
 MESH = "d2e4"
 ALL = tuple(RECORDED)
@@ -467,7 +467,7 @@ def test_a_run_is_recorded_from_its_checkpoint(tmp_path):
 
 
 def test_what_cannot_be_recorded_is_refused(params):
-    dense = dataclasses.replace(MODEL, layout="none")
+    dense = dataclasses.replace(MODEL, moe_layers="none")
     with pytest.raises(ValueError, match="no MoE layer"):
         next(recorder.recordings(dataclasses.replace(EXP, model=dense), params, []))
     with pytest.raises(ValueError, match="stack='middle'"):

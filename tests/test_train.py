@@ -30,7 +30,7 @@ EXP = Experiment(
     model=MODEL,
     data=DataConfig(tokenizer=Bytes(), L=8, B=16),
     optim=OptimConfig(optimizer=AdamW(), schedule=Constant(0.01)),
-    run=RunConfig(steps=6, log_every=1, eval_every=3, eval_windows=16, save_every=3),
+    run=RunConfig(steps=6, log_every=1, eval_every=3, eval_sequences=16, save_every=3),
     mesh=(("data", 2), ("expert", 4)),
 )
 
@@ -95,7 +95,7 @@ def test_pieces_add_up():
     tx = optax.sgd(1.0)
     results = []
     for A in (1, 2):
-        exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, accumulate=A))
+        exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, microbatches=A))
         state = trainer.init(exp, tx)
         step = jax.jit(
             partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0), trainer.state_specs(exp, state, {}))

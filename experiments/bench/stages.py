@@ -126,7 +126,9 @@ def dispatcher(cfg: MoEConfig, here: Shard, kind: type[Shard]) -> Callable:
     def local(by, routing):
         x_GSD, rows, weight_GSK = by
         weighted = routing._replace(weight_GSK=weight_GSK)
-        y_GSD, _ = cfg.dispatch(still.tensor_enter(x_GSD), weighted, cfg.experts, {"rows": still.tensor_enter(rows)}, still)
+        y_GSD, _ = cfg.dispatch(
+            still.tensor_enter(x_GSD), weighted, cfg.experts, {"rows": still.tensor_enter(rows)}, still
+        )
         return still.tensor_exit(y_GSD)
 
     rows = shard.token_spec(here)

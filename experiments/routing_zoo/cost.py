@@ -117,7 +117,7 @@ def paper_of(cls: type) -> str:
 
 def layer_of(router: Any, E: int, size: Size) -> MoEConfig:
     """A layer with this router; of one expert where it takes no more."""
-    dispatch = DISPATCH[traits(router).makes]
+    dispatch = DISPATCH[traits(router).routing]
     E = 1 if isinstance(router, MixtureOfDepths) else E
     return MoEConfig(E=E, router=router, experts=MLP(F=size.F), dispatch=dispatch, S=size.S)
 

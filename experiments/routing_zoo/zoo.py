@@ -9,7 +9,7 @@ from configs import glam_nano
 from moe_jax.config import dense_baseline, parse, suggestion
 
 STEPS = 300
-EVAL_WINDOWS = 512
+EVAL_SEQUENCES = 512
 DENSE = "dense"
 
 
@@ -97,7 +97,7 @@ def base(steps: int = STEPS) -> ConfigDict:
             "steps": steps,
             "log_every": max(1, steps // 15),
             "eval_every": steps,
-            "eval_windows": EVAL_WINDOWS,
+            "eval_sequences": EVAL_SEQUENCES,
             "save_every": steps,
         }
     )

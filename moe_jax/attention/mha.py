@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.attention.heads import Cache, merge_heads, extend, init_cache, project, rms_norm, mask_overflow
+from moe_jax.attention.heads import Cache, extend, init_cache, mask_overflow, merge_heads, project, rms_norm
 from moe_jax.attention.positions import BUCKETS, POSITIONS, NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
 from moe_jax.attention.sees import Sees

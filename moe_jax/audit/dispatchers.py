@@ -59,7 +59,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
 
 def fitting(cfg: MoEConfig) -> list[Any]:
     """The definition, then every dispatcher that makes the same of what the layer's router decides."""
-    mine, makes = cfg.dispatch, cfg.traits.makes
+    mine, makes = cfg.dispatch, cfg.traits.routing
     limit = {f: getattr(mine, f) for f in ("priority", "convention") if hasattr(mine, f)}
     several: list[Any] = [Einsum(mine.capacity_factor, **limit), Scatter(mine.capacity_factor, **limit)]
     if mine.capacity_factor is None:

@@ -187,7 +187,7 @@ def trace_routing(cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None) 
 
 def tokens_choose(cfg: MoEConfig) -> bool:
     """Returns whether the layer's router names experts for tokens, whose choices can be dropped."""
-    return cfg.traits.makes is TokenChoice
+    return cfg.traits.routing is TokenChoice
 
 
 def compare(

@@ -35,7 +35,7 @@ RULES: dims.Rules = {
     **{letter: ("fsdp",) for letter in dims.WIDTHS},
     **{letter: ("tensor",) for letter in "FHJ"},
 }
-EXCHANGED = "exchanged"  # the name, for rematerialisation, of what came from other devices
+COLLECTIVES = "collectives"  # the name, for rematerialisation, of what came from other devices
 Tree = TypeVar("Tree")
 
 
@@ -115,13 +115,13 @@ class Shard:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
         flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
-        total = checkpoint_name(lax.psum(flat, self.tokens), EXCHANGED)
+        total = checkpoint_name(lax.psum(flat, self.tokens), COLLECTIVES)
         parts = jnp.split(total, np.cumsum([x.size for x in leaves])[:-1])
         return jax.tree.unflatten(treedef, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
 
     def max(self, x: Array) -> Array:
         """Maximum over all tokens' shards."""
-        return checkpoint_name(lax.pmax(x, self.tokens), EXCHANGED) if self.tokens else x
+        return checkpoint_name(lax.pmax(x, self.tokens), COLLECTIVES) if self.tokens else x
 
     # ---- parameters
 
@@ -166,7 +166,7 @@ class Shard:
 
     def tensor_exit(self, y: Array) -> Array:
         """Sums what the hidden units of all shards add to the output."""
-        return checkpoint_name(lax.psum(y, self.tensor), EXCHANGED) if self.tensor else y
+        return checkpoint_name(lax.psum(y, self.tensor), COLLECTIVES) if self.tensor else y
 
     def bias_once(self, name: str, w: Array) -> Array:
         """A parameter that adds to the output of all hidden units (a bias `down_ED`): zeros on all shards but one."""
@@ -176,7 +176,9 @@ class Shard:
 
     # ---- experts
 
-    def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
+    def apply_experts(
+        self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any
+    ) -> tuple[Array, Bool[Array, "..."]]:
         """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
@@ -195,7 +197,7 @@ class Shard:
         """Cut along `split`, the i-th piece goes to the i-th shard; what comes is put together along `concat`."""
         if not axes:
             return x
-        return checkpoint_name(lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True), EXCHANGED)
+        return checkpoint_name(lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True), COLLECTIVES)
 
     def gather(self, x: Array, axes: tuple[str, ...], tiled: bool = True) -> Array:
         """Of all shards, along the first axis (tiled) or a new one in front of it."""
@@ -203,7 +205,7 @@ class Shard:
 
     def send_slices(self, x: Array, slices: "Slices", rows: int) -> Array:
         """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; other rows are 0."""
-        return checkpoint_name(_send_slices(x, slices, rows, self.experts), EXCHANGED)
+        return checkpoint_name(_send_slices(x, slices, rows, self.experts), COLLECTIVES)
 
 
 def _varying(x: Array, axes: tuple[str, ...]) -> Array:

@@ -88,8 +88,8 @@ class Scheduled(NamedTuple):
     backward: bool = False  # in the backward pass alone
 
 
-# Rematerialisations that compute once more what "exchanged" keeps, and what neither keeps.
-FULL, BOTH = ("full",), ("full", "exchanged")
+# Rematerialisations that compute once more what "save_collectives" keeps, and what neither keeps.
+FULL, BOTH = ("full",), ("full", "save_collectives")
 
 
 def scheduled(

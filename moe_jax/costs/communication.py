@@ -84,18 +84,18 @@ def step(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> list[Collectiv
 def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     """A whole train step, pass by pass."""
     cfg, data = exp.model, exp.data
-    part = Part.of(exp.exchange, sizes, data.B // data.accumulate, data.L, cfg.D, cfg.dtype, platform)
+    part = Part.of(exp.exchange, sizes, data.B // data.microbatches, data.L, cfg.D, cfg.dtype, platform)
     params, aux = shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
     laid = dims.specs(params, rules_for(exp.exchange, part.sizes))
     new = exp.optim.sharded(params, laid, part.sizes)
-    stats = n_elements(aux.stats) // cfg.moe_layers if aux else 0
+    stats = n_elements(aux.stats) // cfg.n_moe_layers if aux else 0
     forward, backward = model(exp, part, part.local(params, laid), stats)
-    agreed = cfg.moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
+    agreed = cfg.n_moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
     pieces = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
     pieces += cfg.STACKS * part.one("all-reduce", part.here.tokens, agreed, "routing statistics", of="float32")
     targets = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
     return Passes(
-        forward + repeat(pieces, data.accumulate) + targets,
+        forward + repeat(pieces, data.microbatches) + targets,
         backward + gradients(part, params, laid, new),
         update(exp, part, params, laid, new),
     )
@@ -105,7 +105,7 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
 def shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
     """Of a model's parameters, and of what its MoE layers report of batches like this one, of one row."""
     params = jax.eval_shape(cfg.init, jax.random.key(0), batch)
-    one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.moe_layers else cfg
+    one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.n_moe_layers else cfg
     return params, jax.eval_shape(one.apply, params, batch, Call(router=jax.eval_shape(cfg.init_router)))[1]
 
 
@@ -146,7 +146,7 @@ def n_elements(tree: Any) -> int:
 
 def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Collective], list[Collective]]:
     """Forward and backward of the model; `stats` numbers are counted in a MoE layer."""
-    cfg, A = exp.model, exp.data.accumulate
+    cfg, A = exp.model, exp.data.microbatches
     found = []
     for name in (n for n, shape in params.items() if isinstance(shape, tuple)):
         here = gathers(part, {name: params[name]})
@@ -197,7 +197,7 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     if ladder:
         found += scheduled(part.one("all-reduce", here.tokens, 1, "largest load of an expert", of="int32"), FULL, of)
     if here.experts:
-        rows = cfg.E * G * C if cfg.dispatch.rows is Padded else N * cfg.router.K
+        rows = cfg.E * G * C if cfg.dispatch.layout is Padded else N * cfg.router.K
         experts = {n: params[n] for n in cfg.experts.params}
         found += cfg.exchange.traffic(part, Rows(rows, cfg.E, C * G, needed, ladder, of, O), experts)
     total = part.one("all-reduce", here.tokens, stats, "routing statistics", of="float32")
@@ -206,13 +206,13 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
 
 def combine_weights(cfg: MoEConfig, S: int, D: int, params: Shapes) -> int:
     """Counts the numbers that outputs of a group of S tokens are multiplied with."""
-    if cfg.traits.makes is TokenChoice:
+    if cfg.traits.routing is TokenChoice:
         return S * cfg.router.K
     shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.float32)  # noqa: E731
     gate = {n: shape(*params[f"router_{n}"]) for n in cfg.router.params}
     mask = jax.ShapeDtypeStruct((1, S), bool)
     routing = jax.eval_shape(partial(cfg.router, ctx=Context(cfg.E)), gate, shape(1, S, D), mask)
-    soft = cfg.traits.makes is not SlotChoice
+    soft = cfg.traits.routing is not SlotChoice
     return n_elements((routing.dispatch_GSEC, routing.combine_GSEC) if soft else routing.weight_GEC)
 
 

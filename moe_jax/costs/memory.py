@@ -21,7 +21,7 @@ class Memory(NamedTuple):
     """Bytes on one device. The state is always there; of the phases of a step, the largest makes the peak.
 
     parameters, optimizer: the state, as it lies. pieces: what stays from one piece of a batch to the next
-    (`accumulate`). gradients: of the layers' parameters. copies: of these in the type that is computed in; XLA makes
+    (`microbatches`). gradients: of the layers' parameters. copies: of these in the type that is computed in; XLA makes
     them once, outside of the loop over layers. activations: kept for the backward pass. layer: what a block of layers
     needs in its backward pass: its weights gathered over fsdp, and what is computed again. head: logits, the embedding
     as it is used, and their gradients. embedding: the gradient of all of it. update: what the optimizer needs besides.
@@ -80,7 +80,7 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
     return Memory(
         parameters=state,
         optimizer=optimizer,
-        pieces=everything + gathered if exp.data.accumulate > 1 else 0,
+        pieces=everything + gathered if exp.data.microbatches > 1 else 0,
         gradients=everything - outside,
         copies=width * sum(p.held for p in inner if p.cast) if width < FLOAT else 0,
         activations=activations,
@@ -116,7 +116,7 @@ def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -
 
 def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
     """Of a piece of the batch, on one device."""
-    return math.ceil(exp.data.B / exp.data.accumulate / math.prod(sizes[axis] for axis in TOKENS))
+    return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKENS))
 
 
 def in_stack(p: Parameter) -> bool:
@@ -126,7 +126,7 @@ def in_stack(p: Parameter) -> bool:
 
 def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], int, int]:
     """Parameters on one device, and bytes of them and of what the optimizer remembers."""
-    data = dataclasses.replace(exp.data, B=1, accumulate=1)
+    data = dataclasses.replace(exp.data, B=1, microbatches=1)
     params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
     laid = dims.specs(params, shard.rules_for(exp.exchange, sizes))
     spread = exp.optim.sharded(params, laid, sizes)

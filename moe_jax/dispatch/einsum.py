@@ -22,7 +22,7 @@ class Einsum:
     capacity_factor: float | None = 1.25
     priority: str = "token-major"
     convention: str = "exact"
-    rows: ClassVar = Padded
+    layout: ClassVar = Padded
 
     def __post_init__(self):
         check_capacity(self)

@@ -16,7 +16,7 @@ class Gather:
 
     capacity_factor: ClassVar[None] = None  # the router says how many slots there are
     accepts: ClassVar = (SlotChoice,)
-    rows: ClassVar = Padded
+    layout: ClassVar = Padded
 
     def slots(self, S: int, K: int, E: int) -> int:
         """The most tokens of a group of S that an expert can take; how many it takes is the router's to say."""

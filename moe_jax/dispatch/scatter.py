@@ -27,7 +27,7 @@ class Scatter:
     priority: str = "token-major"
     convention: str = "exact"
     accepts: ClassVar = (r.TokenChoice,)
-    rows: ClassVar = Padded
+    layout: ClassVar = Padded
 
     def __post_init__(self):
         check_capacity(self)
@@ -93,7 +93,9 @@ def _padded(
     return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
 
 
-def _occupied(x_GSD, routing, position_GSK, kept_GSK, params, *, experts: Callable, shard: Shard) -> Float[Array, "G S O"]:
+def _occupied(
+    x_GSD, routing, position_GSK, kept_GSK, params, *, experts: Callable, shard: Shard
+) -> Float[Array, "G S O"]:
     """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
     row_GSK, sizes_E = rows.ragged_rows(routing, position_GSK, kept_GSK)
     places = rows.row_map(row_GSK, row_GSK.size)

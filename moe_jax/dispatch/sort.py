@@ -20,7 +20,7 @@ class Sort:
 
     capacity_factor: ClassVar[None] = None
     accepts: ClassVar = (TokenChoice,)
-    rows: ClassVar = Ragged
+    layout: ClassVar = Ragged
 
     def slots(self, S: int, K: int, E: int) -> int:
         """The most rows that an expert may have of a group of S tokens; rows lie back to back, without empty slots."""

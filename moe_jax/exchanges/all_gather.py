@@ -22,7 +22,7 @@ class AllGather:
     """
 
     over: tuple[str, ...] = ("expert",)
-    takes: ClassVar = (Padded, Ragged)
+    layouts: ClassVar = (Padded, Ragged)
 
     def __post_init__(self):
         check_expert_axes(self)

@@ -20,7 +20,7 @@ class AllToAll:
 
     chunks: int = 1
     over: tuple[str, ...] = ("expert",)
-    takes: ClassVar = (Padded,)
+    layouts: ClassVar = (Padded,)
 
     def __post_init__(self):
         check_expert_axes(self)

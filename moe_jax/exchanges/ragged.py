@@ -25,7 +25,7 @@ class RaggedAllToAll:
 
     buffer: float | None = None
     over: tuple[str, ...] = ("expert",)
-    takes: ClassVar = (g.Ragged,)
+    layouts: ClassVar = (g.Ragged,)
 
     def __post_init__(self):
         check_expert_axes(self)

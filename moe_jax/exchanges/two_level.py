@@ -19,7 +19,7 @@ class TwoLevel:
     """
 
     over: tuple[str, ...] = ("slice", "expert")
-    takes: ClassVar = (Padded,)
+    layouts: ClassVar = (Padded,)
 
     def __post_init__(self):
         check_expert_axes(self)

@@ -17,9 +17,9 @@ from moe_jax.moe import RECORDED, LayerState
 
 def check_language_model(model: Any) -> None:
     """Refuses a model that is no language model with experts that tokens choose."""
-    if model.takes != "tokens" or not model.moe_layers:
+    if model.batch_kind != "tokens" or not model.n_moe_layers:
         raise ValueError(f"{type(model).__name__} is no language model with MoE layers; give an LMConfig with some.")
-    if model.moe.traits.makes is not TokenChoice:
+    if model.moe.traits.routing is not TokenChoice:
         raise ValueError(f"{type(model.moe.router).__name__}() lets no token choose; use a router of token choice.")
 
 

@@ -122,7 +122,7 @@ def recordings(
 
 def check(exp: Experiment, stack: str) -> None:
     """Refuses what cannot be recorded."""
-    if not exp.model.moe_layers:
+    if not exp.model.n_moe_layers:
         raise ValueError("The model has no MoE layer to record; set config.model.moe, and a layout with sparse layers.")
     if stack not in STACKS:
         raise ValueError(f"stack={stack!r} is unknown; use one of {', '.join(map(repr, STACKS))}.")
@@ -164,7 +164,7 @@ def routed(
 
 def layers_of(model: Any, stack: str) -> range:
     """Which of the model's MoE layers, counted from 0, are this stack's."""
-    N = model.moe_layers // model.STACKS
+    N = model.n_moe_layers // model.STACKS
     first = N if model.STACKS > 1 and stack == "decoder" else 0
     return range(first, first + N)
 

@@ -39,7 +39,7 @@ def examples(
     windows: at most so many examples, spread over domains, in a fixed order; all without it.
     """
     split = exp.data.prepare(Path(data_dir) if data_dir else default_directory())[held_out]
-    return split, list(evaluation_batches(split, exp.data.B // exp.data.accumulate, windows))
+    return split, list(evaluation_batches(split, exp.data.B // exp.data.microbatches, windows))
 
 
 def open_run(workdir: str | Path, step: int | None = None) -> Run:

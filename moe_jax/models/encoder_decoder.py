@@ -26,7 +26,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """
 
     V_source: int | None = None
-    takes: ClassVar = "pairs"
+    batch_kind: ClassVar = "pairs"
     STACKS: ClassVar = 2
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class EncoderDecoder(nn.Module):
 
         call: router state and replay of the encoder's MoE layers come first.
         """
-        cfg, N, lengths = self.cfg, self.cfg.moe_layers // 2, (source_BM.shape[1], tokens_BL.shape[1])
+        cfg, N, lengths = self.cfg, self.cfg.n_moe_layers // 2, (source_BM.shape[1], tokens_BL.shape[1])
         if source_segment_BM is None:
             source_segment_BM = jnp.ones_like(source_BM)
         if segment_BL is None:

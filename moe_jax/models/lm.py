@@ -23,7 +23,7 @@ from moe_jax.moe import Aux
 class LMConfig(TransformerConfig):
     """A language model."""
 
-    takes: ClassVar = "tokens"  # the kind of batch
+    batch_kind: ClassVar = "tokens"  # the kind of batch
 
     def init(self, key: Key[Array, ""], batch: Any) -> Any:
         """Parameters, for batches like this one."""

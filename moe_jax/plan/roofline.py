@@ -98,11 +98,11 @@ def dispatch(exp: Experiment) -> float:
     if not isinstance(getattr(model.moe, "dispatch", None), Einsum):
         return 0.0
     sizes, stacks = dict(exp.mesh), model.stacks(exp.data.shapes(1))
-    B = exp.data.B // exp.data.accumulate // math.prod(sizes[axis] for axis in TOKENS)
+    B = exp.data.B // exp.data.microbatches // math.prod(sizes[axis] for axis in TOKENS)
     C = [s.moe.slots(s.moe.group(B, s.L, training=True)) for s in stacks]
     slots = sum(s.L * s.moe.E * n for s, n in zip(stacks, C, strict=True))
     passes = 3 if model.remat == "none" else 4
-    return passes * 2 * 2 * model.D * model.moe_layers / len(stacks) * slots
+    return passes * 2 * 2 * model.D * model.n_moe_layers / len(stacks) * slots
 
 
 # ---------------------------------------------------------------- memory
@@ -113,7 +113,7 @@ def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[s
 
     A matrix is read in every pass, rows go into it and come out; what is element by element is taken to be fused.
     """
-    model, pieces, again = exp.model, exp.data.accumulate, exp.model.remat != "none"
+    model, pieces, again = exp.model, exp.data.microbatches, exp.model.remat != "none"
     width, tensor = jnp.dtype(model.dtype).itemsize, sizes["tensor"]
     B = exp.data.B / math.prod(n for axis, n in sizes.items() if axis != "tensor")
     stacks = model.stacks(exp.data.shapes(1))

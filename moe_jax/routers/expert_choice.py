@@ -26,7 +26,7 @@ class ExpertChoice:
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    makes: ClassVar = SlotChoice
+    routing: ClassVar = SlotChoice
 
     def __post_init__(self):
         if not 0 < self.capacity_factor < math.inf:

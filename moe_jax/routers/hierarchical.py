@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import take_experts, softmax_at
+from moe_jax.core.scores import softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import SCORES, take_experts, check_choices, check_score, normalize_weights
+from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_weights, take_experts
 from moe_jax.core.stats import Stats
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import take_experts, check_choices, normalize_weights
+from moe_jax.core.scores import check_choices, normalize_weights, take_experts
 
 
 @dataclasses.dataclass(frozen=True)

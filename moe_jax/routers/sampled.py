@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context, draw
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import take_experts, check_choices, softmax_at
+from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)

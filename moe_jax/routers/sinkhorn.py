@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import take_experts, check_choices
+from moe_jax.core.scores import check_choices, take_experts
 from moe_jax.core.stats import Stats, ratio
 
 

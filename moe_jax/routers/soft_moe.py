@@ -25,7 +25,7 @@ class SoftMoE:
     params: ClassVar = ("phi_DEC", "scale_")
     random: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    makes: ClassVar = SoftSlots
+    routing: ClassVar = SoftSlots
 
     def __post_init__(self):
         if self.C < 1:

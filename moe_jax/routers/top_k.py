@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import SCORES, take_experts, check_choices, check_score, normalize_weights, softmax_at
+from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_weights, softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,5 +45,7 @@ class TopK:
         if self.score in ("sparsemax", "entmax15") and ctx.replay_GSK is None:
             expert_GSK = jnp.where(weight_GSK > 0, expert_GSK, logits_GSE.shape[-1])
         if self.normalize:
-            weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.score == "softmax" else normalize_weights(weight_GSK)
+            weight_GSK = (
+                softmax_at(logits_GSE, expert_GSK) if self.score == "softmax" else normalize_weights(weight_GSK)
+            )
         return token_choice(expert_GSK, weight_GSK, logits_GSE, normalize_weights(score_GSE), mask_GS)
