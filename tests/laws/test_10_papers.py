@@ -320,7 +320,7 @@ def row(name: str) -> str:
 
 
 def test_the_table_of_published_models():
-    """`python -m tests.test_papers` prints it."""
+    """`python -m tests.laws.test_10_papers` prints it."""
     text = pathlib.Path("docs/papers.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("| `")] == [row(name) for name in PAPERS]
     for name in PAPERS:

@@ -13,7 +13,7 @@ from moe_jax.config import DataConfig, Experiment, OptimConfig, parse
 from moe_jax.costs.communication import step
 from moe_jax.optim import Adafactor, Constant
 
-PAGE = Path(__file__).parent.parent / "docs" / "parallelism.md"
+PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
 HEAD = "mesh|changed|parameters|optimizer|weights|gradients|exchange|tensor|in all"
 GLAM = Experiment(  # arXiv:2112.06905, table 4, with one sequence a chip
     LMConfig(

@@ -7,7 +7,7 @@ import sys
 
 from moe_jax.config import COMPONENTS
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -18,7 +18,7 @@ from moe_jax.costs.memory import Memory, memory
 from moe_jax.exchanges import RaggedAllToAll
 from moe_jax.optim import Adafactor, AdamW, Constant
 
-PAGE = Path(__file__).parent.parent / "docs" / "planning.md"
+PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 HEAD = ["model", "topology", "mesh", "changed", "predicted", "compiled", "error"]
 SHAPES = {  # GLaM, arXiv:2112.06905, table 4: layers, width, hidden units, heads, width of a head; and the vocabulary
     "0.1B": (12, 768, 3072, 12, 64, 32_000),

@@ -15,7 +15,7 @@ from moe_jax.core.stats import stats
 from moe_jax.losses import Importance, LoadBalance, RouterZ
 from moe_jax.routers import LossFree, Switch, Top2, TopK
 
-GOLDEN = json.loads((Path(__file__).parent / "oracles" / "transformers_routers.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "oracles" / "transformers_routers.json").read_text())
 BIAS_E = jnp.array(GOLDEN["bias_E"])
 LOGITS_NTE = np.array([GOLDEN["logits_TE"], GOLDEN["logits2_TE"]], np.float32)
 MASK_T = np.array(GOLDEN["mask_T"], bool)

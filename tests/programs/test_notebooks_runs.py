@@ -16,7 +16,7 @@ from moe_jax.models import LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import Constant
 from moe_jax.routers import Top2
-from tests.test_notebooks import executed
+from tests.programs.test_notebooks import executed
 
 SYMBOLS = {"letters": list("abc d"), "numbers": list("012 9"), "words": ["moe ", "jax ", "is ", "\n"]}
 E = 4

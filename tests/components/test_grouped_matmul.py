@@ -100,7 +100,7 @@ def outer_of(x, g, sizes):
 def test_kernels_of_the_gpu(widths):
     """Interpreted: all 2^8 patterns against numpy, of rows in place and of rows that are fetched by their numbers.
 
-    Widths in parts of blocks, and in several of them. tests/test_gpu.py runs them as they are compiled.
+    Widths in parts of blocks, and in several of them. tests/components/test_gpu.py runs them as they are compiled.
     """
     I, O = widths
     x, g, w = normal(0, R, I), normal(1, R, O), normal(2, E, I, O)

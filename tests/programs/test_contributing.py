@@ -14,10 +14,10 @@ from moe_jax.attention import ATTENTION, Order
 from moe_jax.experts import MLP
 from moe_jax.moe import MoE, MoEConfig
 from tests import cases_attention, oracle_attention
-from tests import test_attention as contracts
 from tests.cases import normal
+from tests.components import test_attention as contracts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 G, S, D, E = 2, 8, 4, 6
 MASK = np.arange(S)[None, :] < np.array([8, 5])[:, None]

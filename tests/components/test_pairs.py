@@ -21,7 +21,7 @@ from moe_jax.data import (
 )
 from moe_jax.data.tokenizers import TrainedSentencePiece
 from moe_jax.data.translation import Pair, ordered
-from tests.test_data import corrupt
+from tests.components.test_data import corrupt
 
 TOY = ToyTranslation(languages=3, words=12, sentences=400)
 

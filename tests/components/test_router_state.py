@@ -31,7 +31,7 @@ from moe_jax.models import Call
 from moe_jax.step import Program, check_tasks
 from moe_jax.train import train
 from tests import oracle_routing
-from tests.test_train import EXP, MODEL, batch
+from tests.laws.test_training_step import EXP, MODEL, batch
 
 RATE = 0.01
 MOE = MoEConfig(

@@ -26,9 +26,9 @@ from moe_jax.optim import Adafactor, AdamW, Constant
 from moe_jax.reporting import metrics as log
 from moe_jax.step import Program, State
 from tests.cases import sizes_of
-from tests.test_train import EXP, MODEL, batch
+from tests.laws.test_training_step import EXP, MODEL, batch
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 matrix = pytest.mark.matrix
 compiled_once = pytest.mark.xdist_group("elastic")  # by one of several pytest processes
 

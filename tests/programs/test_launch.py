@@ -20,9 +20,9 @@ from experiments.launch import join
 from experiments.launch.supervisor import Group, free_port
 from moe_jax.config import Experiment
 from moe_jax.reporting import metrics
-from tests.test_train import EXP
+from tests.laws.test_training_step import EXP
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 LONG = 300  # seconds that nothing here takes, however slow the machine
 WORKER = """
 import os, pathlib, signal, subprocess, sys, time

@@ -11,7 +11,7 @@ from moe_jax.costs import chips, flops
 from moe_jax.data import Folder
 from moe_jax.optim import AdamW, Constant
 from moe_jax.train import TrainingDiverged, train
-from tests.test_train import EXP
+from tests.laws.test_training_step import EXP
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from moe_jax.models.pattern import moe_paths
 from moe_jax.reporting.metrics import FILE, plain
 from moe_jax.step import State
 from tests import programs
-from tests.test_inspect import made
+from tests.components.test_inspect import made
 
 call = partial(programs.call, program)
 VOID = {"meta", "link", "br", "path", "use", "rect", "image", "line"}

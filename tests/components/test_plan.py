@@ -503,7 +503,7 @@ def test_nothing_was_started(config):
 # ---- what docs/planning.md says
 
 
-PAGE = (Path(__file__).parent.parent / "docs" / "planning.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 
 
 def test_the_table_of_chips_is_true():

@@ -16,7 +16,7 @@ from moe_jax.optim import Adafactor, Constant
 from moe_jax.plan import compile as compiler
 from moe_jax.plan.overlap import Overlap, overlaps
 from moe_jax.plan.schedule import Schedule
-from tests import test_parallelism
+from tests.programs.test_parallelism_page import GLAM
 
 # Lines of programs for v5e:2x4 (libtpu 0.0.52), without metadata and most of their configuration.
 PROGRAM = """HloModule jit_train_step, is_scheduled=true, num_partitions=8
@@ -224,8 +224,8 @@ SMALL = Experiment(
     mesh=(("fsdp", 2), ("expert", 4)),
 )
 GLAM = dataclasses.replace(  # as its table of communication has it, on a mesh where it fits
-    test_parallelism.GLAM,
-    model=dataclasses.replace(test_parallelism.GLAM.model, remat="full"),
+    GLAM,
+    model=dataclasses.replace(GLAM.model, remat="full"),
     mesh=(("fsdp", 16), ("expert", 16), ("tensor", 4)),
 )
 

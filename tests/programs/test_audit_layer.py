@@ -33,7 +33,7 @@ from moe_jax.routers import (
 )
 from tests import programs
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "routing.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "routing.md"
 LIMITED = Scatter(1.0)
 SIZES = {"B": 2, "L": 16, "D": 8}
 
