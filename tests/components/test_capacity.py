@@ -56,7 +56,7 @@ def test_every_formula(S, K, E, percent, convention):
         ("gshard", 3, 1, 3, 1.0, 3),
     ],
 )
-def test_told(convention, S, K, E, factor, C):
+def test_conventions_give_the_published_slots(convention, S, K, E, factor, C):
     """By hand and from the code bases: the same factor is 10 slots in one and 20 in another."""
     assert capacity(S, K, E, factor, convention) == C
 
@@ -80,7 +80,7 @@ def test_every_convention_has_its_oracle():
         ({"capacity_factor": None, "convention": "Exact"}, "(convention='Exact') is unknown"),
     ],
 )
-def test_refusals(dispatch, fields, message):
+def test_a_bad_convention_is_refused_in_one_sentence(dispatch, fields, message):
     """A mistake is one sentence that names the component, what was given and what there is."""
     with pytest.raises(ValueError, match=re.escape(dispatch.__name__ + message)) as error:
         dispatch(**fields)

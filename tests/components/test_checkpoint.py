@@ -169,7 +169,7 @@ def test_when_nothing_valid_is_left_it_says_so(copied):
         Checkpoints(copied).restore()
 
 
-def test_nothing_there(tmp_path, two_steps):
+def test_a_missing_checkpoint_is_refused(tmp_path, two_steps):
     assert Checkpoints(tmp_path / "none").empty()
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="there is no checkpoint in"):

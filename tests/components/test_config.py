@@ -349,7 +349,7 @@ def test_the_parameters_of_glam_at_scale():
         ("(0, 1)", 4, {0, 1}),
     ],
 )
-def test_layouts(layout, N, chosen):
+def test_a_layout_names_its_sparse_layers(layout, N, chosen):
     assert sparse_layers(layout, N) == tuple(i in chosen for i in range(N))
 
 
@@ -359,7 +359,7 @@ def test_other_layouts_are_refused(layout):
         sparse_layers(layout, 4)
 
 
-def test_stacks():
+def test_repeated_layers_are_found():
     D, S = False, True
     assert repeats((D, S, D, S)) == [((D, S), 2)]
     assert repeats((S, S, S)) == [((S,), 3)]
@@ -393,7 +393,7 @@ def test_stacks_are_the_layers(sparse):
     ],
     ids=repr,
 )
-def test_schedules(schedule, told):
+def test_schedules_have_their_rates(schedule, told):
     rate = schedule(12)
     assert {step: float(rate(jnp.int32(step))) for step in told} == pytest.approx(told, abs=1e-7)
 

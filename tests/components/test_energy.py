@@ -78,7 +78,7 @@ def test_no_such_figure(given, words):
         energy(**{"hours": 1.0, "processors": 1, "watts": 100.0} | given)
 
 
-def test_chips():
+def test_chips_are_found_by_name_and_kind():
     """Found by name and by JAX's device kind; a device's peak is its part of a chip's."""
     assert len({c.name for c in CHIPS}) == len({c.kind for c in CHIPS}) == len(CHIPS)
     for c in CHIPS:

@@ -61,7 +61,7 @@ def test_parts_add_up(model, layer, row):
     assert sum(p for _, p in part) == pytest.approx(found.gate_E[2])
 
 
-def test_route(model):
+def test_the_margin_is_to_the_best_expert_not_chosen(model):
     """The chosen, their weights, and by how much the first of the others has missed it."""
     params, seen = model
     for row in range(len(seen.token_T)):
@@ -83,7 +83,7 @@ def test_margins_at_the_ends():
     assert margin_of(logits_E, []) == (-np.inf, 1)
 
 
-def test_neighbours(model):
+def test_neighbours_are_nearest_by_cosine(model):
     """By cosine, against loops; a token's double is next to it."""
     params, seen = model
     x_TD = seen.input_NTD.copy()

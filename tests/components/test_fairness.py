@@ -57,7 +57,7 @@ def by_hand(rec, group_T, g):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_by_hand(mixed):
+def test_differences_equal_plain_loops(mixed):
     """Values, and the bootstrap itself, drawn sequence by sequence with the same counts."""
     rec, group_T = recorded(0, mixed=mixed)
     found = fairness(rec, group_T, resamples=50)

@@ -50,7 +50,7 @@ def test_nobody_sees_half_of_it(tmp_path, monkeypatch):
 CONTENT = {"b": [1, 2.5, None], "a": {"ü": "Grüße", "nan": float("nan")}, "c": (True,)}
 
 
-def test_sha256(tmp_path):
+def test_sha256_gives_the_standards_digest(tmp_path):
     (file := tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     assert sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 

@@ -83,7 +83,7 @@ def transformed(gating, array_GSI, key=None, **state):
 
 
 @pytest.mark.parametrize("shape", ["constant", "linear", "exponential", "cosine"])
-def test_temperature(shape):
+def test_temperature_follows_its_schedule(shape):
     """From start to end in so many steps, then it stays; it divides the logits, in evaluation too."""
     fields = {"steps": 0} if shape == "constant" else {"steps": 10, "shape": shape}
     t = Temperature(start=2.0, end=0.3, **fields)
@@ -136,7 +136,7 @@ def test_the_tuple_is_the_order():
 
 
 @pytest.mark.parametrize("noise", [Jitter(0.3), Noise(0.5), Noise(0.5, on="input")], ids=str)
-def test_noise(noise):
+def test_noise_has_its_distribution_and_differs_everywhere(noise):
     """Its distribution; none in evaluation; other numbers for every group, step and place in the tuple."""
     a_GSI = RNG.uniform(1, 2, (G, 1000, 2)).astype(np.float32)
     got, n = transformed((noise,), a_GSI, KEY), a_GSI.size
@@ -263,7 +263,7 @@ def test_a_dropped_expert_gets_nothing(router):
 
 
 @pytest.mark.parametrize("router", KINDS, ids=str)
-def test_islands(router):
+def test_an_island_keeps_its_tokens(router):
     """Group g reaches experts of island g mod 2 alone, from any router; nothing dropped, it reaches others."""
     dropped_GE, none_GE = dropped(GatingDropout(OFTEN, islands=2), 0), np.zeros((G, E), bool)
     home_GSE = (np.arange(E)[None] // (E // 2) == np.arange(G)[:, None] % 2)[:, None]
@@ -380,7 +380,7 @@ def test_every_router_of_tokens_is_replayed():
 
 
 @pytest.mark.parametrize("router", REPLAYED, ids=str)
-def test_replay(router):
+def test_replayed_choices_give_the_same_routing(router):
     """Recorded choices give the same routing, bit for bit, in evaluation and with the same noise, without a draw of
     second choices or assignments; other choices are made as they are given, and train the router."""
 
@@ -454,7 +454,7 @@ def test_replay_in_a_layer():
         (lambda: MoEConfig(E=4, gating=(GatingDropout(islands=3),)), "GatingDropout(islands=3) does not divide E=4"),
     ],
 )
-def test_refusals(make, message):
+def test_a_mistake_is_refused_in_one_sentence(make, message):
     """A mistake is one sentence: what was given, what is needed, what to do."""
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make()

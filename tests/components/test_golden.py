@@ -79,7 +79,7 @@ def routings():
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_router(name):
+def test_routers_equal_the_reference(name):
     """The same experts, exactly, and the same weights, where nothing is dropped; the same choices dropped elsewhere."""
     entry, (r, kept) = GOLDEN["routers"][name], routings()[name]
     expert, weight, kept = (np.asarray(a).reshape(T, -1) for a in (r.expert_GSK, r.weight_GSK, kept))
@@ -122,7 +122,7 @@ LOSSES = {  # name: loss, router, what differs from one sequence of one layer wi
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss(name):
+def test_losses_equal_the_reference(name):
     """The same value of every loss; groups are sequences where none is longer."""
     (loss, router, how), value = LOSSES[name], GOLDEN["losses"][name]["value"]
     s = pooled(router, **how)

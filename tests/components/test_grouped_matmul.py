@@ -199,7 +199,7 @@ def test_pieces_are_all_rows_once():
         np.testing.assert_array_equal(covered, np.arange(64) < sizes.sum())
 
 
-def test_ladder():
+def test_the_ladder_has_few_rungs_and_the_balanced_one():
     """The balanced number of rows costs nothing extra, others little, where most are; rungs are few."""
     for rows, experts in ((4096, 8), (8192, 64), (32768, 128), (64, 8), (3, 8), (16384, 512)):
         rungs, small = ladder(rows, experts, 2**18), ladder(rows, experts, 1)

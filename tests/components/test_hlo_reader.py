@@ -107,7 +107,7 @@ def test_groups_that_the_partitioner_writes(order):
     }
 
 
-def test_loops():
+def test_loops_multiply_their_collectives():
     """A scan of 5 with a scan of 3 in it, a fori_loop of 7, and a loop of unknown length that does not communicate."""
 
     def inner(x, _):
@@ -140,7 +140,7 @@ def test_a_loop_of_unknown_length_that_communicates(where):
         collectives(compiled(f, MESH), MESH)
 
 
-def test_conditionals():
+def test_a_conditional_counts_its_largest_branch():
     """Of a switch in a loop, the branch that moves most; what decides is outside."""
 
     def step(x, i):
@@ -208,7 +208,7 @@ class Model(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
-def test_where():
+def test_collectives_name_their_module_and_pass():
     """Modules, without what JAX wraps them in; the backward pass, and what it computes again, apart."""
     x = jnp.ones((ROWS * 8, 8))
     with jax.set_mesh(MESH):
@@ -239,7 +239,7 @@ def test_where():
         ),
     ],
 )
-def test_names(name, expected):
+def test_wrappers_are_left_out_of_names(name, expected):
     (c,) = collectives(entry(f'%a = f32[2] all-reduce(%x), to_apply=%add, metadata={{op_name="{name}"}}'), TWO)
     assert c.where == expected
 
@@ -306,7 +306,7 @@ def test_parts_of_axes(parts, iota):
     ("pairs", "axes", "size"),
     [("{{0,1},{1,2},{4,5}}", ("expert",), 4), ("{{0,4},{4,0}}", ("data",), 2), ("{{1,1}}", (), 1), ("{}", (), 1)],
 )
-def test_permutations(pairs, axes, size):
+def test_a_permutation_has_its_axes(pairs, axes, size):
     line = f"%p = bf16[3] collective-permute(%x), channel_id=1, source_target_pairs={pairs}"
     assert collectives(entry(line), TWO) == [Collective("collective-permute", axes, size, 1, 6)]
 
@@ -327,7 +327,7 @@ def test_permutations(pairs, axes, size):
         *(("f32[0,4]", 0), ("f32[<=3,2]", 24), ("(f32[2]{0}, /*index=5*/bf16[3]{0}, token[])", 14)),
     ],
 )
-def test_bytes(shape, size):
+def test_shapes_have_their_bytes(shape, size):
     assert collectives(entry(f"ROOT %r = {shape} all-to-all(%x), replica_groups=[2,4]<=[8]"), TWO)[0].bytes == size
 
 
@@ -528,7 +528,7 @@ def test_fusions_on_tpu():
         (entry("%a = f32[2] all-reduce(%x), replica_groups=@new<8>, to_apply=%f"), "@new<8> are written in a way"),
     ],
 )
-def test_mistakes(text, words):
+def test_text_that_cannot_be_read_is_refused(text, words):
     with pytest.raises(ValueError, match=words):
         collectives(text, TWO)
 
@@ -550,11 +550,11 @@ def test_mistakes(text, words):
         ("collective-permute", 1, 0),
     ],
 )
-def test_wire(op, size, wire):
+def test_wire_bytes_follow_the_ring(op, size, wire):
     assert Collective(op, ("expert",), size, 2, 100).wire == wire
 
 
-def test_merged():
+def test_collectives_of_one_kind_are_merged():
     one, other = Collective("all-gather", ("data",), 2, 3, 30, "a"), Collective("all-gather", ("data",), 2, 1, 4, "b")
     first = Collective("all-gather", (), 1, 1, 4, "b")
     assert merged([one, other, first, one]) == [first._replace(where=""), Collective("all-gather", ("data",), 2, 7, 64)]

@@ -70,7 +70,7 @@ equal = np.testing.assert_allclose
 # ---------------------------------------------------------------- by loops
 
 
-def test_load(rec):
+def test_load_counts_choices_of_experts(rec):
     """Fractions of choices; percentiles over experts; in parts of the data; who is dead."""
     count = Counter((n, e) for _, n, e, _ in each(rec))
     total = Counter(n for _, n, _, _ in each(rec))
@@ -92,7 +92,7 @@ def test_load(rec):
         i.load_over_time(rec, 0)
 
 
-def test_by_group(rec):
+def test_drops_and_entropies_of_groups_equal_plain_loops(rec):
     """Drop rates and entropies of every position, domain, ...; NaN where nothing is chosen."""
     for name in ("position_T", "domain_T", "sequence_T", "token_T", "document_T"):
         column = getattr(rec, name)
@@ -129,7 +129,7 @@ def test_repeated_drops(rec):
             i.repeated_drops(rec, different)
 
 
-def test_coactivation(rec):
+def test_coactivation_counts_pairs_of_choices(rec):
     """Who is chosen with whom, and by whom in the next layer."""
     alone = Counter((n, e) for t in range(rec.tokens) for n in range(N) for e in chosen(rec, t, n))
     pairs, across = Counter(), Counter()
@@ -165,7 +165,7 @@ def test_saturation_and_margin(rec):
         i.router_margin(made(np.zeros((2, 1, 2)), E=2))
 
 
-def test_specialisation(rec):
+def test_specialisation_is_a_ratio_of_shares(rec):
     """Of domains and words: the part of a group's tokens that choose an expert, over the part of all."""
     for found, column in (
         (i.domain_specialisation(rec), rec.domain_T),
@@ -187,7 +187,7 @@ def test_specialisation(rec):
     assert list(i.domain_specialisation(unknown).class_A) == [0, 2]
 
 
-def test_information(rec):
+def test_mutual_information_equals_the_entropies(rec):
     """Mutual information by H(e) + H(a) - H(e, a), tokens of unknown domains left out."""
     entropy = lambda counts: -sum(c / sum(counts) * math.log(c / sum(counts)) for c in counts if c)  # noqa: E731
     unknown = rec._replace(domain_T=np.where(rec.sequence_T == 4, -1, rec.domain_T))
@@ -201,7 +201,7 @@ def test_information(rec):
     assert set(np.round(4 * found.p_N, 9)) <= {1, 2, 3, 4}
 
 
-def test_paths(rec):
+def test_paths_equal_counted_tuples(rec):
     """Paths by counting tuples; agreement and conditional entropy by counting pairs."""
     first, T = [tuple(int(e) for e in rec.expert_TNK[t, :, 0]) for t in range(rec.tokens)], rec.tokens
     entropy = lambda c: -sum(v / sum(c.values()) * math.log(v / sum(c.values())) for v in c.values())  # noqa: E731
@@ -259,7 +259,7 @@ def written_by(kind, w, x):
 
 
 @pytest.mark.parametrize("kind", [MLP(F=6, activation="relu", bias=True), GLU(F=6)])
-def test_similarity(kind):
+def test_similar_experts_are_found(kind):
     """Cosines by hand; a copy is found by weights, one with its hidden units in another order by outputs alone."""
     (model, params, experts), x = layers_of(kind), normal(9, 7, 4)
     flat = [np.concatenate([experts[n][e].ravel() for n in sorted(experts)]).astype(float) for e in range(E)]

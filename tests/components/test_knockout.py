@@ -209,7 +209,7 @@ def test_all_knock_outs(params):
     assert np.abs(effects.rise_P).argmax() == effects.expert_P.index((1, 2))
 
 
-def test_isolation(params):
+def test_isolated_experts_are_the_only_ones_chosen(params):
     """In the layer nobody else is chosen, in others anybody; isolating all of them changes nothing."""
     np.testing.assert_array_equal(only(MODEL, 1, [0, 2]), [[False] * 4, [False, True, False, True]])
     found = losses(MODEL, params, [BATCH], shut_NE=only(MODEL, 1, [0, 2]))
@@ -219,7 +219,7 @@ def test_isolation(params):
     assert every.mean == losses(MODEL, params, [BATCH]).mean
 
 
-def test_substitution(layer, params):
+def test_a_substitute_computes_the_choices_of_an_expert(layer, params):
     """Every choice of an expert is computed by another at its own weight; nothing else of the model is touched."""
     run, p, x = layer
     at = moe_paths(MODEL)[1]
@@ -293,7 +293,7 @@ def test_looking_at_a_dropless_layer(params):
 # ---------------------------------------------------------------- cards
 
 
-def test_card(params, seen):
+def test_a_card_equals_plain_loops(params, seen):
     """Against plain loops."""
     effects = knock_out(MODEL, params, [BATCH], experts=[(1, 2)])
     found, E_, n, e = card(MODEL, params, seen, 1, 2, effects), E, 1, 2
@@ -381,7 +381,7 @@ def test_the_gradient_is_that_of_each_position(steered):
         np.testing.assert_allclose(slope_LD[at, d], (margin[1] - margin[0]) / 2e-2, rtol=0.02, atol=1e-4)
 
 
-def test_probe(steered):
+def test_a_probe_reaches_what_it_reports(steered):
     """What it says is so when the model is run; the gradient finds more than chance with as many tries."""
     params, batch, goals = steered
     reports = {

@@ -89,7 +89,7 @@ def test_padding_takes_no_slot():
         (1, 1, 64, 1.0, 1),
     ],
 )
-def test_capacity(S, K, E, factor, C):
+def test_capacity_has_its_known_slots(S, K, E, factor, C):
     """Slots per expert and group, exactly."""
     assert capacity(S, K, E, factor) == C
 
@@ -222,7 +222,7 @@ def test_a_layer_by_hand():
         ),
     ],
 )
-def test_refusals(make, message):
+def test_a_mistake_is_refused_in_one_sentence(make, message):
     """A mistake is one sentence: what was given, what is needed, what to do."""
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make()

@@ -133,7 +133,7 @@ def value(loss, s, router=ROUTER):
 
 @pytest.mark.parametrize("loss", ORACLE, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_formula(loss, seed):
+def test_losses_equal_their_formulas(loss, seed):
     """The formula over all real tokens, in plain numpy."""
     t, s = example(seed)
     np.testing.assert_allclose(value(loss, s), ORACLE[loss](t), rtol=1e-5, atol=1e-7)
@@ -435,7 +435,7 @@ def test_what_is_logged():
         (lambda: MoEConfig(E=4, losses=(Adaptive(Load()),)), "Load() needs the load that a noisy router"),
     ],
 )
-def test_refusals(make, message):
+def test_a_mistake_is_refused_in_one_sentence(make, message):
     """A mistake is one sentence: what was given, what is needed, what to do."""
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make()

@@ -223,7 +223,7 @@ def test_toy_languages_have_their_own_words_in_their_own_order(tmp_path):
     assert same <= 2, "languages differ in their words"
 
 
-def test_orders():
+def test_toy_languages_reorder_words():
     assert [ordered(np.arange(4), z).tolist() for z in (1, 2, 3, 4)] == [
         [3, 2, 1, 0],
         [1, 2, 3, 0],

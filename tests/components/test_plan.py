@@ -79,7 +79,7 @@ def of(exp: Experiment, **changed) -> Experiment:
 # ---- topologies
 
 
-def test_names():
+def test_a_topology_is_read_from_its_name():
     """A name is a topology, which says its name."""
     for name, chips, devices in (("v4:8x8x16", 1024, 1024), ("v3:4x4", 16, 32), ("2*v5e:16x16", 512, 512)):
         found = topology(name)
@@ -109,7 +109,7 @@ def test_no_such_topology(name, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_shapes():
+def test_pods_have_their_shapes():
     """A pod is the largest; cubes have ascending sides."""
     for name, most in (("v3", 1024), ("v4", 4096), ("v5e", 256), ("v5p", 6144), ("v6e", 256), ("tpu7x", 9216)):
         found = shapes(chip(name))
@@ -148,7 +148,7 @@ def test_meshes_that_do_not(mesh, words):
     assert words in str(error.value), error.value
 
 
-def test_factorizations():
+def test_every_factorization_comes_once():
     """All of them, each once; slices are not divided."""
     found = factorizations(16, 2)
     assert (
@@ -162,7 +162,7 @@ def test_factorizations():
 # ---- how a mesh lies on the torus
 
 
-def test_rings():
+def test_mesh_axes_become_rings():
     """What JAX makes of meshes, checked once by its own devices: whole sides, parts of one, every second chip."""
     pod = topology("v4:8x8x16")
     mesh = sizes({"fsdp": 4, "expert": 64, "tensor": 4}, pod)
@@ -176,7 +176,7 @@ def test_rings():
     assert rings(two, sizes({"data": 4, "tensor": 2}, two), ("tensor",)) == ()
 
 
-def test_seconds():
+def test_collectives_take_the_time_of_their_links():
     """Of one byte over one link a second, against what a simulation of the links counts."""
     assert torus.seconds("all-gather", 6.0, [Ring(4, 1, True)], 1.0) == 3
     assert torus.seconds("all-reduce", 6.0, [Ring(4, 1, False)], 1.0) == 6
@@ -224,7 +224,7 @@ def test_ragged_rows_travel_not_the_room():
 
 
 @pytest.mark.parametrize("mesh", [{"data": 2, "expert": 4}, {"fsdp": 4, "tensor": 2}])
-def test_roofline(mesh):
+def test_the_roofline_adds_up_the_predictions(mesh):
     """FLOPs are the model's, bytes of the network are those predicted; MFU is 1 at the speed of the chip."""
     exp = on(mesh)
     line, cost = roofline(exp, V5E), flops(exp.model, exp.data.shapes(1))
@@ -423,7 +423,7 @@ def opened(path: Path) -> str:
     return tags.words
 
 
-def test_program(config, compiles, tmp_path):
+def test_the_program_reports_the_same_everywhere(config, compiles, tmp_path):
     """Text, JSON and page say the same; the published figures are beside the counts; progress is not in the output."""
     files = [f"--json={tmp_path / 'plan.json'}", f"--report={tmp_path / 'plan.html'}"]
     code, out, err = call(config, "--topology=v5e:2x4", "--power=200", "--price=1.5", "--tokens=1e9", *files)
@@ -488,7 +488,7 @@ def test_program_searches(config, compiles, tmp_path):
         (["--topology=v5e:2x4", "--report=nowhere/plan.html"], ["no folder nowhere"]),
     ],
 )
-def test_mistakes(config, flags, words):
+def test_a_mistake_is_refused_in_one_line(config, flags, words):
     """One line that says what to do, and exit code 2."""
     error = call(config, *flags).error
     assert all(word in error for word in words), error

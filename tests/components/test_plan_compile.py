@@ -86,7 +86,7 @@ TOO_MUCH = (
 OLDER = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.25G of 30.75G hbm. Exceeded by 4.50G."
 
 
-def test_overlaps():
+def test_overlapped_collectives_are_told_from_synchronous_ones():
     found = overlaps(Schedule.of(PROGRAM), clock=1e6)
     assert found == [
         Overlap("all-gather", "fused", 6, 6 * 256 * 4 * 64 * 2, pytest.approx(6 * 2000 / 1e6)),
@@ -233,7 +233,7 @@ GLAM = dataclasses.replace(  # as its table of communication has it, on a mesh w
 @pytest.mark.tpu
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("exp", "topology"), [(SMALL, "v5e:2x4"), (GLAM, "v4:8x8x16")], ids=["small", "GLaM 64B"])
-def test_compiled(exp, topology):
+def test_the_compiled_step_fits_and_sends_what_is_predicted(exp, topology):
     found = compiler.compiled(exp, topology)
     assert (found.fits, found.over) == (True, 0)
     assert found.peak <= found.limit

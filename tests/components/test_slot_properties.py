@@ -42,7 +42,7 @@ def placed(chosen, first, priority):
 
 @pytest.mark.parametrize("priority", PRIORITIES)
 @given(chosen=tokens, first=first_weights)
-def test_slots(priority, chosen, first):
+def test_slots_are_the_oracles_without_gaps(priority, chosen, first):
     """Slots are the oracle's; those of an expert are 0..n-1 without gaps or repeats; nowhere is past it."""
     weight, place, dispatch, combine = placed(chosen, first, priority)
     expert = np.array([chosen])
@@ -81,7 +81,7 @@ factors = st.integers(1, 400).map(lambda n: n / 100)  # what people write: two d
 
 
 @given(sizes, factors, factors)
-def test_capacity(size, factor, more):
+def test_capacity_is_exact_and_monotonic(size, factor, more):
     """Exact, at least one, at most S, and larger for a larger factor."""
     (tokens, k, experts), factor, more = size, *sorted((factor, more))
     assume(k <= experts)

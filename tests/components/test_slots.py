@@ -69,7 +69,7 @@ def test_slots_of_routers_that_bring_their_own(router):
         (MoEConfig(E=4, router=BASELayer(), dispatch=Sort()), False, False),
     ],
 )
-def test_groups(layer, training, irrelevant):
+def test_routing_groups_divide_the_tokens_of_a_shard(layer, training, irrelevant):
     """S, or one sequence; where S does not divide a shard's tokens all of them, or it is refused."""
     assert layer.grouping_is_irrelevant(training) == irrelevant
     assert layer.group(3, 8, training) == 8

@@ -55,7 +55,7 @@ def wrong(predicted, compiled) -> list[str]:
         ("soft", "f2e2t2"),
     ],
 )
-def test_layer(name, mesh):
+def test_a_layer_sends_what_is_predicted(name, mesh):
     """A training step of every dispatcher and every exchange; outside of the layer the task's loss is added up."""
     text, sizes = cases.compiled(name, mesh)[1], sizes_of(mesh)
     tokens = tuple(a for a in TOKENS if a in sizes)
@@ -215,7 +215,7 @@ def predicted(name: str, platform: str = "cpu") -> list[Collective]:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_step(name):
+def test_a_training_step_sends_what_is_predicted(name):
     assert wrong(predicted(name), compiled(name)) == []
 
 
@@ -277,7 +277,7 @@ def test_other_platforms():
 # ---------------------------------------------------------------- the audit
 
 
-def test_audit():
+def test_the_audit_counts_pass_by_pass():
     """Pass by pass."""
     rows = audit(experiment("d2e4", remat="full", optim=optimizer(zero1=True), **ONE))
     assert [r.detail for r in rows if not r.holds] == []
@@ -313,7 +313,7 @@ def collective(op="all-reduce", bytes=8, where="here", axes=("data",)) -> Collec
         ([collective(axes=("data", "fsdp"))], [], "all-reduce over data x fsdp: "),
     ],
 )
-def test_compare(predicted, compiled, detail):
+def test_a_difference_is_named(predicted, compiled, detail):
     rows = compare(predicted, compiled)
     details = [r.detail for r in rows if not r.holds]
     assert len(details) == bool(detail)

@@ -97,19 +97,19 @@ def test_what_is_counted_is_made(name):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_exact(name):
+def test_parameters_are_counted_exactly(name):
     count = parameters(experiment(name).model)
     assert (count.total, count.active) == EXACT[name]
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_parts(name):
+def test_parameters_of_each_kind_are_counted(name):
     count = parameters(experiment(name).model)
     assert {kind: n.total for kind, n in count.kinds.items()} == PARTS[name]
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_published(name):
+def test_parameters_are_the_published(name):
     """The count is printed as its source prints it, or the config says why not; and then it is true."""
     published, count = module(name)["PUBLISHED"], parameters(experiment(name).model)
     assert published["source"]

@@ -196,7 +196,7 @@ def test_every_config_can_be_shrunk(file):
         ({"fsdp": 8, "tensor": 8}, 4, {"fsdp": 2, "tensor": 2}),
     ],
 )
-def test_folding(mesh, devices, folded):
+def test_a_mesh_is_folded_onto_fewer_devices(mesh, devices, folded):
     assert fold(mesh, devices) == folded
 
 

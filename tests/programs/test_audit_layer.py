@@ -75,7 +75,7 @@ def short(value: Any) -> str | None:
     ],
     ids=short,
 )
-def test_causal(cfg, training, through):
+def test_the_audit_knows_which_layers_are_causal(cfg, training, through):
     """Law 4: the audit agrees with what is known, and says through what the future is seen."""
     verdict = judge("causal", cfg, training)
     assert verdict.holds == (through is None), verdict
@@ -102,7 +102,7 @@ def test_batch_independent(dispatch, S, holds):
     assert ("(a drop in" in verdict.detail) != holds
 
 
-def test_trainable():
+def test_the_audit_names_untrained_parameters():
     """Law 3: every parameter is named; what is declared untrained is not a violation."""
     assert audit.trainable(layer(TopK())) == (True, "all of gate_DE")
     assert audit.trainable(layer(SoftMoE(), Einsum(None))) == (True, "all of phi_DEC, scale_")

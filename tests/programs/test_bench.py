@@ -122,7 +122,7 @@ def test_a_layer_drops_what_is_said():
     assert x_BLD.shape == (8, 8, 32)
 
 
-def test_rows_done():
+def test_computed_rows_follow_the_dispatcher():
     """Slots where all are computed, rungs where rows lie back to back, and just the rows in a grouped matmul."""
     count_GE, S, D = np.array([[8, 0, 1, 7], [8, 4, 0, 4]]), 8, 2**20  # K=2, four experts, C=5
     layer = lambda dispatch: MoEConfig(E=4, dispatch=dispatch)  # noqa: E731
@@ -182,7 +182,7 @@ def cells_of(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
 
 
-def test_a_table(measured):
+def test_the_table_has_every_measurement(measured):
     cells = cells_of(measured[1].out)
     assert [row[:3] for row in cells[2:6]] == [
         ["quick", routing, f"`{dispatch}`"] for dispatch in ("Einsum(1.25)", "Sort()") for routing in ("real", "skewed")
@@ -195,7 +195,7 @@ def test_a_table(measured):
         assert all(len(cell.split(" / ")) == 2 for cell in (route, dispatch, experts, combine, layer))
 
 
-def test_a_record(measured):
+def test_the_record_has_every_measurement(measured):
     folder, _ = measured
     saved = record.load(folder / "a.json")
     assert saved["machine"] == record.machine()
@@ -215,7 +215,7 @@ def test_a_record(measured):
     assert record.load(folder / "nan.json")["rows"][0]["load"] is None
 
 
-def test_a_plot(measured):
+def test_the_plot_names_what_it_shows(measured):
     picture = (measured[0] / "a.svg").read_text()
     xml.etree.ElementTree.fromstring(picture)
     for words in ("Sort()", "Einsum(1.25)", "skewed, forward and backward", "dense twin"):

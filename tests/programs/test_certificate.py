@@ -73,7 +73,7 @@ def test_every_bit_of_every_weight(key):
         assert verify(made, tree, CONFIG, key) == [f"weight {name} has other values"]
 
 
-def test_other_weights(key):
+def test_a_changed_weight_is_named(key):
     """Of another shape or type with the same bytes, too many, too few: a line for each."""
     made = certify(CHECKS, weights(), CONFIG, key)
     for change, lines in (
@@ -125,7 +125,7 @@ def test_every_value_of_a_certificate(key):
     assert tried > 25
 
 
-def test_forgery():
+def test_a_forged_certificate_does_not_pass():
     """Whoever has no key can make a digest, but no signature; a lie about a limit is seen even when it is sealed."""
     made, params = certify(CHECKS, weights(), CONFIG, KEY), weights()
     assert verify(made, params, CONFIG, OTHER)[0].startswith("the signature does not match")
@@ -180,7 +180,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_program(run):
+def test_the_program_measures_writes_and_verifies(run):
     """Measures, writes, verifies; a changed byte of the checkpoint or number of the certificate is one line, code 2."""
     folder = run
     flags = [f"--workdir={folder / 'run'}", f"--data_dir={folder / 'data'}", f"--key={folder / 'key'}"]

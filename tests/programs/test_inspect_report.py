@@ -165,7 +165,7 @@ def test_little_is_told_of_little(rec):
     assert "paths" not in report.paths(found)
 
 
-def test_compared(rec):
+def test_a_recording_compared_with_itself_is_the_same(rec):
     """With itself all is the same; with experts exchanged nothing but chance."""
     np.testing.assert_array_equal(compared(rec, rec)["saturation"], 1)
     other = rec._replace(expert_TNK=np.where(rec.expert_TNK < E, (rec.expert_TNK + 1) % E, E).astype(np.int16))

@@ -221,7 +221,7 @@ def test_enough_is_enough(worker, tmp_path):
     assert "process 0 died with exit code 3" in said
 
 
-def test_shrinking(worker, tmp_path):
+def test_a_shrunk_job_goes_on_with_fewer_processes(worker, tmp_path):
     mesh = '--config={"mesh": {"data": -1, "expert": 2}}'
     code, _, found = launched(worker, tmp_path / "run", "sys.exit(n > 1)", "--processes=3", "--shrink", rest=(mesh,))
     assert code == 0

@@ -41,7 +41,7 @@ def test_notebooks_are_committed_clean(path):
                 assert node.end_lineno - node.lineno < 15, node.name
 
 
-def test_routing(monkeypatch):
+def test_the_routing_notebook_trains_eight_routers(monkeypatch):
     """Eight routers are trained; the balancing loss helps those that it can reach, and nobody else."""
     monkeypatch.setenv("MOE_JAX_STEPS", "150")
     printed = executed("01_routing.ipynb", pictures=9)
@@ -56,7 +56,7 @@ def test_routing(monkeypatch):
     assert errors["Switch"][0] > errors["Random"][0]  # a collapsed router is worse than none
 
 
-def test_dispatch():
+def test_the_dispatch_notebook_finds_the_causal_priorities():
     """Which priorities are causal, and that dispatchers agree to rounding and to every drop."""
     printed = executed("02_dispatch.ipynb", pictures=12)
     causal = re.findall(r"^K=(\d) ([\w-]+) +causal: (\w+)$", printed, re.M)

@@ -63,7 +63,7 @@ def test_training_results(finished):
     assert printed.count("def __init__(self") == 2
 
 
-def test_specialisation(finished):
+def test_the_specialisation_notebook_shows_the_run(finished):
     """What is recorded is the run's layers; the expert of the card is one of theirs, and its knock-out is on it."""
     printed = executed("05_specialisation.ipynb", pictures=12)
     assert "step 6: " in printed
