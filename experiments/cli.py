@@ -34,7 +34,7 @@ OVERRIDE = re.compile(r"--?config\.")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 EXAMPLES = (
     "model.moe.router.K=4",
-    "model.moe.losses.LoadBalance.weight=0.02",
+    "model.moe.losses.LoadBalance.weight=0.05",
     "model.attention.position.base=500000",
     "optim.schedule.peak=0.001",
     'model.moe.router="TopK(K=4, normalize=False)"',

@@ -8,6 +8,7 @@ colon, or from the comment after a field.
 """
 
 import dataclasses
+import functools
 import inspect
 import io
 import pathlib
@@ -227,6 +228,7 @@ def said(cls: type) -> dict[str, str]:
     return comments(cls) | entries(cls)
 
 
+@functools.cache
 def entries(cls: type) -> dict[str, str]:
     """The first sentence of what a docstring says after names of fields and a colon, by name."""
     names, found = {f.name for f in dataclasses.fields(cls)}, {}
@@ -240,6 +242,7 @@ def entries(cls: type) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def comments(cls: type) -> dict[str, str]:
     """The comments after fields, by name."""
     source = textwrap.dedent(inspect.getsource(cls))

@@ -36,7 +36,7 @@ MEANINGS: dict[str, str] = {
     "data.tokenizer=SentencePiece(V={})": "vocab_size vocab vocabulary_size V",
     "data.L": "seq_len max_seq_len seq_length sequence_length context_length block_size max_position_embeddings n_ctx",
     "data.B": "batch_size global_batch_size train_batch_size batch",
-    "data.accumulate": "grad_accum grad_accum_steps gradient_accumulation_steps accumulation_steps num_microbatches",
+    "data.microbatches": "grad_accum grad_accum_steps gradient_accumulation_steps accumulation_steps num_microbatches",
     "optim.schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler",
     "optim.schedule.peak": "lr learning_rate max_lr peak_lr peak",
     "optim.schedule.warmup": "warmup warmup_steps num_warmup_steps",

@@ -63,10 +63,11 @@ def main() -> None:
 def experiments() -> list[Experiment]:
     """The experiment of --config, with its overrides, and its twin."""
     sizes = sizes_of(MESH.value) if MESH.value else {}
-    exp = cli.experiment(CONFIG, *(f"--config.mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES if sizes))
+    overrides = [f"--config.mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES if sizes]
+    exp = cli.experiment(CONFIG, *overrides)
     if TWIN.value:
-        return [exp, build(cli.load(TWIN.value))]
-    return [exp, dataclasses.replace(exp, model=exp.model.dense_twin())]
+        return [exp, build(cli.overridden(cli.load(TWIN.value), overrides))]
+    return [exp, dataclasses.replace(exp, model=exp.model.dense_baseline())]
 
 
 def on_mesh(exp: Experiment) -> Experiment:
@@ -97,7 +98,7 @@ class Stepper:
         windows, _ = exp.data.prepare(data_dir)
         self.program = Program(exp, len(windows.domains))
         stream = batches(windows, exp.data.B, exp.seed, 0, **self.program.share)
-        few = [self.program.place(batch) for batch in itertools.islice(stream, 4)]
+        few = [self.program.to_global(batch) for batch in itertools.islice(stream, 4)]
         self.state, self.batches = self.program.init(), itertools.cycle(few)
         self.compiled = compiled(self.program, few[0])
 

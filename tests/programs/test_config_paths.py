@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from experiments import audit, cli, plan, train
 from experiments.bench import steps
 from moe_jax.attention import MHA, MLA, Linear, Relative, Rotary, YaRN
-from moe_jax.config import SECTIONS, Experiment, build, parse, plain
+from moe_jax.config import RENAMED, SECTIONS, Experiment, build, parse, plain
 from moe_jax.dispatch import Scatter
 from moe_jax.losses import Adaptive, LoadBalance, RouterZ
 from moe_jax.models import MODELS
@@ -30,7 +30,7 @@ VALUES = {
         "D": 8,
         "N": 2,
         "attention": "MHA(H=2, A=4)",
-        "layout": "all",
+        "moe_layers": "all",
         "remat": "none",
         "moe": {
             "E": 4,
@@ -43,7 +43,7 @@ VALUES = {
         },
     },
 }
-DENSE = {"model": {"D": 8, "N": 2, "attention": "MHA(H=2, A=4)", "layout": "none"}}
+DENSE = {"model": {"D": 8, "N": 2, "attention": "MHA(H=2, A=4)", "moe_layers": "none"}}
 BROKEN = {"model": {"moe": {"router": "TopK(K=5)"}}, "mesh": {"data": 3}}  # each of them is wrong
 
 
@@ -130,7 +130,7 @@ def test_an_expert_in_place_of_a_layer_has_fields():
 
 
 def test_a_layer_may_begin_with_a_flag():
-    assert built(("model.moe.E", "4"), ("model.layout", "all"), values=DENSE).model.moe.E == 4
+    assert built(("model.moe.E", "4"), ("model.moe_layers", "all"), values=DENSE).model.moe.E == 4
 
 
 COMPONENTS = (
@@ -247,8 +247,9 @@ def broken(tmp_path) -> list[str]:
     ("program", "more"),
     [(train, ["--print_config"]), (plan, ["--topology=v5e:2x2", "--analytic"]), (audit, ["--placement"])],
 )
-def test_a_wrong_file_is_mended_by_flags(program, more, broken):
+def test_a_wrong_file_is_mended_by_flags(program, more, broken, monkeypatch):
     """In every program, which checks the config once, with all flags."""
+    monkeypatch.setattr(plan, "planned", lambda exp, *_: print(exp.mesh))
     for missing in broken[1:]:
         flags = [flag for flag in broken if flag != missing]
         assert call(program, *flags, *more).code == 2, missing
@@ -313,7 +314,11 @@ def test_what_is_wrong_in_a_file_is_mended_by_one_flag(wrong, mended):
         ("model.moe.losses.2.weight", "2", "no entry '2'; there are 0: LoadBalance(0.01), 1: RouterZ(0.001)."),
         ("model.moe.losses.weight", "2", "config.model.moe.losses has no entry 'weight'; there are 0: LoadBalance"),
         ("model.moe.losses.Load.weight", "2", "config.model.moe.losses has no entry 'Load'; there are 0: LoadBala"),
-        ("model.extra.F", "2", "config.model.extra is not set and has no field 'F'; set it too, to one of 'MLP(...)'"),
+        (
+            "model.dense_after_moe.F",
+            "2",
+            "config.model.dense_after_moe is not set and has no field 'F'; set it too, to one of 'MLP(...)'",
+        ),
         ("model", "2", "config.model has the fields kind, V, D"),
         ("data.B.x", "2", "config.data.B=32 has no fields; set it as a whole."),
         ("mesh.data.x", "2", "config.mesh.data=2 has no fields; set it as a whole."),
@@ -381,7 +386,7 @@ def test_every_word_leads_to_a_field(target):
         ("model.moe.aux_loss_coef", "0.1", "model.moe.losses.LoadBalance.weight=0.1"),
         ("model.moe.losses.z_loss", "0.1", "model.moe.losses.RouterZ.weight=0.1"),
         ("model.bf16", "True", "model.dtype=bfloat16"),
-        ("data.grad_accum", "2", "data.accumulate=2"),
+        ("data.grad_accum", "2", "data.microbatches=2"),
         ("optimizer.weight_decay", "0.2", "optim.optimizer.weight_decay=0.2"),  # a section's name is left out
         ("model.steps", "5", "run.steps=5"),  # another section's field
     ],
@@ -413,3 +418,26 @@ def test_a_word_is_understood_in_a_file_and_as_a_flag_without_a_path():
 def test_help_shows_paths_into_components():
     for program in (train, plan, audit):
         assert "--config.model.moe.router.K=4" in call(program, "--help").out
+
+
+# ---- names of earlier versions
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_name_of_an_earlier_version_is_answered_by_the_new_one(old, new):
+    """In a flag by what to type, in a file and in a run's config.json by a sentence."""
+    section, _, name = old.partition(".")
+    with pytest.raises(ValueError, match=rf"say --config\.{section}\.{new}=3\.$"):
+        built((old, "3"))
+    assert field(build(VALUES), f"{section}.{new}") != "missing"
+    with pytest.raises(ValueError, match=rf"config\.{section}\.{new} since"):
+        build(merged(VALUES, {section: {name: 3}}))
+    saved = json.loads(build(VALUES).to_json())
+    saved[section][name] = saved[section].pop(new)
+    with pytest.raises(ValueError, match=rf"config\.{section}\.{new} since"):
+        Experiment.from_json(json.dumps(saved))
+
+
+def test_a_value_of_an_earlier_version_is_answered_by_the_new_one():
+    with pytest.raises(ValueError, match="remat='exchanged' is 'save_collectives' since"):
+        built(("model.remat", "exchanged"))
