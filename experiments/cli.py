@@ -1,6 +1,5 @@
 """What the programs share: the experiment that a command line means, and one line for a user's mistake."""
 
-import dataclasses
 import difflib
 import pathlib
 import re
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.launch import join, pulse
 from moe_jax.config import SECTIONS, Experiment, build, typed
-from moe_jax.overrides import override
+from moe_jax.overrides import known_fields, override
 from moe_jax.train import TrainingDiverged
 from moe_jax.words import meant
 
@@ -37,7 +36,7 @@ EXAMPLES = (
     "model.moe.losses.LoadBalance.weight=0.05",
     "model.attention.position.base=500000",
     "optim.schedule.peak=0.001",
-    'model.moe.router="TopK(K=4, normalize=False)"',
+    'model.moe.experts="GLU(F=256)"',
 )
 OWN = tuple(str(pathlib.Path(__file__).parents[1] / package) for package in ("moe_jax", "experiments"))
 
@@ -163,7 +162,7 @@ def define_config() -> None:
 def experiment(default: str | None = None, *more: str) -> Experiment:
     """The experiment of --config, with every --config.a.b=VALUE set in it, in any order; built once, after all of them.
 
-    default: the file without --config. more: overrides of the program's own, which count before the command line's.
+    default: the file without --config. more: overrides of the program's own, which win over those of the command line.
     """
     if not (file := FLAGS["config"].value or default):
         raise ValueError("No experiment was given; say --config=configs/glam_nano.py, for instance.")
@@ -258,9 +257,9 @@ def help_text(main: Callable[[], None]) -> str:
     lines = [(program.__doc__ or "").strip(), "", "Flags:"]
     lines += sorted({f"  --{flag.name:<14}{' '.join(flag.help.split())}" for flag in own})
     lines += ["", "Fields of a config (docs/config.md explains each):"]
-    for path, section in SECTIONS.items():
+    for path in (*SECTIONS, "mesh"):
         start = "--" + PREFIX + (path + "." if path else "")
-        names = [f.name for f in dataclasses.fields(section) if f.name != "V"]
+        names = [name for name in known_fields(start.strip("-.")) if name not in ("V", "mesh")]
         lines.append(f"  {start}{{{','.join(n for n in names if f'{path}.{n}'.strip('.') not in SECTIONS)}}}")
     lines += ["", "A path goes on into a component, or an entry of a tuple:"]
     lines += [f"  --{PREFIX}{example}" for example in EXAMPLES]

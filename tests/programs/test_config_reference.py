@@ -57,7 +57,7 @@ def test_the_first_flags_can_be_typed():
     assert len(given) == 5
     assert all(f"--config.{example}" in PAGE for example in cli.EXAMPLES)
     exp = build(override(values, given))
-    assert (exp.model.moe.router.K, exp.model.moe.router.normalize, exp.optim.schedule.peak) == (4, False, 0.001)
+    assert (exp.model.moe.router.K, exp.model.moe.experts.F, exp.optim.schedule.peak) == (4, 256, 0.001)
     assert [build(override(values, [one])) == build(values) for one in given] == [False] * 5
 
 
