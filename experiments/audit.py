@@ -1,4 +1,4 @@
-"""Which laws hold of your own experiment: found by running it, at small widths, on simulated devices.
+"""Audits your own experiment: runs it at small widths on simulated devices, and tells which laws hold.
 
     python -m experiments.audit --config=configs/glam_nano.py
     python -m experiments.audit --config=configs/glam_pod.py --report=runs/audit.html

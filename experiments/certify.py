@@ -92,7 +92,7 @@ def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[st
 
 
 def statistics(seen: LayerTrace, effects: Effects, differences: Fairness | None) -> dict[str, float]:
-    """What is held against `LIMITS`, by name."""
+    """Statistics that are compared with `LIMITS`, by name."""
     N, E = len(seen.expert_NTK), seen.probs_NTE.shape[-1]
     choices_NE = np.array([np.bincount(seen.expert_NTK[n].ravel(), minlength=E + 1)[:E] for n in range(N)])
     taken = seen.expert_NTK < E

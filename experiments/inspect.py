@@ -117,7 +117,7 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
 
 
 def recorded(run: Run, batches: list[Any], domains: tuple[str, ...]) -> Recording:
-    """What a run's routers do with these batches, with its limit of slots."""
+    """Records what a run's routers do with these batches, with its capacity."""
     return joined(recordings(run.exp, run.params, batches, run.router, domains, stack=STACK.value))
 
 

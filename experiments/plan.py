@@ -1,4 +1,4 @@
-"""Whether an experiment fits on a slice of a TPU pod, how fast it can be there and what a run costs; no TPU is needed.
+"""Plans an experiment on a slice of a TPU pod without a TPU: whether it fits, its speed, and the cost of a run.
 
     python -m experiments.plan --config=configs/glam_pod.py --topology=v5e:4x4
     python -m experiments.plan --config=configs/glam_pod.py --topology=v4:4x4x4 --search --report=runs/plan.html
@@ -117,7 +117,7 @@ def searched(exp: Experiment, on: Topology, table: pathlib.Path | None, report: 
 
 
 def outcome(exp: Experiment, on: Topology) -> str:
-    """What the compiler says of an option."""
+    """Outcome of an option by the compiler."""
     try:
         made = compiler.compiled(exp, on.name)
     except ValueError as error:

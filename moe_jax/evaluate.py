@@ -73,5 +73,5 @@ def drop_rate(stats: Stats) -> float:
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """What compression the loss amounts to."""
+    """Bits per byte that a loss amounts to."""
     return nats_per_token / bytes_per_token / math.log(2)

@@ -153,7 +153,7 @@ def train_step(
 
 
 def split_microbatches(A: int, x_B: Array) -> Array:
-    """[B, ...] -> [A, B/A, ...], every A-th row to a microbatch, so that rows stay on their device."""
+    """Splits a batch, [B, ...] -> [A, B/A, ...], every A-th row to a microbatch, so that rows stay on their device."""
     return x_B.reshape(-1, A, *x_B.shape[1:]).swapaxes(0, 1)
 
 
@@ -237,7 +237,7 @@ class Program:
 
     @property
     def share(self) -> dict[str, int]:
-        """Which part of every batch this process reads, of how many; processes inside one shard read the same."""
+        """Arguments for `batches` of the part that this process reads; processes inside one shard read the same."""
         n = math.prod(self.mesh.shape[axis] for axis in TOKENS)
         places = self.rows.addressable_devices_indices_map((n,)).values()
         return process_slice({place[0].indices(n)[0] for place in places if place is not None}, n)

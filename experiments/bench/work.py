@@ -1,4 +1,4 @@
-"""How much is computed, and how much of it is of use."""
+"""Work of a layer: FLOPs and bytes computed, and the part that is of use."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def kept(cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int) -> Int[np.nda
 
 
 def by_rows(cfg: MoEConfig, platform: str, spread: bool = False) -> bool:
-    """Whether rows lie back to back, rather than in slots of which some may be empty.
+    """Tells whether rows are contiguous, rather than in slots of which some may be empty.
 
     A CPU is as fast with any number of rows per expert, so that capacity costs nothing there; what travels has slots.
     """
@@ -59,7 +59,7 @@ def rows_done(
 
 
 def flops_per_row(shape: Shape) -> int:
-    """Of an expert's matmuls, forward."""
+    """FLOPs of an expert's matmuls for one row, forward."""
     return 2 * shape.D * shape.experts.F * matrices(shape)
 
 
@@ -68,7 +68,7 @@ def matrices(shape: Shape) -> int:
 
 
 def weight_bytes(cfg: MoEConfig, shape: Shape, count_GE: Int[np.ndarray, "G E"], all_read: bool) -> int:
-    """Of float32 weights that experts read at least once, forward: of those that have rows, or of all."""
+    """Bytes of float32 weights that experts read at least once, forward: of those that have rows, or of all."""
     experts = cfg.E if all_read else int((count_GE.sum(0) > 0).sum())
     return 4 * experts * math.prod((shape.D, shape.experts.F, matrices(shape)))
 

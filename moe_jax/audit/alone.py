@@ -42,7 +42,7 @@ def drops(seen: StepTrace) -> Verdict:
 
 
 def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]) -> dict[str, Verdict] | None:
-    """Whether a batch in pieces is the same step as at once; None where it need not be, or is not in pieces.
+    """Law 1: checks that a batch in microbatches is the same step as at once; None where this does not apply.
 
     Auxiliary losses, which are means over pieces, are left out, and so is noise, which is drawn for each piece;
     routing groups are sequences, as a group of several has other ones in pieces.
@@ -61,7 +61,7 @@ def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[ja
 
 
 def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
-    """Law 7: what stands in padded places changes no loss, count, gradient or parameter, bit for bit."""
+    """Law 7: the content of padded positions changes no loss, count, gradient or parameter, bit for bit."""
     empty_BL, other = empty(batch, "target_BL"), scribbled(batch, np.random.default_rng(1))
     seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
     if isinstance(seen[0].expert_NBLK, np.ndarray):
@@ -78,7 +78,7 @@ def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -
 
 
 def halves(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Worst:
-    """How far the sums over a batch are from those of its halves, each with padding in place of the other."""
+    """Differences between sums over a batch and over its halves, each with padding in place of the other."""
     B, whole = len(batch.target_BL), exp.data.microbatches * rows_of_a_group(exp.model, batch)
     first_B1 = (np.arange(B) < B // (2 * whole) * whole)[:, None]
     if not first_B1.any():  # one routing group, which cannot be cut

@@ -23,12 +23,12 @@ class Row(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether they move the same bytes; how many there are is also a matter of which ones XLA combines."""
+        """Tells whether both move the same bytes; their number depends on which ones XLA combines."""
         return self.predicted.bytes == self.compiled.bytes
 
     @property
     def detail(self) -> str:
-        """What is wrong, and where; "" if nothing is."""
+        """Describes what is wrong, and where; "" if nothing is."""
         predicted, compiled = self.predicted, self.compiled
         if self.holds:
             return ""
@@ -66,7 +66,7 @@ def none(op: str, axes: tuple[str, ...], sides: list[dict]) -> Collective:
 
 
 def less(whole: list[Collective], part: list[Collective]) -> list[Collective]:
-    """What a program sends that a part of it does not."""
+    """Collectives of a program that a part of it does not have."""
     return whole + [c._replace(count=-c.count, bytes=-c.bytes) for c in part]
 
 

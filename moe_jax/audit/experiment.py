@@ -18,7 +18,7 @@ TOKENS = 50_000  # of all trials of a layer
 
 
 class Finding(NamedTuple):
-    """What was found of a law, where it was tried, and whether the config claims it."""
+    """Finding about a law: the result, where it was tried, and whether the config claims the law."""
 
     law: str
     subject: str

@@ -54,7 +54,7 @@ Computation = dict[str, Instruction]  # by name, in the order of the text
 
 
 def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """What one device executes of `compiled.as_text()`, in its order, an item for each collective in the text.
+    """Collectives that one device executes of `compiled.as_text()`, in order, one item for each in the text.
 
     Loops count as often as they run, of a conditional the branch that moves most. The mesh is the one that the program
     was compiled for, its devices in their order. ValueError for another one, for a text that is not HLO, and for a
@@ -89,12 +89,12 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 
 def repeated(c: Collective, times: int) -> Collective:
-    """It, `times` times."""
+    """Repeats a collective `times` times."""
     return c._replace(count=times * c.count, bytes=times * c.bytes)
 
 
 def within(i: Instruction, found: list[Collective]) -> list[Collective]:
-    """What a call or fusion executes: it says where, if what it calls does not.
+    """Collectives that a call or fusion executes; they get its location where they have none.
 
     On TPU a fusion of an all-reduce and each device's slice of it is a reduce-scatter.
     """
@@ -106,7 +106,7 @@ def within(i: Instruction, found: list[Collective]) -> list[Collective]:
 
 
 def trips(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int:
-    """How often the body runs."""
+    """Number of times that the body runs."""
     known = TRIPS.search(loop.rest)
     times = int(known[1]) if known else steps(loop, around, body, condition)
     if times is None:
@@ -118,7 +118,7 @@ def trips(loop: Instruction, around: Computation, body: Computation, condition: 
 
 
 def steps(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int | None:
-    """Of a loop that adds a constant to a counter as long as it is below another: all that TPU programs say."""
+    """Steps of a loop that adds a constant to a counter below a limit: all that TPU programs say."""
     test = root(condition)
     if test.op != "compare" or "direction=LT" not in test.rest:
         return None
@@ -160,7 +160,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
 
 
 def another_piece(op: str, rest: str, seen: set) -> bool:
-    """Whether it goes on with a collective that has begun: TPU fuses its pieces with computations that hide it."""
+    """Tells whether an instruction continues a collective that has begun: TPU fuses its parts with computations."""
     chain = CHAIN.search(rest) if op in OPCODES else None
     if chain is None:
         return False
@@ -193,7 +193,7 @@ def short(path: str) -> str:
 
 
 def attribute(i: Instruction, name: str) -> str:
-    """Its value, without a leading %."""
+    """Value of an instruction's attribute, without a leading %."""
     found = re.search(rf"\b{name}=%?([\w.-]+)", i.rest)
     return found[1] if found else ""
 
@@ -216,7 +216,7 @@ def operands(i: Instruction) -> list[str]:
 
 
 def origin(computation: Computation, name: str) -> Instruction:
-    """What this is a copy of."""
+    """Instruction that this one is a copy of."""
     i = computation[name]
     while i.op in ("copy", "copy-start", "copy-done", "bitcast"):
         i = computation[operands(i)[0]]
@@ -224,7 +224,7 @@ def origin(computation: Computation, name: str) -> Instruction:
 
 
 def element(computation: Computation, name: str, index: int) -> Instruction:
-    """What is at this index of a tuple; the tuple, if it has not been made here."""
+    """Element of a tuple at this index; the tuple, if it has not been made here."""
     made = origin(computation, name)
     return origin(computation, operands(made)[index]) if made.op == "tuple" else made
 
@@ -296,7 +296,7 @@ def groups(written: str, devices: int) -> list[np.ndarray]:
 
 
 def named_groups(mesh: str, dims: str | None, order: str | None, ids: str | None, axes: str) -> list[np.ndarray]:
-    """Of mesh['a'=4,'b'=2] {'b'}, or with {'a':(2)2}: parts of a, in 2 x 2, the second 2.
+    """Device groups of a mesh notation: mesh['a'=4,'b'=2] {'b'}, or {'a':(2)2}, the second 2 of a as 2 x 2.
 
     `dims` and `order`, or `ids`, are the mesh's devices, if these are not in order.
     """

@@ -61,7 +61,7 @@ class Trial:
         self.run = jax.jit(partial(everything, exp, self.program.layouts))
 
     def __call__(self, state: step.State, batch: AnyBatch) -> StepTrace:
-        """Of a state and a batch in the memory of the host."""
+        """Runs the step on a state and a batch in host memory."""
         state = jax.device_put(state, self.program.shardings)
         with jax.set_mesh(self.program.mesh):
             return self.run(state, self.program.to_global(batch))
@@ -86,7 +86,7 @@ def everything(exp: Experiment, layouts: step.StateSpecs, state: step.State, bat
 
 
 def uneven(state: step.State) -> step.State:
-    """With routers that are surer than at the start of training, so that some experts overflow."""
+    """Sharpens the routers of a state, so that some experts overflow."""
 
     def leaf(path: Any, x: np.ndarray) -> np.ndarray:
         name = str(path[-1].key)
@@ -123,13 +123,13 @@ def alone(exp: Experiment) -> Experiment:
 
 
 def run_on(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]) -> StepTrace:
-    """What is seen of a step on the experiment's mesh, in the memory of the host."""
+    """Trace of a step on the experiment's mesh, in host memory."""
     count = int(np.prod([n for _, n in exp.mesh]))
     return jax.device_get(Trial(exp, devices[:count])(state, batch))
 
 
 def same(one: StepTrace, many: StepTrace, before: step.State) -> dict[str, Verdict]:
-    """Whether a mesh has done what a single device has: outputs, losses, drops, gradients, one step."""
+    """Law 1: compares a mesh with a single device: outputs, losses, drops, gradients, one step."""
     one, many = (seen._replace(grads=felt(seen.grads)) for seen in (one, many))
     stats = {n: v for n, v in (one.metrics.stats._asdict() if one.metrics.stats else {}).items() if n != "kept"}
     found = {
@@ -157,7 +157,7 @@ def felt(grads: Any) -> Any:
 
 
 def exactly(one: StepTrace, many: StepTrace) -> Verdict:
-    """The same choices, and as many of them dropped in every layer."""
+    """Compares choices exactly, and the number of dropped ones in every layer."""
     mine, theirs = one.metrics.stats, many.metrics.stats
     assert mine is not None
     assert theirs is not None

@@ -1,4 +1,4 @@
-"""What an audit has found, as one static HTML page."""
+"""Findings of an audit as one static HTML page."""
 
 from collections.abc import Sequence
 
@@ -55,7 +55,7 @@ def _total(placed: Sequence[Placed]) -> tuple[str, ...]:
 
 
 def _of_step(rows: Sequence[Row]) -> list[Row]:
-    """What a step sends."""
+    """Section on the collectives of a step."""
     return [row for row in rows if row.part == "step" and max(row.compiled.bytes, row.predicted.bytes)]
 
 

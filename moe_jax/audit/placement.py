@@ -1,4 +1,4 @@
-"""Which parameter lies where on a mesh, and what a device holds."""
+"""Sharding of every parameter on a mesh, and the bytes of a device."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class Placed(NamedTuple):
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """Its name, its shape, and what it is spread over."""
+        """Describes a parameter: name, shape, and the axes it is sharded over."""
         return self.name, "x".join(map(str, self.shape)), ", ".join("x".join(axes) or "-" for axes in self.axes)
 
 

@@ -22,7 +22,7 @@ ROUNDING = 1e-5  # relative to the largest output: matrix products may round by 
 
 
 class Verdict(NamedTuple):
-    """Whether a law holds, and what was seen."""
+    """Verdict on a law, and what was seen."""
 
     holds: bool
     detail: str
@@ -39,7 +39,7 @@ class Trials(NamedTuple):
 
 
 class RoutingTrace(NamedTuple):
-    """What a layer does with the tokens of T trials."""
+    """Trace of a layer on the tokens of T trials."""
 
     y_TBLD: Float[Array, "T B L D"]
     assignments_TBLE: Float[Array, "T B L E"]  # dropped ones too
@@ -159,7 +159,7 @@ def changed(cfg: MoEConfig, rng: np.random.Generator, given: Trials, where_TBL: 
 def gradients(
     cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None, target_TBLD: Float[Array, "T B L D"]
 ) -> dict[str, Array]:
-    """Of the task loss, by each of the router's parameters, [T, ...]."""
+    """Gradients of the task loss by each of the router's parameters, [T, ...]."""
 
     def loss(router, params, x_BLD, mask_BL, token_BL, task_BL, key, target_BLD):
         params = params | {f"router_{name}": value for name, value in router.items()}
@@ -199,7 +199,7 @@ def compare(
     watched_TBL: Bool[np.ndarray, "T B L"],
     what: str,
 ) -> Verdict:
-    """Whether a change in some places changes anything in those that are watched, and what."""
+    """Tells whether a change of some tokens changes anything at the watched ones, and what."""
     key_T = keys(cfg, rng, len(where_TBL))
     inputs = (given, changed(cfg, rng, given, where_TBL))
     run = partial(trace_routing, cfg, key_T=key_T if training else None)

@@ -70,7 +70,7 @@ SEGMENTS = {"tokens_BL": "segment_BL", "target_BL": "segment_BL", "source_BM": "
 
 
 def empty(batch: AnyBatch, field: str) -> np.ndarray:
-    """Where a field of a batch is padding."""
+    """Mask of the padding in a field of a batch."""
     segments = "loss_mask_BL" if isinstance(batch, Images) else SEGMENTS[field]
     nothing = getattr(batch, segments) == 0
     values = getattr(batch, field)
@@ -78,7 +78,7 @@ def empty(batch: AnyBatch, field: str) -> np.ndarray:
 
 
 def scribbled(batch: AnyBatch, rng: np.random.Generator) -> AnyBatch:
-    """The same batch with other values where it is padding."""
+    """Returns the batch with other values where it is padding."""
 
     def noise(field: str) -> np.ndarray:
         a = getattr(batch, field)
@@ -91,13 +91,13 @@ def scribbled(batch: AnyBatch, rng: np.random.Generator) -> AnyBatch:
 
 
 def only(batch: AnyBatch, rows_B1: np.ndarray) -> AnyBatch:
-    """The same batch with padding in all other rows."""
+    """Returns the batch with padding in all other rows."""
     masks = [field for field in batch._fields if "segment" in field or "mask" in field]
     return batch._replace(**{field: getattr(batch, field) * rows_B1 for field in masks})
 
 
 def nobody(exp: Experiment, batch: AnyBatch) -> np.ndarray:
-    """Where MoE layers are given padding [N, B, L], as `Aux.expert_BLK` has it."""
+    """Mask of padding that MoE layers get, [N, B, L], in the order of `Aux.expert_BLK`."""
     shapes = exp.model.stacks(batch)
     fields = ("source_segment_BM", "segment_BL")[-len(shapes) :]
     real = [batch.loss_mask_BL] if isinstance(batch, Images) else [getattr(batch, f) > 0 for f in fields]

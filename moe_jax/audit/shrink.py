@@ -66,14 +66,14 @@ def kinds(model: Model) -> set[Any]:
 
 
 def thin_layer(moe: Any) -> Any:
-    """What stands in sparse layers, with few hidden units."""
+    """Returns the content of sparse layers with few hidden units."""
     if not isinstance(moe, MoEConfig):
         return thin(moe)
     return dataclasses.replace(moe, experts=thin(moe.experts), shared=thin(moe.shared))
 
 
 def rows_of_a_group(model: Model, batch: Any) -> int:
-    """How many sequences of batches like this one a whole number of routing groups takes, in every stack."""
+    """Number of sequences that make whole routing groups in every stack."""
     routed = [stack for stack in model.stacks(batch) if isinstance(stack.moe, MoEConfig)]
     return math.lcm(*(stack.moe.sequences(stack.L) for stack in routed))
 
@@ -84,7 +84,7 @@ def thin(expert: Any) -> Any:
 
 
 def shallow(model: Model) -> Model:
-    """With as few layers as have every kind of layer, and two that route where there are two."""
+    """Returns the model with the fewest layers that include every kind, and two that route where there are two."""
     for N in range(1, model.N):
         try:
             fewer = dataclasses.replace(model, N=N)
@@ -107,7 +107,7 @@ def fold(mesh: dict[str, int], devices: int) -> dict[str, int]:
 
 
 def differences(exp: Experiment, small: Experiment) -> list[str]:
-    """What is not as configured."""
+    """Lists what was changed from the config."""
     pairs = [(name, getattr(exp, name), getattr(small, name)) for name in ("data", "optim", "model")]
     if exp.model.routed is not None:
         pairs.append(("model.moe", exp.model.moe, small.model.moe))

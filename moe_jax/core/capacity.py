@@ -1,4 +1,4 @@
-"""How many slots an expert has: the conventions of papers and code bases, by name."""
+"""Capacity conventions of papers and code bases, by name: the number of slots of an expert."""
 
 import dataclasses
 import math

@@ -17,7 +17,7 @@ from moe_jax.core.rows import LazyRows, materialize
 
 @runtime_checkable
 class Groups(Protocol):
-    """What an expert may ask of the rows it is given."""
+    """Operations that an expert can apply to its rows, whatever their layout."""
 
     def matmul(self, x: Array, w_EIO: Array) -> Array:
         """Every row times its expert's matrix."""
@@ -28,7 +28,7 @@ class Groups(Protocol):
         ...
 
     def apply(self, expert: Callable, params: Any, x: Array | LazyRows) -> Array:
-        """What experts make of their rows, expert(params, x, self), in the way that is fastest."""
+        """Applies expert(params, x, self) to the rows in the fastest way."""
         ...
 
 
@@ -92,7 +92,7 @@ class Ragged:
         return x_RO + jnp.where(mine_R1, b_RO, 0)
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
-        """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
+        """Runs grouped matmuls, or one expert after another where the platform would do E times the work for them."""
 
         def one_by_one(params, x, sizes_E):
             return OneByOne(sizes_E).apply(expert, params, x)

@@ -17,7 +17,7 @@ LANES = 128
 
 
 class Share(NamedTuple):
-    """What one device has of a batch, and of every layer."""
+    """One device's share of a batch, and of every layer."""
 
     B: int  # sequences of a microbatch
     width: int  # bytes of a number that is computed with
@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What a layer's backward pass finds of its forward pass, as XLA for TPU leaves it.
+    """Residuals of a layer's forward pass for its backward pass, as XLA for TPU keeps them.
 
     Within a block that is computed again, much is fused with what uses it; what is kept from one pass to the other is
     written down as it was differentiated.
@@ -43,7 +43,7 @@ class Residuals(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Of a block of layers, bytes."""
+    """Bytes that a block of layers keeps."""
 
     inside: int  # all that its backward pass needs of its forward pass
     between: int  # what is kept of that where the block is computed again

@@ -1,4 +1,4 @@
-"""What devices send to one another, as a list of collectives: what a config predicts, by arithmetic on shapes.
+"""Collectives of a train step, predicted from its config by arithmetic on shapes.
 
 Predictions hold to the byte for what XLA compiles (`audit.communication`). What one device would do alone is left out.
 """
@@ -103,7 +103,7 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
 
 @lru_cache(maxsize=16)  # who compares many meshes asks again and again
 def shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
-    """Of a model's parameters, and of what its MoE layers report of batches like this one, of one row."""
+    """Shapes of a model's parameters, and of the reports of its MoE layers on one row of a batch like this one."""
     params = jax.eval_shape(cfg.init, jax.random.key(0), batch)
     one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.n_moe_layers else cfg
     return params, jax.eval_shape(one.apply, params, batch, Call(router=jax.eval_shape(cfg.init_router)))[1]

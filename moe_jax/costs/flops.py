@@ -14,7 +14,7 @@ from moe_jax.moe_config import sizes_of
 
 
 class Flops(NamedTuple):
-    """Of the matrix multiplications of one sequence's forward pass, by kind: 2 for every multiply and add.
+    """FLOPs of the matrix multiplications of one sequence's forward pass, by kind: 2 for every multiply and add.
 
     "scores" are attention's, over the whole length, as it is computed. Look-ups, norms and activations are left out.
     """
@@ -45,7 +45,7 @@ class Flops(NamedTuple):
 
 
 def flops(cfg: Model, batch: Any) -> Flops:
-    """Of a sequence of batches like this one (`DataConfig.shapes`)."""
+    """Counts the FLOPs of one sequence of a batch like this one (`DataConfig.shapes`)."""
     found = Counter({"head": head(cfg, batch)})
     shapes = cfg.stacks(batch)
     for stack in shapes:
@@ -119,7 +119,7 @@ def router(cfg: MoEConfig, D: int) -> int:
 
 
 def head(cfg: Model, batch: Any) -> int:
-    """From the last layer to logits; and, of images, from patches to the first layer."""
+    """FLOPs from the last layer to logits; for images also from patches to the first layer."""
     if isinstance(cfg, ViTConfig):
         patches = 2 * (cfg.L - 1) * cfg.patch**2 * cfg.image[2] * cfg.D
         return patches + 2 * cfg.D * (cfg.V + cfg.representation * cfg.D)

@@ -40,7 +40,7 @@ class Memory(NamedTuple):
 
     @property
     def phases(self) -> dict[str, int]:
-        """What there is beside the state."""
+        """Bytes beside the state, by phase of the step."""
         kept = self.pieces + self.copies + self.activations
         return {
             "head": kept + self.head,
@@ -65,7 +65,7 @@ class Parameter(NamedTuple):
 
 
 def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
-    """Of the experiment's train step on a mesh of these sizes."""
+    """Memory of the experiment's train step on a mesh of these sizes."""
     sizes = {axis: max(sizes.get(axis, 1), 1) for axis in AXES}
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     params, state, optimizer = held(exp, sizes)
@@ -92,7 +92,7 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
 
 
 def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
-    """What all layers keep for the backward pass, and the most that a block of them needs there."""
+    """Bytes that all layers keep for the backward pass, and the most that a block of them needs there."""
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     experts = math.prod(sizes[axis] for axis in exp.exchange.over)
     share = Share(sequences(exp, sizes), width, sizes["tensor"], experts)
@@ -115,12 +115,12 @@ def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -
 
 
 def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
-    """Of a piece of the batch, on one device."""
+    """Sequences of a microbatch on one device."""
     return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKENS))
 
 
 def in_stack(p: Parameter) -> bool:
-    """Whether it is of the layers."""
+    """Tells whether a parameter belongs to the layers."""
     return "stack_" in p.path[0]
 
 
@@ -144,13 +144,13 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
 
 @lru_cache
 def shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
-    """Of parameters, and of what the optimizer remembers."""
+    """Shapes of parameters and of the optimizer state."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), data.shapes())
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))
     return params, jax.eval_shape(optimizer.build(steps)[0].init, params)
 
 
 def bytes_of(tree: Any, layouts: Any, sizes: Mapping[str, int]) -> int:
-    """Of a device's part of arrays that lie so."""
+    """Bytes of one device's part of arrays with these shardings."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layouts), strict=True)
     return sum(math.prod(dims.local_shape(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Of a model, by kind. Embeddings and heads count in both, once where they are tied."""
+    """Parameter counts of a model, by kind. Embeddings and heads count in both, once where they are tied."""
 
     kinds: Mapping[str, Kind]
 

@@ -69,7 +69,7 @@ class RaggedAllToAll:
 
 
 def slice_offsets(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
-    """Where slices begin at their destination, which holds them by expert, then by source."""
+    """Offsets of slices at their destination, which orders them by expert, then by source."""
     by_expert_XeX = jnp.transpose(sizes_XXe, (1, 2, 0))
     X, e, _ = by_expert_XeX.shape
     ends_XR = jnp.cumsum(by_expert_XeX.reshape(X, e * X), axis=1)
@@ -77,7 +77,7 @@ def slice_offsets(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
 
 
 def fit_to_buffer(asked_XXe: Int[Array, "X X e"], rows: int) -> Int[Array, "X X e"]:
-    """As much of every slice as its destination has room for, the same part of each."""
+    """Cuts slices to the room of their destination, all by the same fraction."""
     total_1X1 = asked_XXe.sum((0, 2), keepdims=True)
     part_1X1 = rows / jnp.maximum(total_1X1, 1) * (1 - 2**-20)  # rounding never adds up to a row too many
     part_XXe = jnp.floor(asked_XXe * part_1X1).astype(asked_XXe.dtype)

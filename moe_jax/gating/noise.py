@@ -9,7 +9,7 @@ from moe_jax.core.context import Context, draw
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
-    """While training, each number of the router's input times U(1 - size, 1 + size) (arXiv:2101.03961 has 0.01)."""
+    """Multiplies the router's input with U(1 - size, 1 + size) while training (arXiv:2101.03961 has 0.01)."""
 
     size: float = 0.01
     on: ClassVar[str] = "input"
@@ -30,7 +30,7 @@ class Jitter:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """While training, Gaussian noise of this standard deviation on the router's "logits", or on its "input"."""
+    """Adds Gaussian noise of this standard deviation to the router's "logits" or "input" while training."""
 
     std: float = 0.1
     on: str = "logits"

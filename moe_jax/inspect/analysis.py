@@ -69,7 +69,7 @@ def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] |
 
 
 def margins(rec: Recording) -> dict[str, Any] | None:
-    """How far choices are from being others, by layer: percentiles, and a histogram over tokens."""
+    """Router margins by layer: percentiles, and a histogram over tokens."""
     if rec.K >= rec.E:
         return None
     margin_TN = router_margin(rec)
@@ -121,7 +121,7 @@ def fair(rec: Recording) -> dict[str, Any] | None:
 
 
 def favourites(rec: Recording, decode: Callable[[int], str]) -> list[list[list[dict[str, Any]]]]:
-    """By layer and expert: the tokens that choose it most often over their share of all, frequent ones only."""
+    """Favourite tokens by layer and expert: those that choose it most often over their share, frequent ones only."""
     spec = vocabulary_specialisation(rec, least=max(8, rec.tokens // 2000))
     words = [decode(int(token)) for token in spec.class_A]
     found = []
@@ -137,7 +137,7 @@ def favourites(rec: Recording, decode: Callable[[int], str]) -> list[list[list[d
 
 
 def effects_of(effects: Effects) -> dict[str, Any]:
-    """What a knock-out of every expert has shown."""
+    """Summary of a knock-out of every expert."""
     return {
         "expert": np.array(effects.expert_P),
         "base": effects.base.by_domain_Z,
@@ -147,7 +147,7 @@ def effects_of(effects: Effects) -> dict[str, Any]:
 
 
 def weights_of(model: Any, params: Any) -> dict[str, Any]:
-    """How alike the experts' weights are, by layer, and which are twins."""
+    """Similarity of the experts' weights by layer, and duplicates among them."""
     similarity_NEE = np.stack([weight_similarity(model, params, n) for n in range(model.n_moe_layers)])
     return {"similarity": similarity_NEE, "duplicates": [duplicates(s_EE) for s_EE in similarity_NEE]}
 

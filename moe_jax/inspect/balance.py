@@ -1,4 +1,4 @@
-"""How a recording spreads over experts: load, dead experts, drops and whom they hit, margins."""
+"""Balance of a recording: load, dead experts, drops by group of tokens, margins."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ def divide(a: Any, b: Any) -> np.ndarray:
 
 
 def expert_choices(rec: Recording) -> Int[np.ndarray, "N E"]:
-    """How often each expert was chosen, drops included."""
+    """Number of times each expert was chosen, drops included."""
     each = (np.bincount(rec.expert_TNK[:, n].ravel(), minlength=rec.E + 1)[: rec.E] for n in range(rec.layers))
     return np.stack(list(each))
 
@@ -75,7 +75,7 @@ def _by(above_TN: np.ndarray, below_TN: np.ndarray, group_T: np.ndarray) -> By:
 
 
 class Repeated(NamedTuple):
-    """Whether the tokens that lose a choice in one place lose one in another."""
+    """Overlap of the tokens that lose a choice in different layers or recordings."""
 
     share_NN: Float[np.ndarray, "N N"]  # P(other drops in layer j | this drops in layer i); NaN without drops
     chance_N: Float[np.ndarray, "N"]  # P(other drops in layer j), what it would be if they had nothing in common

@@ -71,7 +71,7 @@ def certify(
 
 
 def verify(certificate: Any, params: Any, config: str, key: bytes | None = None) -> list[str]:
-    """What does not hold of a certificate, a line each; [] where all does.
+    """Lists what does not hold of a certificate, a line each; [] where all does.
 
     Its seal is of all that it says; weights and config are as they were; every statistic passes or fails as it says.
     A certificate that is signed does not verify without the key, nor does one without a signature if there is a key.
@@ -105,7 +105,7 @@ def fingerprints(params: Any) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(array: Any) -> dict[str, Any]:
-    """Of one array; the checksum is of its bytes in C order, little-endian."""
+    """Fingerprint of one array; the checksum is of its bytes in C order, little-endian."""
     a = np.asarray(jax.device_get(array))
     little = a.astype(a.dtype.newbyteorder("<"), copy=False) if a.dtype.byteorder == ">" else a
     sum_ = hashlib.sha256(np.ascontiguousarray(little).tobytes()).hexdigest()
@@ -113,7 +113,7 @@ def fingerprint(array: Any) -> dict[str, Any]:
 
 
 def digest(config: str) -> str:
-    """Of a config's values, however its JSON is laid out."""
+    """Digest of a config's values, whatever the format of its JSON."""
     return hashlib.sha256(_canonical(json.loads(config)).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ class Neighbour(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Of the route of one token in one layer.
+    """Explanation of the route of one token in one layer.
 
     part_DE: x_d * gate_de, which sum over d to gate_E exactly; logits_E is what the router made of them (temperature,
     soft cap). along_PE: the part of them that lies along each leading principal direction of the layer's inputs, and

@@ -15,7 +15,7 @@ NOTHING = 1e-9  # a difference this small, relative to the values, is rounding
 
 
 class Columns(NamedTuple):
-    """What is needed of a recording, whose columns have the same names: a row for each token."""
+    """Columns of a recording that are needed here, under the same names: a row for each token."""
 
     expert_TNK: Int[np.ndarray, "T N K"]  # E nowhere
     kept_TNK: Bool[np.ndarray, "T N K"]
@@ -26,7 +26,7 @@ class Columns(NamedTuple):
 
 
 def columns(seen: LayerTrace) -> Columns:
-    """The same of what a model was seen to do."""
+    """Columns from a trace of a model."""
     entropy_NT = -(seen.probs_NTE * np.log(np.maximum(seen.probs_NTE, 1e-30))).sum(-1)
     expert_TNK, kept_TNK = (a.swapaxes(0, 1) for a in (seen.expert_NTK, seen.kept_NTK))
     return Columns(expert_TNK, kept_TNK, entropy_NT.T, seen.sequence_T, seen.loss_T, seen.probs_NTE.shape[-1])
@@ -176,7 +176,7 @@ def found(
     least_P: Float[np.ndarray, "P"],
     level: float,
 ) -> Bool[np.ndarray, "P"]:
-    """Which differences are further from zero, in standard errors, than the furthest of a sample is from its own.
+    """Tells which differences are further from zero, in standard errors, than the largest deviation of a resample.
 
     One that is the same in all sequences is found if it is more than rounding (`least_P`). One whose samples too often
     have no error to divide by, since hardly any sequence is unlike the others, is not told from chance.

@@ -1,4 +1,4 @@
-"""What breaks without an expert: knock-out, isolation and substitution, by the loss on held-out data per domain."""
+"""Knock-out, isolation and substitution of experts, measured by the held-out loss per domain."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ SHUT = "shut_E"  # in the state of a layer: see `Masked`
 
 
 class Losses(NamedTuple):
-    """Of a model on held-out data, by domain."""
+    """Losses of a model on held-out data, by domain."""
 
     nats_Z: Float[np.ndarray, "Z"]
     targets_Z: Float[np.ndarray, "Z"]
@@ -35,7 +35,7 @@ class Losses(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What the loss is, and by how much it rises without each of P experts, in nats per target."""
+    """Loss of a model, and its rise without each of P experts, in nats per target."""
 
     expert_P: tuple[tuple[int, int], ...]  # (layer, expert)
     base: Losses
@@ -50,7 +50,7 @@ class Effects(NamedTuple):
 
 
 def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
-    """The mask that takes these experts (layer, expert) out of reach."""
+    """Mask that removes these experts (layer, expert) from every choice."""
     shut_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
     for layer, expert in experts:
         check_expert(model, layer, expert)
@@ -59,7 +59,7 @@ def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N 
 
 
 def only(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
-    """The mask that isolates experts: in this layer nobody else may be chosen, other layers stay as they are."""
+    """Mask that isolates experts: in this layer no other may be chosen, other layers stay as they are."""
     moe_path(model, layer)
     shut_NE = shut(model, [(layer, e) for e in experts])
     shut_NE[layer] = ~shut_NE[layer]
@@ -107,7 +107,7 @@ def losses(
 
 
 def count_domains(batches: Sequence[Any], domains: int | None) -> int:
-    """How many domains the data has, by the numbers in its batches where it is not said."""
+    """Number of domains: as given, or as found in the batches."""
     named = 1 + max((int(np.max(batch.domain_B)) for batch in batches), default=0)
     if domains is not None and named > domains:
         raise ValueError(f"A batch is of domain {named - 1}, but there are domains={domains}; give {named}, or None.")

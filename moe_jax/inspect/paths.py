@@ -1,4 +1,4 @@
-"""What choices have to do with each other: of one token in one layer, and from layer to layer."""
+"""Dependence of choices: of one token within a layer, and from layer to layer."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -50,7 +50,7 @@ class Paths(NamedTuple):
 
 
 def path_statistics(rec: Recording, top: int = 10) -> Paths:
-    """How many paths there are, and which are taken most."""
+    """Number of distinct paths through the layers, and the most frequent ones."""
     path_AN, count_A = np.unique(rec.expert_TNK[:, :, 0], axis=0, return_counts=True)
     order_A = np.argsort(-count_A, kind="stable")[:top]
     most = tuple((tuple(int(e) for e in path_AN[a]), int(count_A[a])) for a in order_A)
@@ -80,6 +80,6 @@ def layer_dependence(rec: Recording) -> Dependence:
 
 
 def _entropy(count: Int[np.ndarray, "..."]) -> float:
-    """Of a table of counts, nats."""
+    """Entropy of a table of counts, in nats."""
     p = count[count > 0] / max(count.sum(), 1)
     return float(-(p * np.log(p)).sum())

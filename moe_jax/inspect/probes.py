@@ -1,4 +1,4 @@
-"""How easily can a token be steered to an expert by changing the tokens before it? An adversarial search.
+"""Adversarial search: steers a token to an expert by changing the tokens before it.
 
 The guided search is HotFlip's (arXiv:1712.06751): the gradient of the goal by the embedding at a position says, to
 first order, what every substitution there would do; the best few are tried, the best of these is made, and so on. Its
@@ -22,7 +22,7 @@ from moe_jax.moe import MoEConfig
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What may be changed, and how long it is tried.
+    """Limits of a search: what may be changed, and how many attempts are made.
 
     window: positions before the token, of its own document, whose tokens may be changed. itself: the token too.
     budget: substitutions at most. tries: candidates looked at for each.
@@ -53,7 +53,7 @@ class Target(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """What came of a search: the tokens it ended with, and how many of them it has changed."""
+    """Result of a search: the tokens it ended with, and the number of substitutions."""
 
     target: Target
     succeeded: bool
@@ -63,7 +63,7 @@ class Attempt(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Of several attempts: how many succeeded, and with how many substitutions on average (NaN: none did)."""
+    """Summary of several attempts: success rate, and mean number of substitutions (NaN: none succeeded)."""
 
     attempts: tuple[Attempt, ...]
 
@@ -153,14 +153,14 @@ def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.
 
 
 def positions(one: Any, goal: Target, search: Search) -> Int[np.ndarray, "W"]:
-    """Where tokens may be changed: before the target, in its document."""
+    """Positions whose tokens may be changed: before the target, in its document."""
     at, segment_L = goal.position, one.segment_BL[0]
     place_W = np.arange(max(0, at - search.window), at + int(search.itself))
     return place_W[segment_L[place_W] == segment_L[at]]
 
 
 def _random(model, params, state, one, goal, tokens_L, places, tries, rng) -> Int[np.ndarray, "C L"]:
-    """As many substitutions, each of another token at one place."""
+    """Draws random substitutions, each of one token."""
     candidates_CL = np.repeat(tokens_L[None], tries, axis=0)
     where_C = rng.choice(places, tries)
     shift_C = rng.integers(1, model.V, tries)  # never the same token
@@ -169,7 +169,7 @@ def _random(model, params, state, one, goal, tokens_L, places, tries, rng) -> In
 
 
 def _guided(model, params, state, one, goal, tokens_L, places, tries, rng) -> Int[np.ndarray, "C L"]:
-    """Those with the largest first-order gain, gradient . (new embedding - old embedding)."""
+    """Chooses the substitutions with the largest first-order gain, gradient . (new embedding - old embedding)."""
     slope_LD = np.asarray(_slopes(model, goal.layer, params, state, one, tokens_L, goal.position, goal.expert))
     embed_VD = np.asarray(params["embed_VD"], np.float64)
     gain_WV = slope_LD[places] @ embed_VD.T

@@ -29,7 +29,7 @@ RECORD = ("weight", "kept", "slot", "probs")
 
 
 class Routed(NamedTuple):
-    """What the MoE layers of a stack have decided about a batch."""
+    """Decisions of a stack's MoE layers on a batch."""
 
     expert_NBLK: Int[Array, "N B L K"]
     weight_NBLK: Float[Array, "N B L K"]
@@ -42,7 +42,7 @@ class Routed(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a stack is given of a batch."""
+    """Tokens of a batch as a stack gets them."""
 
     token_BL: Int[np.ndarray, "B L"]
     position_BL: Int[np.ndarray, "B L"]
@@ -148,7 +148,7 @@ def routed(
     key: Key[Array, ""] | None,
     batch: AnyBatch,
 ) -> tuple[Routed, Float[Array, "B L"]]:
-    """What the layers of a stack decide of one shard's rows, and nats per target, NaN where there is none."""
+    """Decisions of a stack's layers on one shard's rows, and nats per target, NaN where there is none."""
     logits_BLV, aux = model.apply(params, batch, Call(key, router, record=RECORD))
     predicts_BL = objective.targets(batch) & (model.STACKS == 1 or stack == "decoder")
     nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.local()).nats_BL, jnp.nan)
@@ -163,7 +163,7 @@ def routed(
 
 
 def layers_of(model: Any, stack: str) -> range:
-    """Which of the model's MoE layers, counted from 0, are this stack's."""
+    """Numbers of this stack's MoE layers among the model's, from 0."""
     N = model.n_moe_layers // model.STACKS
     first = N if model.STACKS > 1 and stack == "decoder" else 0
     return range(first, first + N)

@@ -1,4 +1,4 @@
-"""What an inspection found, as one static HTML page."""
+"""Results of an inspection as one static HTML page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,7 +80,7 @@ class Section(NamedTuple):
 
 
 def sections(found: Mapping[str, Any]) -> list[Section]:
-    """Those that there are numbers for."""
+    """Sections that have numbers."""
     made = [choice(found)]
     made += [purpose(found)] if found["specialisation"] else []
     made += [tokens(found)] if found["favourites"] else []
@@ -190,7 +190,7 @@ def paths(found: Mapping[str, Any]) -> str:
 
 
 def drops_again(found: Mapping[str, Any]) -> str:
-    """Whether the same tokens are dropped in several layers."""
+    """Section on tokens that are dropped in several layers."""
     share_NN, chance_N = (np.asarray(found["drops_again"][key], float) for key in ("share_NN", "chance_N"))
     if len(chance_N) < 2 or not np.nan_to_num(chance_N).any():
         return ""

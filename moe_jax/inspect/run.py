@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 def experiment(workdir: str | Path) -> Experiment:
-    """What was run in a workdir; ValueError where nothing was."""
+    """Experiment that was run in a workdir; ValueError where none was."""
     config = Path(workdir) / "config.json"
     if not config.is_file():
         raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")

@@ -1,4 +1,4 @@
-"""What experts are for: domains and words they are given more of than others, and whether that is chance."""
+"""Specialisation of experts by domain and token, with permutation tests."""
 
 from typing import NamedTuple
 
@@ -33,13 +33,13 @@ def specialisation(rec: Recording, class_T: Int[np.ndarray, "T"], least: int = 1
 
 
 def domain_specialisation(rec: Recording) -> Specialisation:
-    """That of domains whose name is known."""
+    """Specialisation by domain, for domains whose name is known."""
     known = rec.where(rec.domain_T >= 0)
     return specialisation(known, known.domain_T)
 
 
 def vocabulary_specialisation(rec: Recording, least: int = 8) -> Specialisation:
-    """That of token ids which are there at least so often."""
+    """Specialisation by token id, for ids that occur at least so often."""
     known = rec.where(rec.token_T >= 0)
     return specialisation(known, known.token_T, least)
 

@@ -12,7 +12,7 @@ SCOPES = ("batch", "group", "sequence")
 
 
 class Convention(NamedTuple):
-    """Which choices are counted, and the value when balanced, for E experts and K choices."""
+    """Convention of a balancing loss: the choices it counts, and its value in balance, for E experts and K choices."""
 
     first: bool
     balanced: str  # "1", "K", "1/K" or "1/E^2"
@@ -81,7 +81,7 @@ class LoadBalance:
 
 
 def balanced_value(convention: str, E: int, K: int) -> float:
-    """What the loss of a convention is when the load is balanced."""
+    """Value of a convention's loss when the load is balanced."""
     return {"1": 1.0, "K": float(K), "1/K": 1 / K, "1/E^2": 1 / E**2}[CONVENTIONS[convention].balanced]
 
 

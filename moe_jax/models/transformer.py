@@ -153,7 +153,7 @@ class TransformerConfig:
 
     @property
     def embeds_positions(self) -> bool:
-        """Whether sines and cosines of positions are added to the embeddings."""
+        """Tells whether sines and cosines of positions are added to the embeddings."""
         return any(isinstance(part.position, Sinusoidal) for part in self.attention)
 
     @property
@@ -169,7 +169,7 @@ class TransformerConfig:
         return {} if self.routed is None else self.routed.init_state(self.n_moe_layers)
 
     def dropless(self) -> Any:
-        """The same model without a limit to what an expert takes."""
+        """Returns the model with dropless layers: no capacity."""
         if not isinstance(self.moe, MoEConfig):
             return self
         return dataclasses.replace(self, moe=self.moe.dropless())

@@ -1,4 +1,4 @@
-"""What a compiled TPU program computes while it communicates."""
+"""Overlap of computation and communication in a compiled TPU program."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a train step needs and takes on a slice of a TPU pod, and what a whole run costs there."""
+"""Plan of a train step on a slice of a TPU pod: memory, time, and the cost of a whole run."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from moe_jax.plan.topology import Topology
 
 
 class Site(NamedTuple):
-    """Where a run runs; every figure with its source."""
+    """Site of a run: power, carbon and price, every figure with its source."""
 
     watts: float | None  # of a chip, on average, with its part of the host; None where nobody says
     watts_source: str
@@ -35,7 +35,7 @@ class Site(NamedTuple):
         carbon: float | None = None,
         price: float | None = None,
     ) -> "Site":
-        """What is given, and what is published where nothing is."""
+        """Builds a site from the given figures, and published ones for the rest."""
         given = "as given"
         return cls(
             *((chip.watts, chip.watts_source) if watts is None else (watts, given)),
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """By the compiler where it was asked, or else as predicted."""
+        """Tells whether the step fits: by the compiler where it was run, else by prediction."""
         return self.compiled.fits if self.compiled is not None else self.room >= 0
 
 
@@ -93,7 +93,7 @@ def plan(
     published: Mapping[str, Any] | None = None,
     analytic: bool = False,
 ) -> Plan:
-    """Of an experiment whose mesh fills the topology; tokens: of the whole run, if not the config's steps.
+    """Plans an experiment whose mesh fills the topology; tokens: of the whole run, if not the config's steps.
 
     Unless `analytic`, the step is compiled, where the compiler is installed. ValueError where it cannot be.
     """

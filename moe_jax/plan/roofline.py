@@ -55,7 +55,7 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Names the part that takes longest."""
         return max(self.parts, key=lambda name: self.parts[name])
 
     @property
@@ -74,7 +74,7 @@ class Roofline(NamedTuple):
 
 
 def roofline(exp: Experiment, on: Topology) -> Roofline:
-    """Of an experiment whose mesh fills the topology."""
+    """Roofline of an experiment whose mesh fills the topology."""
     chip, B = on.chip, exp.data.B
     cost, peak = costs.flops(exp.model, exp.data.shapes(1)), chip.flops / chip.devices
     executed = (cost.computed(exp.model.remat) + dispatch(exp)) * B / on.devices
@@ -151,7 +151,7 @@ class Leaf(NamedTuple):
 
 @lru_cache(maxsize=8)
 def shapes(alone: Experiment) -> State:
-    """Of a train state, whatever mesh it is for."""
+    """Shapes of a train state, which depend on no mesh."""
     tx, _ = alone.optim.build(alone.run.steps)
     return jax.eval_shape(partial(init, alone, tx))
 
@@ -173,7 +173,7 @@ def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf
 
 
 def is_matrix(name: str, model: Any) -> bool:
-    """Whether tokens are multiplied with a parameter of this name."""
+    """Tells whether tokens are multiplied with a parameter of this name."""
     letters = dims.dims_of(name)
     looked_up = letters == "VD" and not model.tied
     return bool(dims.fsdp_dim(letters.removeprefix("E"))) and not looked_up
@@ -207,7 +207,7 @@ def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
 
 
 def network(exp: Experiment, on: Topology) -> list[Sent]:
-    """What `communication.step` predicts, and how long each takes on the links that its axes have."""
+    """Collectives that `communication.step` predicts, with their times on the links of their axes."""
     sizes = dict(exp.mesh)
     found = [c for c in step(exp, sizes, "tpu") if c.axes and c.bytes]
     return sorted((timed(c, exp, on, sizes) for c in merged(found, where=True)), key=lambda s: -s.seconds)

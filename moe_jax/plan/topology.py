@@ -37,12 +37,12 @@ class Topology(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """What JAX sees of it."""
+        """Number of devices that JAX sees."""
         return self.chips * self.chip.devices
 
     @property
     def closed(self) -> tuple[bool, ...]:
-        """For each side, whether its ends are connected: of 2D slices if it is a pod's, of 3D ones from a cube on."""
+        """Tells for each side whether its ends are connected: in 2D if it is a pod's side, in 3D from a cube on."""
         if len(self.shape) == 2:
             side = math.isqrt(self.chip.largest)
             return tuple(n == side for n in self.shape)
@@ -50,7 +50,7 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """From its name; ValueError with the nearest one that exists."""
+    """Parses a topology's name; ValueError with the nearest one that exists."""
     many, star, rest = name.rpartition("*")
     kind, colon, sides = rest.partition(":")
     if not colon or (star and not (many.isdecimal() and int(many))):
@@ -75,7 +75,7 @@ def written(shape: tuple[int, ...]) -> str:
 
 
 def far(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How different two shapes are, in their number of chips and side by side."""
+    """Distance of two shapes, by number of chips and side by side."""
     sides = itertools.zip_longest(sorted(shape), sorted(other), fillvalue=1)
     chips = abs(math.log(math.prod(shape) / math.prod(other)))
     return 2 * chips + sum(abs(math.log(a / b)) for a, b in sides)
@@ -148,7 +148,7 @@ def factorizations(devices: int, slices: int = 1) -> list[dict[str, int]]:
 
 
 def rings(on: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> tuple[Ring, ...]:
-    """What a group along these axes has of each side of a slice; of a mesh that fills the topology."""
+    """Part of each side of a slice that a group along these axes has, for a mesh that fills the topology."""
     inside = tuple(1 if axis == "slice" else mesh[axis] for axis in AXES)
     shape = (*on.shape, *[1] * (3 - len(on.shape)))
     closed = (*on.closed, *[False] * (3 - len(on.shape)))

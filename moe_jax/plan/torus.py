@@ -1,4 +1,4 @@
-"""How long a collective takes on a torus: what its group has of each side, and what each link must carry.
+"""Time of a collective on a torus: its group's part of each side, and the bytes on each link.
 
 JAX itself lays the mesh, over stand-ins for the devices, so that this is where the program's groups really lie.
 """
@@ -15,7 +15,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What JAX's layout of meshes asks of a device."""
+    """Device of a torus, with the attributes that JAX's mesh construction reads."""
 
     id: int
     device_kind: str
@@ -78,7 +78,7 @@ def ring(
 
 
 def seconds(op: str, wire: float, rings: Iterable[Ring], link: float) -> float:
-    """Of a collective in which a chip sends `wire` bytes, over links of so many bytes a second, one way.
+    """Seconds of a collective in which a chip sends `wire` bytes, over links of so many bytes a second, one way.
 
     All-to-alls are limited by the busiest link, the others by the links that a chip can use at once. 0 inside a chip.
     """

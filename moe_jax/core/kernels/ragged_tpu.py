@@ -75,5 +75,5 @@ def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"
 
 
 def _tile(n: int) -> int:
-    """Of a width: a few lanes' worth that divide it, or all of it."""
+    """Tile of a width: a multiple of the lanes that divides it, or all of it."""
     return next((t for t in (512, 256, 128) if n % t == 0), n)

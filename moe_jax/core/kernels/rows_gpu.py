@@ -22,7 +22,7 @@ def weighted_back(
     tile: Tile = TILE,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R D"], Float[Array, "R"]]:
-    """Of rows that were multiplied with weights and added to their tokens: their gradient, and that of the weights.
+    """Gradients of rows and of combine weights, for outputs that are weighted sums of rows.
 
     token_R: T for rows that are nobody's, whose gradients are 0 whatever they hold.
     """

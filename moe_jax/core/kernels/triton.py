@@ -1,4 +1,4 @@
-"""What our kernels for GPUs are written with: parts of arrays, some of which may be beyond their end."""
+"""Masked block loads and stores for Pallas-Triton kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
 
 
 def known(x: Array) -> bool:
-    """Whether kernels know its type."""
+    """Tells whether the kernels support the type of x."""
     return x.dtype in TYPES
 
 
@@ -37,7 +37,7 @@ def shared_memory() -> int:
 
 
 class Tile(NamedTuple):
-    """What one program makes, and how it walks through what is summed over."""
+    """Tile of a kernel: rows and columns that one program computes, and its step along the contraction."""
 
     rows: int  # of the result
     columns: int
@@ -81,13 +81,13 @@ class Span(NamedTuple):
 
 
 def varying(*args: Array) -> Any:
-    """Of what is made of all of these: the mesh axes that it differs along."""
+    """Mesh axes along which a result of all these arrays varies."""
     types = [jax.typeof(a).manual_axis_type for a in args]
     return type(types[0])(varying=frozenset().union(*(t.varying for t in types)))
 
 
 def place(*counts: int) -> list[Any]:
-    """Of this program, among so many along each dimension, the last one fastest."""
+    """Indices of this program in a grid of these sizes, the last dimension fastest."""
     left, place = pl.program_id(0), []
     for count in reversed(counts):
         place.append(left % count)
@@ -101,7 +101,7 @@ def some_rows(first: Any, end: Any, n: int) -> Block:
 
 
 def tokens_of(rows: Block, token: Any) -> Block:
-    """Where the tokens are that rows have: token is a reference to their numbers."""
+    """Block of the tokens that a block of rows holds; `token` is a reference to their numbers."""
     return Block(triton.load(token.at[rows.at], mask=rows.inside, other=0), rows.inside)
 
 
