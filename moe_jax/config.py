@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
-from moe_jax.core.shard import AXES, RULES, TOKENS
+from moe_jax.core.shard import AXES, RULES, TOKEN_AXES
 from moe_jax.data import OBJECTIVES, SOURCES, TOKENIZERS, Bytes, Corpus, NextToken
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES, AllToAll
@@ -461,7 +461,7 @@ def _check_batch(exp: Experiment) -> None:
     mesh, data, model = dict(exp.mesh), exp.data, exp.model
     _check_positive(data, "data")
     sizes = {axis: max(n, 1) for axis, n in mesh.items()}  # the rest may turn out to be one device
-    shards = math.prod(sizes[axis] for axis in TOKENS)
+    shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
     if data.B % (shards * data.microbatches):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax import optim
 from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
-from moe_jax.core.shard import RULES, TOKENS, make_mesh
+from moe_jax.core.shard import RULES, TOKEN_AXES, make_mesh
 from moe_jax.core.stats import Stats
 from moe_jax.data import AnyBatch
 from moe_jax.evaluate import evaluation_step
@@ -238,7 +238,7 @@ class Program:
     @property
     def share(self) -> dict[str, int]:
         """Arguments for `batches` of the part that this process reads; processes inside one shard read the same."""
-        n = math.prod(self.mesh.shape[axis] for axis in TOKENS)
+        n = math.prod(self.mesh.shape[axis] for axis in TOKEN_AXES)
         places = self.rows.addressable_devices_indices_map((n,)).values()
         return process_slice({place[0].indices(n)[0] for place in places if place is not None}, n)
 

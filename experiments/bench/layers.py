@@ -47,7 +47,7 @@ class Place(NamedTuple):
     @property
     def shards(self) -> int:
         """Number of shards of the batch."""
-        return self.axis_size(shard.TOKENS)
+        return self.axis_size(shard.TOKEN_AXES)
 
 
 class Passes(NamedTuple):

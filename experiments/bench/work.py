@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from experiments.bench.shapes import Shape
 from moe_jax.core.groups import Ragged
-from moe_jax.core.kernels.by_expert import ladder
+from moe_jax.core.kernels.by_expert import size_buckets
 from moe_jax.dispatch import Einsum
 from moe_jax.dispatch.scatter import capacities
 from moe_jax.moe import MoEConfig
@@ -53,7 +53,7 @@ def rows_done(
     kept_GE = kept(cfg, count_GE, S)
     if platform != "cpu" or spread:  # grouped matmuls; which rows meet on a shard is not followed here
         return int(kept_GE.sum())
-    rungs = np.array(ladder(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
+    rungs = np.array(size_buckets(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
     pieces, rest = np.divmod(np.concatenate([part.sum(0) for part in np.split(kept_GE, shards)]), rungs[-1])
     return int(pieces.sum() * rungs[-1] + rungs[np.searchsorted(rungs, rest[rest > 0])].sum())
 

@@ -87,7 +87,7 @@ class MHA:
         """Returns the attention to a memory, whose tokens have no positions among those of x."""
         return dataclasses.replace(self, position=NoPE(), window=None)
 
-    def check_spread(self, tensor: int) -> None:
+    def check_tensor(self, tensor: int) -> None:
         """Refuses heads that cannot lie on this many shards."""
         if self.qk_norm == "all" and tensor > 1:
             raise ValueError(

@@ -63,7 +63,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     header = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])
     if header and (devices := math.prod(map(int, header))) != mesh.size:
         raise ValueError(f"the program is for {devices} devices, the mesh has {mesh.size}; give the program's own.")
-    entry, computations = parse(text)
+    entry, computations = parse_module(text)
 
     @functools.cache
     def run(name: str) -> list[Collective]:
@@ -83,7 +83,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             return [repeated(c, times) for c in run(body)] + [repeated(c, times + 1) for c in run(condition)]
         if op == "conditional":
             return max(map(run, called(i)), key=lambda branch: sum(c.bytes for c in branch))
-        return within(i, [c for name in called(i) for c in run(name)])
+        return called_collectives(i, [c for name in called(i) for c in run(name)])
 
     return run(entry)
 
@@ -93,16 +93,16 @@ def repeated(c: Collective, times: int) -> Collective:
     return c._replace(count=times * c.count, bytes=times * c.bytes)
 
 
-def within(i: Instruction, found: list[Collective]) -> list[Collective]:
+def called_collectives(i: Instruction, found: list[Collective]) -> list[Collective]:
     """Collectives that a call or fusion executes; they get its location where they have none.
 
     On TPU a fusion of an all-reduce and each device's slice of it is a reduce-scatter.
     """
     if i.op == "fusion" and [c.op for c in found] == ["all-reduce"] and found[0].size > 1:
-        kept = total(sizes(i.result))
+        kept = total(byte_sizes(i.result))
         if kept * found[0].size == found[0].bytes:
             found = [found[0]._replace(op="reduce-scatter", bytes=kept)]
-    return [c if c.where else c._replace(where=place(i)) for c in found]
+    return [c if c.where else c._replace(where=location(i)) for c in found]
 
 
 def trips(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int:
@@ -111,7 +111,7 @@ def trips(loop: Instruction, around: Computation, body: Computation, condition: 
     times = int(known[1]) if known else steps(loop, around, body, condition)
     if times is None:
         raise ValueError(
-            f"the loop {loop.name} ({place(loop)}) communicates, and the program does not tell how often it runs; "
+            f"the loop {loop.name} ({location(loop)}) communicates, and the program does not tell how often it runs; "
             "make it a scan, or a fori_loop between constants."
         )
     return times
@@ -129,8 +129,8 @@ def steps(loop: Instruction, around: Computation, body: Computation, condition: 
     first = element(around, operands(loop)[0], int(index))
     after = element(body, root(body).name, int(index))
     added = [origin(body, name) for name in operands(after)]
-    bounds = [n for i in (first, limit) if (n := number(i)) is not None]
-    by = [n for i in added if (n := number(i)) is not None]
+    bounds = [n for i in (first, limit) if (n := constant_value(i)) is not None]
+    by = [n for i in added if (n := constant_value(i)) is not None]
     counts = after.op == "add" and index in [attribute(i, "index") for i in added]
     if not counts or len(bounds) != 2 or len(by) != 1 or by[0] < 1:
         return None
@@ -140,7 +140,7 @@ def steps(loop: Instruction, around: Computation, body: Computation, condition: 
 # ---------------------------------------------------------------- the text
 
 
-def parse(text: str) -> tuple[str, dict[str, Computation]]:
+def parse_module(text: str) -> tuple[str, dict[str, Computation]]:
     """The name of the entry, and all computations by name."""
     entry = ""
     computations: dict[str, Computation] = {}
@@ -151,7 +151,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
             if (head := COMPUTATION.match(line)) and not line.startswith("HloModule"):
                 current = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif (found := INSTRUCTION.match(line)) and not another_piece(found[4], found[5], seen):
+        elif (found := INSTRUCTION.match(line)) and not continues_collective(found[4], found[5], seen):
             root, name, result, op, rest = found.groups()
             current[name] = Instruction(name, op, result, rest, bool(root))
     if not entry:
@@ -159,7 +159,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
     return entry, computations
 
 
-def another_piece(op: str, rest: str, seen: set) -> bool:
+def continues_collective(op: str, rest: str, seen: set) -> bool:
     """Tells whether an instruction continues a collective that has begun: TPU fuses its parts with computations."""
     chain = CHAIN.search(rest) if op in OPCODES else None
     if chain is None:
@@ -169,7 +169,7 @@ def another_piece(op: str, rest: str, seen: set) -> bool:
     return known
 
 
-def place(i: Instruction) -> str:
+def location(i: Instruction) -> str:
     """The modules that it belongs to, and whether it is of the backward pass or of what that recomputes.
 
     "LM/stack_0/moe_1 backward"; what is in no module has the name of its operation; " + " between those that XLA has
@@ -179,11 +179,11 @@ def place(i: Instruction) -> str:
     name = named[1] if named else ""
     combined = re.fullmatch(r"(.*/)?\((.*)\)", name)
     paths = [(combined[1] or "") + part for part in combined[2].split(":")] if combined else [name]
-    places = list(dict.fromkeys(map(short, paths)))
+    places = list(dict.fromkeys(map(short_path, paths)))
     return " + ".join(places[:2] + [f"{len(places) - 2} more"] * (len(places) > 2))
 
 
-def short(path: str) -> str:
+def short_path(path: str) -> str:
     """A name that JAX gave to an operation, without its own part in it."""
     *parts, op = path.split("/")
     inner = [re.sub(r"^(?:(?:jvp|transpose|vmap)\()*(.*?)\)*$", r"\1", p) for p in parts]
@@ -229,13 +229,13 @@ def element(computation: Computation, name: str, index: int) -> Instruction:
     return origin(computation, operands(made)[index]) if made.op == "tuple" else made
 
 
-def number(i: Instruction) -> int | None:
+def constant_value(i: Instruction) -> int | None:
     """Value of a constant integer."""
     value = re.match(r"(-?\d+)\)", i.rest) if i.op == "constant" else None
     return int(value[1]) if value else None
 
 
-def sizes(result: str) -> int | tuple:
+def byte_sizes(result: str) -> int | tuple:
     """Bytes of an array, or of what a tuple holds."""
 
     def size(shape: re.Match) -> str:
@@ -253,12 +253,12 @@ def total(tree: int | tuple) -> int:
 
 def read(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
     """One execution of a collective."""
-    op, result = i.op.removesuffix("-start"), sizes(i.result)
+    op, result = i.op.removesuffix("-start"), byte_sizes(i.result)
     if op != i.op and op != "all-reduce":  # operands, results and what else it takes to wait for them
         result = result[1]  # type: ignore[index]
     written = GROUPS.search(i.rest)
     axes, size = span(written[1] if written else "{}", op == "collective-permute", tuple(mesh.shape.items()))
-    return Collective(op, axes, size, 1, total(result), place(i))
+    return Collective(op, axes, size, 1, total(result), location(i))
 
 
 # ---------------------------------------------------------------- who talks to whom

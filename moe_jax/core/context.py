@@ -128,6 +128,6 @@ class Context:
         return jax.random.fold_in(self.key, i)
 
 
-def draw(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
+def draw_by_group(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
     """[G, *shape] of `sample` (jax.random.uniform, ...), each group from its own key."""
     return jax.vmap(lambda key: sample(key, shape, **options))(keys_G)

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.by_expert import by_expert
-from moe_jax.core.kernels.triton import known
+from moe_jax.core.kernels.triton import supported
 from moe_jax.core.ragged import ragged_matmul, sent_matmul
 from moe_jax.core.rows import LazyRows, materialize
 
@@ -102,7 +102,7 @@ class Ragged:
 
         def fetching(params, x, sizes_E):
             rows = materialize(x)
-            fetched = FetchedRows(rows, x) if isinstance(x, LazyRows) and known(rows) else None
+            fetched = FetchedRows(rows, x) if isinstance(x, LazyRows) and supported(rows) else None
             return expert(params, rows, Ragged(sizes_E, fetched))
 
         return lax.platform_dependent(params, x, self.sizes_E, cpu=one_by_one, cuda=fetching, default=at_once)

@@ -116,12 +116,12 @@ def _combine_bwd(residuals, g_TO):
     weight_R = _at(weight_TK.reshape(-1), of.choice_R)
     if y_RO is None:
         return _weighted(_at(g_TO, of.token_R), weight_R), None, None
-    kernel = on_gpu(y_RO, rows_gpu.weighted_back)
-    dy_RO, dweight_R = lax.platform_dependent(y_RO, g_TO, weight_R, of.token_R, default=_weighted_back, **kernel)
+    kernel = on_gpu(y_RO, rows_gpu.weighted_sum_grad)
+    dy_RO, dweight_R = lax.platform_dependent(y_RO, g_TO, weight_R, of.token_R, default=_weighted_sum_grad, **kernel)
     return dy_RO, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
 
 
-def _weighted_back(y_RO: Array, g_TO: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
+def _weighted_sum_grad(y_RO: Array, g_TO: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
     """Gradients of rows and of combine weights, for outputs that are weighted sums of rows."""
     g_RO = _at(g_TO, token_R)
     dweight_R = (g_RO.astype(jnp.float32) * y_RO).sum(-1)

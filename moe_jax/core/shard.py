@@ -27,10 +27,10 @@ from moe_jax.core import dims
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
-TOKENS = AXES[:-1]  # axes that the batch is spread over
+TOKEN_AXES = AXES[:-1]  # axes that the batch is spread over
 # Dimension letter -> mesh axes; what has no rule is replicated.
 RULES: dims.Rules = {
-    "B": TOKENS,
+    "B": TOKEN_AXES,
     "E": ("expert",),
     **{letter: ("fsdp",) for letter in dims.WIDTHS},
     **{letter: ("tensor",) for letter in "FHJ"},

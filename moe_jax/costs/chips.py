@@ -90,7 +90,7 @@ CHIPS = (
     ),
 )
 # Other names that devices go by: their chips differ in memory only.
-KINDS = {
+DEVICE_KINDS = {
     **{c.kind: c for c in CHIPS},
     "TPU v5e": CHIPS[2],
     "TPU v5p": CHIPS[3],
@@ -111,7 +111,7 @@ def chip(name: str) -> Chip:
 
 def by_device_kind(kind: str) -> Chip | None:
     """Returns a chip by `jax.Device.device_kind`; None where it is in no table, a CPU for instance."""
-    return KINDS.get(kind)
+    return DEVICE_KINDS.get(kind)
 
 
 def peak(kind: str) -> float | None:

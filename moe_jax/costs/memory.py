@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from moe_jax import optim
 from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
-from moe_jax.core.shard import AXES, TOKENS
-from moe_jax.costs.activations import FLOAT, Share, biases, block
+from moe_jax.core.shard import AXES, TOKEN_AXES
+from moe_jax.costs.activations import FLOAT, DeviceShare, biases, block
 from moe_jax.models.pattern import blocks
 
 
@@ -71,7 +71,7 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
     params, state, optimizer = held(exp, sizes)
     inner, ends = ([p for p in params if in_stack(p) == inside] for inside in (True, False))
     fsdp = sizes["fsdp"] > 1
-    activations, layer = layers(exp, sizes, inner)
+    activations, layer = layer_memory(exp, sizes, inner)
     logits = sequences(exp, sizes) * exp.data.shapes().target_BL.shape[1] * cfg.V
     table = max(p.used for p in ends if "V" in dims.dims_of(p.path[-1]))
     gathered = FLOAT * table if fsdp else 0
@@ -91,11 +91,11 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
     )
 
 
-def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
+def layer_memory(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
     """Bytes that all layers keep for the backward pass, and the most that a block of them needs there."""
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     experts = math.prod(sizes[axis] for axis in exp.exchange.over)
-    share = Share(sequences(exp, sizes), width, sizes["tensor"], experts)
+    share = DeviceShare(sequences(exp, sizes), width, sizes["tensor"], experts)
     activations, layer = 0, 0
     for stack in cfg.stacks(exp.data.shapes()):
         for i, repeated in enumerate(blocks(cfg, stack)):
@@ -116,7 +116,7 @@ def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -
 
 def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
     """Sequences of a microbatch on one device."""
-    return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKENS))
+    return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKEN_AXES))
 
 
 def in_stack(p: Parameter) -> bool:
@@ -127,7 +127,7 @@ def in_stack(p: Parameter) -> bool:
 def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], int, int]:
     """Parameters on one device, and bytes of them and of what the optimizer remembers."""
     data = dataclasses.replace(exp.data, B=1, microbatches=1)
-    params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
+    params, state = state_shapes(exp.model, data, exp.optim, exp.run.steps)
     laid = dims.specs(params, shard.rules_for(exp.exchange, sizes))
     spread = exp.optim.sharded(params, laid, sizes)
     found = []
@@ -143,7 +143,7 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
 
 
 @lru_cache
-def shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
+def state_shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
     """Shapes of parameters and of the optimizer state."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), data.shapes())
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))

@@ -4,7 +4,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float, Key
 
-from moe_jax.core.context import Context, draw
+from moe_jax.core.context import Context, draw_by_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Jitter:
         if keys_G is None:
             return x_GSD
         low, high = 1 - self.size, 1 + self.size
-        return x_GSD * draw(keys_G, jax.random.uniform, x_GSD.shape[1:], minval=low, maxval=high)
+        return x_GSD * draw_by_group(keys_G, jax.random.uniform, x_GSD.shape[1:], minval=low, maxval=high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,4 +47,4 @@ class Noise:
     ) -> Float[Array, "G S I"]:
         if keys_G is None:
             return a
-        return a + self.std * draw(keys_G, jax.random.normal, a.shape[1:])
+        return a + self.std * draw_by_group(keys_G, jax.random.normal, a.shape[1:])

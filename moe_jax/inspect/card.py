@@ -110,7 +110,9 @@ def promoted(params: Any, direction_D: Float[np.ndarray, "D"], top: int) -> tupl
     return tuple((int(v), float(logits_V[v])) for v in np.argsort(-logits_V, kind="stable")[:top])
 
 
-def text(card: Card, domains: Sequence[str] = (), decode: Callable[[int], str] = str, layer: str | None = None) -> str:
+def card_text(
+    card: Card, domains: Sequence[str] = (), decode: Callable[[int], str] = str, layer: str | None = None
+) -> str:
     """A card in a few lines; decode: a token, as words; layer: its name."""
     name = lambda z: domains[z] if 0 <= z < len(domains) else str(z)  # noqa: E731
     of_domains = ", ".join(f"{name(s.what)} {s.share:.0%} ({s.lift:.1f}x)" for s in card.domains)

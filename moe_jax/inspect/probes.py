@@ -89,7 +89,7 @@ def targets(
 ) -> list[Target]:
     """n random tokens with at least `least` tokens of their document before them, each with a random expert that it
     does not choose; ValueError where there is no such token."""
-    check(model, layer, 0)
+    check_probed_model(model, layer, 0)
     rng = np.random.default_rng(seed)
     traced, _ = jax.device_get(_trace_batch(model, params, dict(router or {}), batch))
     may_BL = (np.asarray(batch.segment_BL) > 0) & (np.asarray(batch.position_BL) >= least)
@@ -117,14 +117,14 @@ def probe(
 ) -> Report:
     """Tries to steer every target, one after another, in evaluation on one device with nothing dropped."""
     for goal in goals:
-        check(model, goal.layer, goal.expert)
+        check_probed_model(model, goal.layer, goal.expert)
     if not goals:
         raise ValueError("There is no target to steer; `targets` finds some.")
     free, state, rng = model.dropless(), dict(router or {}), np.random.default_rng(seed)
     return Report(tuple(_attempt(free, params, state, batch, goal, search, rng) for goal in goals))
 
 
-def check(model: Any, layer: int, expert: int) -> None:
+def check_probed_model(model: Any, layer: int, expert: int) -> None:
     """Refuses a model whose routing does not follow from embeddings."""
     check_language_model(model)
     check_expert(model, layer, expert)
@@ -134,7 +134,7 @@ def check(model: Any, layer: int, expert: int) -> None:
 
 def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.random.Generator) -> Attempt:
     one = jax.tree.map(lambda a: np.asarray(a)[goal.row : goal.row + 1], batch)
-    tokens_L, places = one.tokens_BL[0].copy(), positions(one, goal, search)
+    tokens_L, places = one.tokens_BL[0].copy(), editable_positions(one, goal, search)
     value = partial(_values, model, params, state, one, goal)
     (margin,), (done,) = value(tokens_L[None])
     original_L, changed = tokens_L, 0
@@ -152,7 +152,7 @@ def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.
     return Attempt(goal, bool(done), int((tokens_L != original_L).sum()), float(margin), tokens_L)
 
 
-def positions(one: Any, goal: Target, search: Search) -> Int[np.ndarray, "W"]:
+def editable_positions(one: Any, goal: Target, search: Search) -> Int[np.ndarray, "W"]:
     """Positions whose tokens may be changed: before the target, in its document."""
     at, segment_L = goal.position, one.segment_BL[0]
     place_W = np.arange(max(0, at - search.window), at + int(search.itself))
@@ -202,7 +202,7 @@ def _values(model, params, state, one, goal, tokens_CL) -> tuple[Float[np.ndarra
 def _margins(model, layer, params, state, batch, position, expert) -> tuple[Array, Array]:
     traced, _ = trace_batch(model, params, state, batch)
     chosen_BK = traced["expert"][layer, :, position]
-    return margins(traced["logits"][layer, :, position], expert, model.moe), (chosen_BK == expert).any(-1)
+    return target_margins(traced["logits"][layer, :, position], expert, model.moe), (chosen_BK == expert).any(-1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -222,12 +222,12 @@ def _slopes(model, layer, params, state, one, tokens_L, position, expert) -> Flo
     def margin(own_LD):
         table = jnp.concatenate([params["embed_VD"], own_LD])
         traced, _ = trace_batch(wide, {**rest, "embed_VD": table}, state, batch)
-        return margins(traced["logits"][layer, :, position], expert, model.moe)[0]
+        return target_margins(traced["logits"][layer, :, position], expert, model.moe)[0]
 
     return jax.grad(margin)(params["embed_VD"][tokens_L])
 
 
-def margins(logits_BE: Float[Array, "B E"], expert: Int[Array, ""] | int, moe: MoEConfig) -> Float[Array, "B"]:
+def target_margins(logits_BE: Float[Array, "B E"], expert: Int[Array, ""] | int, moe: MoEConfig) -> Float[Array, "B"]:
     """The expert's logit less the K-th largest of the others: above zero, it is among the K largest."""
     others_BE = jnp.where(jnp.arange(moe.E)[None] == expert, -jnp.inf, logits_BE)
     if moe.router.K >= moe.E:  # everybody is chosen

@@ -96,7 +96,7 @@ def choices(part: Recording, real_BL: Bool[np.ndarray, "B L"]) -> Int[np.ndarray
 # ---------------------------------------------------------------- files
 
 
-def save(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+def save_recording(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
     """Writes parts as they come, one file each, and in the end the manifest, without which there is no recording.
 
     about: JSON that is kept with it, the config for instance. ValueError where there is a recording already, or no
@@ -133,7 +133,7 @@ def manifest(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def parts(folder: str | Path) -> Iterator[Recording]:
+def column_files(folder: str | Path) -> Iterator[Recording]:
     """The recording batch by batch, each checked when it is read; ValueError where a byte has been changed."""
     facts = manifest(folder)
     for file in facts["parts"]:
@@ -146,6 +146,6 @@ def parts(folder: str | Path) -> Iterator[Recording]:
             yield Recording(**columns, E=facts["E"], domains=tuple(facts["domains"]))
 
 
-def load(folder: str | Path) -> Recording:
+def load_recording(folder: str | Path) -> Recording:
     """The whole recording in a folder."""
-    return joined(parts(folder))
+    return joined(column_files(folder))

@@ -9,7 +9,7 @@ from moe_jax.data import AnyBatch, default_directory, evaluation_batches
 from moe_jax.moe import LayerState
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """An experiment and a checkpoint of it."""
 
     exp: Experiment
@@ -42,7 +42,7 @@ def examples(
     return split, list(evaluation_batches(split, exp.data.B // exp.data.microbatches, windows))
 
 
-def open_run(workdir: str | Path, step: int | None = None) -> Run:
+def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     """The run in a workdir at the newest valid checkpoint or that of `step`, whose bytes are checked.
 
     ValueError where there is no run, or no such checkpoint.
@@ -50,4 +50,4 @@ def open_run(workdir: str | Path, step: int | None = None) -> Run:
     exp = experiment(workdir)
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         state, _, at = checkpoints.restore(step=step)
-    return Run(exp, at, state["params"], state.get("router", {}))
+    return TrainedRun(exp, at, state["params"], state.get("router", {}))

@@ -18,7 +18,7 @@ from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
-from moe_jax.models.pattern import Repeated, StackShape, Sublayer, blocks, placed, sparse_layers
+from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed, sparse_layers
 from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
@@ -255,7 +255,7 @@ class Block(nn.Module):
     """The layers that a stack repeats: x + part(norm(x)) for every part of every layer."""
 
     cfg: TransformerConfig
-    repeated: Repeated
+    repeated: RepeatedLayers
     record: tuple[str, ...] = ()
 
     @nn.compact

@@ -80,7 +80,7 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
     return tuple(found.devices)
 
 
-def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
+def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
     """The experiment's train step, as training runs it, compiled for a slice that its mesh fills.
 
     options: of the compiler, like {"xla_tpu_enable_async_all_to_all": True}. ValueError where it cannot be compiled for
@@ -94,10 +94,10 @@ def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None =
         made = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
         return refused(error, topology, lowering, time.monotonic() - began)
-    return read(made, program.mesh, lowering, time.monotonic() - began)
+    return read_report(made, program.mesh, lowering, time.monotonic() - began)
 
 
-def read(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
+def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
     """Reads the report of a compiled step."""
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()

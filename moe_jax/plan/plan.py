@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_jax import costs
-from moe_jax.audit.communication import Row, compare
+from moe_jax.audit.communication import ComparedCollective, compare_collectives
 from moe_jax.config import Experiment
 from moe_jax.costs.chips import Chip
 from moe_jax.costs.communication import step
@@ -45,7 +45,7 @@ class Site(NamedTuple):
         )
 
 
-class Run(NamedTuple):
+class RunCost(NamedTuple):
     """A whole run, at so many seconds a step."""
 
     seconds: float
@@ -65,13 +65,13 @@ class Plan(NamedTuple):
     exp: Experiment  # whose mesh fills the topology
     on: Topology
     site: Site
-    parameters: costs.Parameters
+    parameters: costs.ParameterCount
     published: Mapping[str, Any]  # of the model, by its authors; {} where its config has none
     memory: Memory
     roofline: Roofline
-    runs: dict[str, Run]  # with everything overlapped, with nothing, and as scheduled with the network after it
+    runs: dict[str, RunCost]  # with everything overlapped, with nothing, and as scheduled with the network after it
     compiled: Any  # compile.Compiled, or None
-    rows: list[Row]  # collectives, predicted and compiled
+    rows: list[ComparedCollective]  # collectives, predicted and compiled
     missing: str  # why nothing was compiled
 
     @property
@@ -99,7 +99,7 @@ def plan(
     """
     site, line = site or Site.of(on.chip), roofline(exp, on)
     missing = "not asked for" if analytic else (compiler.available() or "")
-    compiled = None if missing else compiler.compiled(exp, on.name)
+    compiled = None if missing else compiler.compile_step(exp, on.name)
     total = float(exp.run.steps * line.tokens) if tokens is None else tokens
     times = {"all overlapped": line.best, "nothing overlapped": line.worst}
     if compiled is not None and compiled.optimal_seconds is not None:
@@ -114,31 +114,31 @@ def plan(
         line,
         {name: whole(line, on, site, seconds, total) for name, seconds in times.items()},
         compiled,
-        compare(step(exp, dict(exp.mesh), "tpu"), compiled.collectives) if compiled else [],
+        compare_collectives(step(exp, dict(exp.mesh), "tpu"), compiled.collectives) if compiled else [],
         missing,
     )
 
 
-def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> Run:
+def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> RunCost:
     """A run over so many tokens whose steps take so long."""
     steps = tokens / line.tokens
     hours = steps * seconds / 3600
     spent = None if site.watts is None else energy(hours, on.chips, site.watts, site.pue, site.carbon)
     price = None if site.price is None else hours * on.chips * site.price
     per_day = line.tokens / seconds * 86400
-    return Run(seconds, line.mfu(seconds), per_day, tokens, steps, hours / 24, hours * on.chips, spent, price)
+    return RunCost(seconds, line.mfu(seconds), per_day, tokens, steps, hours / 24, hours * on.chips, spent, price)
 
 
-def plain(value: Any) -> Any:
+def plan_to_dict(value: Any) -> Any:
     """A plan, or a part of one, as what JSON can hold."""
     if isinstance(value, Experiment):
         return value.to_json()
     if hasattr(value, "_asdict"):
         extra = {"total": value.total} if hasattr(value, "total") else {}
-        extra |= {"active": value.active} if isinstance(value, costs.Parameters) else {}
-        return {name: plain(part) for name, part in value._asdict().items()} | extra
+        extra |= {"active": value.active} if isinstance(value, costs.ParameterCount) else {}
+        return {name: plan_to_dict(part) for name, part in value._asdict().items()} | extra
     if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
+        return {str(name): plan_to_dict(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [plan_to_dict(part) for part in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

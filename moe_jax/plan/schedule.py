@@ -24,7 +24,7 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, text: str) -> "Schedule":
         """Parses `compiled.as_text()`; of a conditional, the longest branch counts."""
-        entry, computations = hlo.parse(text)
+        entry, computations = hlo.parse_module(text)
         times: dict[str, int] = {}
         todo = [(entry, 1)]
         while todo:
@@ -88,21 +88,21 @@ def convolution(i: Instruction, around: Computation) -> int:
     """FLOPs. A batch of matrices is written as a dimension of space where every output sees one input."""
     labels = LABELS.search(i.rest)
     assert labels is not None
-    left, right = (shape(around[name]) for name in hlo.operands(i)[:2])
+    left, right = (result_shape(around[name]) for name in hlo.operands(i)[:2])
     given, kernel, result = (
         dict(zip(names, sizes, strict=True))
-        for names, sizes in zip(labels.groups(), (left, right, shape(i)), strict=True)
+        for names, sizes in zip(labels.groups(), (left, right, result_shape(i)), strict=True)
     )
-    taps = math.prod(seen(given[d], kernel[d], result[d], window) for d, window in windows(i) if d in kernel)
+    taps = math.prod(seen(given[d], kernel[d], result[d], window) for d, window in conv_windows(i) if d in kernel)
     return 2 * taps * result["b"] * result["f"] * kernel["i"]
 
 
-def shape(i: Instruction) -> list[int]:
+def result_shape(i: Instruction) -> list[int]:
     """Shape of an instruction's result, an array."""
     return hlo.numbers(i.result[i.result.index("[") : i.result.index("]")])
 
 
-def windows(i: Instruction) -> Iterator[tuple[str, dict[str, str]]]:
+def conv_windows(i: Instruction) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields each spatial dimension with its window as written."""
     found = WINDOW.search(i.rest)
     fields = dict(part.split("=") for part in found[1].split()) if found else {}

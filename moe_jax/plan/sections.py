@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.plan.plan import Plan, Run
+from moe_jax.plan.plan import Plan, RunCost
 from moe_jax.plan.search import Found
 
 Rows = list[tuple[str, ...]]
@@ -131,7 +131,7 @@ def times(plan: Plan) -> Section:
 def run(plan: Plan) -> Section:
     runs = list(plan.runs.values())
 
-    def row(name: str, what: Callable[[Run], str]) -> tuple[str, ...]:
+    def row(name: str, what: Callable[[RunCost], str]) -> tuple[str, ...]:
         return name, *(what(r) for r in runs)
 
     def spent(what: Callable[[Any], str]) -> tuple[str, ...]:

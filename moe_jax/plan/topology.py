@@ -57,9 +57,11 @@ def topology(name: str) -> Topology:
         raise ValueError(f"Topology {name!r} is not a name; write CHIP:SHAPE like v4:8x8x16, or 2*v5e:16x16.")
     if kind not in TPUS:
         raise ValueError(f"Topology {name!r}: no TPU is called {kind!r}{suggestion(kind, list(TPUS))}")
-    parts, found = sides.split("x"), shapes(chip(kind))
+    parts, found = sides.split("x"), slice_shapes(chip(kind))
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"Topology {name!r}: {sides!r} is not a shape; write its sides like {written(found[-1])}.")
+        raise ValueError(
+            f"Topology {name!r}: {sides!r} is not a shape; write its sides like {format_shape(found[-1])}."
+        )
     shape, slices = tuple(map(int, parts)), int(many or 1)
     if shape not in found:
         best = min(found, key=lambda other: far(shape, other))
@@ -70,7 +72,7 @@ def topology(name: str) -> Topology:
     return Topology(chip(kind), shape, slices)
 
 
-def written(shape: tuple[int, ...]) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
@@ -82,7 +84,7 @@ def far(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
 
 
 @lru_cache
-def shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
+def slice_shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
     """All slices of a generation, the smallest first; their sides ascend."""
     small = [s for s in SMALL[of.dims] if math.prod(s) <= of.largest]
     if of.dims == 2:
@@ -100,7 +102,7 @@ def shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
 # ---------------------------------------------------------------- meshes
 
 
-def sizes(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
+def side_lengths(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
     """Devices along every axis of a mesh, -1 being the rest; ValueError with the nearest that fills the topology."""
     given = {axis: mesh.get(axis, 1) for axis in AXES}
     if given["slice"] == -1:
@@ -117,11 +119,13 @@ def sizes(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
     if not rest and known == on.devices:
         return given
     product = " x ".join(f"{axis}={n}" for axis, n in given.items() if n != 1) or "of one device"
-    near = ", ".join(f"mesh.{axis}={n}" for axis, n in nearest(given, on).items() if given[axis] not in (n, -1))
+    near = ", ".join(
+        f"mesh.{axis}={n}" for axis, n in nearest_topology(given, on).items() if given[axis] not in (n, -1)
+    )
     raise ValueError(f"Mesh {product} does not fill the {on.devices} devices of {on.name}; set {near}.")
 
 
-def nearest(given: Mapping[str, int], on: Topology) -> dict[str, int]:
+def nearest_topology(given: Mapping[str, int], on: Topology) -> dict[str, int]:
     """The mesh that fills a topology with the fewest and smallest changes; an axis of -1 may become anything."""
 
     def change(new: dict[str, int]) -> float:
