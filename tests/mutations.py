@@ -442,7 +442,7 @@ MUTATIONS = (
 
 
 class Outcome(NamedTuple):
-    """What the audit said of a copy of the code: holds, broken, refused (by JAX), failed or late; law and line."""
+    """Outcome of an audit of a copy of the code: holds, broken, refused (by JAX), failed or late; law and line."""
 
     verdict: str
     law: str = ""
@@ -460,7 +460,7 @@ def mutated(mutation: Mutation, text: str) -> str:
 
 
 def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | None = None) -> Outcome:
-    """What the audit says of the code, with a mutation in it or as it is."""
+    """Audits the code, with a mutation in it or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for package in ("moe_jax", "experiments"):
@@ -480,7 +480,7 @@ def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | 
 
 
 def judged(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """Of the program's exit code and what it has printed."""
+    """Outcome from the program's exit code and output."""
     broken = [line for line in done.stdout.splitlines() if " NO   " in line]
     if done.returncode == 1 and broken:
         return Outcome("broken", broken[0].split(",")[0], short(broken[0]))

@@ -1,4 +1,4 @@
-"""What the audit says of layers whose laws are known, broken ones too; that the documented table is what it says."""
+"""Audits of layers whose laws are known, broken ones too; the documented table is the audit's."""
 
 import dataclasses
 import pathlib
@@ -195,7 +195,7 @@ def rows() -> list[list[str]]:
 
 
 def test_the_table_is_complete():
-    """It has a row for every registered router, and the columns that are made."""
+    """The table has a row for every registered router, and the columns that are made."""
     title, _, *body = rows()
     assert title == ["router", *(column.title for column in laws.COLUMNS)]
     assert [row[0] for row in body] == [f"`{name}`" for name in laws.ROUTERS]

@@ -178,7 +178,7 @@ def measured(tmp_path_factory):
 
 
 def cells_of(text):
-    """Of Markdown tables."""
+    """Cells of Markdown tables."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
 
 

@@ -39,7 +39,7 @@ def key(request):
 
 
 def test_it_holds(key):
-    """Of the same weights, wherever they lie, and the same config, however it is written; through JSON too."""
+    """A certificate holds of the same weights on any devices, and the same config in any format; through JSON too."""
     made = json.loads(json.dumps(certify(CHECKS, weights(), CONFIG, key, {"step": 3})))
     assert verify(made, weights(), CONFIG, key) == []
     assert verify(made, jax.tree.map(jnp.asarray, weights()), json.dumps(json.loads(CONFIG), indent=3), key) == []
@@ -74,7 +74,7 @@ def test_every_bit_of_every_weight(key):
 
 
 def test_a_changed_weight_is_named(key):
-    """Of another shape or type with the same bytes, too many, too few: a line for each."""
+    """A changed shape or type, a missing or an additional weight are named, a line for each."""
     made = certify(CHECKS, weights(), CONFIG, key)
     for change, lines in (
         (lambda w: w["params"].update(embed_VD=w["params"]["embed_VD"].reshape(3, 5)), ["embed_VD has another shape"]),

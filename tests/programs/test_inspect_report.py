@@ -36,7 +36,7 @@ VOID = {"meta", "link", "br", "path", "use", "rect", "image", "line"}
 
 
 class Page(html.parser.HTMLParser):
-    """Whether tags are closed in their order, and what is fetched from outside."""
+    """HTML reader: checks that tags are closed in order, and lists what is fetched from outside."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -362,7 +362,7 @@ def test_layers_have_the_numbers_of_the_model():
 
 
 def test_each_stack_has_its_layers():
-    """Of an encoder and a decoder each its own, counted as knock-outs count them; a single stack has them all."""
+    """Encoder and decoder have their own layers, counted as knock-outs count them; a single stack has them all."""
     moe = {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}
     sizes = {"D": 8, "N": 4, "attention": "MHA(2, 4, position=NoPE())", "moe": moe}
     data = {"source": "ToyTranslation()", "objective": "Translation()"}

@@ -26,7 +26,7 @@ ROUTED = [c for c in zoo.CONTESTANTS if c.router]
 
 
 def test_every_causal_router_is_a_contestant_and_no_other():
-    """What looks at later tokens would win by a leak."""
+    """Routers that look at later tokens would win by a leak."""
     causal = {cls for cls in ROUTERS if traits(cls).causal}
     assert {type(build(zoo.configure(c, BASE)).model.moe.router) for c in ROUTED} == causal
     assert len(BY_NAME) == len(zoo.CONTESTANTS), "names are different"
