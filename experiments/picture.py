@@ -1,9 +1,10 @@
 """Draws the parts of an MoE layer and who is registered for each, as an SVG: the picture of README.
 
-    python -m experiments.picture --out=docs/parts.svg
+python -m experiments.picture --out=docs/parts.svg
 """
 
 import html
+import pathlib
 from collections.abc import Iterable
 
 from absl import flags
@@ -24,6 +25,7 @@ STYLE = (
     "text{font-family:system-ui,sans-serif;font-size:12px;fill:#1f2328}.t{font-weight:600;font-size:14px}"
     ".n{font-size:11px;fill:#57606a}.c{font-family:ui-monospace,monospace;font-size:11px;fill:#57606a}"
 )
+STROKE = 'fill="none" stroke="#57606a" stroke-width="1.5"'
 FILL = {"part": "#ddf4ff", "data": "#fff8c5"}
 
 
@@ -46,7 +48,7 @@ def box(x: int, wide: int, kind: str, title: str, lines: Iterable[str], code: It
 def arrow(x: int, end: int, y: int, label: str = "") -> str:
     """A horizontal arrow from x to end, with a label above it."""
     head = 5 if end > x else -5
-    line = f'<path d="M{x} {y}H{end}m{-head} -4l{head} 4l{-head} 4" fill="none" stroke="#57606a" stroke-width="1.5"/>'
+    line = f'<path d="M{x} {y}H{end}m{-head} -4l{head} 4l{-head} 4" {STROKE}/>'
     middle = (x + end) // 2
     return line + (f'<text class="c" x="{middle}" y="{y - 7}" text-anchor="middle">{label}</text>' if label else "")
 
@@ -54,9 +56,10 @@ def arrow(x: int, end: int, y: int, label: str = "") -> str:
 def picture() -> str:
     """Returns the SVG."""
     routers = ["who goes where,", "with what weight"]
+    data = ["plain data:", "experts and combine", "weights per token,", "or tokens per slot"]
     boxes = [
         box(70, 150, "part", "router + gating", routers, [*names(ROUTERS, 4), f"{len(GATING)} transforms of any"]),
-        box(264, 130, "data", "routing", ["plain data:", "experts and combine", "weights per token,", "or tokens per slot"]),
+        box(264, 130, "data", "routing", data),
         box(438, 122, "part", "dispatch", ["rows to experts,", "and back, weighted"], names(DISPATCHERS, 5)),
         box(604, 130, "part", "exchange", ["rows across devices:", "the collectives"], names(EXCHANGES, 5)),
         box(778, 94, "part", "experts", ["a network", "each"], names(EXPERTS, 5)),
@@ -70,7 +73,7 @@ def picture() -> str:
         arrow(774, 738, TOP + 105),
         arrow(600, 564, TOP + 105),
     ]
-    middle = f'<path d="M499 {TOP + TALL}V{TOP + TALL + 20}H36" fill="none" stroke="#57606a" stroke-width="1.5"/>'
+    middle = f'<path d="M499 {TOP + TALL}V{TOP + TALL + 20}H36" {STROKE}/>'
     out = arrow(40, 4, TOP + TALL + 20) + f'<text class="c" x="70" y="{TOP + TALL + 14}">y_GSD, kept</text>'
     title = (
         '<text class="t" x="4" y="20">An MoE layer is independent parts</text>'
@@ -87,7 +90,7 @@ def picture() -> str:
 def main() -> None:
     if not OUT.value.endswith(".svg"):
         raise ValueError(f"--out={OUT.value} is no SVG file; end it in .svg.")
-    write_file(cli.pathlib.Path(OUT.value), picture())
+    write_file(pathlib.Path(OUT.value), picture())
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def test_all_to_alls(name, each):
 
 
 def test_tensor_parallelism_is_one_all_reduce_each_way():
-    """All-reduces of [B, L, D] in every attention, dense and MoE layer; the MoE weights [B, L, K] come with the second."""
+    """Every attention, dense and MoE layer all-reduces [B, L, D]; the MoE weights [B, L, K] come with the second."""
     sums = [c for c in compiled("biases") if c.axes == ("tensor",) and not c.where.startswith("reduce_sum")]
     x, weights, biases = (
         4 * B // 4 * L * 8,
