@@ -77,7 +77,7 @@ def picture() -> str:
     out = arrow(40, 4, TOP + TALL + 20) + f'<text class="c" x="70" y="{TOP + TALL + 14}">y_GSD, kept</text>'
     title = (
         '<text class="t" x="4" y="20">An MoE layer is independent parts</text>'
-        '<text class="n" x="4" y="38">each is one component in a config; a new one is one file, one name, one case</text>'
+        '<text class="n" x="4" y="38">each is one component in a config; a new one is one file and one name</text>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
