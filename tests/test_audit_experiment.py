@@ -98,7 +98,7 @@ def test_what_is_broken_is_named(config, monkeypatch):
         ([], "No experiment was given"),
         (["--config=nothing.py"], "no config file"),
         (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
-        (["--config=configs/glam_nano.py", "--simulated=0"], "--simulated=0 must be at least 1"),
+        (["--config=configs/glam_nano.py", "--devices=0"], "devices=0: Expected a positive integer"),
     ],
 )
 def test_mistakes_are_one_line(argv, words):
