@@ -1,8 +1,8 @@
 """Lists the programs, or runs one of them.
 
-    moe-jax                                                             lists them; so does python -m experiments
-    moe-jax train --config=glam_nano --workdir=runs/glam_nano           runs one; so does python -m experiments.train
-    moe-jax train --help                                                says what it takes
+moe-jax                                                             lists them; so does python -m experiments
+moe-jax train --config=glam_nano --workdir=runs/glam_nano           runs one; so does python -m experiments.train
+moe-jax train --help                                                says what it takes
 """
 
 import ast

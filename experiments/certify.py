@@ -109,9 +109,7 @@ def statistics(seen: LayerTrace, effects: Effects, differences: Fairness | None)
     return found
 
 
-def verified(
-    workdir: pathlib.Path, path: pathlib.Path, key: bytes | None, table: pathlib.Path | None = None
-) -> None:
+def verified(workdir: pathlib.Path, path: pathlib.Path, key: bytes | None, table: pathlib.Path | None = None) -> None:
     """Says that a certificate holds of a run; ValueError with all that does not."""
     said = certificate.read(path)
     about = said.get("about")

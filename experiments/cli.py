@@ -251,7 +251,9 @@ def report() -> flags.FlagHolder:
 
 def as_json() -> flags.FlagHolder:
     """Defines --json=FILE, for the result as JSON, which `write_json` writes."""
-    return flag(flags.DEFINE_string, "json", None, "A file for the result as JSON; - is stdout, and text goes to stderr.")
+    return flag(
+        flags.DEFINE_string, "json", None, "A file for the result as JSON; - is stdout, and text goes to stderr."
+    )
 
 
 def out(text: str) -> flags.FlagHolder:
