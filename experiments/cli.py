@@ -166,7 +166,7 @@ def folder(flag: str, value: str) -> pathlib.Path:
 
 
 def file(flag: str, value: str | None, kinds: tuple[str, ...] = ()) -> pathlib.Path | None:
-    """A file that a flag names, to be written, of one of these suffixes; ValueError where it cannot be. None for none."""
+    """A file to write, which a flag names, with one of these suffixes; None for none, ValueError where it cannot be."""
     if not value:
         return None
     path = pathlib.Path(value)
@@ -201,11 +201,11 @@ def define_config() -> None:
 
 def define_processes() -> None:
     """Defines the flags of a program that several processes run together, which calls `connect`; and --devices."""
-    at_least = lambda n: partial(flags.DEFINE_integer, lower_bound=n)
+    count, index = (partial(flags.DEFINE_integer, lower_bound=least) for least in (1, 0))
     flag(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0, where several processes meet.")
-    flag(at_least(1), "processes", None, "How many processes there are.")
-    flag(at_least(0), "process", None, "Which of them this is, from 0.")
-    flag(at_least(1), "peer_timeout", 100, "Seconds without a sign of a process that end the others.")
+    flag(count, "processes", None, "How many processes there are.")
+    flag(index, "process", None, "Which of them this is, from 0.")
+    flag(count, "peer_timeout", 100, "Seconds without a sign of a process that end the others.")
     flag(flags.DEFINE_string, "heartbeat", None, "A file to touch every second, for a supervisor.")
     devices()
 
@@ -251,9 +251,8 @@ def report() -> flags.FlagHolder:
 
 def as_json() -> flags.FlagHolder:
     """Defines --json=FILE, for the result as JSON, which `write_json` writes."""
-    return flag(
-        flags.DEFINE_string, "json", None, "A file for the result as JSON; - is stdout, and text goes to stderr."
-    )
+    text = "A file for the result as JSON; - is stdout, and text goes to stderr."
+    return flag(flags.DEFINE_string, "json", None, text)
 
 
 def out(text: str) -> flags.FlagHolder:

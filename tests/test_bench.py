@@ -328,14 +328,8 @@ def tiny(tmp_path_factory):
 
 
 def test_steps_of_a_config_and_its_twin(tiny, tmp_path):
-    flags = [
-        f"--json={tmp_path / 'steps.json'}",
-        "--bursts=2",
-        "--burst=1",
-        "--train_steps=0",
-        "--config.model.moe.E=8",
-    ]
-    outcome = programs.call(steps, *tiny, *flags)
+    flags = ["--bursts=2", "--burst=1", "--train_steps=0", "--config.model.moe.E=8"]
+    outcome = programs.call(steps, *tiny, *flags, f"--json={tmp_path / 'steps.json'}")
     assert outcome.code == 0, outcome
     cells = cells_of(outcome.out)
     assert [row[0] for row in cells] == ["", "---", "config", "twin"]

@@ -202,9 +202,8 @@ def test_the_program(run):
     said["checks"][0]["limit"] += 1
     out.write_text(json.dumps(said))
     assert "signature does not match" in call(*flags, f"--verify={out}").error
-    strict = call(
-        *flags, f"--out={out}", "--windows=8", "--limit=worst_knock_out=-9", f"--json={folder / 'strict.json'}"
-    )
+    flags.append(f"--json={folder / 'strict.json'}")
+    strict = call(*flags, f"--out={out}", "--windows=8", "--limit=worst_knock_out=-9")
     assert strict.code == 1
     above = [c["name"] for c in json.loads((folder / "strict.json").read_text())["checks"] if not c["pass"]]
     assert above == ["worst_knock_out"]

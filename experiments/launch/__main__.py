@@ -18,6 +18,7 @@ from typing import NoReturn
 from experiments.launch.pulse import EVERY
 from experiments.launch.supervisor import MISTAKE, OVERWRITE, Plan, supervise
 
+PROGRAM = "experiments.train"
 OWN = ("coordinator", "processes", "process", "devices", "heartbeat")  # flags of a process that are given here
 
 
@@ -45,15 +46,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=positive, help="simulated CPU devices of each; else as the mesh takes")
     parser.add_argument("--restarts", type=int, default=3, help="how often at most (default: 3)")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds without a sign of life (default: 10)")
-    parser.add_argument(
-        "--patience", type=float, default=600.0, help="seconds without a line in metrics.jsonl (default: 600)"
-    )
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds without a new record (default: 600)")
     parser.add_argument("--shrink", action="store_true", help="restart on half as many processes")
-    parser.add_argument(
-        "--program",
-        default="experiments.train",
-        help="the module, or the .py file, to run (default: experiments.train)",
-    )
+    parser.add_argument("--program", default=PROGRAM, help=f"the module, or the .py file, to run (default: {PROGRAM})")
     parser.error = refuse
     return parser.parse_args(argv)
 
