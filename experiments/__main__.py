@@ -1,8 +1,10 @@
 """Lists the programs, or runs one of them.
 
-moe-jax                                                             lists them; so does python -m experiments
-moe-jax train --config=glam_nano --workdir=runs/glam_nano           runs one; so does python -m experiments.train
-moe-jax train --help                                                says what it takes
+    moe-jax                                                         lists them
+    moe-jax train --config=glam_nano --workdir=runs/glam_nano       runs one
+    moe-jax train --help                                            says what it takes
+
+`python -m experiments` is the same where nothing is installed, and `python -m experiments.train` runs one too.
 """
 
 import ast

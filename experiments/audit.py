@@ -33,8 +33,6 @@ from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment
 from moe_jax.files import write_file
 
-MANY = 8  # devices
-
 cli.define_config()
 REPORT = cli.report()
 JSON = cli.as_json()
@@ -50,7 +48,7 @@ def main() -> None:
         print(placement_table(placed := placement(exp)))
         cli.write_json(table, [parameter._asdict() for parameter in placed])
         return
-    jax.config.update("jax_num_cpu_devices", DEVICES.value or MANY)
+    jax.config.update("jax_num_cpu_devices", DEVICES.value or 8)
     sys.exit(check(exp, page, table, STOP.value))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import inspect
 import json
 import pathlib
 import re
@@ -38,19 +39,21 @@ OWN = tuple(str(ROOT / package) for package in ("moe_jax", "experiments"))
 STDOUT: contextvars.ContextVar[TextIO] = contextvars.ContextVar("STDOUT")  # for JSON, where text goes to stderr
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line, runs `main`, and exits."""
+def run(main: Callable[..., None]) -> None:
+    """Parses the command line, runs `main`, and exits; a main with parameters takes the words that are no flags."""
     parsed = False
     try:
         if HELP.intersection(sys.argv):
             print(help_text(main))
             return
-        parse(sys.argv, main)
+        words = parse(sys.argv, main)
+        if words and not inspect.signature(main).parameters:
+            raise ValueError(f"{words[0]!r} is not a flag; write --name=value.")
         parsed = True
         if beat := given("heartbeat"):
             pulse.beat(pathlib.Path(beat))
         with stdout_for_json():
-            main()
+            main(*words)
     except KeyboardInterrupt:
         print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
         if join.connected():
@@ -74,21 +77,21 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
-def own_flags(main: Callable[[], None]) -> list[flags.Flag]:
+def own_flags(main: Callable[..., None]) -> list[flags.Flag]:
     """The flags that a program has defined or asked for here, in this order, and --traceback."""
     own = FLAGS.get_key_flags_for_module(sys.modules[main.__module__])
     return [*own, FLAGS["traceback"]]
 
 
-def parse(argv: list[str], main: Callable[[], None]) -> None:
-    """Parses all but --config.a.b=VALUE, which wait for `experiment`; ValueError for what the program does not take."""
+def parse(argv: list[str], main: Callable[..., None]) -> list[str]:
+    """Parses a program's own flags as absl does, but for --config.a.b=VALUE, which wait; returns the other words."""
     own = flags.FlagValues()
     for known in own_flags(main):
         own[known.name] = known
-    rest = own(split(argv)[0])
-    if len(rest) > 1:
-        raise ValueError(f"{rest[1]!r} is not a flag; write --name=value.")
+    own.set_gnu_getopt()  # flags may follow words
+    words = own(split(argv)[0])[1:]
     FLAGS.mark_as_parsed()
+    return words
 
 
 def given(name: str) -> Any:
@@ -384,7 +387,7 @@ def where(error: BaseException) -> str:
     return "" if own else f" ({type(error).__name__}; --traceback shows where)"
 
 
-def help_text(main: Callable[[], None]) -> str:
+def help_text(main: Callable[..., None]) -> str:
     """A program's docstring, its flags with their defaults, and the fields of a config if it takes one."""
     own = own_flags(main)
     lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", "Flags:"]
