@@ -1,4 +1,4 @@
-"""What the programs share: their common flags, the experiment that a command line means, one line for a mistake."""
+"""Command line of all programs: flags, the experiment they mean, and one line for a user's mistake."""
 
 import contextlib
 import contextvars
@@ -100,7 +100,7 @@ def given(name: str) -> Any:
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What is for absl, and the overrides of the config, each as one --config.a.b=VALUE."""
+    """Splits arguments into those for absl and the overrides of the config, each as one --config.a.b=VALUE."""
     program, overrides, words = [], [], iter(argv)
     for word in words:
         if not OVERRIDE.match(word):
@@ -118,7 +118,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def place() -> join.Place:
-    """Which process this is, of how many: by its flags, or else by the Cloud TPU slice it is on."""
+    """Number of this process, and of all: by its flags, or else by the Cloud TPU slice it is on."""
     address: dict[str, Any] = {name: given(name) for name in ("coordinator", "processes", "process")}
     missing = [f"--{name}" for name, value in address.items() if value is None]
     if len(missing) == len(address):
@@ -141,12 +141,12 @@ def connect() -> None:
 
 
 def supervised() -> bool:
-    """Whether a supervisor looks after this process."""
+    """Tells whether a supervisor watches this process."""
     return given("heartbeat") is not None
 
 
 def simulate(exp: Experiment) -> None:
-    """As many devices as this process has of the experiment's mesh, where the platform is the CPU."""
+    """Simulates this process's devices of the experiment's mesh, where the platform is the CPU."""
     devices, processes = given("devices"), given("processes") or 1
     if devices is None and exp.devices:
         if exp.devices % processes:

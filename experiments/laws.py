@@ -1,4 +1,4 @@
-"""Tries which routings are trainable, causal, and independent of the rest of their batch.
+"""Tests which routings are trainable, causal, and independent of the rest of their batch.
 
     python -m experiments.laws                          the table of all routers, slot priorities and limits
     python -m experiments.laws --out=docs/routing.md
@@ -94,14 +94,14 @@ def table() -> list[dict[str, str]]:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The table in Markdown."""
+    """Markdown table with a row for each router."""
     titles = ("router", *(column.title for column in COLUMNS))
     lines = [titles, ("---",) * len(titles), *(tuple(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(router: str, column: Column) -> str:
-    """What all layers of a router and a column have in common; each with its dispatcher where they differ."""
+    """Cell of a router and a column: the result all its layers share, or each dispatcher's where they differ."""
     answers = {cfg.dispatch: answer(cfg, column.law) for cfg in layers(parse(router), column)}
     if len(set(answers.values())) > 1:
         return "; ".join(f"`{dispatch}` {text}" for dispatch, text in answers.items())
@@ -133,7 +133,7 @@ def answer(cfg: MoEConfig, law: str) -> str:
 
 
 def around(name: str) -> tuple[str, str]:
-    """What stands before and after the table of a page; ValueError without a place for it."""
+    """Text of a page before and after its table; ValueError where the page has no marker for it."""
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"--out={name} is not a file; give one with the marks {BEGIN} and {END}.")
