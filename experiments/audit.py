@@ -28,7 +28,7 @@ from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.communication import audit as communication
 from moe_jax.audit.experiment import Finding, findings
 from moe_jax.audit.page import findings_page
-from moe_jax.audit.placement import Placed, placement
+from moe_jax.audit.placement import ParamPlacement, placement
 from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment
 from moe_jax.files import write_file
@@ -78,7 +78,7 @@ def check(
     return int(broken > 0)
 
 
-def as_json(shrunk: list[str], found: list[Finding], rows: list[Row]) -> dict[str, Any]:
+def as_json(shrunk: list[str], found: list[Finding], rows: list[ComparedCollective]) -> dict[str, Any]:
     """All findings as plain values."""
     laws = [{"law": f.law, "subject": f.subject, "claimed": f.claimed, **f.verdict._asdict()} for f in found]
     sent = [
@@ -113,7 +113,7 @@ def row_line(row: ComparedCollective) -> str:
     return f"{text:<60} {'yes' if row.holds else 'NO':<4} {sizes}{'; ' + row.detail if row.detail else ''}"
 
 
-def placement_table(placed: list[Placed]) -> str:
+def placement_table(placed: list[ParamPlacement]) -> str:
     """A line for each parameter, and what a device holds."""
     lines = [f"{'parameter':<44} {'shape':<24} {'spread over':<28} {'bytes':>14} {'optimizer':>14}"]
     for p in placed:
