@@ -194,14 +194,19 @@ def test_the_program_measures_writes_and_verifies(run):
     said = json.loads(out.read_text())
     assert {c["name"] for c in said["checks"]} == set(certificate.LIMITS) - set(said["about"]["not measured"])
     assert "router/bias_E" in said["weights"]
-    assert call(*flags, f"--verify={out}").code == 0
+    holds = call(*flags, f"--verify={out}", "--json=-")
+    assert (holds.code, json.loads(holds.out)) == (0, {"holds": True, "wrong": []})
+    assert "holds: its signature" in holds.err
     (folder / "other").write_bytes(OTHER)
     assert "signature does not match" in call(*flags[:2], f"--key={folder / 'other'}", f"--verify={out}").error
     said["checks"][0]["limit"] += 1
     out.write_text(json.dumps(said))
     assert "signature does not match" in call(*flags, f"--verify={out}").error
+    flags.append(f"--json={folder / 'strict.json'}")
     strict = call(*flags, f"--out={out}", "--windows=8", "--limit=worst_knock_out=-9")
     assert strict.code == 1
+    above = [c["name"] for c in json.loads((folder / "strict.json").read_text())["checks"] if not c["pass"]]
+    assert above == ["worst_knock_out"]
     assert "worst_knock_out" in call(*flags, f"--verify={out}").out
 
 
