@@ -167,7 +167,7 @@ def markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def takes(cls: type, name: str) -> str:
-    """What a field takes, in words, with links to the components that may stand in it."""
+    """The values a field takes, in words, with links to the components that may stand in it."""
     known = (INNER if cls in COMPONENTS.values() else KINDS).get(name, ())
     kinds = [
         f"[{kind.title.lower()}](#{anchor(kind.title)})" for kind in COMPONENT_KINDS if set(kind.components) & {*known}
@@ -224,7 +224,7 @@ def meaning(cls: type, name: str) -> str:
 
 
 def said(cls: type) -> dict[str, str]:
-    """What a class itself says of its fields, by name."""
+    """The meanings that a class itself gives its fields, by name."""
     return comments(cls) | entries(cls)
 
 

@@ -86,7 +86,7 @@ def _section(at: str, values: Any, names: list[str], text: str) -> dict[str, Any
 
 
 def _default(at: str, name: str) -> Any:
-    """What a field of a section is where it is left out; MISSING without a default, and for sections."""
+    """The value of a field that a section leaves out; MISSING without a default."""
     cls = SECTIONS.get(at.removeprefix("config").lstrip("."))
     return next((f.default for f in dataclasses.fields(cls) if f.name == name), dataclasses.MISSING) if cls else None
 

@@ -54,7 +54,7 @@ def merged(values: dict, more: dict) -> dict:
 
 
 def field(exp: Experiment, path: str):
-    """What an experiment has at the end of a path."""
+    """The value that an experiment has at the end of a path."""
     found = exp
     if path == "model.kind":
         return next(name for name, cls in MODELS.items() if type(exp.model) is cls)
@@ -158,7 +158,7 @@ def outcome(make) -> str:
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=repr)
 def test_every_number_of_a_component_is_set_by_its_path(component):
-    """Whether the component takes the new one or not."""
+    """The component with the new number, or the sentence of its constructor where it refuses it."""
     *section, name = PLACES[type(component)].split(".")
     numbers = {f.name: getattr(component, f.name) for f in dataclasses.fields(component)}
     numbers = {n: v for n, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -261,7 +261,7 @@ def test_the_mesh_of_the_benchmark_mends_a_file(broken, monkeypatch):
     file, router, _ = broken
     monkeypatch.setattr(sys, "argv", ["steps", file, router, "--mesh=data=2"])
     with flagsaver.flagsaver():
-        cli.parse(sys.argv)
+        cli.parse(sys.argv, steps.main)
         exp, _ = steps.experiments()
     assert {axis: n for axis, n in exp.mesh if n > 1} == {"data": 2}
 
@@ -343,7 +343,7 @@ def test_entries_of_one_kind_have_numbers_only():
 
 @pytest.mark.parametrize("target", MEANINGS)
 def test_every_word_leads_to_a_field(target):
-    """It is there in a built config, and takes what it is said to take."""
+    """The field is there in a built config, and takes what the word says."""
     path, _, form = target.partition("=")
     values = VALUES
     if path == "model.patch":
@@ -392,7 +392,7 @@ def test_every_word_leads_to_a_field(target):
     ],
 )
 def test_a_word_of_the_field_is_answered_by_the_flag_to_type(path, text, typed):
-    """It can be typed as it stands there."""
+    """The flag can be typed as it stands there."""
     with pytest.raises(ValueError, match=f"say --config.{re.escape(typed)}") as caught:
         built((path, text))
     assert str(caught.value).endswith(f"say --config.{typed}.") or "takes" in str(caught.value)
