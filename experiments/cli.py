@@ -393,7 +393,7 @@ def help_text(main: Callable[..., None]) -> str:
     if shared := [flag for flag in own if flag.name in PROCESSES]:
         lines += ["", "Flags of several processes:", *(line for flag in shared for line in described(flag))]
     if any(flag.name == "config" for flag in own):
-        lines += ["", "Fields of a config (docs/config.md explains each):", *fields()]
+        lines += ["", "Fields of a config:", *fields()]
     return "\n".join(lines)
 
 
@@ -414,5 +414,5 @@ def fields() -> list[str]:
         start = "--" + PREFIX + (path + "." if path else "")
         names = [name for name in known_fields(start.strip("-.")) if name not in ("V", "mesh")]
         lines.append(f"  {start}{{{','.join(n for n in names if f'{path}.{n}'.strip('.') not in SECTIONS)}}}")
-    lines += ["", "A path goes on into a component, or an entry of a tuple:"]
+    lines += ["", "A path goes on into a component, or an entry of a tuple; docs/config.md lists all:"]
     return [*lines, *(f"  --{PREFIX}{example}" for example in EXAMPLES)]

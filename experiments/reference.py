@@ -1,7 +1,7 @@
-"""The reference of configs: every field with its type, default and meaning, and every component that may stand in one.
+"""Prints the reference of configs: every field and every component, with types, defaults and meanings.
 
-    python -m experiments.reference                 prints it
-    python -m experiments.reference --write         writes it to docs/config.md
+    python -m experiments.reference
+    python -m experiments.reference --out=docs/config.md
 
 Everything is read from the dataclasses: meanings from their docstrings, in which a field's begins with its name and a
 colon, or from the comment after a field.
@@ -20,8 +20,6 @@ import typing
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from absl import flags
-
 from experiments import cli
 from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
 from moe_jax.config import COMPONENTS, KINDS, LISTS, SECTIONS, in_words
@@ -39,7 +37,7 @@ from moe_jax.optim import OPTIMIZERS, SCHEDULES
 from moe_jax.overrides import known_fields
 from moe_jax.routers import ROUTERS
 
-WRITE = flags.DEFINE_bool("write", False, "Write it to docs/config.md instead of printing it.")
+OUT = cli.out("A file for the reference, instead of printing it.")
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
 CONFIG = "configs/mixtral_nano.py"  # that the first examples change
@@ -101,15 +99,15 @@ A path goes on into a component, as the first four do, and into components insid
 - A name that is no field here, but one elsewhere (`num_experts`, `lr`, ...), is answered by the flag to type.
 
 `--print_config` of `experiments.train` shows the result. This page is written by `python -m experiments.reference
---write`; a test holds it to the code.
+--out=docs/config.md`; a test holds it to the code.
 """
 
 
 def main() -> None:
-    if not WRITE.value:
-        print(page(), end="")
+    if OUT.value:
+        write_file(pathlib.Path(OUT.value), page())
     else:
-        write_file(PAGE, page())
+        print(page(), end="")
 
 
 def page() -> str:

@@ -246,7 +246,7 @@ ELSEWHERE = {name: path for path, name in _PATHS.items() if list(_PATHS.values()
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ComponentCall:
     """A component as data: its class, and the arguments that are given."""
 
     cls: type
@@ -258,10 +258,10 @@ class Call:
 
 def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
     """A component from its constructor call: a registered name with literal arguments."""
-    return _made(read(text, known))
+    return _made(read_call(text, known))
 
 
-def read(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Call:
+def read_call(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> ComponentCall:
     """A constructor call as data: its names are checked, its values are not."""
     names = {c.__name__: c for c in known if c.__name__ in COMPONENTS}
     try:
@@ -284,22 +284,24 @@ def read(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Call:
         check_argument(cls, argument)
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{text!r} gives an argument twice; give it once.")
-    return Call(cls, {argument: _argument(text, value) for argument, value in pairs})
+    return ComponentCall(cls, {argument: _argument(text, value) for argument, value in pairs})
 
 
 def _argument(text: str, node: ast.expr) -> Any:
     """A literal, or a component's constructor call; `text` is where it stands."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPONENTS:
-        return read(ast.unparse(node))
+        return read_call(ast.unparse(node))
     try:
         return ast.literal_eval(node)
     except NOT_LITERAL:
         raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
 
 
-def _made(call: Call) -> Any:
+def _made(call: ComponentCall) -> Any:
     """The component that a call constructs, those inside of it first."""
-    values = {name: _made(value) if isinstance(value, Call) else value for name, value in call.arguments.items()}
+    values = {
+        name: _made(value) if isinstance(value, ComponentCall) else value for name, value in call.arguments.items()
+    }
     return _construct(call.cls.__name__, call.cls, values)
 
 

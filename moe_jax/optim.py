@@ -122,7 +122,7 @@ OPTIMIZERS = (AdamW, Adafactor)
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How parameters are updated.
+    """Updates of parameters: optimizer, learning rate, limits.
 
     optimizer: makes updates of gradients. schedule: the learning rate, by step.
     clip: largest norm of all gradients together, None for no limit.

@@ -17,12 +17,12 @@ from moe_jax.config import (
     LISTS,
     NOT_LITERAL,
     SECTIONS,
-    Call,
+    ComponentCall,
     check_argument,
     fits,
     in_words,
     plain,
-    read,
+    read_call,
     typed,
     unknown,
 )
@@ -137,13 +137,13 @@ def _component(where: str, old: Any, known: tuple[type, ...], names: list[str], 
         given = "not set" if old in NOTHING else repr(old)
         raise ValueError(f"{where} is {given} and has no field {names[0]!r}; set it too, to one of {usual}.")
     try:
-        call = read(old, known)
+        call = read_call(old, known)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return repr(_edited(where, call, names, text))
 
 
-def _edited(where: str, call: Call, names: list[str], text: str) -> Call:
+def _edited(where: str, call: ComponentCall, names: list[str], text: str) -> ComponentCall:
     """A component with a field set, or a field of a component inside of it."""
     name, *rest = names
     check_argument(call.cls, name, where, text, "".join(f".{n}" for n in rest))
@@ -156,12 +156,12 @@ def _edited(where: str, call: Call, names: list[str], text: str) -> Call:
         default = next(f.default for f in dataclasses.fields(call.cls) if f.name == name)
         old = call.arguments.get(name, default)
         if isinstance(old, tuple(COMPONENTS.values())):
-            old = read(repr(old))
-        if not isinstance(old, Call):
+            old = read_call(repr(old))
+        if not isinstance(old, ComponentCall):
             given = "not set" if old in NOTHING else repr(old)
             raise ValueError(f"{at} is {given} and has no field {rest[0]!r}; set it as a whole too.")
         new = _edited(at, old, rest, text)
-    return Call(call.cls, {**call.arguments, name: new})
+    return ComponentCall(call.cls, {**call.arguments, name: new})
 
 
 def _inner(at: str, text: str) -> Any:
@@ -170,7 +170,7 @@ def _inner(at: str, text: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return read(value)
+        return read_call(value)
     except ValueError as error:
         raise ValueError(f"{at}: {error}") from None
 

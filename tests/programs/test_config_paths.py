@@ -200,7 +200,7 @@ def test_what_is_given_stays_as_it_is():
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_field_may_be_set_where_a_file_leaves_it_out(kind):
-    """Its default as a flag changes nothing."""
+    """The default as a flag changes nothing."""
     position = {"LM": "Rotary()", "EncoderDecoder": "Relative(shared=True)", "ViT": "NoPE()"}[kind]
     objective = {"LM": "NextToken()", "EncoderDecoder": "SpanCorruption()", "ViT": "Classification()"}[kind]
     source = {"ViT": "Digits()"}.get(kind, "Corpus()")

@@ -18,7 +18,7 @@ FLAGS = [tuple(shlex.split(flag)[0].split("=", 1)) for flag in WRITTEN]
 
 
 def test_the_page_is_up_to_date():
-    """Write it by python -m experiments.reference --write."""
+    """Write it by python -m experiments.reference --out=docs/config.md."""
     assert reference.page() == PAGE
 
 
