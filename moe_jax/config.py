@@ -28,7 +28,7 @@ from moe_jax.models import MODELS, LMConfig, Model
 from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
-from moe_jax.words import last, meant
+from moe_jax.words import meant, meant_field
 
 LAYERS = (ATTENTION, POSITIONS, SCALINGS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
@@ -314,7 +314,7 @@ def check_argument(cls: type, name: str, what: str = "", value: str = "VALUE", r
     if name in fields:
         return
     kind = next(kind for kind in REGISTERED if cls in kind)
-    wanted = next((n for n in (name, last(name)) if any(n in _field_names(c) for c in kind)), None)
+    wanted = next((n for n in (name, meant_field(name)) if any(n in _field_names(c) for c in kind)), None)
     if wanted is None or wanted in fields:
         ending = advice(what, name, fields, value, rest)
     else:
@@ -439,7 +439,7 @@ def advice(what: str, name: str, known: Collection[str], value: str, rest: str) 
     """The end of a sentence about an unknown field: the one that its name means here, or in another section."""
     if any(k.lower() == name.lower() for k in known):
         return suggestion(name, known)
-    if (here := last(name)) in known:
+    if (here := meant_field(name)) in known:
         path = f"{what}.{here}{rest}".removeprefix("config.")
         return f"; {typed(path, value)}." if what else f"; did you mean {here!r}?"
     target = meant(name) or ELSEWHERE.get(name, "")

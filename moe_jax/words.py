@@ -69,7 +69,7 @@ def meant(name: str) -> str:
     return WORDS.get(_squeezed(name), "")
 
 
-def last(name: str) -> str:
+def meant_field(name: str) -> str:
     """Returns the name of the field that a word means, without its path; "" where it means nothing, or a value."""
     path, _, value = meant(name).partition("=")
     return "" if value else path.rpartition(".")[2]
