@@ -18,10 +18,10 @@ SUMS = ("v_row", "v_col")  # Adafactor's, which lack an axis of the parameter wh
 def shardings(tree: Any, mesh: Mesh, exchange: Any = None) -> Any:
     """Returns a NamedSharding for every leaf of a tree: Linen or NNX parameters, a TrainState, an optimizer's state.
 
-    A leaf goes by the last name on its path, so an optimizer's moments lie as their parameters. `up_EDF` is sharded
-    along E, D and F as the rules of `core.shard` say, over the axes that the mesh has; further axes in front (of nn.scan
-    or nn.vmap) are not sharded. Replicated are vectors, routers, and what says no dimensions (`kernel`, `count`) or
-    has fewer axes than letters.
+    A leaf goes by the last name on its path, so an optimizer's moments are sharded as their parameters. `up_EDF` is
+    sharded along E, D and F as the rules of `core.shard` say, over the axes that the mesh has; further axes in front (of
+    nn.scan or nn.vmap) are not sharded. Vectors and routers are replicated, and so is a leaf whose name says no
+    dimensions (`kernel`, `count`) or more than it has.
 
     tree: of arrays, or of what has a shape (`jax.eval_shape`).
     exchange: that of the layers' MoEConfig, where it is not over the mesh axis `expert` alone (`TwoLevel()`).
@@ -75,7 +75,7 @@ def uneven(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> list[tu
 def constrain(name: str, w: Array, exchange: Any = None) -> Array:
     """A new parameter, sharded over the current mesh as `shardings` says, so that no device ever holds all of it.
 
-    It is left as it is where there is no mesh, where a size does not divide evenly (a call of the layer refuses it), and
+    It is unchanged where there is no mesh, where a size does not divide evenly (a call of the layer refuses it), and
     along axes that are part of its type (`AxisType.Explicit`).
     """
     mesh = jax.sharding.get_abstract_mesh()
