@@ -30,4 +30,4 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
         params = {name: getattr(self, name)[...] for name in self.part.params}
-        return over_mesh(self.part, shard.current(), params, x_BLD, sees, memory_BMD)
+        return over_mesh(self.part, shard.from_mesh(), params, x_BLD, sees, memory_BMD)

@@ -19,7 +19,7 @@ def shardings(tree: Any, mesh: Mesh, exchange: Any = None) -> Any:
     """Returns a NamedSharding for every leaf of a tree: Linen or NNX parameters, a TrainState, an optimizer's state.
 
     A leaf goes by the last name on its path, so an optimizer's moments are sharded as their parameters. `up_EDF` is
-    sharded along E, D and F as the rules of `core.shard` say, over the axes that the mesh has; further axes in front (of
+    sharded along E, D and F by the rules of `core.shard`, over the axes that the mesh has; further axes in front (of
     nn.scan or nn.vmap) are not sharded. Vectors and routers are replicated, and so is a leaf whose name says no
     dimensions (`kernel`, `count`) or more than it has.
 
@@ -31,7 +31,7 @@ def shardings(tree: Any, mesh: Mesh, exchange: Any = None) -> Any:
 
     def leaf(path: tuple, x: Any) -> NamedSharding:
         shape = tuple(getattr(x, "shape", ()))
-        spec = spec_of(names_of(path), len(shape), rules)
+        spec = spec_of(path_names(path), len(shape), rules)
         for axis, over in uneven(shape, spec, mesh.shape):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} has shape {shape}, and axis {axis} does not divide evenly over "
@@ -47,7 +47,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(rules_for(None, dict(mesh.shape))["B"] or None))
 
 
-def names_of(path: tuple) -> list[str]:
+def path_names(path: tuple) -> list[str]:
     """Returns the names on the way to a leaf, without that of the box around it (nnx.Variable, nn.Partitioned)."""
     keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
     names = [key for key in keys if isinstance(key, str)]

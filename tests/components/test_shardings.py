@@ -75,8 +75,8 @@ TREES = {  # and how often each parameter is in it
 
 
 @pytest.mark.parametrize("kind", TREES)
-def test_a_leaf_lies_where_its_name_says(kind):
-    """In parameters and in the optimizer's moments; layers in front are whole, and everything else is replicated."""
+def test_a_leaf_is_sharded_as_its_name_says(kind):
+    """In parameters and in the optimizer's moments; axes in front are not sharded, and everything else is replicated."""
     make, times = TREES[kind]
     tree, mesh, seen = make(), mesh_of("f2e2t2"), dict.fromkeys(EFT, 0)
     found = shardings(tree, mesh)
@@ -95,12 +95,12 @@ def test_a_leaf_lies_where_its_name_says(kind):
     assert set(seen.values()) == {times}
 
 
-def test_matrices_of_a_model_lie_as_its_train_step_has_them():
-    """Of all parameters of a language model; vectors, which cost nothing, are whole here."""
+def test_matrices_of_a_model_are_sharded_as_in_its_train_step():
+    """Of all parameters of a language model; vectors are replicated here."""
     cfg = LMConfig(N=2, D=8, V=12, moe=CFG, attention=MHA(2, 4))
     params = jax.eval_shape(LM(cfg).init, KEY, jnp.zeros((8, 2), int))["params"]
     mesh = mesh_of("f2e2t2")
-    expected, found = dims.layouts(params, RULES), shardings(params, mesh)
+    expected, found = dims.specs(params, RULES), shardings(params, mesh)
     for path, spec in jax.tree.leaves_with_path(expected):
         mine = found
         for key in path:
