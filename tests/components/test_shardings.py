@@ -76,7 +76,7 @@ TREES = {  # and how often each parameter is in it
 
 @pytest.mark.parametrize("kind", TREES)
 def test_a_leaf_is_sharded_as_its_name_says(kind):
-    """In parameters and in the optimizer's moments; axes in front are not sharded, and everything else is replicated."""
+    """In parameters and the optimizer's moments; axes in front are not sharded, and everything else is replicated."""
     make, times = TREES[kind]
     tree, mesh, seen = make(), mesh_of("f2e2t2"), dict.fromkeys(EFT, 0)
     found = shardings(tree, mesh)
