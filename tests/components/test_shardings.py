@@ -203,14 +203,16 @@ def test_new_parameters_go_by_the_exchange():
         assert first_shard(jax.jit(layer.init)(KEY, X)["params"]["up_EDF"]) == (1, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("E", "mesh"),
-    [(6, mesh_of("d2e4")), (8, jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2))],
-    ids=["uneven", "explicit"],
-)
-def test_new_parameters_are_left_alone(E, mesh):
-    """Where experts do not divide evenly (a call is refused), and where axes are part of types."""
-    layer = MoE.of(E=E, experts=MLP(F=4))
-    with jax.set_mesh(mesh):
-        shape = jax.jit(layer.init)(KEY, X)["params"]["up_EDF"].sharding
-    assert shape.is_fully_replicated
+def test_new_experts_that_do_not_divide_are_not_sharded():
+    """A call of the layer refuses them."""
+    with jax.set_mesh(mesh_of("d2e4")):
+        made = moe_jax.nnx.MoE(MoEConfig(E=6, experts=MLP(F=4)), D, rngs=nnx.Rngs(0))
+        assert first_shard(made.up_EDF[...]) == (6, 4, 4)
+        with pytest.raises(ValueError, match="E=6 does not "):
+            made(X)
+
+
+def test_axes_that_are_part_of_types_do_not_shard_new_parameters():
+    """Explicit ones; initialisation works there."""
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2)):
+        assert jax.jit(SMALL.init)(KEY, X)["params"]["up_EDF"].sharding.is_fully_replicated
