@@ -119,9 +119,11 @@ def test_nnx(page):
     """Sharded parameters and moments, a router state that moves, and losses that fall."""
     net, optimizer, losses = page["net"], page["optimizer"], page["net_losses"]
     assert losses[-1] < 0.95 * losses[0]
-    moments = optimizer.opt_state[0]
-    for x in (net.moe.up_EDF, moments.mu["moe"]["up_EDF"], moments.nu["moe"]["up_EDF"]):
-        assert shard_of(x[...]) == (2, 16, 32)
+    with jax.set_mesh(page["mesh"]):
+        new = page["create_net"]()
+    for module, adam in ((net, optimizer.opt_state[0]), (new[0], new[1].opt_state[0])):
+        for x in (module.moe.up_EDF, adam.mu["moe"]["up_EDF"], adam.nu["moe"]["up_EDF"]):
+            assert shard_of(x[...]) == (2, 16, 32)
     (bias_E,) = jax.tree.leaves(nnx.state(net, RouterState))
     assert np.abs(bias_E).max() > 0
 
