@@ -39,7 +39,7 @@ LAWS = (
             ("mesh", "the axes that batch, experts and parameters are sharded over"),
             ("model.moe.exchange", "how rows meet experts on other devices"),
             ("model.remat", "what the backward pass computes again"),
-            ("data.accumulate", "a batch in several microbatches is the same step"),
+            ("data.microbatches", "a batch in several microbatches is the same step"),
             ("optim.zero1", "optimizer states sharded over data-parallel devices"),
         ),
     ),

@@ -25,7 +25,7 @@ from moe_jax.attention import (
     YaRN,
     scores,
 )
-from moe_jax.attention.layer import Attention, usable
+from moe_jax.attention.layer import Attention, gather_param
 from moe_jax.core import dims, shard
 from moe_jax.core.shard import RULES
 from moe_jax.optim import OptimConfig
@@ -303,13 +303,13 @@ def test_a_cache_is_spread(part):
     segment, position = (jnp.array(a) for a in layout(((5,), (3,), (0,), (4,)), L=5))
     state = part.init_cache(4, ROOM)
     with jax.set_mesh(mesh_of("f2t2d2")):
-        here = shard.current()
+        here = shard.from_mesh()
         rules = {letter: here.rules[letter] for letter in "BHJ"}
         cached = {name: dims.spec(dims.dims_of(name), rules) for name in state}
-        rows, laid = shard.token_spec(here), (dims.layouts(params, here.rules), dims.layouts(shared, here.rules))
+        rows, laid = shard.token_spec(here), (dims.specs(params, here.rules), dims.specs(shared, here.rules))
 
         def step(params, shared, x, segment, position, state):
-            ready = {name: usable(here, name, w, x.dtype) for name, w in here.vary(params).items()}
+            ready = {name: gather_param(here, name, w, x.dtype) for name, w in here.pvary(params).items()}
             return part(ready, x, Sees(segment, position, shared=shared), here, state)
 
         over = shard.per_shard(step, here, (*laid, rows, rows, rows, cached), (rows, cached))
@@ -399,7 +399,7 @@ def test_matrices_are_decayed_and_spread(part):
     params = numbers(part)[0]
     decayed = OptimConfig().decayed(params)
     assert decayed == {name: not small(name) for name in params}
-    for name, laid in dims.layouts(params, RULES).items():
+    for name, laid in dims.specs(params, RULES).items():
         used = [axes for axes in dims.axes(laid, params[name].ndim) if axes == ("fsdp",)]
         assert len(used) == (not small(name)), name
 
@@ -425,8 +425,8 @@ def test_half_precision_stays(part):
 )
 def test_fsdp_cuts_one_width(letters, cut):
     """The first of D, Q, W of a matrix; nothing of a vector."""
-    assert dims.gathered(letters) == cut
-    laid = dims.layouts({f"w_{letters}": np.zeros([4] * len(letters))}, {**RULES, "H": ()})
+    assert dims.fsdp_dim(letters) == cut
+    laid = dims.specs({f"w_{letters}": np.zeros([4] * len(letters))}, {**RULES, "H": ()})
     spread_over = dims.axes(laid[f"w_{letters}"], len(letters))
     assert [letter for letter, axes in zip(letters, spread_over, strict=True) if "fsdp" in axes] == [*cut]
 

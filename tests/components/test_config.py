@@ -14,7 +14,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.attention import MHA, MLA, Linear, Llama3, NoPE, Relative, Rotary, Sinusoidal, YaRN
-from moe_jax.config import COMPONENTS, KINDS, NESTED, SECTIONS, DataConfig, Experiment, build, dense_twin, parse, plain
+from moe_jax.config import (
+    COMPONENTS,
+    KINDS,
+    NESTED,
+    SECTIONS,
+    DataConfig,
+    Experiment,
+    build,
+    dense_baseline,
+    parse,
+    plain,
+)
 from moe_jax.costs import flops, parameters
 from moe_jax.data import (
     Bytes,
@@ -163,7 +174,7 @@ def test_a_component_prints_as_its_own_source(component):
 def test_an_attention_that_cannot_be_is_one_clear_line(text, words):
     """Of a component inside a component too."""
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        build({"model": {"D": 8, "N": 2, "layout": "none", "attention": text}})
+        build({"model": {"D": 8, "N": 2, "moe_layers": "none", "attention": text}})
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("config.model.attention: ")
 
@@ -176,7 +187,7 @@ def test_every_attention_in_turn_fits_the_mesh():
         ((last, first), r"attention\[1\].H=3 does not spread evenly over config.mesh.tensor=2"),
         ("MLA(H=4, A=4, U=2, O=4, W=7)", r"attention.W=7 does not spread evenly over config.mesh.fsdp=2"),
     ):
-        model = {"D": 8, "N": 2, "layout": "none", "attention": attention}
+        model = {"D": 8, "N": 2, "moe_layers": "none", "attention": attention}
         with pytest.raises(ValueError, match=words):
             build({"model": model, "mesh": {"tensor": 2, "fsdp": 2}, "data": {"B": 8}})
 
@@ -196,7 +207,7 @@ def test_every_attention_in_turn_fits_the_mesh():
 def test_a_config_of_before_is_told_what_to_write(old, new):
     """Fields of attention were the model's in 0.1; the sentence says the version, and its advice is a component."""
     with pytest.raises(ValueError, match=r"since moe_jax 0\.2") as caught:
-        build({"model": {"D": 8, "N": 2, "layout": "none", **old}})
+        build({"model": {"D": 8, "N": 2, "moe_layers": "none", **old}})
     (advice,) = re.findall(r'config.model.attention="(.*)" instead', str(caught.value))
     assert advice == new
     assert repr(parse(advice)) == repr(parse(new))
@@ -291,7 +302,7 @@ def test_the_dense_twin_costs_the_same(name, shared):
     moe = exp.model.moe
     moe = dataclasses.replace(moe, shared=dataclasses.replace(moe.experts, F=shared) if shared else None)
     model = dataclasses.replace(exp.model, moe=moe)
-    twin, batch = model.dense_twin(), exp.data.shapes(1)
+    twin, batch = model.dense_baseline(), exp.data.shapes(1)
     assert flops(twin, batch).forward == without_router(model, batch) < flops(model, batch).forward
     assert parameters(twin).total < parameters(model).total
     assert twin.moe == dataclasses.replace(moe.experts, F=moe.router.K * moe.experts.F + shared)
@@ -305,22 +316,22 @@ def test_the_dense_twin_costs_the_same_for_any_size(K, F, shared, glu):
     moe = MoEConfig(
         E=4, router=TopK(K=K, normalize=False), experts=expert(F=F), shared=expert(F=shared) if shared else None
     )
-    model = LMConfig(V=11, D=6, N=1, attention=MHA(1, 2), moe=moe, layout="all", remat="none")
+    model = LMConfig(V=11, D=6, N=1, attention=MHA(1, 2), moe=moe, moe_layers="all", remat="none")
     batch = DataConfig(L=8).shapes(1)
-    assert flops(model.dense_twin(), batch).forward == without_router(model, batch)
+    assert flops(model.dense_baseline(), batch).forward == without_router(model, batch)
 
 
 def test_a_twin_needs_one_kind_of_expert():
     model = experiment("glam_nano").model
     mixed = dataclasses.replace(model, moe=dataclasses.replace(model.moe, shared=GLU(F=8)))
     with pytest.raises(ValueError, match="of another kind"):
-        mixed.dense_twin()
+        mixed.dense_baseline()
 
 
 def test_the_twin_of_a_config_is_a_config():
-    twin = build(dense_twin(runpy.run_path(str(CONFIGS["glam_nano"]))["get_config"]()))
+    twin = build(dense_baseline(runpy.run_path(str(CONFIGS["glam_nano"]))["get_config"]()))
     exp = experiment("glam_nano")
-    assert twin == dataclasses.replace(exp, model=exp.model.dense_twin()) == experiment("dense_nano")
+    assert twin == dataclasses.replace(exp, model=exp.model.dense_baseline()) == experiment("dense_nano")
     assert twin.model.moe == MLP(F=2 * 192)
 
 
@@ -336,7 +347,7 @@ def test_the_parameters_of_glam_at_scale():
 
 
 @pytest.mark.parametrize(
-    ("layout", "N", "chosen"),
+    ("moe_layers", "N", "chosen"),
     [
         ("every 2", 4, {1, 3}),
         ("every 2", 5, {1, 3}),
@@ -350,14 +361,16 @@ def test_the_parameters_of_glam_at_scale():
         ("(0, 1)", 4, {0, 1}),
     ],
 )
-def test_a_layout_names_its_sparse_layers(layout, N, chosen):
-    assert sparse_layers(layout, N) == tuple(i in chosen for i in range(N))
+def test_moe_layers_chooses_the_sparse_layers(moe_layers, N, chosen):
+    assert sparse_layers(moe_layers, N) == tuple(i in chosen for i in range(N))
 
 
-@pytest.mark.parametrize("layout", ["every 0", "every 5", "first", "every two", "", "odd", "4", "-1", "0;1", "all 2"])
-def test_other_layouts_are_refused(layout):
+@pytest.mark.parametrize(
+    "moe_layers", ["every 0", "every 5", "first", "every two", "", "odd", "4", "-1", "0;1", "all 2"]
+)
+def test_other_layouts_are_refused(moe_layers):
     with pytest.raises(ValueError, match=r"is not a choice of layers|names layers"):
-        sparse_layers(layout, 4)
+        sparse_layers(moe_layers, 4)
 
 
 def test_repeated_layers_are_found():
@@ -439,8 +452,8 @@ def test_biases_do_not_decay():
         ("mesh.data", "0", "or -1 for the rest"),
         ("mesh.data", "True", "or -1 for the rest"),
         ("mesh.data", "2.0", "or -1 for the rest"),
-        ("data.accumulate", "0", "must be positive"),
-        ("data.accumulate", "3", "do not spread evenly"),
+        ("data.microbatches", "0", "must be positive"),
+        ("data.microbatches", "3", "do not spread evenly"),
     ],
 )
 def test_impossible_values_are_named(path, text, words):

@@ -63,7 +63,8 @@ def parameters(router):
     E_ = 1 if isinstance(router, moe_jax.MixtureOfDepths) else E
     sizes = {**moe_jax.moe_config.sizes_of(router), "E": E_, "D": D}
     return {
-        n: normal(i, *moe_jax.core.dims.shape(moe_jax.core.dims.dims_of(n), sizes)) for i, n in enumerate(router.params)
+        n: normal(i, *moe_jax.core.dims.shape_of(moe_jax.core.dims.dims_of(n), sizes))
+        for i, n in enumerate(router.params)
     }
 
 
@@ -283,7 +284,7 @@ def test_something_is_dropped():
 
 
 @pytest.mark.law(2)
-@pytest.mark.parametrize("router", [r for r in cases.SLOT_ROUTERS if r.makes is SlotChoice], ids=str)
+@pytest.mark.parametrize("router", [r for r in cases.SLOT_ROUTERS if r.routing is SlotChoice], ids=str)
 def test_gather_is_the_definition(router):
     """Law 2, where experts choose: values, slots and gradients of Gather are Einsum's and the oracle's."""
     kind, routing = cases.EXPERTS[1], jax.tree.map(jnp.array, routed(router)[0][1])

@@ -36,7 +36,7 @@ CFG = EncoderDecoderConfig(
     attention=MHA(2, 8, J=1, position=T5),
     ffn=GLU(F=12, activation="gelu"),
     moe=MOE,
-    extra=MLP(F=8),
+    dense_after_moe=MLP(F=8),
     V_source=29,
 )
 B, M, L = 4, 10, 7
@@ -147,15 +147,15 @@ def test_tables_and_vocabularies(params):
     assert [path[0].key for path in tables] == ["decoder_bias_PH", "encoder_bias_PH"]
     assert "source_VD" not in shapes(dataclasses.replace(CFG, V_source=None))
     assert "head_DV" in shapes(dataclasses.replace(CFG, tied=False))
-    bare = shapes(dataclasses.replace(CFG, attention=MHA(2, 8, J=1, position=NoPE()), extra=None))
-    assert not [p for p in jax.tree.leaves_with_path(bare) if "bias" in str(p[0]) or "extra" in str(p[0])]
+    bare = shapes(dataclasses.replace(CFG, attention=MHA(2, 8, J=1, position=NoPE()), dense_after_moe=None))
+    assert not [p for p in jax.tree.leaves_with_path(bare) if "bias" in str(p[0]) or "dense_after_moe" in str(p[0])]
     for stack, parts in (("encoder_stack_0", {"attention"}), ("decoder_stack_0", {"attention", "cross"})):
         assert {name[:-2] for name in bare[stack] if name.startswith(("attention", "cross"))} == parts
-        assert params[stack]["extra_1"]["up_DF"].shape == (1, 16, 8)
+        assert params[stack]["dense_after_moe_1"]["up_DF"].shape == (1, 16, 8)
 
 
 def test_the_numbers_of_numpy(params, dropless):
-    """Dense and sparse layers of both stacks, ST-MoE's extra ones, one head of keys for two, in float64."""
+    """Dense and sparse layers of both stacks, ST-MoE's `dense_after_moe`, one head of keys for two, in float64."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     rows = slice(0, 2)
     source_segment, segment = np.ones((2, M), int), np.ones((2, L), int)
@@ -180,7 +180,7 @@ def numpy_model(cfg, p, source, tokens, source_segment, segment):
 def numpy_stack(cfg, p, prefix, x, segment, see, memory, across):
     w = {module: {k: v[0] for k, v in weights.items()} for module, weights in p[f"{prefix}stack_0"].items()}
     bias = t5_bias(p[f"{prefix}bias_PH"], x.shape[1], both=memory is None)
-    extra = {"up_EDF": w["extra_1"]["up_DF"], "down_EFD": w["extra_1"]["down_FD"]}
+    dense_after_moe = {"up_EDF": w["dense_after_moe_1"]["up_DF"], "down_EFD": w["dense_after_moe_1"]["down_FD"]}
     scaled = lambda what, x: norm(x, w[f"norm_{what}"]["scale_D"])  # noqa: E731
     for i in (0, 1):
         h = scaled(f"attention_{i}", x)
@@ -193,7 +193,7 @@ def numpy_stack(cfg, p, prefix, x, segment, see, memory, across):
         else:
             result = oracle.layer(cfg.moe, w["moe_1"], h, segment > 0)
             x = x + result.y
-            x = x + oracle.expert(cfg.extra, extra, scaled("extra_1", x))
+            x = x + oracle.expert(cfg.dense_after_moe, dense_after_moe, scaled("dense_after_moe_1", x))
     return x, result.aux_loss
 
 
@@ -251,7 +251,7 @@ def step():
     """An experiment, and the gradients and losses that one device makes of it."""
     data = DataConfig(objective=SpanCorruption(sentinels=4), L=8, B=8)
     model = dataclasses.replace(
-        CFG, V=data.sizes["V"], V_source=None, attention=MHA(2, 8, position=T5), N=1, layout="all", remat="none"
+        CFG, V=data.sizes["V"], V_source=None, attention=MHA(2, 8, position=T5), N=1, moe_layers="all", remat="none"
     )
     exp = Experiment(model, data)
     state, batch = meshes.start(exp), samples.sample(exp)
@@ -261,7 +261,7 @@ def step():
 def run(exp, state, batch):
     program = Program(exp, devices=jax.devices()[: exp.devices])
     with jax.set_mesh(program.mesh):
-        given = jax.device_put(state, program.shardings), program.place(batch)
+        given = jax.device_put(state, program.shardings), program.to_global(batch)
         return jax.device_get(jax.jit(partial(gradients, exp, program.layouts))(*given))
 
 
@@ -285,11 +285,11 @@ def test_it_learns_and_goes_on_where_it_was(tmp_path):
     """Law 9, with spans that are drawn anew: an interrupted run has the same losses; and they fall."""
     data = DataConfig(Corpus(0.02), objective=SpanCorruption(sentinels=4), L=16, B=16)
     model = EncoderDecoderConfig(
-        V=data.sizes["V"], D=16, N=1, attention=MHA(2, 8, position=T5), ffn=GLU(F=16), layout="none", remat="none"
+        V=data.sizes["V"], D=16, N=1, attention=MHA(2, 8, position=T5), ffn=GLU(F=16), moe_layers="none", remat="none"
     )
     optim = OptimConfig(schedule=Constant(0.02))
 
-    run, mesh = RunConfig(steps=24, log_every=8, eval_every=24, eval_windows=32, save_every=8), (("data", 8),)
+    run, mesh = RunConfig(steps=24, log_every=8, eval_every=24, eval_sequences=32, save_every=8), (("data", 8),)
     exp, workdir = Experiment(model, data, optim, run, mesh), tmp_path / "run"
     straight = list(train(exp, workdir, tmp_path))
     shutil.rmtree(workdir / "checkpoints" / "24")  # as if it had ended after step 16

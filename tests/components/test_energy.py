@@ -5,8 +5,8 @@ import math
 import pytest
 
 from moe_jax.config import RunConfig
-from moe_jax.costs.chips import CHIPS, chip, of_kind, peak
-from moe_jax.costs.energy import energy, of_run, usable_cores
+from moe_jax.costs.chips import CHIPS, by_device_kind, chip, peak
+from moe_jax.costs.energy import energy, run_energy, usable_cores
 from moe_jax.reporting.metrics import summary_rows
 
 # arXiv:2104.10350, table 4; GLaM: arXiv:2112.06905. Days (GLaM: hours), processors, W, PUE, MWh, and the net kg of CO2e
@@ -82,7 +82,7 @@ def test_chips_are_found_by_name_and_kind():
     """Found by name and by JAX's device kind; a device's peak is its part of a chip's."""
     assert len({c.name for c in CHIPS}) == len({c.kind for c in CHIPS}) == len(CHIPS)
     for c in CHIPS:
-        assert chip(c.name) is of_kind(c.kind) is c
+        assert chip(c.name) is by_device_kind(c.kind) is c
         assert c.usable <= 1.01 * c.hbm / c.devices
         assert 50 < c.flops / c.hbm_rate < 700  # FLOPs for every byte
     assert peak("TPU v4") == 275e12
@@ -107,7 +107,7 @@ def test_all_reduce_bandwidth_of_a_pod():
 
 def test_a_run_on_cores():
     """Two hours of 4 cores at 12 W with PUE 1.1 are 0.1056 kWh, at 429 g each 45.3 g of CO2e; and it says so."""
-    run = of_run(7200.0, "cpu", 8, cores=4)  # simulated devices are no processors
+    run = run_energy(7200.0, "cpu", 8, cores=4)  # simulated devices are no processors
     assert run["kwh"] == pytest.approx(2 * 4 * 12 * 1.1 / 1000) == pytest.approx(0.1056)
     assert run["kg_co2e"] == pytest.approx(0.0453024)
     assert (run["seconds"], run["processors"], run["watts"]) == (7200, 4, 12)
@@ -115,31 +115,31 @@ def test_a_run_on_cores():
         "estimate for 4 cores at 12 W (Green Algorithms' figure for any CPU, arXiv:2007.07610), PUE 1.1, 429 gCO2e/kWh"
     )
     assert run["basis"] == words
-    assert of_run(1.0, "cpu", 1)["processors"] == usable_cores() >= 1
-    one = of_run(3600.0, "cpu", 1, watts=50.0, pue=1.5, carbon=0.05, cores=1)
+    assert run_energy(1.0, "cpu", 1)["processors"] == usable_cores() >= 1
+    one = run_energy(3600.0, "cpu", 1, watts=50.0, pue=1.5, carbon=0.05, cores=1)
     assert (one["kwh"], one["kg_co2e"]) == (pytest.approx(0.075), pytest.approx(0.00375))
     assert one["basis"] == "estimate for 1 core at 50 W (as configured), PUE 1.5, 50 gCO2e/kWh"
 
 
 def test_a_run_on_chips():
     """A chip of two devices counts once; what nobody has published is no number, until it is configured."""
-    assert of_run(3600.0, "TPU v4", 4)["kwh"] == pytest.approx(4 * 326 * 1.1 / 1000)
-    assert of_run(3600.0, "TPU v3", 8)["kwh"] == pytest.approx(4 * 283 * 1.1 / 1000)
-    unknown = of_run(3600.0, "TPU v5 lite", 4)
+    assert run_energy(3600.0, "TPU v4", 4)["kwh"] == pytest.approx(4 * 326 * 1.1 / 1000)
+    assert run_energy(3600.0, "TPU v3", 8)["kwh"] == pytest.approx(4 * 283 * 1.1 / 1000)
+    unknown = run_energy(3600.0, "TPU v5 lite", 4)
     assert unknown["kwh"] is unknown["kg_co2e"] is unknown["watts"] is None
     assert unknown["basis"] == "no estimate: the power of 4 v5e chips is not published; set config.run.watts"
-    assert of_run(3600.0, "TPU v5 lite", 4, watts=200.0)["kwh"] == pytest.approx(0.88)
-    assert of_run(3600.0, "Abacus", 3)["basis"].startswith("no estimate: the power of 3 Abacus")
+    assert run_energy(3600.0, "TPU v5 lite", 4, watts=200.0)["kwh"] == pytest.approx(0.88)
+    assert run_energy(3600.0, "Abacus", 3)["basis"].startswith("no estimate: the power of 3 Abacus")
 
 
 def test_a_run_says_what_it_took():
     """In the table that ends it."""
-    end = {"kind": "end", "step": 1, "seconds": 7200.0, "energy": of_run(7200.0, "cpu", 8, cores=4)}
+    end = {"kind": "end", "step": 1, "seconds": 7200.0, "energy": run_energy(7200.0, "cpu", 8, cores=4)}
     rows = dict(summary_rows([end]))
     assert rows["energy"] == "0.106 kWh, 0.0453 kg CO2e"
     assert rows["energy, by"].startswith("estimate for 4 cores at 12 W")
     assert rows["wall time"] == "2:00:00"
-    assert "energy" not in dict(summary_rows([{**end, "energy": of_run(1.0, "TPU v5 lite", 1)}]))
+    assert "energy" not in dict(summary_rows([{**end, "energy": run_energy(1.0, "TPU v5 lite", 1)}]))
 
 
 @pytest.mark.parametrize("fields", [{"watts": -1.0}, {"carbon": math.nan}, {"pue": 0.9}, {"watts": math.inf}])

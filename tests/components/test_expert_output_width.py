@@ -34,7 +34,7 @@ from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.shard import TOKENS, rules_for
 from moe_jax.costs.communication import layer
-from moe_jax.moe_config import width
+from moe_jax.moe_config import output_width
 from tests.cases import close, context, mesh_of, normal, sizes_of
 
 B, L, D, E = 8, 6, 4, 8
@@ -71,7 +71,7 @@ def run(cfg, mesh=None):
     params, x, target = parameters(cfg), normal(50, B, L, D), normal(51, B, L, cfg.experts.O)
 
     def loss(params, x):
-        y, aux = MoE(cfg).apply({"params": params}, x, record=("weight", "kept") * (cfg.traits.makes is TokenChoice))
+        y, aux = MoE(cfg).apply({"params": params}, x, record=("weight", "kept") * (cfg.traits.routing is TokenChoice))
         return ((y - target) ** 2).sum(), (y, aux.expert_BLK, aux.recorded)
 
     with context(mesh):
@@ -143,7 +143,7 @@ def test_what_travels_is_predicted(dispatch, exchange, mesh):
     """Law 6: rows go to experts D wide and come back O wide, and so do their gradients."""
     cfg = config(dispatch, exchange, shared=Projector(F=4, O=6))
     on = partial(NamedSharding, mesh_of(mesh))
-    layout = jax.tree.map(on, dims.layouts(parameters(cfg), rules_for(exchange)))
+    layout = jax.tree.map(on, dims.specs(parameters(cfg), rules_for(exchange)))
     tokens = on(P(TOKENS))
 
     def loss(params, x):
@@ -160,7 +160,7 @@ def test_what_travels_is_predicted(dispatch, exchange, mesh):
 
 def test_a_shared_expert_has_the_same_width():
     """What is added up is refused where it cannot be."""
-    assert (width(MLP(F=4), 8), width(Projector(F=4, O=6), 8)) == (8, 6)
+    assert (output_width(MLP(F=4), 8), output_width(Projector(F=4, O=6), 8)) == (8, 6)
     for shared in (Projector(F=4, O=5), MLP(F=4)):
         with pytest.raises(ValueError, match="has another output width than experts=Projector"):
             config(Scatter(), shared=shared)

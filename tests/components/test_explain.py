@@ -20,7 +20,7 @@ MODEL = LMConfig(
     D=D,
     N=2,
     attention=MHA(1, 4),
-    layout="all",
+    moe_layers="all",
     remat="none",
     moe=MoEConfig(
         E=E, router=TopK(K=2), experts=MLP(F=4), dispatch=Scatter(None), gating=(Temperature(2.0, 2.0, 1, "linear"),)

@@ -56,7 +56,7 @@ def params_of(router) -> dict:
     """Random parameters, of any router."""
     sizes = {**moe_config.sizes_of(router), "E": E, "D": D}
     rng = np.random.default_rng(1)
-    return {n: rng.normal(size=moe.dims.shape(moe.dims.dims_of(n), sizes)).astype(np.float32) for n in router.params}
+    return {n: rng.normal(size=moe.dims.shape_of(moe.dims.dims_of(n), sizes)).astype(np.float32) for n in router.params}
 
 
 def context(key=None, gating=(), replay_GSK=None, state=None) -> Context:
@@ -76,7 +76,7 @@ def transformed(gating, array_GSI, key=None, **state):
     """What a tuple of transforms makes of logits or inputs."""
     ctx = context(key, gating, state=state)
     on_input = all(t.on == "input" for t in gating)
-    return (ctx.input if on_input else ctx.scale)(jnp.asarray(array_GSI))
+    return (ctx.input if on_input else ctx.transform)(jnp.asarray(array_GSI))
 
 
 # ---- Transforms of logits and input
@@ -228,11 +228,13 @@ def without(router):
         def total(params):
             ctx = context(key, (Given(),), state={"bias_E": bias_E, "dropped_GE": dropped_GE})
             r = route(router, ctx, params)
-            return (r.gains_GSE * jnp.arange(1.0, E + 1)[None, None]).sum(), r
+            return (r.combine_GSE * jnp.arange(1.0, E + 1)[None, None]).sum(), r
 
         grads, r = jax.grad(total, has_aux=True)(jax.tree.map(jnp.asarray, params_of(router)))
-        visits_GSE = r.gains_GSE if isinstance(r, SoftSlots) else r.visits_GSE  # every slot is some mixture of tokens
-        return visits_GSE, grads, r
+        assignments_GSE = (
+            r.combine_GSE if isinstance(r, SoftSlots) else r.assignments_GSE
+        )  # every slot is some mixture of tokens
+        return assignments_GSE, grads, r
 
     return jax.jit(run)
 
@@ -254,11 +256,11 @@ def test_a_dropped_expert_gets_nothing(router):
         assert (dropped_GE == dropped_GE[:1]).all()  # one draw for all groups
         out_E = dropped_GE[0]
         assert 0 < out_E.sum() < E
-        visits_GSE, grads, r = without(router)(jax.random.key(seed), dropped_GE, popular * out_E)
-        assert (visits_GSE[..., out_E] == 0).all()
-        assert (visits_GSE.sum((0, 1)) > 0)[~out_E].any()
-        used_E |= np.asarray(visits_GSE.sum((0, 1)) > 0)
-        assert finite(grads, r.gains_GSE)
+        assignments_GSE, grads, r = without(router)(jax.random.key(seed), dropped_GE, popular * out_E)
+        assert (assignments_GSE[..., out_E] == 0).all()
+        assert (assignments_GSE.sum((0, 1)) > 0)[~out_E].any()
+        used_E |= np.asarray(assignments_GSE.sum((0, 1)) > 0)
+        assert finite(grads, r.combine_GSE)
     assert used_E.sum() > E / 2
 
 
@@ -267,9 +269,9 @@ def test_an_island_keeps_its_tokens(router):
     """Group g reaches experts of island g mod 2 alone, from any router; nothing dropped, it reaches others."""
     dropped_GE, none_GE = dropped(GatingDropout(OFTEN, islands=2), 0), np.zeros((G, E), bool)
     home_GSE = (np.arange(E)[None] // (E // 2) == np.arange(G)[:, None] % 2)[:, None]
-    visits_GSE, grads, _ = without(router)(KEY, dropped_GE, jnp.zeros(E))
-    assert (np.where(home_GSE, 0, visits_GSE) == 0).all()
-    assert (visits_GSE.sum((1, 2)) > 0).all()
+    assignments_GSE, grads, _ = without(router)(KEY, dropped_GE, jnp.zeros(E))
+    assert (np.where(home_GSE, 0, assignments_GSE) == 0).all()
+    assert (assignments_GSE.sum((1, 2)) > 0).all()
     assert finite(grads)
     assert (np.where(home_GSE, 0, without(router)(KEY, none_GE, jnp.zeros(E))[0]) > 0).any()
 
@@ -277,9 +279,9 @@ def test_an_island_keeps_its_tokens(router):
 @pytest.mark.parametrize("router", KINDS, ids=str)
 def test_no_experts(router):
     """Gate-Expert-Drop: no token goes anywhere, from any router; logits are as they were, gradients are numbers."""
-    visits_GSE, grads, r = without(router)(KEY, dropped(GatingDropout(OFTEN), 0), jnp.zeros(E))
-    assert (visits_GSE == 0).all()
-    assert (r.gains_GSE == 0).all()
+    assignments_GSE, grads, r = without(router)(KEY, dropped(GatingDropout(OFTEN), 0), jnp.zeros(E))
+    assert (assignments_GSE == 0).all()
+    assert (r.combine_GSE == 0).all()
     assert finite(grads)
     none_GE = np.zeros((G, E), bool)
     np.testing.assert_array_equal(r.logits_GSE, without(router)(KEY, none_GE, jnp.zeros(E))[2].logits_GSE)
@@ -374,7 +376,7 @@ REPLAYED = (
 
 def test_every_router_of_tokens_is_replayed():
     """What names experts for tokens can be recorded."""
-    of_tokens = {r for r in ROUTERS if traits(r).makes is TokenChoice}
+    of_tokens = {r for r in ROUTERS if traits(r).routing is TokenChoice}
     assert {type(r) for r in REPLAYED} == of_tokens
     assert {t for t in GATING if t not in DROPOUTS} == {Temperature, SoftCap, Jitter, Noise}
 
@@ -466,7 +468,7 @@ def test_logits_in_parts():
     rng = np.random.default_rng(2)
     x, w, g = (rng.normal(size=size).astype(np.float32) for size in ((2, 32, 96), (96, E), (2, 32, E)))
     x = jnp.asarray(x, jnp.bfloat16)
-    y, (dx, dw) = jax.jit(gate.in_parts)(x, w), jax.jit(gate.in_parts_back)(x, w, g)
+    y, (dx, dw) = jax.jit(gate.matmul_bf16x3)(x, w), jax.jit(gate.matmul_bf16x3_grad)(x, w, g)
     x, w, g = (np.asarray(a, np.float64) for a in (x, w, g))
     error = lambda got, exact: np.abs(np.asarray(got, np.float64) - exact).max() / np.abs(exact).max()  # noqa: E731
     assert error(y, x @ w) < 3e-7

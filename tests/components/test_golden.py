@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.core.context import Context
-from moe_jax.core.routing import TokenChoice, queue, token_choice
+from moe_jax.core.routing import TokenChoice, position_in_expert, token_choice
 from moe_jax.core.stats import stats
 from moe_jax.losses import Importance, LoadBalance, RouterZ
 from moe_jax.routers import LossFree, Switch, Top2, TopK
@@ -72,7 +72,7 @@ def routings():
             x, gate = (jnp.array(entry["logits"]), jnp.eye(E)) if "logits" in entry else (x_TD, gate_DE)
             ctx = Context(E, state={"bias_E": BIAS_E if entry["biased"] else jnp.zeros(E)})
             r = router({"gate_DE": gate}, x.reshape(*shape_GS, -1), jnp.ones(shape_GS, bool), ctx)
-            found[name] = r, queue(r, PRIORITY.get(name, "token-major")) < entry.get("capacity", T)
+            found[name] = r, position_in_expert(r, PRIORITY.get(name, "token-major")) < entry.get("capacity", T)
         return found
 
     return jax.jit(route)(np.array(GOLDEN["x_TD"], np.float32), np.array(GOLDEN["gate_DE"], np.float32))
@@ -171,7 +171,7 @@ def test_which_priorities_let_the_future_in(priority, leaks):
     def kept(probs_GSE):
         weight_GSK, expert_GSK = jax.lax.top_k(probs_GSE, K)
         r = TokenChoice(expert_GSK, weight_GSK, jnp.log(probs_GSE), probs_GSE, jnp.ones((draws, S), bool))
-        return queue(r, priority) < C
+        return position_in_expert(r, priority) < C
 
     changed = (kept(probs_GSE) != kept(again_GSE))[:, :prefix].any((1, 2)).sum()
     assert (changed > draws / 2) if leaks else (changed == 0)

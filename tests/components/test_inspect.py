@@ -239,7 +239,7 @@ def test_paths_equal_counted_tuples(rec):
 def layers_of(experts) -> tuple[LMConfig, dict, dict]:
     """A scanned model whose second MoE layer has experts that are copies: by weights, and with hidden units moved."""
     moe = MoEConfig(E=E, router=TopK(K=2), experts=experts, shared=MLP(F=2), dispatch=Scatter(1.0))
-    model, sizes = LMConfig(V=7, D=4, N=4, attention=MHA(1, 4), moe=moe, layout="every 2"), {"E": E, "D": 4, "F": 6}
+    model, sizes = LMConfig(V=7, D=4, N=4, attention=MHA(1, 4), moe=moe, moe_layers="every 2"), {"E": E, "D": 4, "F": 6}
     own = {n: normal(j, 2, *(sizes[c] for c in n.rpartition("_")[2])) for j, n in enumerate(experts.params)}
     order = np.random.default_rng(3).permutation(6)
     for name, w in own.items():

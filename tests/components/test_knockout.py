@@ -45,7 +45,7 @@ MODEL = LMConfig(
     D=D,
     N=2,
     attention=MHA(2, 4),
-    layout="all",
+    moe_layers="all",
     remat="none",
     moe=MoEConfig(E=E, router=TopK(K=2), experts=MLP(F=6, activation="relu2", bias=True), dispatch=Scatter(1.0)),
 )
@@ -144,9 +144,9 @@ def test_every_router_leaves_it_alone(router):
         group_G=jnp.arange(G),
         token_GS=ids,
     )
-    visits_GSE = router(weights, jnp.array(normal(9, G, S, D)), jnp.ones((G, S), bool), ctx).visits_GSE
-    assert (visits_GSE[..., 1] == 0).all()
-    assert visits_GSE.sum() > 0
+    assignments_GSE = router(weights, jnp.array(normal(9, G, S, D)), jnp.ones((G, S), bool), ctx).assignments_GSE
+    assert (assignments_GSE[..., 1] == 0).all()
+    assert assignments_GSE.sum() > 0
 
 
 # ---------------------------------------------------------------- in a model
@@ -237,7 +237,7 @@ def test_a_substitute_computes_the_choices_of_an_expert(layer, params):
 
 
 def test_what_is_not_there(params):
-    dense = dataclasses.replace(MODEL, moe=None, layout="none")
+    dense = dataclasses.replace(MODEL, moe=None, moe_layers="none")
     for call, words in (
         (lambda: shut(MODEL, [(0, 9)]), "no expert 9 in layer 0; it has 4"),
         (lambda: shut(MODEL, [(-1, 0)]), "no MoE layer -1; the model has 2"),
@@ -423,8 +423,8 @@ def test_targets_are_to_be_reached(steered):
 LYING = (("LM", "0,1,3", 4), ("LM", "every 2", 4), ("EncoderDecoder", "last 2", 3), ("ViT", "all", 2))
 
 
-@pytest.mark.parametrize(("kind", "layout", "N"), LYING)
-def test_where_layers_lie(kind, layout, N):
+@pytest.mark.parametrize(("kind", "moe_layers", "N"), LYING)
+def test_where_layers_lie(kind, moe_layers, N):
     """Every place is a MoE layer's, none is left out or named twice, and an expert is replaced in one of them alone."""
     data = {
         "LM": {"source": "Folder(path='.')"},
@@ -438,14 +438,14 @@ def test_where_layers_lie(kind, layout, N):
         "N": N,
         "attention": "MHA(2, 4, position=NoPE(), bias=True)",
         "ffn": "MLP(F=4)",
-        "layout": layout,
+        "moe_layers": moe_layers,
         "moe": moe,
     }
     exp = build({"model": {**model, **({"patch": 2} if kind == "ViT" else {})}, "data": data})
     zeros = lambda tree: jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), tree)  # noqa: E731
     params = zeros(jax.eval_shape(exp.model.init, jax.random.key(0), zeros(exp.data.shapes(1))))
     found = moe_paths(exp.model)
-    assert len(set(found)) == len(found) == exp.model.moe_layers
+    assert len(set(found)) == len(found) == exp.model.n_moe_layers
     layers = {
         (path[0].key, path[1].key, n)
         for path, a in jax.tree.leaves_with_path(params)

@@ -23,7 +23,7 @@ from moe_jax.losses import LoadBalance, RouterZ
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import Switch, Top2, TopK
 
-queue = jax.jit(core.queue, static_argnames="priority")
+queue = jax.jit(core.position_in_expert, static_argnames="priority")
 stats = jax.jit(lambda routing, kept: count(routing, kept, 1))
 
 
@@ -217,7 +217,7 @@ def test_a_layer_by_hand():
         (lambda: make_mesh(data=3), "mesh data=3 does not multiply to the 8 devices there are"),
         (lambda: make_mesh(data=-1, expert=3), "mesh data=-1 x expert=3 does not multiply to the 8 devices"),
         (lambda: dims.dims_of("upEDf"), "Parameter 'upEDf' does not say its dimensions"),
-        (lambda: dims.shape("EDF", {"E": 2}), "Dimensions ['D', 'F'] of 'EDF' have no size"),
+        (lambda: dims.shape_of("EDF", {"E": 2}), "Dimensions ['D', 'F'] of 'EDF' have no size"),
         (
             lambda: dims.spec("EDF", {"E": ("slice", "expert"), "D": ("expert",)}),
             "An array [E, D, F] would be spread over mesh axis 'expert' twice",

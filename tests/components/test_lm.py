@@ -75,7 +75,7 @@ def objective(cfg, params, tokens):
 
 
 @pytest.mark.law(1)
-@pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "exchanged")], ids=str)
+@pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "save_collectives")], ids=str)
 def test_one_model_every_mesh(params, shape, remat):
     """Law 1 for a whole model: loss, logits, statistics, all gradients; scanned, with and without remat."""
     cfg = dataclasses.replace(CFG, remat=remat)
@@ -93,17 +93,17 @@ def test_parameters_lie_where_their_names_say(params, mesh):
     laid = dims.shardings(params, mesh, RULES)
     spread = {str(path[-1].key) for path, s in jax.tree.leaves_with_path(laid) if not s.is_fully_replicated}
     assert spread == {"up_EDF", "down_EFD"}
-    layer = dims.layouts(params, RULES)["stack_0"]
+    layer = dims.specs(params, RULES)["stack_0"]
     assert layer["moe_1"]["up_EDF"] == jax.P(None, ("expert",), ("fsdp",), ("tensor",))
     assert layer["attention_0"]["out_HAD"] == jax.P(None, ("tensor",), None, ("fsdp",))
     assert layer["moe_1"]["router_gate_DE"] == layer["norm_moe_1"]["scale_D"] == jax.P()
 
 
 def test_the_dense_twin_has_the_width_of_the_chosen_experts():
-    assert CFG.dense_twin().moe == MLP(F=24)
+    assert CFG.dense_baseline().moe == MLP(F=24)
     shared = dataclasses.replace(CFG, moe=dataclasses.replace(MOE, shared=MLP(F=5)))
-    assert shared.dense_twin().moe == MLP(F=29)
-    logits, aux = LM(CFG.dense_twin()).init_with_output(jax.random.key(0), jnp.asarray(TOKENS))[0]
+    assert shared.dense_baseline().moe == MLP(F=29)
+    logits, aux = LM(CFG.dense_baseline()).init_with_output(jax.random.key(0), jnp.asarray(TOKENS))[0]
     assert aux is None
     assert logits.shape == (B, L, 31)
 
@@ -130,14 +130,14 @@ def test_relative_positions_are_t5s():
     [
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "choice-major"))}, "token-major"),
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "probability"))}, "causal=False"),
-        ({"moe": None}, "layout='none'"),
+        ({"moe": None}, "moe_layers='none'"),
         ({"attention": "MHA(2, 8)"}, "must be one of MHA"),
         ({"attention": ()}, "must be one of MHA"),
         ({"attention": (MHA(2, 8),) * 5}, "N=4 layers"),
         ({"attention": tuple(MHA(H, 8, position=Relative(shared=True)) for H in (2, 4))}, "share bias_PH"),
         ({"dtype": "float16"}, "bfloat16"),
-        ({"layout": "every 5"}, "n <= N=4"),
-        ({"layout": "1,4"}, r"\[4\]"),
+        ({"moe_layers": "every 5"}, "n <= N=4"),
+        ({"moe_layers": "1,4"}, r"\[4\]"),
         ({"D": 0}, "D=0"),
     ],
     ids=str,

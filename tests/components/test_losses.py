@@ -283,8 +283,8 @@ def test_convert_over_layers():
     """Mixtral's 0.02 of layers added up is ours of layers averaged: the model's auxiliary loss is the same."""
     layers = 4
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *(example(seed)[1] for seed in range(layers)))
-    summed = LMConfig(V=8, D=4, N=1, attention=MHA(1, 2), layout="none", aux_over_layers="sum")
-    meaned = LMConfig(V=8, D=4, N=1, attention=MHA(1, 2), layout="none")
+    summed = LMConfig(V=8, D=4, N=1, attention=MHA(1, 2), moe_layers="none", aux_over_layers="sum")
+    meaned = LMConfig(V=8, D=4, N=1, attention=MHA(1, 2), moe_layers="none")
     theirs = LoadBalance(0.02, "sum")
     ours = LoadBalance(convert(0.02, "sum", "switch", E, K, layers, "sum", "mean"))
     losses = [Aux(loss.weight * loss(stacked, {}, ROUTER), stacked) for loss in (theirs, ours)]

@@ -37,9 +37,9 @@ def experiment(model: str, mesh: str, changed: str = "") -> Experiment:
     moe = MoEConfig(E=64, router=Top2(), experts=MLP(F), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),), S=1024)
     cfg = LMConfig(V, D, N, MHA(H, A, position=Relative()), ffn=GLU(F, "gelu"), moe=moe, dtype="bfloat16")
     cfg = dataclasses.replace(cfg, remat=fields.get("remat", "full"))
-    data = DataConfig(L=1024, B=fields.get("B", math.prod(sizes.values())), accumulate=fields.get("accumulate", 1))
+    data = DataConfig(L=1024, B=fields.get("B", math.prod(sizes.values())), microbatches=fields.get("microbatches", 1))
     optim = OptimConfig(Adafactor(), Constant(0.01))
-    return Experiment(cfg if sparse else cfg.dense_twin(), data, optim, mesh=tuple(sizes.items()))
+    return Experiment(cfg if sparse else cfg.dense_baseline(), data, optim, mesh=tuple(sizes.items()))
 
 
 def parse_value(text: str) -> str | int:
@@ -68,11 +68,13 @@ def test_the_state_is_exact(optimizer, zero1):
     exp = dataclasses.replace(SMALL, optim=OptimConfig(optimizer, Constant(0.01), zero1=zero1))
     tx, _ = exp.optim.build(exp.run.steps)
     state = jax.eval_shape(partial(training.init, exp, tx))
-    layouts = training.layouts_of(exp, state, dict(exp.mesh)).state
+    layouts = training.state_specs(exp, state, dict(exp.mesh)).state
 
     def held(tree, laid) -> int:
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(laid), strict=True)
-        return sum(x.dtype.itemsize * math.prod(dims.local(x.shape, layout, dict(exp.mesh))) for x, layout in pairs)
+        return sum(
+            x.dtype.itemsize * math.prod(dims.local_shape(x.shape, layout, dict(exp.mesh))) for x, layout in pairs
+        )
 
     found = of(exp)
     assert found.parameters == held(state.params, layouts.params)
@@ -84,7 +86,7 @@ def test_the_state_is_exact(optimizer, zero1):
 def test_one_small_step_by_hand():
     """One dense layer on one device, without fsdp: every number can be written down."""
     V, D, F, H, A, L, B = 512, 128, 256, 2, 64, 64, 4
-    cfg = LMConfig(V, D, 2, MHA(H, A), ffn=GLU(F), layout="none", dtype="bfloat16")
+    cfg = LMConfig(V, D, 2, MHA(H, A), ffn=GLU(F), moe_layers="none", dtype="bfloat16")
     found = memory(Experiment(cfg, DataConfig(L=L, B=B), OptimConfig(AdamW(), Constant(0.01))), {})
     layer, T = 4 * D * H * A + 3 * D * F, B * L
     assert found.gradients == 4 * 2 * (layer + 2 * D)
@@ -101,10 +103,12 @@ def test_one_small_step_by_hand():
 # ---------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("remat", ["full", "exchanged"])
+@pytest.mark.parametrize("remat", ["full", "save_collectives"])
 def test_pieces_halve_activations(remat):
     exp = with_model(dataclasses.replace(SMALL, data=DataConfig(L=1024, B=64)), remat=remat, attention=ROTARY)
-    once, whole, halves = (of(dataclasses.replace(exp, data=DataConfig(L=1024, B=64, accumulate=A))) for A in (1, 2, 4))
+    once, whole, halves = (
+        of(dataclasses.replace(exp, data=DataConfig(L=1024, B=64, microbatches=A))) for A in (1, 2, 4)
+    )
     assert 4 * halves.activations == 2 * whole.activations == once.activations
     assert halves.layer < whole.layer < once.layer
     assert halves.head < whole.head < once.head
@@ -112,7 +116,7 @@ def test_pieces_halve_activations(remat):
 
 
 def test_rematerialisation_trades():
-    full, exchanged, none = (of(with_model(SMALL, remat=r)) for r in ("full", "exchanged", "none"))
+    full, exchanged, none = (of(with_model(SMALL, remat=r)) for r in ("full", "save_collectives", "none"))
     assert full.activations < exchanged.activations < none.activations
     assert full.layer >= exchanged.layer >= none.layer
     exchange = 6 * (2 * 64 * 40 * 768) * 2  # layers, rows on their way and back, in bfloat16
@@ -131,7 +135,7 @@ def test_tensor_parallelism_cuts_heads_and_hidden_units():
     exp = with_model(SMALL, attention=ROTARY)
     whole = [of(exp, fsdp=1).layer, of(exp, fsdp=1, tensor=4).layer]
     assert whole[1] < whole[0]
-    exchanged = with_model(exp, remat="exchanged")
+    exchanged = with_model(exp, remat="save_collectives")
     kept = of(exchanged, tensor=4).activations - of(exchanged).activations
     assert kept == 6 * 3 * 2 * 1024 * 768  # of four sums in a block all but the last
 
@@ -174,4 +178,4 @@ def test_the_table_has_every_size():
     assert {row[0] for row in table()} >= {name + end for name in ("0.1B", "1.7B", "8B") for end in ("", "/64E")}
     assert "64B/64E" in {row[0] for row in table()}
     changed = " ".join(row[3] for row in table())
-    assert all(word in changed for word in ("remat='none'", "remat='exchanged'", "accumulate=2"))
+    assert all(word in changed for word in ("remat='none'", "remat='save_collectives'", "microbatches=2"))

@@ -23,7 +23,7 @@ class Apart:
     """Next tokens, and all rows of the whole batch pushed apart: a term that compares rows across shards."""
 
     weight: float = 1.0
-    makes: ClassVar = "tokens"
+    batch_kind: ClassVar = "tokens"
     targets: ClassVar = staticmethod(NextToken.targets)
     sizes, shapes, prepare = NextToken.sizes, NextToken.shapes, NextToken.prepare
 
@@ -37,12 +37,12 @@ class Apart:
         return told._replace(nats_BL=nats_BL, others={"alike": alike_B})
 
 
-MODEL = LMConfig(V=257, D=8, N=1, attention=MHA(2, 4), ffn=GLU(F=8), layout="none", remat="none")
+MODEL = LMConfig(V=257, D=8, N=1, attention=MHA(2, 4), ffn=GLU(F=8), moe_layers="none", remat="none")
 
 
 def experiment(objective: Any, mesh: dict[str, int], **data: Any) -> Experiment:
     whole = DataConfig(L=8, B=16, objective=objective, **data)
-    run = RunConfig(steps=2, log_every=1, eval_every=2, eval_windows=16)
+    run = RunConfig(steps=2, log_every=1, eval_every=2, eval_sequences=16)
     return Experiment(MODEL, whole, OptimConfig(schedule=Constant(0.01)), run, tuple(mesh.items()))
 
 

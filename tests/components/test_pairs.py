@@ -260,6 +260,6 @@ def test_toy_languages_that_cannot_be_are_refused(fields, message):
 )
 def test_objectives_and_sources_must_fit(objective, source, kind, message):
     """Said when the config is read."""
-    model = {"kind": kind, "D": 8, "N": 1, "attention": "MHA(1, 8)", "layout": "none"}
+    model = {"kind": kind, "D": 8, "N": 1, "attention": "MHA(1, 8)", "moe_layers": "none"}
     with pytest.raises(ValueError, match=message):
         build({"model": model, "data": {"source": source, "objective": objective, "L": 8, "B": 8}})

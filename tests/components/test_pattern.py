@@ -43,7 +43,7 @@ class Shortcut(LMConfig):
 
 
 ATTENTION = MHA(4, 4, J=2, window=3, sinks=True, gate="element")
-MODEL = Shortcut(V=257, D=8, N=2, attention=ATTENTION, ffn=GLU(F=8), moe=MOE, layout="all", remat="full")
+MODEL = Shortcut(V=257, D=8, N=2, attention=ATTENTION, ffn=GLU(F=8), moe=MOE, moe_layers="all", remat="full")
 
 
 def experiment(mesh: str, model=MODEL) -> Experiment:
@@ -60,7 +60,7 @@ def test_any_parts_in_any_order_are_one_model_on_every_mesh():
     found = {name: v.detail for name, v in meshes.same(one, many, state).items() if not v.holds}
     assert found.keys() <= {"gradients"}, found  # of so many parts, they are rounded a little more
     assert meshes.worst(one.grads, many.grads, least=meshes.largest(one.grads) * meshes.SURE).error < 3e-5
-    assert one.expert_NBLK.shape[0] == MODEL.moe_layers == 4
+    assert one.expert_NBLK.shape[0] == MODEL.n_moe_layers == 4
     assert one.state.router["bias_E"].shape == (4, 4)
     assert 0 < one.metrics.stats.kept.min() < one.metrics.stats.choices_E.sum(-1).max()
     assert (one.expert_NBLK[0] != one.expert_NBLK[1]).any()
@@ -91,16 +91,16 @@ def test_any_parts_are_counted():
 def test_layers_repeat_by_their_parts():
     """Attentions in turn make the period of a stack; a layout that does not fit it, runs of equal layers."""
     (block,) = blocks(MODEL, MODEL.stacks()[0])
-    assert (len(block.layers), block.n, block.moe_layers) == (1, 2, 2)
+    assert (len(block.layers), block.n, block.n_moe_layers) == (1, 2, 2)
     assert MODEL.routed_layers == (0, 0, 1, 1)
     wide, narrow = MHA(4, 4), MHA(4, 4, window=2)
-    usual = LMConfig(V=8, D=8, N=6, attention=(narrow, narrow, wide), moe=MOE, layout="every 3")
+    usual = LMConfig(V=8, D=8, N=6, attention=(narrow, narrow, wide), moe=MOE, moe_layers="every 3")
     (block,) = blocks(usual, usual.stacks()[0])
     assert [[sub.name for sub in layer] for layer in block.layers] == [["attention", "ffn"]] * 2 + [
         ["attention", "moe"]
     ]
     assert [layer[0].part.window for layer in block.layers] == [2, 2, None]
-    first = dataclasses.replace(usual, layout="last 5", attention=wide)
+    first = dataclasses.replace(usual, moe_layers="last 5", attention=wide)
     assert [(len(b.layers), b.n) for b in blocks(first, first.stacks()[0])] == [(1, 1), (1, 5)]
     assert first.routed_layers == (1, 2, 3, 4, 5)
 
@@ -108,9 +108,9 @@ def test_layers_repeat_by_their_parts():
 T5 = MHA(4, 4, position=Relative(shared=True))
 LAID = {
     "parts": (MODEL, DataConfig(L=8)),
-    "first dense": (LMConfig(V=9, D=8, N=3, attention=MHA(4, 4), moe=MOE, layout="last 2"), DataConfig(L=8)),
+    "first dense": (LMConfig(V=9, D=8, N=3, attention=MHA(4, 4), moe=MOE, moe_layers="last 2"), DataConfig(L=8)),
     "pairs": (
-        EncoderDecoderConfig(V=9, D=8, N=2, attention=T5, moe=MOE, extra=MLP(F=4)),
+        EncoderDecoderConfig(V=9, D=8, N=2, attention=T5, moe=MOE, dense_after_moe=MLP(F=4)),
         DataConfig(L=8, objective=SpanCorruption()),
     ),
     "images": (
@@ -137,5 +137,5 @@ def test_every_parameter_of_every_layer_has_a_path(name):
     assert [p.layer for p in parts] == sorted(p.layer for p in parts)
     assert {p.layer for p in parts} == set(range(cfg.N * cfg.STACKS))
     assert [p.path for p in parts if p.sub.kind == "moe"] == moe_paths(cfg)
-    with pytest.raises(ValueError, match=f"no MoE layer {cfg.moe_layers}; the model has {cfg.moe_layers}"):
-        moe_path(cfg, cfg.moe_layers)
+    with pytest.raises(ValueError, match=f"no MoE layer {cfg.n_moe_layers}; the model has {cfg.n_moe_layers}"):
+        moe_path(cfg, cfg.n_moe_layers)

@@ -251,13 +251,13 @@ def test_what_costs_more():
     """Computing again, more pieces, gathered weights and dense masks only ever add."""
     exp = on({"data": 2, "expert": 4})
     plainest = roofline(exp, V5E)
-    for dearer in (variant(exp, "full"), variant(exp, "exchanged"), of(exp, dispatch=Einsum(1.25))):
+    for dearer in (variant(exp, "full"), variant(exp, "save_collectives"), of(exp, dispatch=Einsum(1.25))):
         assert roofline(dearer, V5E).executed > plainest.executed
     again, gathered = (roofline(other, V5E).memory for other in (variant(exp, "full"), on({"fsdp": 8})))
     assert again["weights"] == pytest.approx(4 / 3 * plainest.memory["weights"])
     assert again["activations"] == pytest.approx(4 / 3 * plainest.memory["activations"])
     assert 1.3 < gathered["weights"] / roofline(on({"data": 8}), V5E).memory["weights"] < 4 / 3  # routers are not
-    pieces, once = (roofline(variant(on({"fsdp": 8}), accumulate=a), V5E) for a in (2, 1))
+    pieces, once = (roofline(variant(on({"fsdp": 8}), microbatches=a), V5E) for a in (2, 1))
     assert pieces.network > once.network
     assert pieces.memory["weights"] == 2 * once.memory["weights"]
     assert pieces.memory["activations"] == once.memory["activations"]
@@ -269,7 +269,7 @@ def test_what_costs_more():
 
 def test_bytes_of_one_matrix_by_hand():
     """A dense layer and its tied embedding: what a device reads of weights, rows and scores."""
-    model = dataclasses.replace(MODEL, moe=None, layout="none", N=1)
+    model = dataclasses.replace(MODEL, moe=None, moe_layers="none", N=1)
     exp = dataclasses.replace(SMALL, model=model, mesh=(("data", 8),))
     V, numbers = MODEL.V, 32 * MODEL.V + 4 * 32 * 32 + 3 * 32 * 64  # embedding, attention, GLU
     line = roofline(exp, V5E)
@@ -291,10 +291,12 @@ def everything() -> list[tuple[tuple, int, float]]:
     """Every mesh and exchange in every variant, with its bytes and seconds."""
     found = []
     for mesh in factorizations(SQUARE.devices):
-        choices = itertools.product(exchanges(FEW, mesh), (False, True), ("none", "full", "exchanged"), (1, 2, 4, 8))
-        for exchange, zero1, remat, accumulate in choices:
+        choices = itertools.product(
+            exchanges(FEW, mesh), (False, True), ("none", "full", "save_collectives"), (1, 2, 4, 8)
+        )
+        for exchange, zero1, remat, microbatches in choices:
             try:
-                new = variant(FEW, remat, accumulate, mesh=tuple(mesh.items()), exchange=exchange, zero1=zero1)
+                new = variant(FEW, remat, microbatches, mesh=tuple(mesh.items()), exchange=exchange, zero1=zero1)
             except ValueError:
                 continue
             found.append(((new.mesh, new.exchange), memory(new, mesh).total, roofline(new, SQUARE).worst))

@@ -216,7 +216,7 @@ SMALL = Experiment(
         attention=MHA(4, 64),
         ffn=GLU(F=512, activation="gelu"),
         moe=MoEConfig(E=8, router=Top2(), experts=MLP(F=256), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),)),
-        remat="exchanged",
+        remat="save_collectives",
         dtype="bfloat16",
     ),
     DataConfig(L=256, B=32),
@@ -273,7 +273,7 @@ def test_one_chunk_travels_while_another_is_computed():
 def test_dropless_is_grouped_matmuls_on_a_tpu():
     """All of a dropless layer's products are kernels over groups; XLA's own gradient of weights is E times the work."""
     found = compiler.compiled(with_layer(dispatch=Sort(), exchange=RaggedAllToAll()), "v5e:2x4")
-    dense = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, moe=None, layout="none"))
+    dense = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, moe=None, moe_layers="none"))
     assert found.flops <= compiler.compiled(dense, "v5e:2x4").flops
 
 

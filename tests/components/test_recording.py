@@ -38,18 +38,18 @@ from tests.cases import close, context, normal
 
 V, D, E, K, B, L = 31, 8, 4, 2, 8, 8
 MOE = MoEConfig(E=E, router=Top2(), experts=GLU(F=6), dispatch=Scatter(1.0))
-MODEL = LMConfig(V=V, D=D, N=2, attention=MHA(2, 4), moe=MOE, layout="all", remat="full")
+MODEL = LMConfig(V=V, D=D, N=2, attention=MHA(2, 4), moe=MOE, moe_layers="all", remat="full")
 SORT = dataclasses.replace(MOE, dispatch=Sort(), exchange=RaggedAllToAll(buffer=1.0))
 PAIRS = EncoderDecoderConfig(
     V=V,
     D=D,
     N=1,
     attention=MHA(2, 4, position=Relative(shared=True)),
-    layout="all",
+    moe_layers="all",
     moe=dataclasses.replace(MOE, router=TopK(K=K)),
 )
 IMAGES = ViTConfig(
-    V=5, D=D, N=1, attention=MHA(2, 4, position=NoPE(), bias=True), layout="all", moe=MOE, patch=2, image=(4, 4, 1)
+    V=5, D=D, N=1, attention=MHA(2, 4, position=NoPE(), bias=True), moe_layers="all", moe=MOE, patch=2, image=(4, 4, 1)
 )
 MESH = "d2e4"
 ALL = tuple(RECORDED)
@@ -187,14 +187,14 @@ def says_what_happened(aux):
     assert (slot[~taken] == -1).all()
     assert not weight[~taken].any()
     np.testing.assert_allclose(
-        (weight[..., None] * (expert[..., None] == np.arange(E))).sum((1, 2, 3)), stats.gains_E, 1e-5
+        (weight[..., None] * (expert[..., None] == np.arange(E))).sum((1, 2, 3)), stats.combine_E, 1e-5
     )
     real = (probs.sum(-1) > 0) & taken.any(-1)
     np.testing.assert_allclose(probs.sum(-1)[real], 1, rtol=1e-5)
     np.testing.assert_allclose((probs * real[..., None]).sum((1, 2)), stats.probs_E, rtol=1e-4)
     np.testing.assert_allclose(jax.nn.softmax(logits)[real], probs[real], rtol=1e-5)
     np.testing.assert_array_equal(visits.sum((1, 2)), stats.choices_E)
-    np.testing.assert_allclose(gains.sum((1, 2)), stats.gains_E, rtol=1e-5)
+    np.testing.assert_allclose(gains.sum((1, 2)), stats.combine_E, rtol=1e-5)
     assert inputs[real].any(-1).all()
 
 
@@ -240,9 +240,9 @@ def test_what_is_not_recorded():
         with pytest.raises(ValueError, match="makes no choices of tokens"):
             jax.eval_shape(partial(soft.init, record=(name,)), jax.random.key(0), x)
     params = jax.jit(soft.init)(jax.random.key(0), x)
-    _, aux = jax.jit(partial(soft.apply, record=("visits", "gains")))(params, x)
-    np.testing.assert_array_equal(aux.recorded.visits_BLE.sum((0, 1)), aux.stats.choices_E)
-    np.testing.assert_allclose(aux.recorded.gains_BLE.sum((0, 1)), aux.stats.gains_E, rtol=1e-5)
+    _, aux = jax.jit(partial(soft.apply, record=("assignments", "combine")))(params, x)
+    np.testing.assert_array_equal(aux.recorded.assignments_BLE.sum((0, 1)), aux.stats.choices_E)
+    np.testing.assert_allclose(aux.recorded.combine_BLE.sum((0, 1)), aux.stats.combine_E, rtol=1e-5)
     words = r'no tuple of names to record; write record=\("weight", "kept"\)'
     for record in (True, "weight", ["weight"], None):
         with pytest.raises(ValueError, match=words):
@@ -251,7 +251,7 @@ def test_what_is_not_recorded():
         jax.eval_shape(partial(MoE(MOE).init, record=("weights",)), jax.random.key(0), x)
 
 
-@pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("visits", "input"))])
+@pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("assignments", "input"))])
 def test_details_of_two_stacks(router, names):
     """Those asked for and no others; of the shorter sequence, nothing beyond its end."""
     moe = MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=Einsum(None), losses=())
@@ -468,7 +468,7 @@ def test_a_run_is_recorded_from_its_checkpoint(tmp_path):
 
 
 def test_what_cannot_be_recorded_is_refused(params):
-    dense = dataclasses.replace(MODEL, layout="none")
+    dense = dataclasses.replace(MODEL, moe_layers="none")
     with pytest.raises(ValueError, match="no MoE layer"):
         next(recorder.recordings(dataclasses.replace(EXP, model=dense), params, []))
     with pytest.raises(ValueError, match="stack='middle'"):

@@ -44,9 +44,9 @@ MOE = MoEConfig(
 )
 
 
-def experiment(moe=MOE, mesh=(("data", 2), ("expert", 4)), accumulate=1, **model):
+def experiment(moe=MOE, mesh=(("data", 2), ("expert", 4)), microbatches=1, **model):
     model = {"N": 4, **model}
-    data = dataclasses.replace(EXP.data, accumulate=accumulate)
+    data = dataclasses.replace(EXP.data, microbatches=microbatches)
     return dataclasses.replace(EXP, model=dataclasses.replace(MODEL, moe=moe, **model), data=data, mesh=mesh)
 
 
@@ -79,7 +79,7 @@ def test_a_step_moves_the_bias_by_the_global_counts():
     "change",
     [
         {"mesh": (("data", 8), ("expert", 1))},
-        {"accumulate": 2},
+        {"microbatches": 2},
         {"remat": "full"},
     ],
     ids=["mesh", "accumulation", "remat"],
@@ -150,7 +150,7 @@ def params_of(cfg):
 def test_layers_are_compared_and_choices_replayed():
     """Agreement is the oracle's, of scanned stacks too; a recording, made again, gives the same logits bit for bit."""
     moe = dataclasses.replace(MOE, router=Top2(), gating=(), losses=())
-    cfg = dataclasses.replace(MODEL, moe=moe, N=6, layout="every 2")
+    cfg = dataclasses.replace(MODEL, moe=moe, N=6, moe_layers="every 2")
     params = params_of(cfg)
     params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(3), p.shape), params)
     tokens, key = jnp.asarray(batch().tokens_BL), jax.random.key(5)

@@ -219,7 +219,7 @@ def test_no_weight_sees_the_bias():
     assert (np.abs(y_BLD - other_BLD).max(-1) > 0.01).mean() > 0.05
     score_BLE = 1 / (1 + np.exp(-x_BLD @ params["params"]["router_gate_DE"]))
     chosen_BLE = np.asarray(aux.expert_BLK) == np.arange(E)
-    np.testing.assert_allclose(aux.stats.gains_E, (score_BLE * chosen_BLE).sum((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(aux.stats.combine_E, (score_BLE * chosen_BLE).sum((0, 1)), rtol=1e-4)
 
 
 def test_base_balances_every_step():

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.core.capacity import PRIORITIES, capacity
-from moe_jax.core.routing import TokenChoice, masks, queue
+from moe_jax.core.routing import TokenChoice, masks, position_in_expert
 from moe_jax.dispatch.scatter import capacities
 from tests import oracle
 
@@ -32,7 +32,7 @@ def slots(expert, first, priority):
     weight = jnp.stack([first, 1 - first], axis=-1)[None] * (expert < E)
     zeros = jnp.zeros((1, S, E))
     r = TokenChoice(expert, weight, zeros, zeros, expert[..., 0] < E)
-    place = queue(r, priority)
+    place = position_in_expert(r, priority)
     return weight, place, *masks(r, place, C)
 
 

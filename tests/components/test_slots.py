@@ -91,4 +91,4 @@ def test_traits_have_defaults():
     assert (plain.causal, plain.random, plain.grouped, plain.K, plain.params) == (True, False, False, 3, ("gate_DE",))
     assert (base.causal, base.random, base.grouped) == (False, True, True)
     assert traits(RoundRobin()).grouped
-    assert traits(ExpertChoice).makes is SlotChoice
+    assert traits(ExpertChoice).routing is SlotChoice

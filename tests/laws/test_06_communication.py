@@ -109,14 +109,19 @@ def moe(base: MoEConfig = MOE, **changes) -> MoEConfig:
 
 
 def experiment(
-    mesh: str, accumulate: int = 1, optim: OptimConfig = OPTIM, kind: type = LMConfig, data: DataConfig = DATA, **model
+    mesh: str,
+    microbatches: int = 1,
+    optim: OptimConfig = OPTIM,
+    kind: type = LMConfig,
+    data: DataConfig = DATA,
+    **model,
 ) -> Experiment:
     fields = {**vars(MODEL), **data.sizes, **model}
     if kind is ViTConfig:
         fields |= {"attention": MHA(4, 4, position=NoPE(), bias=True), "causal": False}
     return Experiment(
         model=kind(**{name: value for name, value in fields.items() if name in kind.__dataclass_fields__}),
-        data=dataclasses.replace(data, accumulate=accumulate),
+        data=dataclasses.replace(data, microbatches=microbatches),
         optim=optim,
         run=RunConfig(steps=6),
         mesh=tuple(sizes_of(mesh).items()),
@@ -128,21 +133,23 @@ def optimizer(**changes) -> OptimConfig:
 
 
 SLICES = ("slice", "expert")
-ONE, TWO = {"layout": "all", "N": 1}, {"layout": "all", "N": 2}  # the smallest model, and one that is a loop
+ONE, TWO = {"moe_layers": "all", "N": 1}, {"moe_layers": "all", "N": 2}  # the smallest model, and one that is a loop
 EXPERIMENTS = {
     "interleaved": experiment("d2e4"),
-    "exchanged": experiment(
-        "d2e4", remat="exchanged", optim=optimizer(zero1=True), moe=moe(exchange=AllToAll(chunks=2)), **TWO
+    "save_collectives": experiment(
+        "d2e4", remat="save_collectives", optim=optimizer(zero1=True), moe=moe(exchange=AllToAll(chunks=2)), **TWO
     ),
     "full": experiment("d2e4", remat="full", moe=moe(dispatch=Einsum(1.25)), **TWO),
-    "biases": experiment("f2e2t2", remat="exchanged", moe=BIASES, attention=MHA(4, 4, position=Relative()), **TWO),
+    "biases": experiment(
+        "f2e2t2", remat="save_collectives", moe=BIASES, attention=MHA(4, 4, position=Relative()), **TWO
+    ),
     "pieces": experiment(
-        "f2e2t2", accumulate=2, remat="full", moe=BIASES, ffn=MLP(F=8, bias=True), dtype="bfloat16", tied=False
+        "f2e2t2", microbatches=2, remat="full", moe=BIASES, ffn=MLP(F=8, bias=True), dtype="bfloat16", tied=False
     ),
     "levels": experiment("s2e2t2", remat="full", moe=moe(exchange=TwoLevel()), **ONE),
     "weights": experiment(
         "f2e2t2",
-        accumulate=2,
+        microbatches=2,
         remat="full",
         moe=moe(BIASES, exchange=AllGather()),
         optim=optimizer(optimizer=MEANS),
@@ -151,26 +158,26 @@ EXPERIMENTS = {
     "branches": experiment(
         "s2e4", remat="full", moe=moe(dispatch=Scatter(None), exchange=AllGather(over=SLICES)), **ONE
     ),
-    "rows": experiment("t4e2", remat="exchanged", moe=moe(dispatch=Sort(), exchange=RaggedAllToAll()), **ONE),
+    "rows": experiment("t4e2", remat="save_collectives", moe=moe(dispatch=Sort(), exchange=RaggedAllToAll()), **ONE),
     "ids": experiment(
         "d2e4",
         remat="full",
-        layout="0,2,3",
+        moe_layers="0,2,3",
         moe=MoEConfig(E=4, router=RoundRobin(), experts=MLP(F=8), dispatch=Scatter(None), losses=()),
     ),
     "slots": experiment("e4t2", remat="full", moe=moe(router=ExpertChoice(), dispatch=Gather()), causal=False, **TWO),
     "sharded": experiment("s2d2f2", optim=optimizer(optimizer=MEANS, zero1=True, clip=None), **ONE),
-    "dense": experiment("f8", remat="full", layout="none", moe=None, N=2),
-    "data": experiment("d8", layout="none", moe=None, N=1),
+    "dense": experiment("f8", remat="full", moe_layers="none", moe=None, N=2),
+    "data": experiment("d8", moe_layers="none", moe=None, N=1),
     "pairs": experiment(
         "f2e2t2",
         kind=EncoderDecoderConfig,
         data=DataConfig(L=L, B=B, objective=SpanCorruption(sentinels=7)),
-        remat="exchanged",
-        layout="every 2",
+        remat="save_collectives",
+        moe_layers="every 2",
         attention=MHA(4, 4, position=Relative(shared=True)),
         tied=False,
-        extra=GLU(F=8),
+        dense_after_moe=GLU(F=8),
     ),
     "images": experiment(
         "f2e2t2",
@@ -185,7 +192,7 @@ EXPERIMENTS = {
     ),
     "latents": experiment(
         "d2t2f2",
-        remat="exchanged",
+        remat="save_collectives",
         attention=(MLA(4, A=4, U=2, O=6, W=8, Q=6), MLA(4, A=4, U=2, O=4, W=4, gate="head")),
         **TWO,
     ),
@@ -221,11 +228,11 @@ def test_a_training_step_sends_what_is_predicted(name):
     assert wrong(predicted(name), compiled(name)) == []
 
 
-@pytest.mark.parametrize(("name", "each"), [("interleaved", 4), ("exchanged", 4 * 2), ("full", 6)])
+@pytest.mark.parametrize(("name", "each"), [("interleaved", 4), ("save_collectives", 4 * 2), ("full", 6)])
 def test_all_to_alls(name, each):
     """Two there and back, two for gradients, two if they are computed again; twice as many in two chunks."""
     found = merged(c for c in compiled(name) if c.op == "all-to-all")
-    assert [(c.axes, c.count) for c in found] == [(("expert",), each * EXPERIMENTS[name].model.moe_layers)]
+    assert [(c.axes, c.count) for c in found] == [(("expert",), each * EXPERIMENTS[name].model.n_moe_layers)]
 
 
 def test_tensor_parallelism_is_one_all_reduce_each_way():

@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 PLACES = {
-    "d2e4": Place(zero1=True, remat="exchanged", exchange=AllToAll(chunks=2)),
+    "d2e4": Place(zero1=True, remat="save_collectives", exchange=AllToAll(chunks=2)),
     "f2e2t2": Place(remat="full", exchange=AllGather()),
     "s2e2t2": Place(exchange=TwoLevel()),
     "f2e2": Place(zero1=True),
@@ -226,7 +226,7 @@ def test_what_a_device_holds(run, optimizer, mesh):
     """ZeRO: after steps, every device has the part of parameters and moments that the layouts say, and no more."""
     whole, here = run(optimizer, mesh), program(optimizer, mesh)
     for (name, x), layout in zip(named(whole.saved).items(), jax.tree.leaves(here.layouts.state), strict=True):
-        assert {part.shape for part in whole.parts[name]} == {dims.local(x.shape, layout, here.mesh.shape)}, name
+        assert {part.shape for part in whole.parts[name]} == {dims.local_shape(x.shape, layout, here.mesh.shape)}, name
     for name, wanted in HELD[optimizer, mesh].items():
         if isinstance(wanted, tuple):
             assert [part.shape for part in whole.parts[name]] == [wanted] * 8, name
@@ -244,12 +244,12 @@ from ml_collections import ConfigDict
 
 def get_config():
     config = ConfigDict()
-    config.model = {{"D": 8, "N": 1, "layout": "every 1", "attention": "MHA(2, 4)", "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "moe_layers": "every 1", "attention": "MHA(2, 4)", "remat": "none"}}
     config.model["moe"] = {{"E": 8, "router": "LossFree(K=2, rate=0.1)", "experts": "MLP(F=8)"}}
     config.model.moe.dispatch, config.model.moe.losses = "Scatter(4.0)", ("Adaptive(LoadBalance(0.01))",)
     config.data = {{"source": "Folder(path={text!r})", "L": 8, "B": 16}}
     config.optim = {{"schedule": "Constant(peak=0.01)", "zero1": True}}
-    config.run = {{"log_every": 1, "eval_every": 100, "save_every": 100, "eval_windows": 16}}
+    config.run = {{"log_every": 1, "eval_every": 100, "save_every": 100, "eval_sequences": 16}}
     return config
 """
 OTHERWISE = ("--config.optim.zero1=False", "--config.model.moe.exchange=AllGather()")

@@ -128,7 +128,7 @@ def test_v_moe_last():
     make = runpy.run_path("configs/papers/_vit.py")["vmoe"]
     told = {("B", 16, "9,11"): 393.3e6, ("L", 16, "21,23"): 843.6e6, ("H", 14, "23,25,27,29,31"): 2689e6}
     for (size, patch, layout), total in told.items():
-        count = parameters(build(make(size, patch, 0.001, layout=layout)).model)
+        count = parameters(build(make(size, patch, 0.001, moe_layers=layout)).model)
         assert abs(count.total / total - 1) < 2e-4
 
 
@@ -138,7 +138,7 @@ def test_nano_is_the_same_kind_of_model(name):
     exp, small = experiment(name), experiment(name, "nano")
     assert type(exp.model) is type(small.model)
     assert parameters(small.model).total < 2_000_000
-    for field in ("tied", "causal", "layout") if exp.model.layout.startswith("every") else ("tied", "causal"):
+    for field in ("tied", "causal", "moe_layers") if exp.model.moe_layers.startswith("every") else ("tied", "causal"):
         assert getattr(small.model, field) == getattr(exp.model, field)
     assert names(small.model) == names(exp.model)
     for mine, theirs in zip(small.model.attention, exp.model.attention, strict=True):
@@ -181,8 +181,8 @@ POSITIONS_ = {
     ViTConfig: (NoPE(),),
 }
 FORMS_ = {
-    **{"ffn": EXPERTS_, "moe": LAYERS_ | EXPERTS_, "layout": st.sampled_from(("all", "none", "last 1", "0"))},
-    **{"extra": st.none() | EXPERTS_, "remat": st.just("none"), "causal": st.just(False)},
+    **{"ffn": EXPERTS_, "moe": LAYERS_ | EXPERTS_, "moe_layers": st.sampled_from(("all", "none", "last 1", "0"))},
+    **{"dense_after_moe": st.none() | EXPERTS_, "remat": st.just("none"), "causal": st.just(False)},
 }
 DATA = {
     LMConfig: DataConfig(L=8),
@@ -252,14 +252,18 @@ COUNTED = {
     "t5": (
         EncoderDecoderConfig,
         DataConfig(L=16, objective=SpanCorruption()),
-        {"extra": GLU(F=7), "tied": False, "attention": MHA(4, 2, position=Relative(shared=True))},
+        {"dense_after_moe": GLU(F=7), "tied": False, "attention": MHA(4, 2, position=Relative(shared=True))},
     ),
     "latents": (
         LMConfig,
         DataConfig(L=8),
         {"attention": (MLA(4, A=4, U=2, O=6, W=8, Q=6), MLA(4, A=4, U=2, O=4, W=4, gate="element"))},
     ),
-    "dense": (LMConfig, DataConfig(L=8), {"layout": "none", "moe": None, "attention": MHA(4, 2, position=Relative())}),
+    "dense": (
+        LMConfig,
+        DataConfig(L=8),
+        {"moe_layers": "none", "moe": None, "attention": MHA(4, 2, position=Relative())},
+    ),
     "images": (
         ViTConfig,
         DataConfig(source=Digits(), L=1, objective=Classification()),
@@ -278,7 +282,7 @@ def test_flops_are_those_of_the_program(name):
     params = jax.eval_shape(model.init, jax.random.key(0), batch)
     jaxpr = jax.make_jaxpr(model.apply)(params, batch).jaxpr
     cost = flops(model, batch)
-    more = sum(of_slots(stack.L) for stack in model.stacks(batch)) * model.moe_layers // model.STACKS
+    more = sum(of_slots(stack.L) for stack in model.stacks(batch)) * model.n_moe_layers // model.STACKS
     assert multiplied(jaxpr) == cost.forward - cost.kinds.get("experts", 0) + more
 
 
@@ -292,7 +296,7 @@ def of_slots(L: int) -> int:
 def test_flops_are_those_that_xla_counts():
     """Of a model whose loops have one turn, since XLA counts the body of a loop once."""
     moe = MoEConfig(E=4, router=TopK(K=2), experts=MLP(F=128), dispatch=Einsum(None))
-    model = LMConfig(V=64, D=64, N=1, attention=MHA(4, 16), moe=moe, layout="all", remat="none")
+    model = LMConfig(V=64, D=64, N=1, attention=MHA(4, 16), moe=moe, moe_layers="all", remat="none")
     data = DataConfig(L=32)
     batch = data.shapes(1)
     params = jax.eval_shape(model.init, jax.random.key(0), batch)

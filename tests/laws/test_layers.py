@@ -21,7 +21,7 @@ from moe_jax import (
     Top2,
     TopK,
 )
-from moe_jax.core.routing import TokenChoice, queue
+from moe_jax.core.routing import TokenChoice, position_in_expert
 from tests import oracle
 from tests.cases import (
     LAYERS,
@@ -185,7 +185,7 @@ def test_only_token_major_is_causal(priority, changes):
     def first(last, weight):
         expert = jnp.array([[[0, 1], [1, 0], last]])
         w, e = jnp.array([[[0.6, 0.4], [0.7, 0.3], weight]]), jnp.zeros((1, 3, 3))
-        return queue(TokenChoice(expert, w, e, e, jnp.ones((1, 3), bool)), priority)[0, 0].tolist()
+        return position_in_expert(TokenChoice(expert, w, e, e, jnp.ones((1, 3), bool)), priority)[0, 0].tolist()
 
     moved = [a - b for a, b in zip(first([1, 2], [0.9, 0.1]), first([2, 0], [0.5, 0.5]), strict=True)]
     assert moved == [0, changes]

@@ -38,7 +38,7 @@ from moe_jax.core.context import Ids
 from moe_jax.data import Batch, Bytes
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES
-from moe_jax.exchanges.ragged import fitting, places
+from moe_jax.exchanges.ragged import fit_to_buffer, slice_offsets
 from moe_jax.models import Call, LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import AdamW, Constant
@@ -69,7 +69,7 @@ EXCHANGE = {
     "ragged-slices": RaggedAllToAll(over=EVERYWHERE),
     "alone": AllToAll(),  # experts are not spread
 }
-REMAT = ("none", "full", "exchanged")
+REMAT = ("none", "full", "save_collectives")
 L, B, RATE = 8, 32, 0.01
 
 
@@ -99,7 +99,7 @@ class Case(NamedTuple):
             return "expert" not in sizes
         if self.exchange == "ragged-slices" and "slice" not in sizes:
             return False
-        return DISPATCH[self.dispatch].rows in exchange.takes and bool(sizes.keys() & set(exchange.over))
+        return DISPATCH[self.dispatch].layout in exchange.layouts and bool(sizes.keys() & set(exchange.over))
 
     @property
     def covers(self) -> set:
@@ -140,7 +140,7 @@ def test_cases_cover_all_pairs():
     assert {type(EXCHANGE[c.exchange]) for c in CASES if c.exchange != "alone"} == set(EXCHANGES)
     together = {(c.dispatch, c.exchange) for c in CASES}
     for d, x in itertools.product(DISPATCH, EXCHANGE):
-        assert ((d, x) in together) == (x == "alone" or DISPATCH[d].rows in EXCHANGE[x].takes), (d, x)
+        assert ((d, x) in together) == (x == "alone" or DISPATCH[d].layout in EXCHANGE[x].layouts), (d, x)
 
 
 # ---------------------------------------------------------------- one case
@@ -163,7 +163,7 @@ def experiment(case: Case, dtype: str = "float32") -> Experiment:
     forms = {"tied": not choose, "causal": not choose, "remat": case.remat, "dtype": dtype}
     return Experiment(
         model=LMConfig(V=32, D=8, N=4, attention=MHA(4, 2, position=Relative()), ffn=mlp, moe=moe, **forms),
-        data=DataConfig(tokenizer=Bytes(), L=L, B=B, accumulate=case.pieces),
+        data=DataConfig(tokenizer=Bytes(), L=L, B=B, microbatches=case.pieces),
         optim=OptimConfig(AdamW(), Constant(RATE), zero1=case.zero1),
         run=RunConfig(steps=3),
         mesh=tuple(sizes_of(case.mesh).items()),
@@ -193,7 +193,7 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
         return exp.model.apply(params, batch, Call(key, {}))[0]
 
     def step(state, batch):
-        here = shard.current(exp.exchange)
+        here = shard.from_mesh(exp.exchange)
         rows, key = shard.token_spec(here), trainer.step_key(exp, state)
         outputs = shard.per_shard(logits, here, (program.layouts.params, P(), rows), rows)(state.params, key, batch)
         return *trainer.train_step(exp, tx, rate, program.layouts, state, batch), outputs
@@ -263,11 +263,11 @@ def test_one_model_every_mesh(case):
 
 
 HALF = (
-    Case("f2e2t2", "einsum-limited", "to_all", "exchanged", 2, True),
+    Case("f2e2t2", "einsum-limited", "to_all", "save_collectives", 2, True),
     Case("d2e4", "scatter-limited", "chunks", "none", 2, True),
     Case("s2e2t2", "einsum-limited", "two_level", "full", 2),
     Case("s2d2e2", "sort", "ragged-slices", "none", 1, True),
-    Case("f2e2t2", "sort", "all_gather", "exchanged", 1),
+    Case("f2e2t2", "sort", "all_gather", "save_collectives", 1),
 )
 
 
@@ -318,7 +318,7 @@ def counts() -> list[np.ndarray]:
 def test_what_fits_never_exceeds_the_buffer(asked_XXe, part):
     """Where all fits all is kept; elsewhere the same part of every slice, to a row, and never more than fits."""
     rows = math.ceil(part * asked_XXe.sum() / len(asked_XXe))
-    kept_XXe = np.asarray(fitting(jnp.asarray(asked_XXe, jnp.int32), rows))
+    kept_XXe = np.asarray(fit_to_buffer(jnp.asarray(asked_XXe, jnp.int32), rows))
     exact_XXe = bounded(asked_XXe, rows)
     assert (kept_XXe.sum((0, 2)) <= rows).all()
     assert ((kept_XXe == exact_XXe) | (kept_XXe == exact_XXe - 1)).all()
@@ -329,7 +329,7 @@ def test_what_fits_never_exceeds_the_buffer(asked_XXe, part):
 @pytest.mark.parametrize("sizes_XXe", counts(), ids=lambda a: f"{a.max()}x{(a > 0).sum()}")
 def test_slices_lie_back_to_back(sizes_XXe):
     """At every destination by expert, then by source, from its first row on, without gaps."""
-    begin_XXe = np.asarray(places(jnp.asarray(sizes_XXe, jnp.int32)))
+    begin_XXe = np.asarray(slice_offsets(jnp.asarray(sizes_XXe, jnp.int32)))
     X, _, e = sizes_XXe.shape
     for to in range(X):
         next_row = 0
@@ -369,7 +369,7 @@ def reached(chosen_BLK: np.ndarray, mesh: str, exchange: RaggedAllToAll) -> np.n
     for first in range(0, 8, X):  # experts are the last axes of the mesh
         group = shards[first : first + X]
         asked = np.stack([np.bincount(s, minlength=8) for s in group]).reshape(X, X, 8 // X)
-        kept = np.asarray(fitting(jnp.asarray(asked), math.ceil(exchange.buffer * R))).reshape(X, 8)
+        kept = np.asarray(fit_to_buffer(jnp.asarray(asked), math.ceil(exchange.buffer * R))).reshape(X, 8)
         for source, expert in itertools.product(range(X), range(8)):
             there[numbers[first + source][group[source] == expert][: kept[source, expert]]] = True
     return there.reshape(chosen_BLK.shape)

@@ -30,7 +30,7 @@ EXP = Experiment(
     model=MODEL,
     data=DataConfig(tokenizer=Bytes(), L=8, B=16),
     optim=OptimConfig(optimizer=AdamW(), schedule=Constant(0.01)),
-    run=RunConfig(steps=6, log_every=1, eval_every=3, eval_windows=16, save_every=3),
+    run=RunConfig(steps=6, log_every=1, eval_every=3, eval_sequences=16, save_every=3),
     mesh=(("data", 2), ("expert", 4)),
 )
 
@@ -98,10 +98,10 @@ def test_pieces_add_up():
     tx = optax.sgd(1.0)
     results = []
     for A in (1, 2):
-        exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, accumulate=A))
+        exp = dataclasses.replace(whole, data=dataclasses.replace(EXP.data, microbatches=A))
         state = trainer.init(exp, tx)
         step = jax.jit(
-            partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0), trainer.layouts_of(exp, state, {}))
+            partial(trainer.train_step, exp, tx, optax.constant_schedule(1.0), trainer.state_specs(exp, state, {}))
         )
         results.append(step(state, jax.tree.map(jnp.asarray, batch())))
     (state1, metrics1), (state2, metrics2) = results
@@ -137,7 +137,7 @@ def test_golden_step():
     sgd = optax.sgd(1.0)
     alone = state._replace(params=params, opt_state=sgd.init(params))
     alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), alone)
-    step = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0, trainer.layouts_of(exp, alone, {})))
+    step = jax.jit(partial(trainer.train_step, exp, sgd, lambda _: 1.0, trainer.state_specs(exp, alone, {})))
     after, metrics = step(alone, jax.tree.map(jnp.asarray, rows))
     np.testing.assert_allclose([metrics.loss, metrics.aux_loss], [loss, aux_loss], rtol=1e-5)
     grads = {k: g - flat(after.params)[k] for k, g in flat(params).items()}
@@ -199,10 +199,10 @@ def test_a_step_that_is_not_finite_changes_nothing(two_steps):
 )
 def test_what_a_process_reads(mine, n, part, parts):
     """Its own rows; all processes that share a shard of tensor parallelism read the same."""
-    assert trainer.part_of(mine, n) == {"process": part, "processes": parts}
+    assert trainer.process_slice(mine, n) == {"process": part, "processes": parts}
 
 
 @pytest.mark.parametrize("mine", [{0, 2}, {1, 2}, {0, 1, 2}])
 def test_rows_that_do_not_lie_together_are_refused(mine):
     with pytest.raises(ValueError, match="do not lie together"):
-        trainer.part_of(mine, 8)
+        trainer.process_slice(mine, 8)

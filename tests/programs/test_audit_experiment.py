@@ -19,7 +19,7 @@ from moe_jax.audit.dispatchers import dispatchers, fitting
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import fold, kinds, narrow, shrink
 from moe_jax.config import DataConfig, Experiment, OptimConfig
-from moe_jax.core.shard import Shard, over_slices
+from moe_jax.core.shard import Shard, hybrid_device_mesh
 from moe_jax.optim import Adafactor, Constant
 from tests import programs
 
@@ -173,7 +173,7 @@ def test_every_config_can_be_shrunk(file):
     assert math.prod(n for _, n in small.mesh) <= 8
     assert kinds(small.model) == kinds(narrow(exp.model, exp.data.shapes(1), small.data.shapes(1)))
     assert small.optim.optimizer == exp.optim.optimizer
-    if exp.model.moe_layers:
+    if exp.model.n_moe_layers:
         mine, theirs = small.model.moe, exp.model.moe
         assert (mine.E, mine.router, mine.dispatch, mine.losses) == (
             theirs.E,
@@ -207,7 +207,7 @@ MODEL = LMConfig(
     attention=MHA(2, 4),
     ffn=GLU(F=8),
     moe=MoEConfig(E=8, experts=MLP(F=8, bias=True)),
-    layout="every 2",
+    moe_layers="every 2",
 )
 
 
@@ -259,7 +259,7 @@ class Chip:
 def test_a_mesh_over_slices():
     """The first axis goes over slices, whatever the order of devices; another size is refused."""
     pod = [Chip(i, i % 2) for i in range(8)]
-    grid = over_slices(pod, (2, 1, 1, 4, 1))
+    grid = hybrid_device_mesh(pod, (2, 1, 1, 4, 1))
     assert grid.shape == (2, 1, 1, 4, 1)
     assert [[d.slice_index for d in part.flat] for part in grid] == [[0] * 4, [1] * 4]
     with pytest.raises(ValueError, match=r"mesh.slice=1, but the devices lie in 2 slices; set mesh.slice=2"):

@@ -21,7 +21,7 @@ from experiments.cli import load
 from moe_jax.config import build
 from moe_jax.core.groups import Dense
 from moe_jax.core.kernels.by_expert import ladder
-from moe_jax.core.routing import queue
+from moe_jax.core.routing import position_in_expert
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig
 from tests import programs
@@ -33,10 +33,10 @@ from ml_collections import ConfigDict
 def get_config():
     config = ConfigDict()
     config.mesh = {{"data": 8}}
-    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "layout": "all", "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "moe_layers": "all", "remat": "none"}}
     config.model.moe = {{"E": 4, "router": "TopK(K=2)", "experts": "MLP(F=4)", "dispatch": "Scatter(1.5)", "S": 8}}
     config.data = {{"source": "Folder(path={texts!r})", "L": 8, "B": 8}}
-    config.run = {{"steps": 2, "log_every": 2, "eval_windows": 8}}
+    config.run = {{"steps": 2, "log_every": 2, "eval_sequences": 8}}
     return config
 """
 
@@ -264,7 +264,7 @@ def test_stages_of_every_dispatcher(dispatch):
     rows = jnp.ones_like(stages.ready(cfg, here, shape, tokens, place))
     combine = jax.jit(stages.dispatcher(cfg, here, stages.Ready))
     y_GSD = combine((jnp.full_like(x_GSD, jnp.nan), rows, routing.weight_GSK), routing)
-    kept_GSK = queue(routing) < stages.slots(cfg, tokens.count_GE(shape.L), shape.L)
+    kept_GSK = position_in_expert(routing) < stages.slots(cfg, tokens.count_GE(shape.L), shape.L)
     np.testing.assert_allclose(y_GSD[..., 0], (routing.weight_GSK * kept_GSK).sum(-1), rtol=1e-5)
 
 
@@ -339,7 +339,7 @@ def test_steps_of_a_config_and_its_twin(tiny):
 def test_a_run_is_watched(tiny, tmp_path):
     """A dense one, which compiles faster."""
     exp = build(load(tiny[0].partition("=")[2]))
-    exp = dataclasses.replace(exp, model=exp.model.dense_twin())
+    exp = dataclasses.replace(exp, model=exp.model.dense_baseline())
     found = steps.outside(exp, tmp_path / "data", steps=6)
     assert min(found.step, found.checkpoint) > 0
     assert min(found) >= 0

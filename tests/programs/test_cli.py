@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 def get_config(source="{texts}"):
     config = ConfigDict()
     config.mesh = {{"data": 8}}
-    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "layout": "none", "remat": "none"}}
+    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "moe_layers": "none"}}
+    config.model.remat = "none"
     config.data = {{"source": f"Folder(path={{source!r}})", "L": 8, "B": 8}}
-    config.run = {{"steps": 2, "eval_every": 2, "save_every": 1, "eval_windows": 8}}
+    config.run = {{"steps": 2, "eval_every": 2, "save_every": 1, "eval_sequences": 8}}
     return config
 """
 
@@ -122,7 +123,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("run.steps=0", "config.run.steps=0 must be positive"),
         ("optim.clip=abc", "config.optim.clip='abc' must be a number or None"),
         ("model.attention=None", "config.model.attention=None must be one of 'MHA(...)'"),
-        ("model.layout=None", "layout='None' is not a choice of layers"),
+        ("model.moe_layers=None", "moe_layers='None' is not a choice of layers"),
         ("model.tied=no", "Non-boolean argument to boolean flag"),
         ("mesh.zz=2", "config.mesh has no field 'zz'; there are data, expert, fsdp, slice, tensor"),
         ("mesh.data=0", "config.mesh.data=0"),
@@ -177,7 +178,7 @@ def test_a_wrong_value(override, words, tmp_path):
         ("optim.clip", "None", None),
         ("optim.clip", "2", 2.0),
         ("model.tied", "false", False),
-        ("model.layout", "0,1", "0,1"),
+        ("model.moe_layers", "0,1", "0,1"),
         ("model.moe.S", "None", None),
         ("model.moe.losses", "('RouterZ(1e-4)',)", ["RouterZ(weight=0.0001)"]),
         ("optim.no_decay", "('D',)", ["D"]),

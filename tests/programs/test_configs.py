@@ -42,7 +42,7 @@ def test_shrinking_keeps_the_kind_of_everything():
         assert small.devices == DEVICES
         for axis, n in exp.mesh:
             assert (dict(small.mesh)[axis] > 1) == (n != 1) or n == -1
-        for field in ("tied", "remat", "layout"):
+        for field in ("tied", "remat", "moe_layers"):
             assert getattr(small.model, field) == getattr(exp.model, field)
         for mine, theirs in zip(small.model.attention, exp.model.attention, strict=True):
             assert (mine.position, mine.qk_norm) == (theirs.position, theirs.qk_norm)

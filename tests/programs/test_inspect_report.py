@@ -198,11 +198,11 @@ def run(tmp_path_factory):
         "attention": "MHA(2, 4)",
         "ffn": "MLP(F=4)",
         "remat": "none",
-        "layout": "all",
+        "moe_layers": "all",
         "moe": moe,
     }
     data = {"source": f"Folder(path='{folder / 'text'}')", "L": 16, "B": 8}
-    for name, own in {"run": model, "dense": {**model, "layout": "none"}}.items():
+    for name, own in {"run": model, "dense": {**model, "moe_layers": "none"}}.items():
         exp = build({"model": own, "data": data, "mesh": {"data": 8}})
         shapes = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), exp.data.shapes(1))
         zero = jnp.zeros((), jnp.int32)

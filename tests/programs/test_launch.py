@@ -49,7 +49,7 @@ def get_config():
     config.model = {{"D": 16, "N": 2, "attention": "MHA(2, 8)", "ffn": "MLP(F=16)"}}
     config.model["moe"] = {{"E": 8, "router": "TopK(K=2)", "experts": "MLP(F=16)", "S": 32}}
     config.data = {{"source": "Folder(path={text!r})", "L": 32, "B": 16}}
-    config.run = {{"steps": 12, "log_every": 1, "eval_every": 12, "save_every": 4, "eval_windows": 16}}
+    config.run = {{"steps": 12, "log_every": 1, "eval_every": 12, "save_every": 4, "eval_sequences": 16}}
     return config
 """
 

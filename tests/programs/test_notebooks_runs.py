@@ -36,10 +36,10 @@ def runs(tmp_path_factory) -> Path:
         model=model,
         data=DataConfig(source=Folder(str(folder / "text")), L=16, B=16),
         optim=OptimConfig(schedule=Constant(0.01)),
-        run=RunConfig(steps=6, log_every=1, eval_every=3, eval_windows=32, save_every=6),
+        run=RunConfig(steps=6, log_every=1, eval_every=3, eval_sequences=32, save_every=6),
         mesh=(("data", 2), ("expert", 4)),
     )
-    for name, each in {"RUN": exp, "TWIN": dataclasses.replace(exp, model=model.dense_twin())}.items():
+    for name, each in {"RUN": exp, "TWIN": dataclasses.replace(exp, model=model.dense_baseline())}.items():
         run(each, folder / name, folder / "data")
     return folder
 
@@ -92,7 +92,8 @@ from ml_collections import ConfigDict
 def get_config():
     config = ConfigDict()
     config.mesh = {"expert": 2}
-    config.model = {"D": 8, "N": 1, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "layout": "every 1", "remat": "none"}
+    config.model = {"D": 8, "N": 1, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "moe_layers": "every 1"}
+    config.model.remat = "none"
     config.model.moe = {"E": 4, "router": "Top2()", "experts": "MLP(F=8)", "dispatch": "Scatter(1.0)", "S": 32}
     config.data = {"L": 16, "B": 16}
     return config

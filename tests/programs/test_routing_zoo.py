@@ -83,7 +83,7 @@ def small(tmp_path_factory):
     base.model.update({"D": 8, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)"})
     base.model.moe.update({"E": 8, "experts": "MLP(F=4)", "S": 8})
     base.data.update({"source": f"Folder(path={str(root / 'texts')!r})", "L": 8, "B": 8})
-    base.run.eval_windows = 8
+    base.run.eval_sequences = 8
     return base, root
 
 
