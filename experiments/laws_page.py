@@ -1,9 +1,8 @@
-"""Which tests prove each law, and which functions check it on a config of your own: the page docs/laws.md.
+"""Writes docs/laws.md: the tests that prove each law, and the functions that check it on a config of your own.
 
     python -m experiments.laws_page [--write=docs/laws.md]
 
-Laws are those of moe_jax.audit.laws; tests are read from the markers in tests/, without being run. It needs a checkout
-of the repository, and takes a few seconds.
+The laws are those of moe_jax.audit.laws. Tests are found by their markers, without running them.
 """
 
 import ast
@@ -90,7 +89,7 @@ def mark(node: ast.expr, assigned: dict[str, ast.expr]) -> tuple[str, tuple[int,
 
 
 def page() -> str:
-    """The page in Markdown."""
+    """Returns the page in Markdown."""
     tests = proofs()
     rows = [("", "law", "tests", "audit of a config"), ("---",) * 4]
     for law in LAWS:
@@ -102,8 +101,8 @@ def page() -> str:
         "What does this code guarantee, which tests prove it, and how do you check it on your own config?",
         "`make test` proves all ten on eight simulated devices. They apply to every registered component.",
         "\n".join(f"| {' | '.join(row)} |" for row in rows),
-        "The table counts test functions; most run on many cases. `pytest --law N` runs the tests of law N. `--law` may be\n"
-        "repeated; `-m matrix` selects the long cases (`make matrix`). The audit checks your own experiment:",
+        "The table counts test functions; most run on many cases. `pytest --law N` runs the tests of law N; `--law` may\n"
+        "be repeated. `-m matrix` selects the long cases (`make matrix`). The audit checks your own experiment:",
         "    .venv/bin/python -m pytest --law 6\n"
         "    .venv/bin/python -m pytest --law 1 --law 5 -m matrix\n"
         "    .venv/bin/python -m experiments.audit --config=configs/glam_nano.py",
@@ -113,7 +112,7 @@ def page() -> str:
 
 
 def section(law: Law, tests: list[Proof]) -> str:
-    """What there is about a law."""
+    """Returns what the page says of one law."""
     mine = [t for t in tests if law.number in t.laws]
     audits = [f"- `{path(check)}`: {first_line(check)}" for check in law.audit]
     checked = "\n".join(["Checked on your config by", "", *audits]) if audits else f"Not in the audit. {law.unaudited}"
@@ -137,8 +136,7 @@ def files(tests: list[Proof]) -> list[str]:
 
 
 def shown(test: Proof) -> str:
-    words = test.name.removeprefix("test_").replace("_", " ")
-    return f"{words} ({test.apart})" if test.apart else words
+    return f"`{test.name}` ({test.apart})" if test.apart else f"`{test.name}`"
 
 
 def path(check: Callable[..., Any]) -> str:
@@ -147,13 +145,14 @@ def path(check: Callable[..., Any]) -> str:
 
 
 def first_line(check: Callable[..., Any]) -> str:
-    """What a function's docstring says first, without the law it names."""
+    """First line of a function's docstring, without the law it names."""
     text = (inspect.getdoc(check) or "").partition("\n")[0].rstrip(".")
-    return text.partition(": ")[2] if text.startswith("Law ") else text
+    text = text.partition(": ")[2] if text.startswith("Law ") else text
+    return text[:1].upper() + text[1:]
 
 
 def anchor(law: Law) -> str:
-    """The link that GitHub gives to a law's section."""
+    """Link to a law's section, as GitHub forms it."""
     words = f"{law.number}. {law.title}".lower()
     return "".join(c for c in words if c.isalnum() or c in " -").replace(" ", "-")
 

@@ -57,7 +57,7 @@ LAWS = (
         (routing.trainable,),
         (
             ("model.moe.router", "a weight that is constant, as of `TopK(K=1)` with normalization, trains nothing"),
-            ("model.moe.gating", "transforms of logits lie between the gate and its gradient"),
+            ("model.moe.gating", "noise, temperature and dropout act on the logits"),
         ),
     ),
     Law(
