@@ -101,8 +101,8 @@ def page() -> str:
         "What does this code guarantee, which tests prove it, and how do you check it on your own config?",
         "`make test` proves all ten on eight simulated devices. They apply to every registered component.",
         "\n".join(f"| {' | '.join(row)} |" for row in rows),
-        "The table counts test functions; most run on many cases. `pytest --law N` runs the tests of law N; `--law` may\n"
-        "be repeated. `-m matrix` selects the long cases (`make matrix`). The audit checks your own experiment:",
+        "The table counts test functions; most run on many cases. `pytest --law N` runs the tests of law N; `--law`\n"
+        "may be repeated. `-m matrix` selects the long cases (`make matrix`). The audit checks your own experiment:",
         "    .venv/bin/python -m pytest --law 6\n"
         "    .venv/bin/python -m pytest --law 1 --law 5 -m matrix\n"
         "    .venv/bin/python -m experiments.audit --config=configs/glam_nano.py",
