@@ -34,7 +34,7 @@ LAWS = (
         1,
         "One model, every mesh",
         "outputs, gradients, metrics and dropped tokens do not depend on the devices.",
-        (meshes.same, alone.pieces),
+        (meshes.compare_with_one_device, alone.microbatches),
         (
             ("mesh", "the axes that batch, experts and parameters are sharded over"),
             ("model.moe.exchange", "how rows meet experts on other devices"),
