@@ -50,7 +50,12 @@ class Proof(NamedTuple):
 
 
 def proofs(folder: pathlib.Path = TESTS) -> list[Proof]:
-    """All test functions under a folder with the marker `law`, in the order of files and lines."""
+    """All test functions under a folder with the marker `law`, in the order of files and lines.
+
+    ValueError without the folder: an installed package has no tests.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There are no tests in {folder} to read markers from; run this in a checkout.")
     found = [proof for file in sorted(folder.rglob("test_*.py")) for proof in of_file(file, folder)]
     return [proof for proof in found if proof.laws]
 

@@ -87,9 +87,9 @@ def test_what_is_broken_is_named(config, monkeypatch):
     """A bias that every shard of hidden units adds: exit code 1, the mesh, the quantity, and how far off."""
     monkeypatch.setattr(meshes, "MESHES", ())
     monkeypatch.setattr("moe_jax.audit.experiment.TRIAL_TOKENS", 1)
-    monkeypatch.setattr(Shard, "once", lambda self, name, w: w)
+    monkeypatch.setattr(Shard, "bias_once", lambda self, name, w: w)
     monkeypatch.setattr(
-        meshes, "uneven", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
+        meshes, "sharpen_routers", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
     )
     code, out, _ = call(config, "--stop")
     assert code == 1

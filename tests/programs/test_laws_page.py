@@ -86,6 +86,11 @@ def test_the_page_is_up_to_date(tmp_path):
     assert (tmp_path / "laws.md").read_text() == (ROOT / "docs/laws.md").read_text()
 
 
+def test_without_a_checkout_it_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"no tests in .*none to read markers from; run this in a checkout"):
+        laws_page.proofs(tmp_path / "none")
+
+
 def test_the_page_links_to_its_sections():
     """Links of the table against the headings, by GitHub's rule for anchors."""
     text = laws_page.page()
