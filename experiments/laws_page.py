@@ -1,6 +1,6 @@
 """Writes docs/laws.md: the tests that prove each law, and the functions that check it on a config of your own.
 
-    python -m experiments.laws_page [--write=docs/laws.md]
+    python -m experiments.laws_page [--out=docs/laws.md]
 
 The laws are those of moe_jax.audit.laws. Tests are found by their markers, without running them.
 """
@@ -11,24 +11,22 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from absl import flags
-
 from experiments import cli
 from moe_jax.audit.laws import LAWS, Law
 from moe_jax.files import write_file
 
-WRITE = flags.DEFINE_string("write", None, "The file that the page is written to; without it, it is printed.")
+OUT = cli.out("A file for the page; without it the page is printed.")
 
 TESTS = pathlib.Path(__file__).parents[1] / "tests"
 APART = {"matrix": "`make matrix`", "gpu": "`make gpu`", "tpu": "`make tpu`"}  # markers that make test leaves out
 
 
 def main() -> None:
-    text = page()
-    if WRITE.value:
-        write_file(pathlib.Path(WRITE.value), text)
+    path = cli.file("out", OUT.value)
+    if path is None:
+        print(page(), end="")
     else:
-        print(text, end="")
+        write_file(path, page())
 
 
 # ---------------------------------------------------------------- tests, by their markers
@@ -99,7 +97,7 @@ def page() -> str:
     rows = [("", "law", "tests", "audit of a config"), ("---",) * 4]
     for law in LAWS:
         mine, link = [t for t in tests if law.number in t.laws], f"[{law.title}](#{anchor(law)})"
-        audits = ", ".join(f"`{path(check)}`" for check in law.audit) or "-"
+        audits = ", ".join(f"`{dotted(check)}`" for check in law.audit) or "-"
         rows.append((str(law.number), f"{link}: {law.sentence}", str(len(mine)), audits))
     head = [
         "# The laws",
@@ -111,7 +109,7 @@ def page() -> str:
         "    .venv/bin/python -m pytest --law 6\n"
         "    .venv/bin/python -m pytest --law 1 --law 5 -m matrix\n"
         "    .venv/bin/python -m experiments.audit --config=configs/glam_nano.py",
-        "This page is written by `python -m experiments.laws_page --write=docs/laws.md`.",
+        "This page is written by `python -m experiments.laws_page --out=docs/laws.md`.",
     ]
     return "\n\n".join([*head, *(section(law, tests) for law in LAWS)]) + "\n"
 
@@ -119,7 +117,7 @@ def page() -> str:
 def section(law: Law, tests: list[Proof]) -> str:
     """Returns what the page says of one law."""
     mine = [t for t in tests if law.number in t.laws]
-    audits = [f"- `{path(check)}`: {first_line(check)}" for check in law.audit]
+    audits = [f"- `{dotted(check)}`: {first_line(check)}" for check in law.audit]
     checked = "\n".join(["Checked on your config by", "", *audits]) if audits else f"Not in the audit. {law.unaudited}"
     listed = [f"- `{file}`: {', '.join(shown(t) for t in mine if t.file == file)}" for file in files(mine)]
     fields = [f"- `{name}`: {reason}" for name, reason in law.fields]
@@ -144,7 +142,7 @@ def shown(test: Proof) -> str:
     return f"`{test.name}` ({test.apart})" if test.apart else f"`{test.name}`"
 
 
-def path(check: Callable[..., Any]) -> str:
+def dotted(check: Callable[..., Any]) -> str:
     """The dotted name of a function."""
     return f"{check.__module__}.{check.__name__}"
 

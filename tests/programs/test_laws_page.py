@@ -80,8 +80,8 @@ def test_the_option_refuses_other_numbers(number):
 
 
 def test_the_page_is_up_to_date(tmp_path):
-    """docs/laws.md is what `python -m experiments.laws_page --write=docs/laws.md` writes."""
-    outcome = programs.call(laws_page, f"--write={tmp_path / 'laws.md'}")
+    """docs/laws.md is what `python -m experiments.laws_page --out=docs/laws.md` writes."""
+    outcome = programs.call(laws_page, f"--out={tmp_path / 'laws.md'}")
     assert (outcome.code, outcome.out) == (0, "")
     assert (tmp_path / "laws.md").read_text() == (ROOT / "docs/laws.md").read_text()
 
