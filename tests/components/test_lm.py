@@ -35,6 +35,7 @@ def params():
     return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), tree)
 
 
+@pytest.mark.law(4)
 def test_a_suffix_changes_no_prefix(params):
     """Law 4, through attention and routing, with drops (capacity factor 1)."""
     apply = jax.jit(lambda tokens: LM(CFG).apply({"params": params}, tokens))
@@ -74,6 +75,7 @@ def objective(cfg, params, tokens):
     return cross_entropy(logits, tokens[:, 1:]).mean() + aux.loss.mean(), (logits, aux)
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "save_collectives")], ids=str)
 def test_one_model_every_mesh(params, shape, remat):
     """Law 1 for a whole model: loss, logits, statistics, all gradients; scanned, with and without remat."""
