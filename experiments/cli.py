@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import pathlib
 import re
 import runpy
@@ -33,18 +34,20 @@ HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 OWN = tuple(str(pathlib.Path(__file__).parents[1] / package) for package in ("moe_jax", "experiments"))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line, runs `main`, and exits."""
+def run(main: Callable[..., None]) -> None:
+    """Parses the command line, runs `main`, and exits; a main with parameters takes the words that are no flags."""
     parsed = False
     try:
         if HELP.intersection(sys.argv):
             print(help_text(main))
             return
-        parse(sys.argv)
+        words = parse(sys.argv)
+        if words and not inspect.signature(main).parameters:
+            raise ValueError(f"{words[0]!r} is not a flag; write --name=value.")
         parsed = True
         if FLAGS["heartbeat"].value:
             pulse.beat(pathlib.Path(FLAGS["heartbeat"].value))
-        main()
+        main(*words)
     except KeyboardInterrupt:
         print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
         if join.connected():
@@ -68,11 +71,10 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
-def parse(argv: list[str]) -> None:
-    """absl's own parsing of all but --config.a.b=VALUE, which wait for `experiment`; ValueError in its words."""
-    rest = FLAGS(split(argv)[0])
-    if len(rest) > 1:
-        raise ValueError(f"{rest[1]!r} is not a flag; write --name=value.")
+def parse(argv: list[str]) -> list[str]:
+    """Parses flags as absl does, but for --config.a.b=VALUE, which wait for `experiment`; returns the other words."""
+    FLAGS.set_gnu_getopt()  # flags may follow words
+    return FLAGS(split(argv)[0])[1:]
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -232,6 +234,16 @@ def folder(flag: str, value: str) -> pathlib.Path:
     return pathlib.Path(value)
 
 
+def file(flag: str, value: str | None) -> pathlib.Path | None:
+    """A file to write that a flag names, in a folder that is there; None without one."""
+    path = pathlib.Path(value) if value else None
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--{flag}={path}: there is no folder {path.parent}; make it, or give another file.")
+    if path is not None and path.is_dir():
+        raise ValueError(f"--{flag}={path} is a folder; give a file.")
+    return path
+
+
 # ---------------------------------------------------------------- what is said
 
 
@@ -252,7 +264,7 @@ def where(error: BaseException) -> str:
     return "" if own else f" ({type(error).__name__}; --traceback shows where)"
 
 
-def help_text(main: Callable[[], None]) -> str:
+def help_text(main: Callable[..., None]) -> str:
     """A program's docstring, its flags, and the fields of a config."""
     program = sys.modules[main.__module__]
     own = [*FLAGS.get_key_flags_for_module(program), *FLAGS.get_key_flags_for_module(sys.modules[__name__])]

@@ -12,6 +12,7 @@ import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ def run(
     exp: Experiment,
     workdir: pathlib.Path,
     data_dir: pathlib.Path | None = None,
-    others: dict[str, Any] | None = None,
+    others: Sequence[str] = (),
     overwrite: bool = False,
 ) -> None:
     """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
@@ -90,7 +91,7 @@ def run(
             log.write(record)
     if jax.process_index() == 0:
         rich.console.Console(stderr=True).print(summary(read(workdir)))
-        say(f"report: {write_report(workdir, exp.to_json(), others or {})}")
+        say(f"report: {write_report(workdir, exp.to_json(), others)}")
 
 
 def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
@@ -148,11 +149,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path or 'config'} was {old!r}, is {new!r}"]
 
 
-def compared(workdirs: list[str]) -> dict[str, str]:
-    """Runs to compare with, by the names of their folders."""
+def compared(workdirs: list[str]) -> list[str]:
+    """Runs to compare with; ValueError where one of them has no log, before anything is trained."""
     for workdir in workdirs:
-        read(workdir)  # says what is wrong before anything is trained
-    return {pathlib.Path(workdir).name: workdir for workdir in workdirs}
+        read(workdir)
+    return workdirs
 
 
 def describe(exp: Experiment) -> str:
