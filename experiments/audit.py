@@ -45,7 +45,9 @@ def main() -> None:
     if PLACEMENT.value:
         print(placement_table(exp))
         return
-    path = cli.file("report", REPORT.value)
+    path = pathlib.Path(REPORT.value) if REPORT.value else None
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--report={path}: there is no folder {path.parent}; make it, or give another file.")
     if SIMULATED.value < 1:
         raise ValueError(f"--simulated={SIMULATED.value} must be at least 1; laws about meshes need 2 or more.")
     jax.config.update("jax_num_cpu_devices", SIMULATED.value)

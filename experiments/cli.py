@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import json
 import pathlib
 import re
 import runpy
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.launch import join, pulse
 from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
+from moe_jax.files import write_file
+from moe_jax.reporting.metrics import plain
 from moe_jax.train import TrainingDiverged
 
 FLAGS = flags.FLAGS
@@ -235,13 +238,33 @@ def folder(flag: str, value: str) -> pathlib.Path:
 
 
 def file(flag: str, value: str | None) -> pathlib.Path | None:
-    """A file to write that a flag names, in a folder that is there; None without one."""
-    path = pathlib.Path(value) if value else None
-    if path is not None and not path.parent.is_dir():
+    """A file that a flag names, to be written; ValueError where it cannot be. None for none."""
+    if not value:
+        return None
+    path = pathlib.Path(value)
+    if not path.parent.is_dir():
         raise ValueError(f"--{flag}={path}: there is no folder {path.parent}; make it, or give another file.")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise ValueError(f"--{flag}={path} is a folder; give a file.")
     return path
+
+
+def report() -> flags.FlagHolder:
+    """Defines --report=FILE, for an HTML page; `file` checks it."""
+    return flag(flags.DEFINE_string, "report", None, "A file for the result as an HTML page.")
+
+
+def as_json() -> flags.FlagHolder:
+    """Defines --json=FILE, for the result as JSON, which `write_json` writes."""
+    return flag(flags.DEFINE_string, "json", None, "A file for the result as JSON.")
+
+
+def write_json(path: pathlib.Path | None, found: Any) -> None:
+    """Writes a result to the file of --json, numbers that are not finite as null; nothing where there is no file."""
+    if path is None:
+        return
+    write_file(path, json.dumps(plain(found), indent=1) + "\n")
+    print(f"written: {path}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- what is said

@@ -48,13 +48,21 @@ def main() -> None:
     exp = cli.experiment()
     if not TOPOLOGY.value:
         raise ValueError("No topology was given; say --topology=v4:4x4x4, for instance.")
-    on, files = topology(TOPOLOGY.value), (cli.file("json", JSON.value), cli.file("report", REPORT.value))
+    on, files = topology(TOPOLOGY.value), (out("json", JSON.value), out("report", REPORT.value))
     check_numbers()
     site = Site.of(on.chip, POWER.value, PUE.value, CARBON.value, PRICE.value)
     if SEARCH.value:
         searched(exp, on, *files)
     else:
         planned(on_mesh(exp, on), on, site, *files)
+
+
+def out(flag: str, value: str | None) -> pathlib.Path | None:
+    """A file to write, in a folder that is there."""
+    path = pathlib.Path(value) if value else None
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--{flag}={path}: there is no folder {path.parent}; make it, or give another file.")
+    return path
 
 
 def check_numbers() -> None:

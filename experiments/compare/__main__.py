@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 
 import rich.console
-from absl import flags
 
 from experiments import cli
 from experiments.compare import present
 from experiments.compare.runs import find, grouped, open_runs
+from moe_jax.files import write_file
 
-REPORT = cli.flag(flags.DEFINE_string, "report", None, "An HTML file for the comparison.")
-JSON = cli.flag(flags.DEFINE_string, "json", None, "A file for all numbers.")
+REPORT = cli.report()
+JSON = cli.as_json()
 
 
 def main(*folders: str) -> None:
@@ -45,10 +45,10 @@ def compare(
     groups = grouped(runs)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 200)
     present.say(groups, lines, console)
-    present.write(groups, lines, report, numbers)
-    for path in (report, numbers):
-        if path is not None:
-            print(f"written: {path}", file=sys.stderr, flush=True)
+    if report is not None:
+        write_file(report, present.comparison_page(groups, lines))
+        print(f"written: {report}", file=sys.stderr, flush=True)
+    cli.write_json(numbers, present.numbers(groups, lines))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A comparison for the terminal, as a page and as JSON."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -11,9 +9,8 @@ import rich.text
 
 from experiments.compare.differences import differences
 from experiments.compare.runs import NUMBERS, Group, best
-from moe_jax.files import write_file
 from moe_jax.reporting import page, plots
-from moe_jax.reporting.metrics import duration, plain
+from moe_jax.reporting.metrics import duration
 
 NONE = "-"
 
@@ -126,18 +123,10 @@ def numbers(groups: Sequence[Group], notes: Sequence[str]) -> dict[str, Any]:
                 ],
             }
         )
-    return plain({"rows": rows, "notes": list(notes)})
+    return {"rows": rows, "notes": list(notes)}
 
 
 def say(groups: Sequence[Group], notes: Sequence[str], console: rich.console.Console) -> None:
     """Prints tables and notes."""
     for part in [*terminal(groups), *map(rich.text.Text, notes)]:
         console.print(part, highlight=False)
-
-
-def write(groups: Sequence[Group], notes: Sequence[str], report: Path | None, numbers_file: Path | None) -> None:
-    """Writes the page and the numbers, where a file is given for them."""
-    if report is not None:
-        write_file(report, comparison_page(groups, notes))
-    if numbers_file is not None:
-        write_file(numbers_file, json.dumps(numbers(groups, notes), indent=1) + "\n")

@@ -150,7 +150,8 @@ def test_what_differs():
     assert [value.partition("(")[0] for value in router] == ["TopK", "Switch"]
     assert len(losses) == 2
     two = [
-        {"losses": ["LoadBalance(0.5)", f"RouterZ({weight})"], "gating": [f"Noise({weight})"] * 2} for weight in (1.0, 2.0)
+        {"losses": ["LoadBalance(0.5)", f"RouterZ({weight})"], "gating": [f"Noise({weight})"] * 2}
+        for weight in (1.0, 2.0)
     ]
     assert differences(two)["config.losses.RouterZ.weight"] == ["1.0", "2.0"]
     assert pairs[2] == {"config.model.moe.router.K": ["2", "1"], "config.model.moe.router.normalize": ["True", "False"]}

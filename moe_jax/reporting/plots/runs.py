@@ -33,7 +33,7 @@ def compared_losses(groups: Mapping[str, Sequence[list[dict]]], over: str = "ste
     import matplotlib
 
     unit, drawn = _Time(records for group in groups.values() for records in group), list[Curve]()
-    shades = matplotlib.colormaps["plasma"](np.linspace(0.1, 0.85, len(groups)))
+    shades = matplotlib.colormaps["plasma"](np.linspace(0.25, 0.85, len(groups)))
     for number, (name, group) in enumerate(groups.items()):
         colour = number if len(groups) <= len(COLOURS) else matplotlib.colors.to_hex(shades[number])
         for i, records in enumerate(group):
@@ -41,7 +41,8 @@ def compared_losses(groups: Mapping[str, Sequence[list[dict]]], over: str = "ste
             drawn.append(Curve(*_loss(records, "loss", "train", over, unit), width=0.7, colour=colour))
             held_out = _loss(records, "loss", "eval", over, unit)
             drawn.append(Curve(*held_out, label, "both", colour, width=1.6, mark=number))
-    return _losses(drawn, over, unit, "thin: train, marks: held-out", size=(WIDE[0], 4.2), outside=True)
+    size = (WIDE[0], max(4.2, 0.6 + 0.2 * len(groups)))  # room for the legend
+    return _losses(drawn, over, unit, "thin: train, marks: held-out", size=size, outside=True)
 
 
 class _Time:
