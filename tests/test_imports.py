@@ -21,6 +21,7 @@ ORDER = (
     ("costs",),
     ("evaluate",),
     ("step",),
+    ("transfer",),
     ("train",),
     ("audit",),
     ("plan", "inspect"),
