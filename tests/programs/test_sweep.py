@@ -211,8 +211,8 @@ def test_a_real_sweep(tmp_path):
     (tmp_path / "texts").mkdir()
     for i in range(12):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"text number {i}, " * 20)
-    model = {"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "layout": "none", "remat": "none"}
-    run = {"steps": 1, "eval_windows": 8}
+    model = {"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "moe_layers": "none", "remat": "none"}
+    run = {"steps": 1, "eval_sequences": 8}
     (tmp_path / "config.py").write_text(FILE.format(config={"model": model, "data": {"L": 8, "B": 8}, "run": run}))
     flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'sweep'}", f"--data_dir={tmp_path / 'data'}"]
     grid = f"data.source=Folder(path='{tmp_path}/texts');Folder(path='{tmp_path}/none')"
