@@ -80,15 +80,11 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     failures = run(jobs)
     notes = [f"{name}: failed, {why}" for name, why in failures.items()]
-    try:
-        compare(
-            [one.folder for one in jobs if one.folder.is_dir()],
-            notes,
-            workdir / "comparison.html",
-            workdir / "comparison.json",
-        )
-    finally:
-        say(f"{len(jobs) - len(failures)} of {len(jobs)} runs have finished")
+    if logged := [one.folder for one in jobs if (one.folder / FILE).is_file()]:
+        compare(logged, notes, workdir / "comparison.html", workdir / "comparison.json")
+    else:
+        say("\n".join(notes))
+    say(f"{len(jobs) - len(failures)} of {len(jobs)} runs have finished")
     sys.exit(1 if failures else 0)
 
 

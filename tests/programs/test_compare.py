@@ -10,6 +10,8 @@ from experiments.compare import __main__ as compare
 from experiments.compare.differences import differences
 from experiments.compare.runs import open_runs
 from moe_jax.config import build, plain
+from moe_jax.inspect import report
+from moe_jax.reporting import plots
 from moe_jax.reporting.names import run_names
 from moe_jax.reporting.report import write_report
 from tests import programs
@@ -239,3 +241,12 @@ def test_many_groups_are_drawn(tmp_path):
     page = (tmp_path / "page.html").read_text()
     drawn = page[page.index("<svg") :]
     assert all(drawn.count(f">peak_{i}<") == 2 for i in range(8))
+
+
+def test_figures_of_one_title_are_all_there(monkeypatch):
+    """An inspection beside two runs has two figures of each comparison."""
+    drawn = [[plots.lines([], "x", "y", title)] for title in ("Load", "Saturation", "Saturation 2", "Saturation")]
+    monkeypatch.setattr(report, "sections", lambda found: [report.Section("", "", parts) for parts in drawn])
+    named = report.named_figures({})
+    assert list(named) == ["load", "saturation", "saturation_2", "saturation_3"]
+    assert list(named.values()) == [parts[0] for parts in drawn]

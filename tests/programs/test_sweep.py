@@ -157,6 +157,9 @@ def test_one_failure_stops_no_other(config, trained, tmp_path):
     again = programs.call(sweep, config, f"--workdir={tmp_path / 's'}", "--grid", "data.B=24,8,16")
     assert again.code == 1
     assert len(trained) == 4, "what has failed is tried again"
+    none = programs.call(sweep, config, f"--workdir={tmp_path / 'none'}", "--grid", "data.B=24", "--seeds=2")
+    assert (none.code, none.out) == (1, ""), none
+    assert "B=24,seed=1: failed, no good" in none.err
 
 
 @pytest.mark.parametrize(
