@@ -1,4 +1,4 @@
-"""Trains one experiment with all combinations of some values of its config, and compares the runs.
+r"""Trains one experiment with all combinations of some values of its config, and compares the runs.
 
     python -m experiments.sweep --config=configs/glam_nano.py --workdir=runs/sweep \
         --grid optim.schedule.peak=0.004,0.008 --grid model.moe.router="Switch();TopK(K=2)" --seeds=3
@@ -38,7 +38,7 @@ FLAGS = flags.FLAGS
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 GRID = flags.DEFINE_multi_string("grid", [], "PATH=VALUE,VALUE or PATH=VALUE;VALUE, once for each path.")
-SEEDS = cli.flag(flags.DEFINE_integer, "seeds", 1, "How many seeds of each combination, from the config's on.")
+SEEDS = cli.flag(flags.DEFINE_integer, "seeds", 1, "How many seeds.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the runs and their commands, and stop.")
 
 
