@@ -21,7 +21,7 @@ from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
 from moe_jax.files import write_file
 from moe_jax.reporting.metrics import plain
 from moe_jax.train import TrainingDiverged
-from moe_jax.transfer import Source
+from moe_jax.transfer import RunCheckpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
@@ -238,14 +238,14 @@ def folder(flag: str, value: str) -> pathlib.Path:
     return pathlib.Path(value)
 
 
-def checkpoint(flag: str, value: str) -> Source:
+def checkpoint(flag: str, value: str) -> RunCheckpoint:
     """RUN or RUN@STEP that a flag names: a run's folder, and a step of its checkpoints (None: the newest)."""
     path, at, step = value.rpartition("@")
     if not at or pathlib.Path(value).is_dir():
-        return Source(folder(flag, value))
+        return RunCheckpoint(folder(flag, value))
     if not step.isdecimal():
         raise ValueError(f"--{flag}={value}: {step!r} is no step; write --{flag}={path}@600, say.")
-    return Source(folder(flag, path), int(step))
+    return RunCheckpoint(folder(flag, path), int(step))
 
 
 def file(flag: str, value: str | None) -> pathlib.Path | None:

@@ -81,7 +81,7 @@ def run(
     data_dir: pathlib.Path | None = None,
     others: Sequence[str] = (),
     overwrite: bool = False,
-    init_from: transfer.Source | None = None,
+    init_from: transfer.RunCheckpoint | None = None,
 ) -> None:
     """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
     if init_from is not None:
@@ -97,7 +97,7 @@ def run(
     first = next(records)
     join.agree("data", first["data"])
     if first["step"] == 0 and "origin" in first:
-        say(transfer.words(first["origin"]))
+        say(transfer.describe_origin(first["origin"]))
     say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
     with Logger(workdir, exp.run.steps, first["step"] or None) as log:
         log.write(first)
@@ -108,7 +108,7 @@ def run(
         say(f"report: {write_report(workdir, exp.to_json(), others)}")
 
 
-def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_from: transfer.Source) -> None:
+def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_from: transfer.RunCheckpoint) -> None:
     """Refuses parameters that a new run cannot begin with, before anything is written or deleted."""
     if init_from.workdir.resolve() == workdir.resolve():
         raise ValueError(
@@ -117,7 +117,7 @@ def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_f
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         begun = not checkpoints.empty()
     if overwrite or not begun:
-        transfer.check(exp, init_from)
+        transfer.check_fit(exp, init_from)
 
 
 def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:

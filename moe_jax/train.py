@@ -30,13 +30,13 @@ def train(
     exp: Experiment,
     workdir: pathlib.Path | None = None,
     data_dir: pathlib.Path | None = None,
-    init_from: transfer.Source | None = None,
+    init_from: transfer.RunCheckpoint | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains, and yields a record when it starts, every `log_every` steps, at every evaluation, and at the end.
 
     With a workdir, checkpoints are kept there, and training goes on from the newest valid one.
-    init_from: a new run begins with those parameters of this checkpoint that fit, see `transfer.begin`. Its workdir
-        keeps them as step 0, so that a continuation does not need them again.
+    init_from: a new run begins with those parameters of this checkpoint that fit, see `transfer.begin_from`. They are
+        saved as its step 0, so that a continuation does not need that checkpoint.
     TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient.
     """
     run, data = exp.run, exp.data
@@ -114,9 +114,9 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
 
 
 def restore(
-    checkpoints: Checkpoints | None, program: Program, init_from: transfer.Source | None = None
+    checkpoints: Checkpoints | None, program: Program, init_from: transfer.RunCheckpoint | None = None
 ) -> tuple[State, float, dict[str, Any] | None]:
-    """The newest valid state, the seconds it took, and the record of `transfer.begin`, None without it.
+    """The newest valid state, the seconds it took, and the record of `transfer.begin_from`, None without it.
 
     Where there is no checkpoint, the initial state, with parameters of `init_from` if it is given.
     """
@@ -127,7 +127,7 @@ def restore(
         return state, meta["seconds"], meta.get("origin")
     if init_from is None:
         return program.init(), 0.0, None
-    state, origin = transfer.begin(program, init_from)
+    state, origin = transfer.begin_from(program, init_from)
     return state, 0.0, origin
 
 

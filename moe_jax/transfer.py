@@ -15,7 +15,7 @@ PARAMS = "params/"  # how the names of parameters begin in a checkpoint
 SHOWN = 6  # parameters that are named in a message
 
 
-class Source(NamedTuple):
+class RunCheckpoint(NamedTuple):
     """A checkpoint of a run: that of `step`, or the newest valid one (None)."""
 
     workdir: Path
@@ -35,7 +35,7 @@ class Fit(NamedTuple):
     unused: tuple[str, ...]  # there
 
 
-def fit(params: Any, source: Source) -> Fit:
+def fit_checkpoint(params: Any, source: RunCheckpoint) -> Fit:
     """Finds the parameters of `params` (arrays or shapes) that a checkpoint holds in the same place and shape.
 
     Every byte of the checkpoint is verified. ValueError where there is none, or it holds none of them.
@@ -57,19 +57,19 @@ def fit(params: Any, source: Source) -> Fit:
     return found
 
 
-def check(exp: Experiment, source: Source) -> None:
-    """Raises what `fit` raises for this experiment, before anything is trained or deleted."""
+def check_fit(exp: Experiment, source: RunCheckpoint) -> None:
+    """Raises what `fit_checkpoint` raises for this experiment, before anything is trained or deleted."""
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), exp.data.shapes(B=1))
-    fit(jax.eval_shape(exp.model.init, jax.random.key(0), batch), source)
+    fit_checkpoint(jax.eval_shape(exp.model.init, jax.random.key(0), batch), source)
 
 
-def begin(program: Program, source: Source) -> tuple[State, dict[str, Any]]:
+def begin_from(program: Program, source: RunCheckpoint) -> tuple[State, dict[str, Any]]:
     """The initial state with the parameters that fit of another run's checkpoint, and a record of where they are from.
 
     All else is as in any new run: the step, the optimizer's state and the routers'. The meshes may differ.
     """
     shapes = program.abstract_state().params
-    found, wanted = fit(shapes, source), _by_name(shapes)
+    found, wanted = fit_checkpoint(shapes, source), _by_name(shapes)
     with Checkpoints(source.workdir / "checkpoints") as checkpoints:
         read = checkpoints.restore_leaves({PARAMS + name: wanted[name] for name in found.taken}, found.step)
     state = program.init()
@@ -86,7 +86,7 @@ def begin(program: Program, source: Source) -> tuple[State, dict[str, Any]]:
     return state._replace(params=params), origin
 
 
-def check_origin(origin: Mapping[str, Any] | None, source: Source) -> None:
+def check_origin(origin: Mapping[str, Any] | None, source: RunCheckpoint) -> None:
     """ValueError where a run that is continued did not begin with this source's parameters."""
     if origin is None:
         raise ValueError(
@@ -100,8 +100,8 @@ def check_origin(origin: Mapping[str, Any] | None, source: Source) -> None:
         )
 
 
-def words(origin: Mapping[str, Any]) -> str:
-    """The record of `begin` in a sentence."""
+def describe_origin(origin: Mapping[str, Any]) -> str:
+    """The record of `begin_from` in a sentence."""
     missing, unused = origin["not_taken"], origin["unused"]
     total = origin["taken"] + len(missing)
     said = [f"{origin['taken']} of {total} parameters taken from {origin['run']} step {origin['step']}"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax import costs
 from moe_jax.config import Experiment, build, plain
-from moe_jax.reporting.metrics import FILE, last, read, speed, wall_time
+from moe_jax.reporting.metrics import FILE, last, median_speed, read, wall_time
 from moe_jax.reporting.names import run_names
 
 PARTS = ("config.json", FILE, "checkpoints")  # one of these makes a folder a run's
@@ -172,7 +172,7 @@ def _numbers(records: list[dict]) -> dict[str, float | None]:
         "loss": last(records, "eval").get("loss"),
         "drop_rate": train.get("drop_rate"),
         "load_max_over_mean": train.get("load_max_over_mean"),
-        "tokens_per_second": speed(records),
+        "tokens_per_second": median_speed(records),
         "seconds": wall_time(records),
     }
     return {name: None if value is None else float(value) for name, value in found.items()}

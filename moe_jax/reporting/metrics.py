@@ -170,7 +170,7 @@ def last(records: list[dict], kind: str) -> dict:
     return next((record for record in reversed(records) if record["kind"] == kind), {})
 
 
-def speed(records: list[dict]) -> float | None:
+def median_speed(records: list[dict]) -> float | None:
     """Median of the tokens per second in training; None without one."""
     speeds = curve(records, "tokens_per_second")[1]
     return float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
@@ -202,7 +202,7 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
             np.sum(moe["dead_experts"]) if "dead_experts" in moe else None,
         ),
         ("updates skipped", "{:.0f}", train.get("skipped") or None),
-        ("tokens per second, median", "{:,.0f}", speed(records)),
+        ("tokens per second, median", "{:,.0f}", median_speed(records)),
         ("model FLOPs utilisation", "{:.1%}", train.get("mfu")),
     ]
     rows = [(words, form.format(value)) for words, form, value in values if value is not None]

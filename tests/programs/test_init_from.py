@@ -16,7 +16,7 @@ from moe_jax.config import build
 from moe_jax.files import sha256
 from moe_jax.reporting.metrics import read
 from moe_jax.train import train
-from moe_jax.transfer import Source
+from moe_jax.transfer import RunCheckpoint
 from tests import programs
 
 CONFIG = """
@@ -112,7 +112,7 @@ def test_parameters_are_taken_and_nothing_else(config, old, data_dir, tmp_path):
 
     shutil.rmtree(copy)
     shutil.rmtree(workdir / "checkpoints" / "2")  # interrupted
-    for source in (None, Source(copy), Source(copy, 1)):
+    for source in (None, RunCheckpoint(copy), RunCheckpoint(copy, 1)):
         start = next(train(exp, workdir, data_dir, source))
         assert {**start, "seconds": 0} == {**first, "step": 1, "seconds": 0}
     for source, words in (
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_said(config, old):
     """Absent, of another shape, unused; refused where nothing fits."""
     exp = changed(config, E=8, shared="MLP(F=8)", router="TopK(K=2)")
     program = transfer.Program(exp)
-    state, origin = transfer.begin(program, Source(old))
+    state, origin = transfer.begin_from(program, RunCheckpoint(old))
     there, fresh = state_of(old, 2), program.init()
     assert origin["step"] == 2, "the newest"
     here = transfer._by_name(state.params)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said(config, old):
     assert {reason for name, reason in why.items() if "shared" in name} == {"absent there"}
     gate = next(name for name in why if name.endswith("gate_DE"))
     assert why[gate] == "shape [1, 8, 4] there, [1, 8, 8] here"
-    words = transfer.words(origin)
+    words = transfer.describe_origin(origin)
     assert words.startswith(f"{origin['taken']} of {len(here)} parameters taken from {old} step 2; not taken: ")
     assert f"{gate} (shape [1, 8, 4] there, [1, 8, 8] here)" in words
 
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_said(config, old):
 def test_unused_parameters_are_said():
     many = {f"p{i}": "absent there" for i in range(9)}
     origin = {"run": "/x", "step": 3, "taken": 1, "not_taken": many, "unused": ["a", "b"]}
-    words = transfer.words(origin)
+    words = transfer.describe_origin(origin)
     assert words.startswith("1 of 10 parameters taken from /x step 3; not taken: p0 (absent there), p1")
     assert words.endswith("p5 (absent there) and 3 more; unused there: a, b")
 
