@@ -75,7 +75,7 @@ def words(groups: Sequence[Group]) -> list[str]:
 
 
 def terminal(groups: Sequence[Group]) -> list[Any]:
-    """What differs and the results, as rich prints them."""
+    """Tables of what differs and of the results, for rich to print."""
     shown: list[Any] = []
     for head, rows in (fields_table(groups), results_table(groups)):
         if len(head) == 1:  # nothing differs

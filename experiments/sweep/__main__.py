@@ -37,6 +37,7 @@ cli.define_config()
 FLAGS = flags.FLAGS
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
+DEVICES = cli.devices()
 GRID = flags.DEFINE_multi_string("grid", [], "PATH=VALUE,VALUE or PATH=VALUE;VALUE, once for each path.")
 SEEDS = cli.flag(flags.DEFINE_integer, "seeds", 1, "How many seeds.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the runs and their commands, and stop.")
@@ -100,7 +101,7 @@ def runs_in(workdir: pathlib.Path) -> dict[Experiment, pathlib.Path]:
 def job(point: Point, folder: pathlib.Path, common: Sequence[str]) -> Job:
     """How to train a run in its folder; ValueError where that holds another one."""
     data = [f"--data_dir={DATA_DIR.value}"] if DATA_DIR.value else []
-    devices = [f"--devices={FLAGS['devices'].value}"] if FLAGS["devices"].value else []
+    devices = [f"--devices={DEVICES.value}"] if DEVICES.value else []
     own = [f"--config={FLAGS['config'].value}", *common, *point.overrides, f"--workdir={folder}", *data, *devices]
     command = (sys.executable, "-m", "experiments.train", *own)
     saved = folder / "config.json"
