@@ -84,7 +84,7 @@ class Group:
         return self.runs[0].finished
 
     @property
-    def parameters(self) -> costs.Parameters:
+    def parameters(self) -> costs.ParameterCount:
         return costs.parameters(self.runs[0].exp.model)
 
 
