@@ -26,7 +26,7 @@ class RunCheckpoint(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What a model can take from a checkpoint. Parameters by their names, "layers/0/moe/router/gate_DE"."""
+    """Parameters of a model that a checkpoint holds, and that it does not, by their names ("layers/0/moe/gate_DE")."""
 
     step: int
     checksum: str  # SHA-256 of the checkpoint's manifest, which holds the checksums of all its files
@@ -58,7 +58,7 @@ def fit_checkpoint(params: Any, source: RunCheckpoint) -> Fit:
 
 
 def check_fit(exp: Experiment, source: RunCheckpoint) -> None:
-    """Raises what `fit_checkpoint` raises for this experiment, before anything is trained or deleted."""
+    """ValueError where an experiment can take no parameter from a checkpoint; trains, writes and deletes nothing."""
     batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), exp.data.shapes(B=1))
     fit_checkpoint(jax.eval_shape(exp.model.init, jax.random.key(0), batch), source)
 

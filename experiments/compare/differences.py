@@ -42,7 +42,7 @@ def _differing(path: str, values: list[Any]) -> dict[str, list[Any]]:
 
 
 def _entries(values: Sequence[tuple]) -> list[str]:
-    """What tells the entries of these lists apart in a path: their classes, nothing for a single one; [] where not."""
+    """Names the entries of lists in a path: by classes, a single one by nothing; [] where lists differ in these."""
     classes = {tuple(type(_opened(entry)).__name__ for entry in value) for value in values}
     names = list(classes.pop())
     if classes or len(set(names)) < len(names) or not set(names) <= set(COMPONENTS):

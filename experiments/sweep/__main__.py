@@ -99,7 +99,7 @@ def runs_in(workdir: pathlib.Path) -> dict[Experiment, pathlib.Path]:
 
 
 def job(point: Point, folder: pathlib.Path, common: Sequence[str]) -> Job:
-    """How to train a run in its folder; ValueError where that holds another one."""
+    """Plans a run in its folder; ValueError where that holds another one."""
     data = [f"--data_dir={DATA_DIR.value}"] if DATA_DIR.value else []
     devices = [f"--devices={DEVICES.value}"] if DEVICES.value else []
     own = [f"--config={FLAGS['config'].value}", *common, *point.overrides, f"--workdir={folder}", *data, *devices]
@@ -148,7 +148,7 @@ def outcome(one: Job) -> str:
 
 
 def train(command: Sequence[str]) -> str | None:
-    """Runs a training to its end, what it prints below this program's own lines; returns why it failed, None if not."""
+    """Runs a training to its end and passes on what it prints; returns why it failed, None if it did not."""
     line = ""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

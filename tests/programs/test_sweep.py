@@ -86,7 +86,7 @@ def test_names_of_runs():
 
 
 def test_all_combinations_are_built():
-    """Of values in the order given, seeds last; each with its own name and config."""
+    """Values are in the order given, seeds last; each run has its own name and config."""
     grid = ["optim.clip=0.5,1.0", "model.moe.router=Switch();TopK(K=2)"]
     made = points(CONFIG, ["--config.data.L=16", "--config.seed=5"], grid, 2)
     assert [point.name for point in made][:3] == [
@@ -104,7 +104,7 @@ def test_all_combinations_are_built():
 
 
 def test_a_sweep_goes_on_and_grows(config, trained, tmp_path):
-    """What has finished is not trained again, under no name; what was interrupted and what is new is."""
+    """Finished runs are not trained again, under any name; interrupted and new ones are."""
     flags = [config, f"--workdir={tmp_path / 'sweep'}", "--seeds=2"]
     first = programs.call(sweep, *flags, "--grid", "data.B=8,16")
     assert first.code == 0, first
@@ -200,7 +200,7 @@ def test_a_wrong_command_line(argv, words, config, trained, tmp_path):
 
 
 def test_how_a_training_ends(capfd):
-    """Its lines are passed on; the reason of a failure is its last."""
+    """The lines are passed on; the reason of a failure is the last of them."""
     lines = "print('step 1'); print('error: diverged'); raise SystemExit(2)"
     assert sweep.train([sys.executable, "-c", lines]) == "diverged"
     assert "  step 1\n" in capfd.readouterr().err
