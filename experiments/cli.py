@@ -25,6 +25,7 @@ from moe_jax.files import write_file
 from moe_jax.overrides import known_fields, override
 from moe_jax.reporting.metrics import plain
 from moe_jax.train import TrainingDiverged
+from moe_jax.transfer import RunCheckpoint
 from moe_jax.words import meant
 
 FLAGS = flags.FLAGS
@@ -181,6 +182,16 @@ def folder(flag: str, value: str) -> pathlib.Path:
     if pathlib.Path(value).exists() and not pathlib.Path(value).is_dir():
         raise ValueError(f"--{flag}={value} is a file; give a folder.")
     return pathlib.Path(value)
+
+
+def checkpoint(flag: str, value: str) -> RunCheckpoint:
+    """RUN or RUN@STEP that a flag names: a run's folder, and a step of its checkpoints (None: the newest)."""
+    path, at, step = value.rpartition("@")
+    if not at or pathlib.Path(value).is_dir():
+        return RunCheckpoint(folder(flag, value))
+    if not step.isdecimal():
+        raise ValueError(f"--{flag}={value}: {step!r} is no step; write --{flag}={path}@600, say.")
+    return RunCheckpoint(folder(flag, path), int(step))
 
 
 def file(flag: str, value: str | None, kinds: tuple[str, ...] = ()) -> pathlib.Path | None:

@@ -22,6 +22,7 @@ ORDER = (
     ("costs",),
     ("evaluate",),
     ("step",),
+    ("transfer",),
     ("train",),
     ("audit",),
     ("plan", "inspect"),
