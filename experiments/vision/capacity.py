@@ -28,7 +28,7 @@ RUN = flags.DEFINE_multi_string("run", [], "Where a finished run is kept; severa
 DATA_DIR = cli.data_dir()
 
 FACTORS = (2.0, 1.0, 0.5, 0.25)  # slots over choices, of all experts together
-PRIORITIES = {"probability": "surest first", "choice-major": "first choices first", "token-major": "in order"}
+PRIORITIES = {"probability": "largest gates first", "choice-major": "first choices first", "token-major": "in order"}
 
 
 class Seen(NamedTuple):
