@@ -75,7 +75,7 @@ def test_frequent_questions_have_their_headings():
 def test_a_page_says_its_question_first(page):
     title, first = page.read_text().split("\n\n")[:2]
     assert title.startswith("# ")
-    assert first.startswith("This page answers: ")
+    assert "?" in first
 
 
 @pytest.mark.parametrize("page", ["routing", "experiments", "attention"])
@@ -122,8 +122,8 @@ def test_commands_are_real(page):
         given = [word for word in words if word.startswith("--") and not word.startswith("--config")]
         assert [w for w in given if not {(n := w[2:].partition("=")[0]), n.removeprefix("no")} & known] == []
         file = next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
-        if file is not None and "FILE" not in file:
-            config, fields = cli.load(str(ROOT / file)), [word for word in words if word.startswith("--config.")]
+        if file is not None and file != "FILE":
+            config, fields = cli.load(file), [word for word in words if word.startswith("--config.")]
             build(cli.overridden(config, fields) if fields else config)
 
 
