@@ -1,6 +1,7 @@
 """The pages are true: links lead somewhere, code runs, commands name programs, flags and fields that exist."""
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -10,7 +11,8 @@ import pytest
 
 from configs import glam_nano
 from experiments import cli
-from moe_jax.config import COMPONENTS, build
+from moe_jax.config import COMPONENTS, SECTIONS, build
+from moe_jax.core.shard import AXES
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -145,3 +147,22 @@ def test_every_config_is_in_its_table():
 def test_every_component_is_named():
     text = " ".join(page.read_text() for page in PAGES if page.parent.name == "docs")
     assert [name for name in COMPONENTS if not re.search(rf"\b{name}\b", text)] == []
+
+
+def fields(text: str) -> set[str]:
+    """Paths of config fields that a page names in code: `run.steps`, `config.model.moe.E=8`."""
+    code = " ".join(re.findall(r"`([^`\n]+)`", prose(text)))
+    sections = {path.partition(".")[0] for path in SECTIONS if path} | {"mesh"}
+    named = re.findall(rf"(?<![\w./])(?:config\.)?((?:{'|'.join(sections)})\.[\w.]*\w)", code)
+    return {path for path in named if not path.endswith((".py", ".md")) and not re.search(r"\.(apply|init)\b", path)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_fields_of_a_config_exist(page):
+    known = {f"{path}.{f.name}" for path, section in SECTIONS.items() if path for f in dataclasses.fields(section)}
+    known |= {f"mesh.{axis}" for axis in AXES} | {"model.kind", "model.moe"}
+    assert sorted(path for path in fields(page.read_text()) if path not in known) == []
+
+
+def test_a_field_that_does_not_exist_is_found():
+    assert fields("`run.nothing=1`, `config.model.moe.E=8`, `moe.py`, run.prose") == {"run.nothing", "model.moe.E"}
