@@ -101,8 +101,8 @@ def commands(text: str) -> list[list[str]]:
 def options(program: str) -> set[str]:
     """Names of flags that a program's modules and what programs share define."""
     spec = importlib.util.find_spec(program)
-    assert spec and spec.origin, f"there is no program {program}"
-    files = [Path(spec.origin)]
+    assert spec is not None, f"there is no program {program}"
+    files = [Path(str(spec.origin))]
     files += [f.with_name("__main__.py") for f in files if f.name == "__init__.py"]
     files += [ROOT / "experiments" / "cli.py", ROOT / "experiments" / "bench" / "options.py"]
     return {found for f in files if f.is_file() for found in strings(f)} | {"help", "traceback"}
