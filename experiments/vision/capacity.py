@@ -32,7 +32,7 @@ PRIORITIES = {"probability": "largest gates first", "choice-major": "first choic
 
 
 class Seen(NamedTuple):
-    """Of the held-out images."""
+    """Results on the held-out images."""
 
     accuracy: float
     dropped: float  # of all choices
