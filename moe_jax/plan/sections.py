@@ -183,7 +183,10 @@ def compiled(plan: Plan) -> list[Section]:
     ]
     head = ("collective", "count", "compiled", "predicted", "as predicted")
     found += [Section("Collectives, compiled against predicted", "", head, sent)] * bool(sent)
-    hidden: Rows = [(f"{o.op}, {o.how}", f"{o.count:,}", size(o.bytes), seconds(o.seconds)) for o in c.overlaps]
+    hidden: Rows = [
+        (f"{o.op}, {o.how}", f"{o.count:,}", size(o.bytes), "-" if o.seconds is None else seconds(o.seconds))
+        for o in c.overlaps
+    ]
     note = "what is computed while they travel, by the compiler's estimate"
     titles = ("collective", "count", "bytes", "computed meanwhile")
     return found + [Section("Overlap", note, titles, hidden)] * bool(hidden)

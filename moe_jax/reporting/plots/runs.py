@@ -89,7 +89,7 @@ def domains(runs: Runs, unit: float = 1.0, x: str = "loss, nats per token") -> P
         for name, table in tables.items()
     }
     words = x, "Held-out loss by domain", "at the last evaluation"
-    return bars(names, values, *words, write="{:.3f}", outside=True)
+    return bars(names, values, *words, write="{:.3f}")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
