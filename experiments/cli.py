@@ -1,10 +1,12 @@
 """What the programs share: the experiment that a command line means, and one line for a user's mistake."""
 
+import ast
 import dataclasses
 import difflib
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -202,6 +204,25 @@ def load(file: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise ValueError(f"{name} is not a config file: get_config() gave {config!r}, not a ConfigDict.")
     return dict(config)
+
+
+def told() -> dict[str, str]:
+    """The question of the config file and the command that runs, for the log; without what is not known."""
+    file = FLAGS["config"].value if "config" in FLAGS else None
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    known = {
+        "question": question(pathlib.Path(file.partition(":")[0])) if file else "",
+        "command": shlex.join(["python", "-m", name, *sys.argv[1:]]) if name.startswith("experiments.") else "",
+    }
+    return {key: words for key, words in known.items() if words}
+
+
+def question(file: pathlib.Path) -> str:
+    """The first line of a config file's docstring; "" where it has none, or cannot be read."""
+    try:
+        return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0].strip()
+    except (OSError, SyntaxError, ValueError):
+        return ""
 
 
 def supervised() -> bool:

@@ -23,11 +23,12 @@ from experiments.launch import join
 from moe_jax.config import Experiment, check_attention
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
+from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data import default_directory
 from moe_jax.files import write_file
 from moe_jax.reporting.metrics import FILE, Logger, read, summary
 from moe_jax.reporting.report import write_report
-from moe_jax.train import train
+from moe_jax.train import TrainingDiverged, train
 
 cli.define_config()
 WORKDIR = cli.workdir()
@@ -72,7 +73,10 @@ def run(
     others: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
+    """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there.
+
+    TrainingDiverged of `train`, after the report.
+    """
     join.agree("config", exp.to_json())
     if jax.process_index() == 0:
         claim(workdir, exp, overwrite)
@@ -84,13 +88,20 @@ def run(
     first = next(records)
     join.agree("data", first["data"])
     say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
+    diverged: TrainingDiverged | None = None
     with Logger(workdir, exp.run.steps, first["step"] or None) as log:
-        log.write(first)
-        for record in records:
-            log.write(record)
+        log.write(first | cli.told())
+        try:
+            for record in records:
+                log.write(record)
+        except TrainingDiverged as error:
+            diverged = error
     if jax.process_index() == 0:
         rich.console.Console(stderr=True).print(summary(read(workdir)))
-        say(f"report: {write_report(workdir, exp.to_json(), others or {})}")
+        path = write_report(workdir, exp.to_json(), others, about=headline(exp), steps=exp.run.steps)
+        say(f"report: {path}")
+    if diverged is not None:
+        raise diverged
 
 
 def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
@@ -158,11 +169,10 @@ def compared(workdirs: list[str]) -> dict[str, str]:
 def describe(exp: Experiment) -> str:
     """What is about to be trained, in a line."""
     count, cost = parameters(exp.model), flops(exp.model, exp.data.shapes(1))
-    mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one shard"
     flop = f"{cost.training / cost.tokens / 1e6:.2f} MFLOP per trained token"
     return (
         f"{count.total:,} parameters, {count.active:,} active, {flop}"
-        f"; {mesh} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"; {mesh_words(exp.mesh)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.costs.headline import mesh_words
 from moe_jax.plan.plan import Plan, Run
 from moe_jax.plan.search import Found
 
@@ -91,8 +92,7 @@ def step(plan: Plan) -> Section:
         ("executed FLOPs", f"{line.executed * n:.3e}", f"{line.executed:.3e}"),
         *((f"HBM bytes, {name}", size(moved * n), size(moved)) for name, moved in line.memory.items()),
     ]
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.exp.mesh if size > 1) or "one device"
-    return Section("A step", mesh, ("", "in all", "a device"), rows)
+    return Section("A step", mesh_words(plan.exp.mesh), ("", "in all", "a device"), rows)
 
 
 def memory(plan: Plan) -> Section:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.reporting.formulas import LOSS, METRICS
 from moe_jax.reporting.metrics import curve, last
 from moe_jax.reporting.plots.charts import Curve, bars, lines, matrices
 from moe_jax.reporting.plots.style import WIDE, Plot
@@ -16,24 +17,27 @@ def losses(runs: Runs, over: str = "step") -> Plot:
     """Train, held-out and capacity-limited loss of every run; `over` is "step" or "seconds"."""
     longest = max((r.get("seconds") or 0.0 for records in runs.values() for r in records), default=0.0)
     scale, unit = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
-    drawn = []
+    drawn = list[Curve]()
     for number, (name, records) in enumerate(runs.items()):
+        evaluated = np.isfinite(curve(records, "loss", "eval")[1]).any()
+        label = name if len(runs) > 1 else None
         for kind, key, look in (
-            ("train", "loss", {"width": 0.8}),
-            ("eval", "loss", {"width": 1.6, "look": "both", "label": name if len(runs) > 1 else None}),
+            ("train", "loss", {"width": 0.8, "label": None if evaluated else label}),
+            ("eval", "loss", {"width": 1.6, "look": "both", "label": label}),
             ("eval", "loss_capacity", {"width": 1.2, "look": "dashed"}),
         ):
             x, y = _line(records, key, kind, over)
             x = x / scale if over == "seconds" else x
-            drawn.append(Curve(x, smooth(y) if kind == "train" else y, colour=number, **look))
-    values = np.concatenate([curve.y for curve in drawn])
+            if np.isfinite(y).any():
+                drawn.append(Curve(x, smooth(y) if kind == "train" else y, colour=number, **look))
+    values = np.concatenate([curve.y for curve in drawn] + [np.zeros(0)])
     values, limits = values[np.isfinite(values)], dict[str, Any]()
     if values.size > 50:  # the first steps would flatten the rest
         limits = {"ylim": (values.min() - 0.03 * np.ptp(values), np.percentile(values, 97) * 1.02)}
     if over == "seconds":
         words = f"wall time, {unit}", "loss, nats per token", "Loss by wall time", "the same, by what they cost"
         return lines(drawn, *words, **limits)
-    note = "thin: train, marks: held-out"
+    note = f"{LOSS}; thin: train, marks: held-out"
     if any("loss_capacity" in last(records, "eval") for records in runs.values()):
         note += ", dashed: held-out with capacity"
     return lines(drawn, "step", "loss, nats per token", "Loss", note, **limits)
@@ -46,7 +50,7 @@ def loads(records: list[dict]) -> Plot:
     E = load.shape[-1]
     extent = (steps[0], max(steps[-1], steps[0] + 1), E - 0.5, -0.5)
     panels = {f"layer {name}": load[:, i].T * E for i, name in enumerate(names)}
-    note = "choices per expert over the mean of its layer, blue: few, red: many"
+    note = f"{METRICS['load'].formula}; over the mean of its layer, blue: few, red: many"
     across = min(len(names), 3)
     size = (WIDE[0], 0.6 + 1.9 * -(-len(names) // across))
     return matrices(
@@ -61,23 +65,23 @@ def layers(records: list[dict], key: str, title: str, note: str = "", unit: str 
     steps, values = curve(records, f"moe.{key}")  # [n, layers]
     names = last(records, "train")["moe"]["layer"]
     shades = matplotlib.colormaps["plasma"](np.linspace(0.38, 0.8, len(names)))
+    measured = [i for i in range(len(names)) if np.isfinite(values[:, i]).any()]
     drawn = []
-    for i, name in enumerate(names):
-        label = f"layer {name}" if len(names) <= 6 or i in (0, len(names) - 1) else None
+    for i in measured:
+        label = f"layer {names[i]}" if len(measured) <= 6 or i in (measured[0], measured[-1]) else None
         drawn.append(Curve(steps, smooth(values[:, i]), label, width=1.2, colour=matplotlib.colors.to_hex(shades[i])))
     settings: dict[str, Any] = {}
     if unit == "experts":
         settings["ylim"] = (0, max(1.0, np.nanmax(values, initial=0.0)) * 1.05)
-    elif unit != "per layer":
+    elif unit not in ("per layer", "unweighted"):
         settings["ylim"] = (0, max(1e-9, np.nanmax(values, initial=0.0)) * 1.05)
     return lines(drawn, "step", unit, title, note, **settings)
 
 
-def auxiliary(records: list[dict]) -> Plot:
+def auxiliary(records: list[dict], title: str, note: str = "", unit: str = "nats") -> Plot:
     """What auxiliary losses add to the loss."""
     steps, values = curve(records, "aux_loss")
-    note = "with coefficients, mean over layers, as added to the loss"
-    return lines([Curve(steps, smooth(values), width=1.2)], "step", "nats per token", "Auxiliary loss", note)
+    return lines([Curve(steps, smooth(values), width=1.2)], "step", unit, title, note)
 
 
 def domains(runs: Runs, unit: float = 1.0, x: str = "loss, nats per token") -> Plot:

@@ -63,7 +63,9 @@ class Plot:
     def svg(self) -> str:
         """The figure as an <svg> whose ink is the colour of the text around it."""
         text = self._bytes("svg", INK, facecolor="none", metadata=_UNDATED).decode()
-        return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :].replace(INK, "currentColor"))  # ids repeat
+        text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :].replace(INK, "currentColor"))  # ids repeat
+        head, _, inside = text.partition(">")
+        return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + inside  # as large as the page has room
 
     def save(self, path: str | Path) -> Path:
         """Writes it to a .png, .svg or .pdf file, titles and all; ValueError for another kind."""
