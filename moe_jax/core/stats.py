@@ -86,7 +86,8 @@ def describe(s: Stats) -> dict[str, Array]:
 
     load: fractions of choices. load_percentiles: of load / mean, at 0, 25, 50, 75 and 100 %. load_cv: standard
     deviation / mean. max_violation: (max - mean) / mean (arXiv:2408.15664). agreement: choices that the MoE layer
-    before made for the same token, NaN where there is none to compare (by chance: experts per token / E; arXiv:2401.04088, table 5).
+    before made for the same token, NaN where there is none to compare (by chance: experts per token / E;
+    arXiv:2401.04088, table 5).
     """
     s = jax.tree.map(jnp.asarray, s)  # sums over steps are numpy's
     choices = s.choices_E.sum(-1)

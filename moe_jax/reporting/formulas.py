@@ -1,4 +1,4 @@
-"""Every metric of a MoE layer: its title, its formula in a line, its unit; for the page of a run and docs/routing.md."""
+"""Every metric of a MoE layer: its title, formula and unit, for the page of a run and docs/routing.md."""
 
 from typing import NamedTuple
 
@@ -29,8 +29,8 @@ METRICS = {
     "active_experts": Metric("Active experts", "assignments / tokens, before any is dropped", "experts"),
     "agreement": Metric(
         "Agreement",
-        "assignments that the MoE layer before made for the same token / assignments; not of a stack's first (by chance "
-        "K / E)",
+        "assignments that the MoE layer before made for the same token / assignments; not of a stack's first "
+        "(by chance K / E)",
         "fraction",
     ),
     "load_balance": Metric("Load balance loss", "E sum_e f_e P_e; 1 when balanced, E when collapsed", "unweighted"),

@@ -24,9 +24,7 @@ def figure(plot: Plot, wide: bool = False) -> str:
     return f"<figure{kind}><figcaption>{html.escape(plot.title)}{note}</figcaption>{plot.svg()}</figure>"
 
 
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False, marked: Collection[int] = ()
-) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False, marked: Collection[int] = ()) -> str:
     """A table whose first column names its rows; wider ones scroll.
 
     words: whether the last column is text. marked: the numbers of rows that stand out.
@@ -92,14 +90,17 @@ figure:not(.wide) { grid-column: auto; }
 }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 figcaption span { font-weight: 400; color: var(--soft); margin-left: .6rem; font-size: .87rem; }
-svg, img { max-width: 100%; height: auto; } svg { width: 100%; } svg text { font-family: system-ui, sans-serif !important; }
+svg, img { max-width: 100%; height: auto; } svg { width: 100%; }
+svg text { font-family: system-ui, sans-serif !important; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .22rem 1.6rem .22rem 0; border-bottom: 1px solid var(--line); text-align: right; }
 .words :is(th, td):last-child { text-align: left; min-width: 18rem; }
 th:first-child { text-align: left; font-weight: 400; color: var(--soft); }
 .marked :is(th, td) { font-weight: 600; color: var(--ink); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.6rem; } dt { color: var(--soft); } dd { margin: 0; }
-p { max-width: 52rem; } pre { overflow-x: auto; font-size: .84rem; overflow-wrap: normal; } summary { cursor: pointer; font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.6rem; }
+dt { color: var(--soft); } dd { margin: 0; }
+p { max-width: 52rem; } pre { overflow-x: auto; font-size: .84rem; overflow-wrap: normal; }
+summary { cursor: pointer; font-weight: 600; }
 </style></head>
 """

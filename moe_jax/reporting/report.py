@@ -1,6 +1,6 @@
 """The report of a run: one static HTML page, everything inside it, written from `metrics.jsonl` alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ from moe_jax.files import write_file
 from moe_jax.reporting import page, plots
 from moe_jax.reporting.formulas import AUXILIARY, HIDDEN, LOSS, METRICS, SYMBOLS, Metric
 from moe_jax.reporting.metrics import curve, last, read, summary_rows
-from moe_jax.reporting.plots import Plot
 from moe_jax.reporting.verdict import verdict
 
 FILE = "report.html"
@@ -86,24 +85,27 @@ def moe_figures(records: list[dict]) -> list[str]:
     """The load as a heat map, and every other metric of MoE layers that there is: first those that change."""
     layers, known = last(records, "train")["moe"], [*FIRST, *METRICS]
     order = [key for key in dict.fromkeys([*known, *layers]) if key in layers and key not in ("layer", "load", *HIDDEN)]
-    drawn, said = [page.text(SYMBOLS), page.figure(plots.loads(records), wide=True)], []
+    drawn, said = [page.text(SYMBOLS), page.figure(plots.loads(records), wide=True)], list[str]()
     for key in order:
         metric = METRICS.get(key, Metric(key.replace("_", " ").capitalize(), "", "per layer"))
         steps, values = curve(records, f"moe.{key}")
         if values.ndim == 2:
-            kind, made = shown(metric, steps, values, lambda k=key, m=metric: plots.layers(records, k, *m))
-            (drawn if kind else said).append(made)
+            if changes(values):
+                drawn.append(page.figure(plots.layers(records, key, *metric)))
+            elif np.isfinite(values).any():
+                said.append(constant(metric, steps, values))
     steps, values = curve(records, "aux_loss")
-    kind, made = shown(AUXILIARY, steps, values, lambda: plots.auxiliary(records, *AUXILIARY))
-    (drawn if kind else said).append(made)
-    return drawn + [made for made in said if made]
+    if changes(values):
+        drawn.append(page.figure(plots.auxiliary(records, *AUXILIARY)))
+    elif np.isfinite(values).any():
+        said.append(constant(AUXILIARY, steps, values))
+    return drawn + said
 
 
-def shown(metric: Metric, steps: np.ndarray, values: np.ndarray, draw: Callable[[], Plot]) -> tuple[bool, str]:
-    """(whether it is drawn, HTML): a figure of what changes; a sentence of what does not; "" of what is not measured."""
-    if any(np.ptp(v[np.isfinite(v)]) > 0 for v in values.reshape(len(values), -1).T if np.isfinite(v).any()):
-        return True, page.figure(draw())
-    return False, constant(metric, steps, values) if np.isfinite(values).any() else ""
+def changes(values: np.ndarray) -> bool:
+    """Whether a series, [n] or [n, layers], has two different finite values of anything."""
+    series = [v[np.isfinite(v)] for v in values.reshape(len(values), -1).T] if values.size else []
+    return any(v.size and np.ptp(v) > 0 for v in series)
 
 
 def constant(metric: Metric, steps: np.ndarray, values: np.ndarray) -> str:

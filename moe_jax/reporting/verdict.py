@@ -17,9 +17,7 @@ def verdict(runs: Runs, steps: int | None = None) -> list[str]:
     records = next(iter(runs.values()))
     if not last(records, "train") and not last(records, "eval"):
         return []
-    return [
-        word for word in (ending(records, steps), held_out(runs), routing(records), steadiness(records)) if word
-    ]
+    return [word for word in (ending(records, steps), held_out(runs), routing(records), steadiness(records)) if word]
 
 
 def ending(records: Records, steps: int | None = None) -> str:
@@ -54,7 +52,8 @@ def held_out(runs: Runs) -> str:
 
 def against(records: Records, name: str, other: Records) -> str:
     """The difference of two last held-out losses, where it means something."""
-    own, its, data = last(records, "eval"), last(other, "eval"), [last(r, "start").get("data") for r in (records, other)]
+    own, its = last(records, "eval"), last(other, "eval")
+    data = [last(r, "start").get("data") for r in (records, other)]
     if its.get("loss") is None:
         return f"{name} has no held-out loss"
     if None not in data and data[0] != data[1]:
@@ -73,7 +72,9 @@ def routing(records: Records) -> str:
     if (rate := mean_rate(records)) is not None:
         now = last(records, "train").get("drop_rate")
         end = "" if now is None else f", {now:.2%} at the end"
-        words.append(f"{rate:.2%} of the assignments in training were dropped{end}" if rate else "No assignment dropped")
+        words.append(
+            f"{rate:.2%} of the assignments in training were dropped{end}" if rate else "No assignment dropped"
+        )
     if finite := [ratio for ratio in moe.get("load_max_over_mean", ()) if ratio is not None]:
         words.append(f"the busiest expert has {max(finite):.2f} times the mean load of its layer")
     if "dead_experts" in moe and "load" in moe:
