@@ -93,4 +93,6 @@ def legible(page: Page) -> Page:
     wide = re.findall(r"([\w.]+) svg \{ min-width", style)
     assert all(f"{box} {{ overflow-x: auto; }}" in style for box in wide), "what may be wider scrolls"
     assert not re.search(r'<svg[^>]* width="', page.text), "figures take the room that there is"
+    narrow = style[style.index("@media (max-width") :]
+    assert re.fullmatch(r"[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}\s*", narrow), "what is for narrow screens has the last word"
     return page

@@ -83,11 +83,6 @@ h2 { font-size: 1.15rem; font-weight: 600; margin: 1.2rem 0 0; }
 main { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem 2rem; }
 main > * { grid-column: 1 / -1; margin: 0; min-width: 0; }
 figure:not(.wide) { grid-column: auto; }
-@media (max-width: 800px) {
-  body { margin: 1rem auto; padding: 0 .8rem; } figure:not(.wide) { grid-column: 1 / -1; }
-  figure.wide { overflow-x: auto; } figure.wide svg { min-width: 640px; }
-  dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; }
-}
 figcaption { font-weight: 600; margin-bottom: .4rem; }
 figcaption span { font-weight: 400; color: var(--soft); margin-left: .6rem; font-size: .87rem; }
 svg, img { max-width: 100%; height: auto; } svg { width: 100%; }
@@ -102,5 +97,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.6rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 p { max-width: 52rem; } pre { overflow-x: auto; font-size: .84rem; overflow-wrap: normal; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 800px) {
+  body { margin: 1rem auto; padding: 0 .8rem; } figure:not(.wide) { grid-column: 1 / -1; }
+  figure.wide { overflow-x: auto; } figure.wide svg { min-width: 640px; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; }
+}
 </style></head>
 """
