@@ -110,14 +110,12 @@ def changes(values: np.ndarray) -> bool:
 
 def constant(metric: Metric, steps: np.ndarray, values: np.ndarray) -> str:
     """A sentence about a series that is the same in all its records, with its formula; values [n] or [n, layers]."""
-    found = values[np.isfinite(values)]
-    if not found.size:
-        words = "not finite"
-    elif np.ptp(found) == 0:
-        words = f"{found[0]:.6g}"
-    else:
-        of_layer = [v[np.isfinite(v)] for v in values.T]
-        words = ", ".join(f"{v[0]:.6g}" for v in of_layer if v.size) + " in the layers"
+    series = [(v[np.isfinite(v)], v.size) for v in values.reshape(len(values), -1).T]
+    known = [(v, n) for v, n in series if v.size]
+    shown = [f"{v[0]:.6g}" for v, _ in known]
+    words = "not finite" if not shown else shown[0] if len(set(shown)) == 1 else f"{', '.join(shown)} in the layers"
     when = f"in all {steps[-1]:,} steps" if len(steps) > 1 else f"at step {steps[-1]:,}"
+    if any(v.size < n for v, n in known):
+        when = "wherever it is finite"
     formula = f" ({metric.formula})" if metric.formula else ""
     return page.text(f"{metric.title}: {words} {when}{formula}.")

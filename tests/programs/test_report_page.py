@@ -176,6 +176,8 @@ def test_a_run_without_finite_losses_has_no_figure_of_them(tmp_path):
     page = report(tmp_path, [train(20, loss=math.nan), train(40, loss=math.nan)])
     assert "Loss" not in page.titles
     assert "Training loss: not finite in all 40 steps" in page.said
+    once = report(tmp_path / "once", [train(20), train(40, loss=math.nan)])
+    assert "Training loss: 4.8 wherever it is finite" in once.said
     nan = {"layer": [1], "load": [[math.nan] * 2], "drop_rate": [math.nan]}
     assert "Drop rate" not in report(tmp_path / "b", [train(20, moe=nan), train(40, moe=nan)]).said
 
