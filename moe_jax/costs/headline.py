@@ -24,10 +24,11 @@ def model_words(model: Any) -> str:
     attention = ", ".join(dict.fromkeys(short(part) for part in model.attention))
     words = [f"{kind_of(model)}: {model.N} layers, D={model.D}, {attention}, {short(model.ffn)}"]
     if (moe := model.routed) is not None:
-        stacks = f" of {model.STACKS} stacks" if model.STACKS > 1 else ""
+        n = model.n_moe_layers
+        stacks = f" in {model.STACKS} stacks" if model.STACKS > 1 else ""
         words.append(
-            f"{model.moe_layers} MoE layer{'s' * (model.moe_layers > 1)}{stacks} of {moe.E} experts "
-            f"{short(moe.experts)}, {short(moe.router)}, {short(moe.dispatch)}"
+            f"{n} MoE layer{'s' * (n > 1)}{stacks} of {moe.E} experts {short(moe.experts)}, {short(moe.router)}, "
+            f"{short(moe.dispatch)}"
         )
     return "; ".join(words)
 
@@ -36,7 +37,7 @@ def data_words(exp: Experiment) -> str:
     """Source, tokenizer, objective and the batch of a step, in a line."""
     data = exp.data
     parts = [short(data.source), short(data.tokenizer), short(data.objective)]
-    if data.objective.makes == "images":
+    if data.objective.batch_kind == "images":
         return f"{parts[0]}, {parts[2]}; {data.B:,} images a step"
     return f"{', '.join(parts)}; {data.B:,} sequences of {data.L:,} tokens a step"
 

@@ -1,5 +1,6 @@
 """Pages say what was run and what came of it, in words that the records prove, and are legible on a phone."""
 
+import dataclasses
 import html
 import math
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import cli
+from experiments import train as program
 from moe_jax import LMConfig, MoEConfig
 from moe_jax.attention import MHA
 from moe_jax.audit.experiment import Finding
@@ -26,6 +28,9 @@ from moe_jax.costs.headline import headline
 from moe_jax.dispatch import Scatter
 from moe_jax.evaluate import drop_rate, per_layer
 from moe_jax.experts import GLU, MLP
+from moe_jax.losses import LoadBalance
+from moe_jax.models.encoder_decoder import concat_stacks
+from moe_jax.models.transformer import count_agreement
 from moe_jax.moe import Aux
 from moe_jax.plan.page import found_page, plan_page
 from moe_jax.plan.plan import Site, plan
@@ -37,6 +42,8 @@ from moe_jax.reporting.metrics import Logger
 from moe_jax.reporting.report import write_report
 from moe_jax.reporting.verdict import verdict
 from moe_jax.routers import TopK
+from moe_jax.step import Metrics
+from moe_jax.train import Tally, TrainingDiverged
 from tests.pages import Page, legible, stands_alone
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +197,9 @@ def test_the_docs_have_the_formulas_of_the_pages():
 
 # ---------------------------------------------------------------- what a log is told
 
+LAYERS = ((2,), (2,), *[(2, 4)] * 5, (2,), (2,), (2,), (2,), (2, 1), (2, 1, 4), (2, 1), (2,))
+STATS = Stats(*(np.ones(shape, np.float32) for shape in LAYERS))  # two layers of four experts, an assignment for each
+
 
 def test_a_run_is_told_its_question_and_command(tmp_path, monkeypatch):
     config = tmp_path / "my config.py"
@@ -207,15 +217,41 @@ def test_a_run_is_told_its_question_and_command(tmp_path, monkeypatch):
 
 
 def test_what_no_layer_has_measured_is_not_in_a_record():
-    E, N = 4, 2
-    ones = Stats(*map(jnp.ones, ((N,), (N,), *[(N, E)] * 5, (N,), (N,), (N,), (N,), (N, 1), (N, 1, E), (N, 1), (N,))))
-    measured = per_layer(Aux(jnp.zeros(N), ones._replace(agreed=jnp.array([jnp.nan, 2.0]))).metrics)
+    measured = per_layer(Aux(jnp.zeros(2), STATS._replace(agreed=jnp.array([jnp.nan, 2.0]))).metrics)
     assert np.isnan(measured["agreement"][0])
     assert measured["agreement"][1] == 0.5
-    never = per_layer(Aux(jnp.zeros(N), ones._replace(agreed=jnp.full(N, jnp.nan))).metrics)
+    never = per_layer(Aux(jnp.zeros(2), STATS._replace(agreed=jnp.full(2, jnp.nan))).metrics)
     assert set(measured) - set(never) == {"agreement"}
-    assert drop_rate(ones) == 0.75
-    assert math.isnan(drop_rate(ones._replace(choices_E=jnp.zeros((N, E)))))
+    assert drop_rate(STATS) == 0.75
+    assert math.isnan(drop_rate(STATS._replace(choices_E=jnp.zeros((2, 4)))))
+
+
+def test_the_first_layer_of_every_stack_has_no_agreement():
+    """An encoder and a decoder of two MoE layers: a decoder's first layer is not compared."""
+    stack = count_agreement(Aux(jnp.zeros(2), STATS, jnp.zeros((2, 1, 3, 1), jnp.int32)))
+    metrics = concat_stacks(stack, stack).metrics
+    np.testing.assert_array_equal(metrics["agreement"], [np.nan, 0.75, np.nan, 0.75])
+
+
+def test_without_auxiliary_losses_there_is_no_auxiliary_loss():
+    for losses, recorded in (((), False), ((LoadBalance(0.01),), True)):
+        moe = dataclasses.replace(EXP.model.moe, losses=losses)
+        tally = Tally(dataclasses.replace(EXP, model=dataclasses.replace(EXP.model, moe=moe)), None, 0.0)
+        tally.add(Metrics(*np.ones(5), skipped=0, skipped_in_a_row=0, others={}, stats=STATS))
+        assert ("aux_loss" in tally.record(1)) == recorded
+
+
+def test_a_run_that_diverges_has_a_report(tmp_path, monkeypatch):
+    """The exit is that of a run that diverged; what is known until then is not lost."""
+
+    def diverging(*_):
+        yield from (START, train(10), {"kind": "end", "step": 13, "seconds": 1.0, "diverged": True})
+        raise TrainingDiverged("3 steps in a row")
+
+    monkeypatch.setattr(program, "train", diverging)
+    with pytest.raises(TrainingDiverged, match="3 steps in a row"):
+        program.run(EXP, tmp_path / "run")
+    assert "Diverged at step 13 of 40" in stands_alone((tmp_path / "run" / "report.html").read_text()).said
 
 
 # ---------------------------------------------------------------- other pages
