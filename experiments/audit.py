@@ -1,4 +1,4 @@
-"""Which laws hold of your own experiment: found by running it, at small widths, on simulated devices.
+"""Audits your own experiment: runs it at small widths on simulated devices, and tells which laws hold.
 
     python -m experiments.audit --config=configs/glam_nano.py
     python -m experiments.audit --config=configs/glam_pod.py --report=runs/audit.html
@@ -22,7 +22,7 @@ import jax
 from absl import flags
 
 from experiments import cli
-from moe_jax.audit.communication import Row
+from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.communication import audit as communication
 from moe_jax.audit.experiment import Finding, findings
 from moe_jax.audit.page import findings_page
@@ -93,7 +93,7 @@ def line(finding: Finding) -> str:
     return f"{text:<60} {held:<4} {finding.verdict.detail}{'' if finding.claimed else '; not claimed'}"
 
 
-def row_line(row: Row) -> str:
+def row_line(row: ComparedCollective) -> str:
     predicted, compiled = row.predicted, row.compiled
     text = f"communication, {row.part}: {compiled.op} over {' x '.join(compiled.axes)}"
     sizes = f"{compiled.count} of {compiled.bytes:,} bytes, predicted {predicted.bytes:,}, sent {compiled.wire:,.0f}"

@@ -22,10 +22,10 @@ from experiments import cli
 from moe_jax.config import suggestion
 from moe_jax.inspect import certificate
 from moe_jax.inspect.certificate import LIMITS, Check
-from moe_jax.inspect.fairness import LEAST, Fairness, between_domains, columns
+from moe_jax.inspect.fairness import LEAST, Fairness, between_domains, columns_of_trace
 from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import LayerTrace, trace_layers
-from moe_jax.inspect.run import Run, examples, open_run
+from moe_jax.inspect.run import TrainedRun, examples, open_run
 
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
@@ -71,17 +71,17 @@ def limits_of(given: list[str]) -> dict[str, float]:
     return limits
 
 
-def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[str, float]) -> int:
+def certified(run: TrainedRun, out: pathlib.Path, key: bytes | None, limits: Mapping[str, float]) -> int:
     """Measures a run and writes its certificate; 1 where a statistic is above its limit."""
     exp, (held_out, batches) = run.exp, examples(run.exp, DATA_DIR.value, WINDOWS.value)
     seen = trace_layers(exp.model, run.params, batches, run.router)
     effects = knock_out(exp.model, run.params, batches, run.router, domains=len(held_out.domains))
-    found = statistics(seen, effects, between_domains(columns(seen), seen.domain_T, seen.sequence_T))
+    found = statistics(seen, effects, between_domains(columns_of_trace(seen), seen.domain_T, seen.sequence_T))
     checks = [Check(name, found[name], limit) for name, limit in limits.items() if name in found]
     about = {"step": run.step, "tokens": len(seen.token_T), "data": held_out.fingerprint, "measured": "held-out text"}
     about |= {"not measured": sorted(set(limits) - set(found)), "knocked out": list(effects.worst[0])}
     written = certificate.certify(checks, run.weights, exp.to_json(), key, about)
-    certificate.write(out, written)
+    certificate.write_certificate(out, written)
     for check in checks:
         words = f"{check.name:<20} {check.value:>10.4f}  at most {check.limit:<8g}"
         print(f"{words} {'yes' if check.passes else 'NO'}")
@@ -92,7 +92,7 @@ def certified(run: Run, out: pathlib.Path, key: bytes | None, limits: Mapping[st
 
 
 def statistics(seen: LayerTrace, effects: Effects, differences: Fairness | None) -> dict[str, float]:
-    """What is held against `LIMITS`, by name."""
+    """Statistics that are compared with `LIMITS`, by name."""
     N, E = len(seen.expert_NTK), seen.probs_NTE.shape[-1]
     choices_NE = np.array([np.bincount(seen.expert_NTK[n].ravel(), minlength=E + 1)[:E] for n in range(N)])
     taken = seen.expert_NTK < E
@@ -110,7 +110,7 @@ def statistics(seen: LayerTrace, effects: Effects, differences: Fairness | None)
 
 def verified(workdir: pathlib.Path, path: pathlib.Path, key: bytes | None) -> None:
     """Says that a certificate holds of a run; ValueError with all that does not."""
-    said = certificate.read(path)
+    said = certificate.read_certificate(path)
     about = said.get("about")
     step = about.get("step") if isinstance(about, dict) else None
     run = open_run(workdir, STEP.value if STEP.value is not None else step if isinstance(step, int) else None)

@@ -26,13 +26,13 @@ from moe_jax.config import Experiment
 from moe_jax.costs.headline import headline
 from moe_jax.files import write_file
 from moe_jax.inspect import live, report
-from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, weights_of
-from moe_jax.inspect.card import card, text
+from moe_jax.inspect.analysis import analyse, compare_recordings, effects_of, layer_names, weights_of
+from moe_jax.inspect.card import card, card_text
 from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import trace_layers
-from moe_jax.inspect.recorder import STACKS, check, layers_of, recordings
+from moe_jax.inspect.recorder import STACKS, check_recordable, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
-from moe_jax.inspect.run import Run, examples, experiment, open_run
+from moe_jax.inspect.run import TrainedRun, examples, experiment, open_run
 from moe_jax.reporting.metrics import plain
 from moe_jax.reporting.report import write_report
 
@@ -79,7 +79,7 @@ def main() -> None:
         say(f"figures: {drawn}")
 
 
-def opened(name: str) -> Run:
+def opened(name: str) -> TrainedRun:
     """RUN or RUN@STEP."""
     path, _, step = name.partition("@")
     if step and not step.isdecimal():
@@ -90,10 +90,10 @@ def opened(name: str) -> Run:
 # ---------------------------------------------------------------- a checkpoint
 
 
-def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], list[str]]:
+def inspected(run: TrainedRun, others: list[tuple[str, TrainedRun]]) -> tuple[dict[str, Any], list[str]]:
     """All that is found of a run beside others, and the cards of a few experts."""
     exp = run.exp
-    check(exp, STACK.value)
+    check_recordable(exp, STACK.value)
     split, batches = examples(exp, DATA_DIR.value, WINDOWS.value)
     decode = None if not hasattr(split, "tokenizer") else lambda token: words(split.tokenizer, token)
     say("recording")
@@ -117,12 +117,12 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
     return found, cards
 
 
-def recorded(run: Run, batches: list[Any], domains: tuple[str, ...]) -> Recording:
-    """What a run's routers do with these batches, with its limit of slots."""
+def recorded(run: TrainedRun, batches: list[Any], domains: tuple[str, ...]) -> Recording:
+    """Records what a run's routers do with these batches, with its capacity."""
     return joined(recordings(run.exp, run.params, batches, run.router, domains, stack=STACK.value))
 
 
-def described(run: Run, rec: Recording, decode: Any) -> dict[str, Any]:
+def described(run: TrainedRun, rec: Recording, decode: Any) -> dict[str, Any]:
     found = analyse(rec, layer_names(run.exp.model, STACK.value), decode)
     if run.exp.model.STACKS == 1:
         found["weights"] = weights_of(run.exp.model, run.params)
@@ -130,7 +130,7 @@ def described(run: Run, rec: Recording, decode: Any) -> dict[str, Any]:
 
 
 def beside(
-    name: str, other: Run, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
+    name: str, other: TrainedRun, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
 ) -> dict[str, Any]:
     """Another run on the same data; ValueError where it takes other data."""
     if (other.exp.data.tokenizer, other.exp.data.L, other.exp.data.objective) != (
@@ -146,11 +146,11 @@ def beside(
     its = recorded(other, batches, domains)
     found = {"name": name, "step": other.step, **analyse(its, layer_names(other.exp.model, STACK.value))}
     with suppress(ValueError):  # other layers, or other experts
-        found["same"] = compared(rec, its)
+        found["same"] = compare_recordings(rec, its)
     return found
 
 
-def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:
+def cards_of(run: TrainedRun, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:
     """Cards of the experts that are missed most, on a part of the text."""
     rows, few = 0, []
     for batch in batches:
@@ -161,7 +161,7 @@ def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str,
     order = sorted(range(len(effects.expert_P)), key=lambda p: -effects.rise_P[p])[:CARDS]
     made = (card(run.exp.model, run.params, seen, *effects.expert_P[p], effects) for p in order)
     names = layer_names(run.exp.model)
-    return [text(one, domains, decode, names[one.layer]) for one in made]
+    return [card_text(one, domains, decode, names[one.layer]) for one in made]
 
 
 def words(tokenizer: Any, token: int) -> str:

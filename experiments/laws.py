@@ -1,4 +1,4 @@
-"""Which routings are trainable, causal, and independent of the rest of their batch: found by trying to break them.
+"""Tests which routings are trainable, causal, and independent of the rest of their batch.
 
     python -m experiments.laws [--write=docs/routing.md]        the table of all routers, slot priorities and limits
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def table() -> str:
-    """In Markdown, a row for each router."""
+    """Markdown table with a row for each router."""
     titles = ("router", *(column.title for column in COLUMNS))
     rows = [titles, ("---",) * len(titles)]
     for i, name in enumerate(ROUTERS):
@@ -92,7 +92,7 @@ def table() -> str:
 
 
 def cell(router: str, column: Column) -> str:
-    """What all layers of a router and a column have in common; each with its dispatcher where they differ."""
+    """Cell of a router and a column: the result all its layers share, or each dispatcher's where they differ."""
     answers = {cfg.dispatch: answer(cfg, column.law) for cfg in layers(parse(router), column)}
     if len(set(answers.values())) > 1:
         return "; ".join(f"`{dispatch}` {text}" for dispatch, text in answers.items())
@@ -124,7 +124,7 @@ def answer(cfg: MoEConfig, law: str) -> str:
 
 
 def around(name: str) -> tuple[str, str]:
-    """What stands before and after the table of a page; ValueError without a place for it."""
+    """Text of a page before and after its table; ValueError where the page has no marker for it."""
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"--write={name} is not a file; give one with the marks {BEGIN} and {END}.")

@@ -1,4 +1,4 @@
-"""Whether an experiment fits on a slice of a TPU pod, how fast it can be there and what a run costs; no TPU is needed.
+"""Plans an experiment on a slice of a TPU pod without a TPU: whether it fits, its speed, and the cost of a run.
 
     python -m experiments.plan --config=configs/glam_pod.py --topology=v5e:4x4
     python -m experiments.plan --config=configs/glam_pod.py --topology=v4:4x4x4 --search --report=runs/plan.html
@@ -25,10 +25,10 @@ from moe_jax.files import write_file
 from moe_jax.plan import compile as compiler
 from moe_jax.plan import sections
 from moe_jax.plan.page import found_page, plan_page
-from moe_jax.plan.plan import Site, plain, plan
+from moe_jax.plan.plan import Site, plan, plan_to_dict
 from moe_jax.plan.search import Option, option, search
 from moe_jax.plan.sections import Search
-from moe_jax.plan.topology import Topology, sizes, topology
+from moe_jax.plan.topology import Topology, side_lengths, topology
 
 cli.define_config()
 FLAGS = flags.FLAGS
@@ -78,7 +78,7 @@ def check_numbers() -> None:
 
 def on_mesh(exp: Experiment, on: Topology) -> Experiment:
     """The experiment with a mesh that fills the topology, -1 being the rest."""
-    return dataclasses.replace(exp, mesh=tuple(sizes(dict(exp.mesh), on).items()))
+    return dataclasses.replace(exp, mesh=tuple(side_lengths(dict(exp.mesh), on).items()))
 
 
 def published() -> Mapping[str, Any]:
@@ -93,7 +93,7 @@ def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | Non
     said = published()
     found = plan(exp, on, site, tokens_of(said), said, ANALYTIC.value)
     print(sections.text(sections.sections(found)), sections.verdict(found), sep="\n\n")
-    write(table, lambda: json.dumps(plain(found), indent=2))
+    write(table, lambda: json.dumps(plan_to_dict(found), indent=2))
     write(report, lambda: plan_page(found))
 
 
@@ -114,7 +114,10 @@ def searched(
     if found.options:
         fitting = [i for i in range(len(found.options)) if not compiled.get(i, "").startswith("no")]
         print(f"The first{' that compiles' if compiled else ''}: {found.options[fitting[0]].flags}" if fitting else "")
-    write(table, lambda: json.dumps({"topology": on.name, **plain(found), "compiled": plain(compiled)}, indent=2))
+    write(
+        table,
+        lambda: json.dumps({"topology": on.name, **plan_to_dict(found), "compiled": plan_to_dict(compiled)}, indent=2),
+    )
     write(report, lambda: found_page(done))
 
 
@@ -132,9 +135,9 @@ def own(exp: Experiment, on: Topology) -> Option | None:
 
 
 def outcome(exp: Experiment, on: Topology) -> str:
-    """What the compiler says of an option."""
+    """Outcome of an option by the compiler."""
     try:
-        made = compiler.compiled(exp, on.name)
+        made = compiler.compile_step(exp, on.name)
     except ValueError as error:
         return f"no: {cli.one_line(error)}"
     return sections.size(made.peak) if made.fits else f"no, {sections.size(made.over)} too much"

@@ -139,7 +139,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
 
 
 def saved_config(path: pathlib.Path) -> dict[str, Any]:
-    """What a run's config.json says."""
+    """Values of a run's config.json."""
     try:
         if isinstance(saved := json.loads(path.read_bytes()), dict):
             return saved
@@ -152,7 +152,7 @@ def saved_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Which values differ, where a continuation may not."""
+    """Lists values that differ and may not differ in a continuation."""
     if isinstance(old, dict) and isinstance(new, dict):
         paths = {k: f"{path}.{k}".strip(".") for k in {**old, **new}}
         return [d for k, p in paths.items() if p not in MAY_CHANGE for d in differences(old.get(k), new.get(k), p)]
@@ -167,7 +167,7 @@ def compared(workdirs: list[str]) -> dict[str, str]:
 
 
 def describe(exp: Experiment) -> str:
-    """What is about to be trained, in a line."""
+    """Describes the experiment in a line."""
     count, cost = parameters(exp.model), flops(exp.model, exp.data.shapes(1))
     flop = f"{cost.training / cost.tokens / 1e6:.2f} MFLOP per trained token"
     return (

@@ -19,7 +19,7 @@ from moe_jax.moe_config import LayerState, MoEConfig
 
 
 class RouterState(nnx.Variable):
-    """What a layer remembers from step to step (`MoEConfig.init_state`), as nnx.BatchStat is of running averages."""
+    """NNX variable of a layer's state (`MoEConfig.init_state`), as nnx.BatchStat is of running averages."""
 
 
 class MoE(nnx.Module):
@@ -59,7 +59,7 @@ class MoE(nnx.Module):
         return moe.apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
 
     def update(self, aux: moe.Aux) -> None:
-        """Remembers a training step, whose calls returned `aux`; once for each step, as `MoEConfig.update_state`."""
+        """Updates the state after a step whose calls returned `aux`; once a step, as `MoEConfig.update_state`."""
         for name, value in self.cfg.update_state(self._remembered(), aux.stats).items():
             self.router_state[name][...] = value
 
@@ -94,7 +94,7 @@ def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, in
 
 
 def created(module: nnx.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
-    """The same parameter, where the module is called."""
+    """Returns a module's parameter where the module is called."""
     return getattr(module, name)[...]
 
 

@@ -66,7 +66,7 @@ from moe_jax import (
     make_mesh,
 )
 from moe_jax.core import dims
-from moe_jax.core.shard import AXES, TOKENS, rules_for
+from moe_jax.core.shard import AXES, TOKEN_AXES, rules_for
 from moe_jax.moe import check_mesh
 from tests import oracle
 
@@ -350,7 +350,7 @@ def compiled(name: str, mesh: str | None) -> tuple[Callable, str]:
     if mesh:
         on = partial(NamedSharding, mesh_of(mesh))
         layout = jax.tree.map(on, dims.specs(params, rules_for(cfg.exchange)))
-        tokens = on(P(TOKENS))
+        tokens = on(P(TOKEN_AXES))
         inputs = (layout, Batch(tokens, tokens, tokens, tokens, on(P()), on(P())))
         outputs = Step(*[None] * (len(Step._fields) - 2), layout, on(P()))
         place = lambda tree: jax.device_put(tree, inputs)  # noqa: E731

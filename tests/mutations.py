@@ -321,7 +321,7 @@ MUTATIONS = (
     Mutation(
         "slices_by_source_first",
         f"{EXCHANGES}/ragged.py",
-        "places(sizes_XXe))",
+        "slice_offsets(sizes_XXe))",
         f"{OFFSETS.format('sizes_XXe.sum(2, keepdims=True)', 0)} + {OFFSETS.format('sizes_XXe', 2)})",
         RAGGED,
     ),

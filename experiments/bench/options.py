@@ -34,13 +34,13 @@ def sizes_of(mesh: str) -> dict[str, int]:
 
 
 def simulate(n: int) -> None:
-    """So many devices, where the platform is the CPU."""
+    """Simulates n devices where the platform is the CPU."""
     if n != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
         jax.config.update("jax_num_cpu_devices", n)
 
 
 def place_of(mesh: str | None) -> Place:
-    """Where --mesh puts arrays: one device without it."""
+    """Placement that --mesh asks for: one device without it."""
     if not mesh:
         return Place()
     sizes = sizes_of(mesh)

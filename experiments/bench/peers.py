@@ -1,4 +1,4 @@
-"""The same MoE layers in Hugging Face transformers on PyTorch, in turn with these.
+"""Times MoE layers of Hugging Face transformers on PyTorch, in turn with these.
 
     pip install torch transformers
     python -m experiments.bench.peers --shapes=mixtral,qwen3
@@ -106,7 +106,7 @@ def output(cfg: MoEConfig, params: Any, x_BLD: Any) -> Any:
 
 
 def checked(made: Iterator[tuple[str, Calls]], wanted: np.ndarray) -> Iterator[tuple[str, Calls]]:
-    """Those that compute what is computed here; ValueError for one that does not."""
+    """Checks that each peer computes what is computed here; ValueError for one that does not."""
     for name, calls in made:
         off_BL = np.abs(np.asarray(calls[0]()).reshape(wanted.shape) - wanted).max(-1)
         if not (odd := (~(off_BL < CLOSE * np.abs(wanted).max())).mean()) <= ODD:

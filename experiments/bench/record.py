@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with."""
+    """Describes the machine and the versions of a measurement."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -83,7 +83,7 @@ def worse(rows: Sequence[Row], old: Sequence[Row], by: float = WORSE) -> list[st
 
 
 def against(rows: Sequence[Row], path: str, record: dict[str, Any]) -> list[str]:
-    """What there is to say of rows after a record."""
+    """Compares rows with a record, a line each."""
     known = {key(row) for row in record["rows"]}
     common = sum(key(row) in known for row in rows)
     lines = worse(rows, record["rows"])

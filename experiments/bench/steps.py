@@ -72,7 +72,7 @@ def experiments() -> list[Experiment]:
 
 
 def on_mesh(exp: Experiment) -> Experiment:
-    """On the mesh of --mesh, or its own."""
+    """Puts an experiment on the mesh of --mesh, or its own."""
     if not MESH.value:
         cli.simulate(exp)
         return dataclasses.replace(exp, mesh=tuple(make_mesh(**dict(exp.mesh)).shape.items()))
@@ -85,7 +85,7 @@ def on_mesh(exp: Experiment) -> Experiment:
 
 
 class Speed(NamedTuple):
-    """Of an experiment's train step."""
+    """Speed of an experiment's train step."""
 
     step_ms: list[float]  # quartiles
     tokens: int  # of a step
@@ -120,7 +120,7 @@ def in_bursts(pair: list[Experiment], data_dir: pathlib.Path) -> list[Speed]:
 
 
 def speed_table(speeds: dict[str, Speed]) -> str:
-    """Of the step's median, and its time in its twin's."""
+    """Table of median step times, and of their ratios to the dense baseline's."""
     heads = ["", "tokens/s", "step, ms", "quartiles, ms", "of the twin's", "compile, s"]
     found, twin = [], speeds["twin"]
     for name, speed in speeds.items():
@@ -135,7 +135,7 @@ def speed_table(speeds: dict[str, Speed]) -> str:
 
 
 def outside(exp: Experiment, data_dir: pathlib.Path, steps: int) -> Outside:
-    """Where the time of a short run goes; it logs as often as configured, where it is long enough, and saves twice."""
+    """Measures where the time of a short run goes; it logs as configured, where it is long enough, and saves twice."""
     every = {
         "log_every": min(exp.run.log_every, (steps - 1) // 2),
         "eval_every": steps,

@@ -58,7 +58,7 @@ def positive(text: str) -> int:
 
 
 def planned(given: argparse.Namespace, words: list[str]) -> Plan:
-    """What to do; ValueError where it cannot be done, before anything is written."""
+    """Plan of the launch; ValueError where it cannot be done, before anything is written."""
     workdir = flag(words, "workdir")
     if not workdir:
         raise ValueError("No place for the run was given; say -- --config=FILE --workdir=runs/my_run, for instance.")

@@ -32,7 +32,7 @@ PRIORITIES = {"probability": "surest first", "choice-major": "first choices firs
 
 
 class Seen(NamedTuple):
-    """Of the held-out images."""
+    """Results on the held-out images."""
 
     accuracy: float
     dropped: float  # of all choices

@@ -1,4 +1,4 @@
-"""What proves the laws on a user's own config.
+"""Checks of the laws on a user's own config.
 
 experiment     every law, of an experiment: what `python -m experiments.audit` prints
 shrink         the experiment at small widths, and what was changed

@@ -1,8 +1,8 @@
-"""The laws by their names and numbers, as CONTRIBUTING.md has them, and what an audit says of each in a sentence."""
+"""The laws by name and number, as CONTRIBUTING.md has them, and a sentence on each from an audit."""
 
 from collections.abc import Sequence
 
-from moe_jax.audit.communication import Row
+from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.experiment import Finding
 
 LAWS = {
@@ -28,14 +28,14 @@ def by_law(found: Sequence[Finding]) -> dict[str, list[Finding]]:
     return named
 
 
-def sentence(law: str, found: Sequence[Finding | Row]) -> str:
+def sentence(law: str, found: Sequence[Finding | ComparedCollective]) -> str:
     """A law, and whether it holds, in a sentence."""
     number = f"{list(LAWS).index(law) + 1}. " if law in LAWS else ""
     return f"{number}{law}: {outcome(found)}" + (f" ({LAWS[law].rstrip('.')})" if law in LAWS else "") + "."
 
 
-def outcome(found: Sequence[Finding | Row]) -> str:
-    """In how many trials it holds."""
+def outcome(found: Sequence[Finding | ComparedCollective]) -> str:
+    """Counts the trials in which it holds, in words."""
     tried = [f.verdict.holds if isinstance(f, Finding) else f.holds for f in found]
     if not tried:
         return "not tried here"
@@ -45,6 +45,6 @@ def outcome(found: Sequence[Finding | Row]) -> str:
     return f"{how} in {tried.count(False)} of {len(tried)} trials"
 
 
-def broken(finding: Finding | Row) -> bool:
-    """Whether it breaks a law that the config claims."""
+def broken(finding: Finding | ComparedCollective) -> bool:
+    """Returns whether it breaks a law that the config claims."""
     return finding.broken if isinstance(finding, Finding) else not finding.holds

@@ -64,7 +64,7 @@ def kernel_init(dims: str, scale: float = 1.0) -> Callable:
 
 
 def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
-    """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded.
+    """PartitionSpec of an array with these dimensions; axes in front of them (layers) are not sharded.
 
     Of several widths (`WIDTHS`) only the first is.
     ValueError where two of its dimensions would be spread over the same mesh axis.
@@ -80,7 +80,7 @@ def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
 
 
 def specs(tree: Any, rules: Rules) -> Any:
-    """How parameters are laid out, by their names.
+    """PartitionSpecs of a tree of parameters, by their names.
 
     Whole everywhere are vectors of a width (D, Q, W), and what belongs to a router (`router_gate_DE`), which decides
     about its own tokens.

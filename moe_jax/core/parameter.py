@@ -1,4 +1,4 @@
-"""Where parameters are born, and where they are used."""
+"""Parameters of Linen modules: creation, and gathering where they are used."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +20,6 @@ def parameter(module: nn.Module, name: str, sizes: Mapping[str, int], init: Call
 
 
 def weight(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, dtype: Any = None) -> jax.Array:
-    """The same, to be multiplied with: gathered where it is spread over fsdp, and in this type."""
+    """A parameter to multiply with: gathered where it is sharded over fsdp, and in this type."""
     w = shard.local().unshard(name, parameter(module, name, sizes, init), dtype)
     return w if dtype is None else w.astype(dtype)

@@ -1,4 +1,4 @@
-"""What a compiled TPU program computes while it communicates."""
+"""Overlap of computation and communication in a compiled TPU program."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Overlap(NamedTuple):
 def overlaps(schedule: Schedule, clock: float | None) -> list[Overlap]:
     """Sums over the collectives of a step; seconds are None where the clock is not known."""
     sums: dict[tuple[str, str], list[int]] = {}
-    for op, how, *numbers in each(schedule):
+    for op, how, *numbers in each_overlap(schedule):
         total = sums.setdefault((op, how), [0, 0, 0])
         for k, n in enumerate(numbers):
             total[k] += n
@@ -39,13 +39,13 @@ def overlaps(schedule: Schedule, clock: float | None) -> list[Overlap]:
     return [Overlap(op, how, n, moved, seconds(m)) for (op, how), (n, moved, m) in sorted(sums.items())]
 
 
-def each(schedule: Schedule) -> Iterator[tuple[str, str, int, int, int]]:
-    """Every collective in the text: what, how, executions, bytes, and cycles of what is computed meanwhile."""
+def each_overlap(schedule: Schedule) -> Iterator[tuple[str, str, int, int, int]]:
+    """Yields every collective in the text: what, how, executions, bytes, and cycles of what is computed meanwhile."""
     for name, n in schedule.times.items():
         around = schedule.computations[name]
         for i in around.values():
             for c, how in begun(i, schedule.computations):
-                meanwhile = hidden(i, around) if how == "asynchronous" else cycles(i) if how == "fused" else 0
+                meanwhile = hidden_cycles(i, around) if how == "asynchronous" else cycles(i) if how == "fused" else 0
                 size = hlo.total(moved(c))
                 yield c.op.removesuffix("-start"), how, n, n * size, n * meanwhile
 
@@ -66,12 +66,12 @@ def begun(i: Instruction, computations: dict[str, Computation]) -> list[tuple[In
 
 def moved(c: Instruction) -> int | tuple:
     """Bytes of its results; a start has operands in front of them."""
-    result = hlo.sizes(c.result)
+    result = hlo.byte_sizes(c.result)
     started = c.op.endswith("-start") and c.op != "all-reduce-start"
     return result[1] if started and isinstance(result, tuple) else result
 
 
-def hidden(start: Instruction, around: Computation) -> int:
+def hidden_cycles(start: Instruction, around: Computation) -> int:
     """Estimated cycles between a start and the instruction that waits for it."""
     between, total = False, 0
     for i in around.values():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.costs.headline import headline, mesh_words
-from moe_jax.plan.plan import Plan, Run, Site, whole
+from moe_jax.plan.plan import Plan, RunCost, Site, whole
 from moe_jax.plan.search import Found, Option
 from moe_jax.plan.topology import Topology
 
@@ -44,7 +44,7 @@ PROSE = ("source", "for", "which", "example")  # heads of columns that hold sent
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and how fast it may be, in a sentence or two."""
+    """Verdict of a plan: whether it fits, and its speed, in a sentence or two."""
     by = "compiled" if plan.compiled is not None else "predicted"
     best, worst = plan.roofline.best, plan.roofline.worst
     over = plan.compiled.over if plan.compiled is not None else -plan.room
@@ -132,7 +132,7 @@ def times(plan: Plan) -> Section:
 def run(plan: Plan) -> Section:
     runs = list(plan.runs.values())
 
-    def row(name: str, what: Callable[[Run], str]) -> tuple[str, ...]:
+    def row(name: str, what: Callable[[RunCost], str]) -> tuple[str, ...]:
         return name, *(what(r) for r in runs)
 
     def spent(what: Callable[[Any], str]) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ def run(plan: Plan) -> Section:
 
 
 def compiled(plan: Plan) -> list[Section]:
-    """What the compiler says; nothing where it was not asked."""
+    """Sections with the compiler's figures; none where it was not run."""
     c = plan.compiled
     if c is None:
         return []
@@ -194,7 +194,7 @@ def compiled(plan: Plan) -> list[Section]:
 
 
 def sources(plan: Plan) -> Section:
-    """Where every figure is from, and what is assumed."""
+    """Sources of every figure, and assumptions."""
     chip, site = plan.on.chip, plan.site
     power = "not known" if site.watts is None else f"{site.watts:g} W a chip"
     rows: Rows = [
@@ -248,14 +248,14 @@ class Search(NamedTuple):
             return ""
         return " (config)" if option.memory.total <= self.on.chip.usable else " (config, too large)"
 
-    def run(self, option: Option) -> Run:
+    def run(self, option: Option) -> RunCost:
         """The whole run, with nothing overlapped."""
         tokens = self.tokens or float(option.exp.run.steps * option.roofline.tokens)
         return whole(option.roofline, self.on, self.site, option.seconds, tokens)
 
 
 def found_facts(search: Search) -> dict[str, str]:
-    """What is to be placed, and what the run takes on the fastest option; {} where no mesh can be built."""
+    """Facts about the run: what is placed, and what it costs on the first option; {} where no mesh can be built."""
     exp = search.shown[0].exp if search.shown else None
     if exp is None:
         return {}

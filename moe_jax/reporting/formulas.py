@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """What a figure of it says; unit: of the axis."""
+    """Title, formula and axis unit of a metric."""
 
     title: str
     formula: str

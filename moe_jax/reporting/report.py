@@ -9,7 +9,7 @@ from moe_jax.files import write_file
 from moe_jax.reporting import page, plots
 from moe_jax.reporting.formulas import AUXILIARY, HIDDEN, LOSS, METRICS, SYMBOLS, Metric
 from moe_jax.reporting.metrics import curve, last, read, summary_rows
-from moe_jax.reporting.verdict import verdict
+from moe_jax.reporting.verdict import run_verdict
 
 FILE = "report.html"
 FIRST = ("drop_rate", "load_max_over_mean", "dead_experts", "router_entropy")  # of the metrics of MoE layers
@@ -48,7 +48,7 @@ def head(runs: plots.Runs, about: Mapping[str, str], steps: int | None = None) -
         rows["data"] = "; ".join([*([rows["data"]] if "data" in rows else []), f"fingerprint {start['data'][:16]}"])
     if "command" in start:
         rows["command"] = start["command"]
-    said = " ".join(verdict(runs, steps))
+    said = " ".join(run_verdict(runs, steps))
     question = [page.heading(start["question"])] if "question" in start else []
     return [*question, *([page.text(said)] if said else []), *([page.facts(rows)] if rows else [])]
 
@@ -103,7 +103,7 @@ def moe_figures(records: list[dict]) -> list[str]:
 
 
 def changes(values: np.ndarray) -> bool:
-    """Whether a series, [n] or [n, layers], has two different finite values of anything."""
+    """Returns whether a series, [n] or [n, layers], has two different finite values of anything."""
     series = [v[np.isfinite(v)] for v in values.reshape(len(values), -1).T] if values.size else []
     return any(v.size and np.ptp(v) > 0 for v in series)
 

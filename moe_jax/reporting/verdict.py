@@ -1,4 +1,4 @@
-"""What a run came to, in plain sentences that its records prove."""
+"""The verdict on a run: plain sentences that its records prove."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ Runs = Mapping[str, Records]  # by name, the reported one first
 SLOW = 0.5  # of the median speed
 
 
-def verdict(runs: Runs, steps: int | None = None) -> list[str]:
-    """Sentences on the first of the runs; steps: how many its config asks for. [] without a step."""
+def run_verdict(runs: Runs, steps: int | None = None) -> list[str]:
+    """Returns sentences on the first of the runs; steps: how many its config asks for. [] without a step."""
     records = next(iter(runs.values()))
     if not last(records, "train") and not last(records, "eval"):
-        return []
-    return [word for word in (ending(records, steps), held_out(runs), routing(records), steadiness(records)) if word]
+        sentences = (ending(records, steps), held_out(runs), drops_and_balance(records), steadiness(records))
+    return [sentence for sentence in sentences if sentence]
 
 
 def ending(records: Records, steps: int | None = None) -> str:
-    """Whether the run is finished, has diverged, or is to go on."""
+    """Says whether the run is finished, has diverged, or is to go on."""
     end, step = last(records, "end"), max(r["step"] for r in records)
     of = f" of {steps:,}" if steps else ""
     if end.get("diverged"):
@@ -66,7 +66,7 @@ def against(records: Records, name: str, other: Records) -> str:
     return f"{abs(difference):.4f} {better} than {name} ({its['loss']:.4f}{at})"
 
 
-def routing(records: Records) -> str:
+def drops_and_balance(records: Records) -> str:
     """Drops and balance in training; "" of a run without MoE layers."""
     moe, words = last(records, "train").get("moe") or {}, []
     if (rate := mean_rate(records)) is not None:

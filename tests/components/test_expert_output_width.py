@@ -28,11 +28,11 @@ from moe_jax import (
     TopK,
     TwoLevel,
 )
-from moe_jax.audit.communication import compare
+from moe_jax.audit.communication import compare_collectives
 from moe_jax.audit.hlo import collectives
 from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
-from moe_jax.core.shard import TOKENS, rules_for
+from moe_jax.core.shard import TOKEN_AXES, rules_for
 from moe_jax.costs.communication import layer
 from moe_jax.moe_config import output_width
 from tests.cases import close, context, mesh_of, normal, sizes_of
@@ -141,7 +141,7 @@ def test_what_travels_is_predicted(dispatch, exchange, mesh):
     cfg = config(dispatch, exchange, shared=Projector(F=4, O=6))
     on = partial(NamedSharding, mesh_of(mesh))
     layout = jax.tree.map(on, dims.specs(parameters(cfg), rules_for(exchange)))
-    tokens = on(P(TOKENS))
+    tokens = on(P(TOKEN_AXES))
 
     def loss(params, x):
         y, aux = MoE(cfg).apply({"params": params}, x)
@@ -151,7 +151,7 @@ def test_what_travels_is_predicted(dispatch, exchange, mesh):
     step = jax.jit(gradient, in_shardings=(layout, tokens), out_shardings=outputs)
     with context(mesh):
         text = step.lower(parameters(cfg), normal(50, B, L, D)).compile().as_text()
-    rows = compare(layer(cfg, sizes_of(mesh), B, L, D), collectives(text, mesh_of(mesh)))
+    rows = compare_collectives(layer(cfg, sizes_of(mesh), B, L, D), collectives(text, mesh_of(mesh)))
     assert [row.detail for row in rows if not row.holds] == []
 
 

@@ -69,7 +69,7 @@ def test_weighted_rows_back(dtype):
     y, g = jnp.asarray(normal(0, R, D), dtype), jnp.asarray(normal(1, T, D), dtype)
     token = np.random.default_rng(0).integers(0, T + 1, R).astype(np.int32)
     weight = np.where(token < T, normal(2, R), 0).astype(np.float32)
-    dy, dweight = jax.jit(rows_gpu.weighted_back)(jnp.where((token < T)[:, None], y, jnp.nan), g, weight, token)
+    dy, dweight = jax.jit(rows_gpu.weighted_sum_grad)(jnp.where((token < T)[:, None], y, jnp.nan), g, weight, token)
     of = np.concatenate([np.asarray(g, np.float64), np.zeros((1, D))])[token]
     assert error(dy, weight[:, None] * of) < ERROR[dtype]
     assert error(dweight, (of * np.asarray(y, np.float64)).sum(1)) < 1e-6

@@ -27,7 +27,7 @@ from moe_jax.losses import (
     UniformKL,
     convert,
 )
-from moe_jax.losses.load_balance import CONVENTIONS, balanced_value
+from moe_jax.losses.load_balance import BALANCE_CONVENTIONS, balanced_value
 from moe_jax.models import LMConfig, aux_loss
 from moe_jax.moe import Aux, MoEConfig
 from moe_jax.routers import NoisyTopK, NullExperts, TopK
@@ -104,9 +104,9 @@ def by_task(loss, **options):
 
 
 SCOPES = {"batch": (1, G * S), "group": (G, S), "sequence": (B, G * S // B)}
-WIDE = [c for c in CONVENTIONS if not CONVENTIONS[c].first]
+WIDE = [c for c in BALANCE_CONVENTIONS if not BALANCE_CONVENTIONS[c].first]
 ORACLE = {
-    **{LoadBalance(convention=c): by_part(c, SCOPES["batch"]) for c in CONVENTIONS},
+    **{LoadBalance(convention=c): by_part(c, SCOPES["batch"]) for c in BALANCE_CONVENTIONS},
     **{LoadBalance(convention=c, scope=s): by_part(c, SCOPES[s]) for c in WIDE for s in ("group", "sequence")},
     RouterZ(): of(oracle.router_z, "logits_GSE"),
     Importance(): lambda t: oracle.importance(spread(t)),
@@ -259,20 +259,20 @@ def test_balanced_and_collapsed(K):
         loss = LoadBalance(convention=convention)
         np.testing.assert_allclose(loss(flat, {}, router), expected, rtol=1e-6)
         assert expected == balanced_value(convention, 4, K)
-        worst = 4 if CONVENTIONS[convention].first else 4 / K
+        worst = 4 if BALANCE_CONVENTIONS[convention].first else 4 / K
         np.testing.assert_allclose(loss(one, {}, router), expected * worst, rtol=1e-6)
     for scope in SCOPES:
         np.testing.assert_allclose(LoadBalance(scope=scope)(flat, {}, router), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("source", "target"), [(a, b) for a in CONVENTIONS for b in CONVENTIONS])
+@pytest.mark.parametrize(("source", "target"), [(a, b) for a in BALANCE_CONVENTIONS for b in BALANCE_CONVENTIONS])
 def test_a_converted_coefficient(source, target):
     """It is the same weighted loss where the same choices are counted, and always where the load is balanced."""
     c = convert(0.01, source, target, E, K)
     a, b = LoadBalance(0.01, source), LoadBalance(c, target)
     np.testing.assert_allclose(convert(c, target, source, E, K), 0.01, rtol=1e-12)
     tried = [even(False, K, E)]
-    if CONVENTIONS[source].first == CONVENTIONS[target].first:
+    if BALANCE_CONVENTIONS[source].first == BALANCE_CONVENTIONS[target].first:
         tried += [example(0)[1], example(1)[1]]
     for s in tried:
         np.testing.assert_allclose(a.weight * value(a, s), b.weight * value(b, s), rtol=1e-5)

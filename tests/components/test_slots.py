@@ -20,7 +20,7 @@ from moe_jax import (
     Sort,
     TopK,
 )
-from moe_jax.core.capacity import CONVENTIONS
+from moe_jax.core.capacity import CAPACITY_CONVENTIONS
 from moe_jax.core.context import Context
 from moe_jax.core.routing import SlotChoice, token_choice
 from moe_jax.core.traits import traits
@@ -33,7 +33,7 @@ def identity(params, x, groups):
     return x
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", CAPACITY_CONVENTIONS)
 @pytest.mark.parametrize("dispatch", [Einsum, Scatter])
 def test_slots_are_what_an_expert_keeps(dispatch, convention):
     """Of a group that all goes to one expert, so many tokens reach it."""

@@ -217,7 +217,7 @@ def test_one_model_every_mesh(mesh, start, one, monkeypatch):
     monkeypatch.setattr(meshes, "CLOSE", 2e-5)  # positions have gradients of all images, which nearly cancel
     exp = dataclasses.replace(EXP, mesh=tuple(mesh.items()))
     many = meshes.run_on(exp, start, DIGITS, jax.devices())
-    found = meshes.same(one, many, start)
+    found = meshes.compare_with_one_device(one, many, start)
     assert [f"{name} {verdict.detail}" for name, verdict in found.items() if not verdict.holds] == []
     assert one.metrics.stats.kept.sum() < one.metrics.stats.choices_E.sum()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_jax.attention import MHA, MLA, NoPE, Relative, Rotary, Sinusoidal
 from moe_jax.config import DataConfig, Experiment, build
-from moe_jax.costs import KINDS, flops, parameters
+from moe_jax.costs import PARAMETER_KINDS, flops, parameters
 from moe_jax.data import Classification, Digits, SpanCorruption, ToyTranslation, Translation
 from moe_jax.data.tokenizers import SentencePiece
 from moe_jax.dispatch import Einsum, Scatter
@@ -213,7 +213,7 @@ def test_any_model_is_counted(kind, data, forms):
     model = kind(**forms)
     count = parameters(model)
     assert count.total == made(model, DATA[kind])
-    assert set(count.kinds) == set(KINDS)
+    assert set(count.kinds) == set(PARAMETER_KINDS)
     assert count.active <= count.total
 
 

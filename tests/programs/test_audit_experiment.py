@@ -15,7 +15,7 @@ from experiments import cli
 from moe_jax import GLU, MLP, Einsum, LMConfig, MoEConfig, Scatter, Sort, Top2, TopK, make_mesh
 from moe_jax.attention import MHA
 from moe_jax.audit import meshes
-from moe_jax.audit.dispatchers import dispatchers, fitting
+from moe_jax.audit.dispatchers import dispatchers, fitting_dispatchers
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import fold, kinds, narrow, shrink
 from moe_jax.config import DataConfig, Experiment, OptimConfig
@@ -123,8 +123,8 @@ def test_the_worst_difference_is_named():
     np.testing.assert_allclose(found.error, 0.05)
     for bad in (np.nan, np.inf):
         assert meshes.worst(one, {**one, "a": np.array([bad, 100.0])}).error > 1e300
-    assert not meshes.within(1e-5, meshes.Worst(math.inf, "b/c")).holds
-    assert "in b/c" in meshes.within(1e-5, meshes.Worst(1.0, "b/c")).detail
+    assert not meshes.at_most(1e-5, meshes.Worst(math.inf, "b/c")).holds
+    assert "in b/c" in meshes.at_most(1e-5, meshes.Worst(1.0, "b/c")).detail
 
 
 class Forgetful(Scatter):
@@ -158,9 +158,9 @@ def test_a_dispatcher_that_differs_is_named(monkeypatch, other, words):
 
 def test_all_dispatchers_that_fit_are_compared():
     cfg = MoEConfig(E=4, router=Top2(), dispatch=Sort())
-    assert [type(d).__name__ for d in fitting(cfg)] == ["Einsum", "Scatter", "Sort"]
+    assert [type(d).__name__ for d in fitting_dispatchers(cfg)] == ["Einsum", "Scatter", "Sort"]
     limited = dataclasses.replace(cfg, dispatch=Scatter(2.0, "probability", "vmoe"))
-    assert fitting(limited) == [Einsum(2.0, "probability", "vmoe"), Scatter(2.0, "probability", "vmoe")]
+    assert fitting_dispatchers(limited) == [Einsum(2.0, "probability", "vmoe"), Scatter(2.0, "probability", "vmoe")]
 
 
 # ---- shrinking, placing

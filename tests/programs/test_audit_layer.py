@@ -12,7 +12,7 @@ import pytest
 
 from experiments import laws
 from moe_jax import audit
-from moe_jax.core.capacity import CONVENTIONS, capacity
+from moe_jax.core.capacity import CAPACITY_CONVENTIONS, capacity
 from moe_jax.core.routing import token_choice
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.experts import MLP
@@ -233,9 +233,9 @@ def test_the_examples_run():
 def test_the_conventions_are_those_of_the_code():
     """Slots at S=512, E=64, K=2, factor 1.25, and the balanced values."""
     slots = dict(re.findall(r"\| `([\w-]+)` .* \| (\d+) \|\n", PAGE.read_text()))
-    assert slots == {c: str(capacity(512, 2, 64, 1.25, c)) for c in CONVENTIONS}
+    assert slots == {c: str(capacity(512, 2, 64, 1.25, c)) for c in CAPACITY_CONVENTIONS}
     said = re.findall(r"\| `(\w+)` \| (all|first) choices \| (\S+) \|", PAGE.read_text())
-    code = load_balance.CONVENTIONS.items()
+    code = load_balance.BALANCE_CONVENTIONS.items()
     assert said == [(name, "first" if c.first else "all", c.balanced) for name, c in code]
 
 

@@ -20,7 +20,7 @@ from experiments.bench.tokens import ROUTINGS
 from experiments.cli import load
 from moe_jax.config import build
 from moe_jax.core.groups import Dense
-from moe_jax.core.kernels.by_expert import ladder
+from moe_jax.core.kernels.by_expert import size_buckets
 from moe_jax.core.routing import position_in_expert
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig
@@ -130,14 +130,14 @@ def test_computed_rows_follow_the_dispatcher():
     assert done(Einsum(1.25), "cpu") == done(Scatter(1.25), "gpu") == done(Scatter(1.25), "cpu", True) == 4 * 2 * 5
     assert done(Scatter(None), "gpu") == 4 * 2 * 8
     assert done(Sort(), "gpu") == 32
-    rung = lambda n: min(C for C in ladder(32, 4, D) if C >= n)  # noqa: E731
-    most = ladder(32, 4, D)[-1]
+    rung = lambda n: min(C for C in size_buckets(32, 4, D) if C >= n)  # noqa: E731
+    most = size_buckets(32, 4, D)[-1]
     assert 16 <= most
     assert done(Sort(), "cpu") == rung(16) + rung(4) + rung(1) + rung(11)
     assert done(Scatter(1.25), "cpu") == rung(10) + rung(4) + rung(1) + rung(9)
     all_to_one = np.array([[8, 0, 0, 0]] * 2 * most)  # more rows than the largest rung, as ladders go up to 2 R / E
     some = work.rows_done(MoEConfig(E=4, dispatch=Sort()), all_to_one, S, D, "cpu")
-    assert 16 * most <= some < 16 * most + ladder(32 * most, 4, D)[-1]
+    assert 16 * most <= some < 16 * most + size_buckets(32 * most, 4, D)[-1]
     many_GE = 25 * count_GE
     parts = [work.rows_done(layer(Sort()), part, 25 * S, D, "cpu") for part in np.split(many_GE, 2)]
     two_shards = work.rows_done(layer(Sort()), many_GE, 25 * S, D, "cpu", False, 2)

@@ -66,7 +66,7 @@ def test_every_bit_of_every_weight(key):
     names = list(fingerprints(weights()))
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         changed = list(bits(leaf))
-        marks = {certificate.fingerprint(other)["sha256"] for other in changed}
+        marks = {certificate.array_fingerprint(other)["sha256"] for other in changed}
         assert len(marks) == len(changed) == 8 * np.asarray(leaf).nbytes
         assert made["weights"][name]["sha256"] not in marks
         tree = jax.tree.unflatten(jax.tree.structure(weights()), [*leaves[:i], changed[-1], *leaves[i + 1 :]])

@@ -21,8 +21,8 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import build
 from moe_jax.data import evaluation_batches
 from moe_jax.inspect import live, report
-from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names
-from moe_jax.inspect.knockout import Effects, Losses
+from moe_jax.inspect.analysis import analyse, compare_recordings, effects_of, layer_names
+from moe_jax.inspect.knockout import DomainLosses, Effects
 from moe_jax.inspect.recorder import layers_of
 from moe_jax.models.pattern import moe_paths
 from moe_jax.reporting.metrics import FILE, plain
@@ -62,7 +62,7 @@ def rec():
 
 @pytest.fixture(scope="module")
 def found(rec):
-    base = Losses(np.array([2.0, 2.0]), np.array([1.0, 1.0]))
+    base = DomainLosses(np.array([2.0, 2.0]), np.array([1.0, 1.0]))
     rise = np.arange(N * E) / 10
     effects = Effects(tuple(np.ndindex(N, E)), base, rise, np.stack([rise, -rise], 1))
     return analyse(rec, ["layer 1", "layer 3"], lambda t: f"<t{t}>") | {
@@ -129,15 +129,15 @@ def test_little_is_told_of_little(rec):
 
 def test_a_recording_compared_with_itself_is_the_same(rec):
     """With itself all is the same; with experts exchanged nothing but chance."""
-    np.testing.assert_array_equal(compared(rec, rec)["saturation"], 1)
+    np.testing.assert_array_equal(compare_recordings(rec, rec)["saturation"], 1)
     other = rec._replace(expert_TNK=np.where(rec.expert_TNK < E, (rec.expert_TNK + 1) % E, E).astype(np.int16))
     same = [
         np.mean([len({*a} & {*b}) / K for a, b in zip(rec.expert_TNK[:, n], other.expert_TNK[:, n], strict=True)])
         for n in range(N)
     ]
-    np.testing.assert_allclose(compared(rec, other)["saturation"], same)
+    np.testing.assert_allclose(compare_recordings(rec, other)["saturation"], same)
     shuffled = rec._replace(expert_TNK=rec.expert_TNK[np.random.default_rng(1).permutation(rec.tokens)])
-    by_chance = compared(rec, shuffled)
+    by_chance = compare_recordings(rec, shuffled)
     np.testing.assert_allclose(by_chance["saturation"], by_chance["chance"], atol=0.06)
 
 
@@ -243,7 +243,7 @@ def test_a_curve_in_one_line():
     assert live.sparkline([1, 1, np.nan, 1]) == "▁▁ ▁"
     assert live.sparkline([]) == ""
     assert live.sparkline(np.arange(100), width=4) == "▁▃▆█"
-    assert live.bars([0.5, 0.25, 0.25, 0]) == "█▅▅·"
+    assert live.load_bars([0.5, 0.25, 0.25, 0]) == "█▅▅·"
 
 
 def records(steps: int) -> list[dict]:

@@ -40,7 +40,7 @@ from moe_jax.plan.topology import topology
 from moe_jax.reporting.formulas import METRICS
 from moe_jax.reporting.metrics import Logger
 from moe_jax.reporting.report import write_report
-from moe_jax.reporting.verdict import verdict
+from moe_jax.reporting.verdict import run_verdict
 from moe_jax.routers import TopK
 from moe_jax.step import Metrics
 from moe_jax.train import Tally, TrainingDiverged
@@ -122,7 +122,7 @@ def report(folder: Path, records: list[dict], others: dict[str, list[dict]] | No
     ],
 )
 def test_the_verdict_is_that_of_the_records(records, words):
-    said = " ".join(verdict({"run": records}, 40))
+    said = " ".join(run_verdict({"run": records}, 40))
     assert words in said if words else said == ""
 
 
@@ -137,7 +137,7 @@ def test_the_verdict_is_that_of_the_records(records, words):
     ],
 )
 def test_a_comparison_says_better_or_worse_and_by_how_much(other, words):
-    said = " ".join(verdict({"run": FINISHED, "other": other}))
+    said = " ".join(run_verdict({"run": FINISHED, "other": other}))
     assert f"at step 40: {words}. Each is one run" in said
 
 
@@ -292,7 +292,7 @@ def test_a_plan_is_legible():
 
 
 def test_an_audit_has_a_sentence_for_each_law():
-    """Those of CONTRIBUTING.md; details are open where a law is broken, and only there."""
+    """The laws are those of CONTRIBUTING.md; details are open where a law is broken, and only there."""
     found = [
         Finding("one model, every mesh", "data=8", True, Verdict(True, "outputs 1e-7")),
         Finding("one model, every mesh", "expert=8", True, Verdict(False, "NOT outputs")),

@@ -79,7 +79,7 @@ def layers(records: list[dict], key: str, title: str, note: str = "", unit: str 
 
 
 def auxiliary(records: list[dict], title: str, note: str = "", unit: str = "nats") -> Plot:
-    """What auxiliary losses add to the loss."""
+    """Draws the auxiliary losses' part of the loss."""
     steps, values = curve(records, "aux_loss")
     return lines([Curve(steps, smooth(values), width=1.2)], "step", unit, title, note)
 
