@@ -476,7 +476,7 @@ def _check_batch(exp: Experiment) -> None:
         cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
     check_divides({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:
-        part.check_spread(sizes.get("tensor", 1))
+        part.check_tensor(sizes.get("tensor", 1))
     if model.routed is None:
         return
     check_mesh(model.routed, sizes, model.D, "config.")

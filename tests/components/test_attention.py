@@ -61,7 +61,7 @@ def packed(shared=()) -> Sees:
 def spread(part, mesh: str) -> bool:
     """Tells whether heads may lie on the shards of this mesh."""
     try:
-        part.check_spread(2 if "t2" in mesh else 1)
+        part.check_tensor(2 if "t2" in mesh else 1)
     except ValueError:
         return False
     return True
