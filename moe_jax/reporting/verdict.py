@@ -16,7 +16,8 @@ def run_verdict(runs: Runs, steps: int | None = None) -> list[str]:
     """Returns sentences on the first of the runs; steps: how many its config asks for. [] without a step."""
     records = next(iter(runs.values()))
     if not last(records, "train") and not last(records, "eval"):
-        sentences = (ending(records, steps), held_out(runs), drops_and_balance(records), steadiness(records))
+        return []
+    sentences = (ending(records, steps), held_out(runs), drops_and_balance(records), steadiness(records))
     return [sentence for sentence in sentences if sentence]
 
 
