@@ -23,7 +23,8 @@ from moe_jax.audit.page import findings_page
 from moe_jax.audit.placement import placement
 from moe_jax.audit.routing import Verdict
 from moe_jax.config import DataConfig, Experiment, RunConfig
-from moe_jax.core.stats import Stats
+from moe_jax.core.routing import token_choice
+from moe_jax.core.stats import Stats, describe, stats
 from moe_jax.costs.headline import headline
 from moe_jax.dispatch import Scatter
 from moe_jax.evaluate import drop_rate, per_layer
@@ -224,6 +225,14 @@ def test_what_no_layer_has_measured_is_not_in_a_record():
     assert set(measured) - set(never) == {"agreement"}
     assert drop_rate(STATS) == 0.75
     assert math.isnan(drop_rate(STATS._replace(choices_E=jnp.zeros((2, 4)))))
+
+
+def test_a_layer_alone_has_no_agreement():
+    weight, probs = jnp.ones((1, 2, 1)), jnp.full((1, 2, 4), 0.25)
+    routing = token_choice(jnp.zeros((1, 2, 1), jnp.int32), weight, jnp.log(probs), probs, jnp.ones((1, 2), bool))
+    found = describe(stats(routing, jnp.ones((1, 2, 1), bool), 1))
+    assert np.isnan(found["agreement"])
+    assert found["active_experts"] == 1
 
 
 def test_the_first_layer_of_every_stack_has_no_agreement():
