@@ -1,17 +1,16 @@
-"""Looks inside a run: what its routers and experts do, as one HTML page and as JSON; or at one in progress.
+"""Shows what the routers and experts of a run do, as one HTML page and as JSON; or a run in progress.
 
     python -m experiments.inspect --workdir=runs/glam_nano
-    python -m experiments.inspect --workdir=runs/glam_nano --step=600 --out=runs/inspect_600
+    python -m experiments.inspect --workdir=runs/glam_nano --step=600 --report=runs/inspect_600.html --out=runs/figures
     python -m experiments.inspect --workdir=runs/glam_nano --compare=runs/glam_nano@600 --compare=runs/switch_nano
     python -m experiments.inspect --workdir=runs/glam_nano --live
 
 Records the routing of held-out data by a checkpoint, on the run's mesh and with its limit of slots, takes out every
-expert in turn, and writes report.html, report.json and, with --figures, every figure as a file. A run that is compared
-is recorded on the same data; where layers and experts are the same, so are choices counted. --live shows a run that is
-still going on, in the terminal and as a page (live.html) that loads itself again, until it ends.
+expert in turn, and writes WORKDIR/inspect/report.html, report.json and, with --out, every figure as a file. A run that
+is compared is recorded on the same data; where layers and experts are the same, so are choices counted. --live shows a
+run that is still going on, in the terminal and as a page (live.html) that loads itself again, until it ends.
 """
 
-import json
 import pathlib
 import sys
 from contextlib import suppress
@@ -39,13 +38,15 @@ from moe_jax.reporting.report import write_report
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 COMPARE = cli.compare()
-STEP = cli.flag(flags.DEFINE_integer, "step", None, "The checkpoint (default: the newest).")
-OUT = cli.flag(flags.DEFINE_string, "out", None, "Where to write.")
-WINDOWS = cli.flag(flags.DEFINE_integer, "windows", 256, "Held-out windows to look at.")
+DEVICES = cli.devices()
+STEP = cli.step()
+WINDOWS = cli.windows()
+REPORT = cli.report()
+JSON = cli.as_json()
+OUT = cli.out("A folder for the figures, each as a file.")
 KNOCK_OUT = flags.DEFINE_bool("knock_out", True, "Take out every expert in turn: a pass over the text for each.")
 STACK = flags.DEFINE_enum("stack", "decoder", STACKS, "Of a model with two, the one to look into.")
-FIGURES = flags.DEFINE_string("figures", None, "A folder for the figures, each as a file of its own.")
-KIND = flags.DEFINE_enum("figure_kind", "svg", ["svg", "png", "pdf"], "What files they are.")
+KIND = flags.DEFINE_enum("figure_kind", "svg", ["svg", "png", "pdf"], "Format of the figures in --out.")
 LIVE = flags.DEFINE_bool("live", False, "Show a run in progress, until it ends.")
 DIGITS = 5  # of numbers in the JSON
 CARDS = 8  # experts that get a card
@@ -62,16 +63,17 @@ def main() -> None:
         return
     if WINDOWS.value < 1:
         raise ValueError(f"--windows={WINDOWS.value} must be at least 1.")
-    out = cli.folder("out", OUT.value) if OUT.value else workdir / "inspect"
-    drawn = cli.folder("figures", FIGURES.value) if FIGURES.value else None
+    page, table = cli.file("report", REPORT.value), cli.file("json", JSON.value)
+    drawn = cli.folder("out", OUT.value) if OUT.value else None
     cli.simulate(experiment(workdir))
     run, others = open_run(workdir, STEP.value), [(name, opened(name)) for name in COMPARE.value]
     found, cards = inspected(run, others)
-    out.mkdir(parents=True, exist_ok=True)
+    if page is None or table is None:
+        (workdir / "inspect").mkdir(exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    write_file(out / "report.json", json.dumps(plain(found, DIGITS), indent=1))
-    path = write_file(out / "report.html", report.inspection_page(name, found, run.exp.to_json(), cards))
-    say(f"written: {path}, and report.json beside it")
+    cli.write_json(table or workdir / "inspect" / "report.json", plain(found, DIGITS))
+    html = report.inspection_page(name, found, run.exp.to_json(), cards)
+    say(f"written: {write_file(page or workdir / 'inspect' / 'report.html', html)}")
     if drawn is not None:
         drawn.mkdir(parents=True, exist_ok=True)
         for title, plot in report.named_figures(found).items():

@@ -10,7 +10,6 @@ which says whether it fits, and what it really sends. Topologies: v3, v4, v5e, v
 """
 
 import dataclasses
-import json
 import pathlib
 import runpy
 import sys
@@ -41,29 +40,21 @@ PUE = flags.DEFINE_float("pue", None, "Power usage effectiveness of the data cen
 CARBON = flags.DEFINE_float("carbon", None, "kg of CO2e per kWh of its grid.")
 POWER = flags.DEFINE_float("power", None, "Mean power of a chip, with its part of the host, in W.")
 PRICE = flags.DEFINE_float("price", None, "Price of a chip for an hour.")
-JSON = flags.DEFINE_string("json", None, "A file for all numbers.")
-REPORT = cli.flag(flags.DEFINE_string, "report", None, "An HTML file for the same.")
+REPORT = cli.report()
+JSON = cli.as_json()
 
 
 def main() -> None:
     exp = cli.experiment()
     if not TOPOLOGY.value:
         raise ValueError("No topology was given; say --topology=v4:4x4x4, for instance.")
-    on, files = topology(TOPOLOGY.value), (out("json", JSON.value), out("report", REPORT.value))
+    on, files = topology(TOPOLOGY.value), (cli.file("json", JSON.value), cli.file("report", REPORT.value))
     check_numbers()
     site = Site.of(on.chip, POWER.value, PUE.value, CARBON.value, PRICE.value)
     if SEARCH.value:
         searched(exp, on, site, *files)
     else:
         planned(on_mesh(exp, on), on, site, *files)
-
-
-def out(flag: str, value: str | None) -> pathlib.Path | None:
-    """A file to write, in a folder that is there."""
-    path = pathlib.Path(value) if value else None
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--{flag}={path}: there is no folder {path.parent}; make it, or give another file.")
-    return path
 
 
 def check_numbers() -> None:
@@ -83,7 +74,7 @@ def on_mesh(exp: Experiment, on: Topology) -> Experiment:
 
 def published() -> Mapping[str, Any]:
     """The figures that the config file names as its model's, PUBLISHED; {} if it names none."""
-    return runpy.run_path(FLAGS["config"].value.partition(":")[0]).get("PUBLISHED", {})
+    return runpy.run_path(str(cli.config_file(FLAGS["config"].value.partition(":")[0]))).get("PUBLISHED", {})
 
 
 def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | None, report: pathlib.Path | None) -> None:
@@ -93,7 +84,7 @@ def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | Non
     said = published()
     found = plan(exp, on, site, tokens_of(said), said, ANALYTIC.value)
     print(sections.text(sections.sections(found)), sections.verdict(found), sep="\n\n")
-    write(table, lambda: json.dumps(plan_to_dict(found), indent=2))
+    cli.write_json(table, plan_to_dict(found))
     write(report, lambda: plan_page(found))
 
 
@@ -114,10 +105,7 @@ def searched(
     if found.options:
         fitting = [i for i in range(len(found.options)) if not compiled.get(i, "").startswith("no")]
         print(f"The first{' that compiles' if compiled else ''}: {found.options[fitting[0]].flags}" if fitting else "")
-    write(
-        table,
-        lambda: json.dumps({"topology": on.name, **plan_to_dict(found), "compiled": plan_to_dict(compiled)}, indent=2),
-    )
+    cli.write_json(table, {"topology": on.name, **plan_to_dict(found), "compiled": plan_to_dict(compiled)})
     write(report, lambda: found_page(done))
 
 

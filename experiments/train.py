@@ -1,4 +1,4 @@
-"""Trains one experiment, and goes on with it where it was interrupted.
+"""Trains one experiment, and continues it where it was interrupted.
 
     python -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano
     python -m experiments.train --config=configs/glam_nano.py --config.model.moe.E=32 --print_config
@@ -31,6 +31,7 @@ from moe_jax.reporting.report import write_report
 from moe_jax.train import TrainingDiverged, train
 
 cli.define_config()
+cli.define_processes()
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")

@@ -293,7 +293,7 @@ def states_of(cfg: MoEConfig) -> dict:
 
 
 def given(name: str, batch: Batch) -> oracle.Given:
-    """What the oracle needs to know besides: above all what is drawn.
+    """Further inputs of the oracle: above all what is drawn.
 
     Group g, counted over the whole batch, has the g-th key folded in; its i-th transform has i + 1 folded in there.
     """
@@ -312,7 +312,7 @@ def given(name: str, batch: Batch) -> oracle.Given:
 
 
 def noise(router, keys, S: int, E: int) -> list | None:
-    """What a router draws for each group."""
+    """Draws of a router for each group."""
     draw = {
         Top2: lambda k: jax.random.uniform(k, (S,)),
         NoisyTopK: lambda k: jax.random.normal(k, (S, E)),

@@ -246,7 +246,7 @@ def _send_forward(x, slices, rows, axes):
 
 def _send_backward(rows, axes, residuals, g):
     slices, n = residuals
-    return _send_slices(g, slices.back(), n, axes), None
+    return _send_slices(g, slices.reverse(), n, axes), None
 
 
 _send_slices.defvjp(_send_forward, _send_backward)

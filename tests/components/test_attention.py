@@ -430,7 +430,7 @@ def test_fsdp_cuts_one_width(letters, cut):
 
 @every
 def test_score_flops_are_those_of_the_program(part, monkeypatch):
-    """Of the two products that have heads as a batch, in the definition."""
+    """Counts the two products that have heads as a batch, in the definition."""
     monkeypatch.setattr(scores, "BACKENDS", {"einsum": scores.BACKENDS["einsum"]})
     params, shared = numbers(part)
     traced = jax.make_jaxpr(lambda p, x: part(p, x, packed(shared))[0])(params, tokens())

@@ -172,7 +172,7 @@ def test_a_component_prints_as_its_own_source(component):
     ],
 )
 def test_an_attention_that_cannot_be_is_one_clear_line(text, words):
-    """Of a component inside a component too."""
+    """Errors of a component inside a component too."""
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         build({"model": {"D": 8, "N": 2, "moe_layers": "none", "attention": text}})
     assert "\n" not in str(caught.value)

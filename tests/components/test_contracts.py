@@ -1,4 +1,4 @@
-"""What every registered router, expert, dispatcher and loss must satisfy, on every case of cases.py."""
+"""Contracts of every registered router, expert, dispatcher and loss, on every case of cases.py."""
 
 import functools
 
@@ -69,7 +69,7 @@ def parameters(router):
 
 
 def context(router, keys=None) -> Context:
-    """What a router is called with besides; a remembered bias that changes some choices."""
+    """Context of a router's call, with a bias in its state that changes some choices."""
     E_ = 1 if isinstance(router, moe_jax.MixtureOfDepths) else E
     state = {n: jnp.array(0.1 * normal(9, E_)) for n in traits(router).state}
     return Context(E_, keys, None if keys is None else jax.random.key(1), state, *map(jnp.array, IDS))
@@ -243,7 +243,7 @@ def dispatched(dispatch):
 
 
 def two_choices(router):
-    """What a router decided with keys, if it names one expert only with a second choice that is not taken."""
+    """Decision of a router with keys, where a second choice is sometimes not taken."""
     routing = routed(router)[0][1]
     pad = ((0, 0), (0, 0), (0, 2 - router.K))
     return TokenChoice(

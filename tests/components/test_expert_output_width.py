@@ -156,7 +156,7 @@ def test_what_travels_is_predicted(dispatch, exchange, mesh):
 
 
 def test_a_shared_expert_has_the_same_width():
-    """What is added up is refused where it cannot be."""
+    """Refuses outputs of different widths where they are added."""
     assert (output_width(MLP(F=4), 8), output_width(Projector(F=4, O=6), 8)) == (8, 6)
     for shared in (Projector(F=4, O=5), MLP(F=4)):
         with pytest.raises(ValueError, match="has another output width than experts=Projector"):

@@ -62,7 +62,7 @@ RENORMALISED = ("nllb_moe_capacity_1", "nllb_moe_capacity_1_prioritized")
 
 @functools.cache
 def routings():
-    """Of every entry, [G, S, ...] as `shape_GS` says, and who found one of `capacity` slots: one compiled program."""
+    """Routings of all entries, [G, S, ...] as `shape_GS` says, and who found one of `capacity` slots: one program."""
 
     def route(x_TD, gate_DE):
         found = {}

@@ -112,7 +112,7 @@ def test_layers_are_those_of_the_cpu(expert, dispatch):
 
 
 def test_nothing_is_dense_and_no_row_is_written():
-    """Of 64 experts, each computes its own rows; tokens are fetched by the matmuls that need them; there is no loop."""
+    """Each of 64 experts computes its own rows; the matmuls fetch their tokens; there is no loop."""
     moe = MoE.of(E=64, router=TopK(K=2), experts=GLU(F=128), dispatch=Sort())
     x = jax.ShapeDtypeStruct((4, 512, 1024), jnp.bfloat16)
     params = jax.tree.map(

@@ -84,7 +84,7 @@ def test_under_vmap(way):
 
 
 def test_weight_gradient_of_the_tpu(monkeypatch):
-    """Its kernel, interpreted, in tiles of 8 rows: all 2^8 patterns against numpy."""
+    """Interpreted kernel in tiles of 8 rows: all 2^8 patterns against numpy."""
     monkeypatch.setattr(ragged_tpu, "ROWS", 8)
     outer = jax.jit(functools.partial(ragged_tpu.outer, interpret=True))
     for sizes in PATTERNS:
@@ -128,7 +128,7 @@ def test_kernels_of_the_gpu(widths):
 
 
 def abstract_gpu():
-    """What a program is lowered for where there is no GPU."""
+    """Abstract GPU that a program is lowered for where there is none."""
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     auto = (jax.sharding.AxisType.Auto,)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))

@@ -93,7 +93,7 @@ def test_the_alphabet_stands_alone():
 
 
 def test_the_oracle_stands_alone():
-    """What everything is compared with shares no code with it."""
+    """The oracle shares no code with the library."""
     for file in ("oracle.py", "oracle_routing.py", "oracle_attention.py"):
         names = imported(ast.parse((ROOT / "tests" / file).read_text()))
         outside = {n.split(".")[0] for n in names if not n.startswith("tests.oracle")}

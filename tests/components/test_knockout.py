@@ -384,7 +384,7 @@ def test_the_gradient_is_that_of_each_position(steered):
 
 
 def test_a_probe_reaches_what_it_reports(steered):
-    """What it says is so when the model is run; the gradient finds more than chance with as many tries."""
+    """Reported results hold when the model is run; the gradient finds more than chance with as many tries."""
     params, batch, goals = steered
     reports = {
         guided: probes.probe(WIDE, params, batch, goals, probes.Search(window=4, budget=3, tries=4, guided=guided))

@@ -57,7 +57,7 @@ class Tokens:
         return token_choice(*(jnp.asarray(arrays[n]) for n in names))
 
     def real(self, name: str, shape: tuple[int, int] = (1, G * S)) -> list[np.ndarray]:
-        """Of the real tokens, in float64, for each of so many parts in which all tokens are cut."""
+        """Values of the real tokens, in float64, for each of so many parts of all tokens."""
         a, mask = (v.reshape(*shape, *v.shape[2:]) for v in (getattr(self, name), self.mask_GS))
         return [part[real].astype(int if "expert" in name else np.float64) for part, real in zip(a, mask, strict=True)]
 
@@ -140,7 +140,7 @@ def test_losses_equal_their_formulas(loss, seed):
 
 
 def test_the_examples_tell_the_losses_apart():
-    """What is compared above differs between scopes, conventions, tasks; thresholds bind and do not."""
+    """The examples above differ between scopes, conventions and tasks; thresholds bind and do not."""
     assert {type(loss) for loss in ALL} == set(LOSSES)
     values = {loss: float(value(loss, example()[1])) for loss in ORACLE}
     apart = [v for loss, v in values.items() if loss != LoadEntropy(threshold=0.5)]
@@ -205,7 +205,7 @@ REACHES = {  # by class: what its gradient reaches
 
 @functools.cache
 def gradients():
-    """Of every loss, to every array of numbers that a router makes: one compiled program."""
+    """Gradients of every loss by every array that a router makes: one compiled program."""
     t = Tokens(0)
 
     def of_all(*floats):
@@ -267,7 +267,7 @@ def test_balanced_and_collapsed(K):
 
 @pytest.mark.parametrize(("source", "target"), [(a, b) for a in BALANCE_CONVENTIONS for b in BALANCE_CONVENTIONS])
 def test_a_converted_coefficient(source, target):
-    """It is the same weighted loss where the same choices are counted, and always where the load is balanced."""
+    """A converted coefficient gives the same weighted loss where the same choices count, and always in balance."""
     c = convert(0.01, source, target, E, K)
     a, b = LoadBalance(0.01, source), LoadBalance(c, target)
     np.testing.assert_allclose(convert(c, target, source, E, K), 0.01, rtol=1e-12)
@@ -372,7 +372,7 @@ def test_load_of_noise(router):
 
 
 def test_adaptive_weight():
-    """It grows while over capacity, shrinks while not, within its limits; every layer its own, through the config."""
+    """The weight grows while over capacity, shrinks while not, within its limits; each layer has its own."""
     adaptive = Adaptive(LoadBalance(0.5), target=0.1, capacity=1.25, rate=0.25, most=3.0)
     cfg = MoEConfig(E=E, router=ROUTER, experts=MLP(F=1), dispatch=Sort(), losses=(RouterZ(), adaptive))
     state = cfg.init_state(3)

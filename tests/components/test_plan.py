@@ -163,7 +163,7 @@ def test_every_factorization_comes_once():
 
 
 def test_mesh_axes_become_rings():
-    """What JAX makes of meshes, checked once by its own devices: whole sides, parts of one, every second chip."""
+    """Rings of mesh axes, checked once by JAX's own devices: whole sides, parts of one, every second chip."""
     pod = topology("v4:8x8x16")
     mesh = side_lengths({"fsdp": 4, "expert": 64, "tensor": 4}, pod)
     assert rings(pod, mesh, ("tensor",)) == (Ring(4, 1, False),)
@@ -177,7 +177,7 @@ def test_mesh_axes_become_rings():
 
 
 def test_collectives_take_the_time_of_their_links():
-    """Of one byte over one link a second, against what a simulation of the links counts."""
+    """Times of one byte over one link a second agree with a simulation of the links."""
     assert torus.collective_seconds("all-gather", 6.0, [Ring(4, 1, True)], 1.0) == 3
     assert torus.collective_seconds("all-reduce", 6.0, [Ring(4, 1, False)], 1.0) == 6
     assert torus.collective_seconds("all-gather", 12.0, [Ring(4, 1, True)] * 3, 1.0) == 2
@@ -352,7 +352,7 @@ def test_exchanges_fit_the_dispatcher():
 
 
 def fake(exp: Experiment, name: str) -> compiler.Compiled:
-    """What a compiler would say of a step that sends what is predicted."""
+    """Report of a compiler on a step that sends exactly what is predicted."""
     sent = step(exp, dict(exp.mesh), "tpu")
     gb = 2**30
     fits = dict(exp.mesh)["fsdp"] == 1

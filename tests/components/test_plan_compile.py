@@ -1,4 +1,4 @@
-"""What is read out of the TPU compiler: its refusals, its schedules; with libtpu (`make tpu`), what it compiles."""
+"""Reading the TPU compiler: its refusals, its schedules; with libtpu (`make tpu`), its programs."""
 
 import dataclasses
 import importlib.util
@@ -256,7 +256,7 @@ def with_layer(**fields) -> Experiment:
 @pytest.mark.tpu
 @pytest.mark.usefixtures("optimized")
 def test_one_chunk_travels_while_another_is_computed():
-    """Of two chunks, more of the exchange lies behind computation than of one; none where nothing is asynchronous."""
+    """Two chunks hide more of the exchange behind computation than one; none where nothing is asynchronous."""
     hidden = {}
     for chunks, asynchronous in ((1, True), (2, True), (2, False)):
         options = {"xla_tpu_enable_async_all_to_all": asynchronous}

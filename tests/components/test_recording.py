@@ -252,7 +252,7 @@ def test_what_is_not_recorded():
 
 @pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("assignments", "input"))])
 def test_details_of_two_stacks(router, names):
-    """Those asked for and no others; of the shorter sequence, nothing beyond its end."""
+    """Records hold the details asked for and no others; nothing beyond the end of the shorter sequence."""
     moe = MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=Einsum(None), losses=())
     model, batch = dataclasses.replace(PAIRS, moe=moe, causal=False), pairs()
     params = parameters(model, batch)
@@ -406,7 +406,7 @@ def test_parts_are_written_as_they_come(tmp_path):
 
 
 def test_an_interrupted_recording_is_none(tmp_path):
-    """It says so, and the next one leaves nothing of it."""
+    """An interrupted recording is refused, and the next one leaves nothing of it."""
 
     def breaks():
         yield from (small(), small(), small())

@@ -1,4 +1,4 @@
-"""What routers remember: updated once a step from global counts, in the training state, equal on every device."""
+"""State of routers: updated once a step from global counts, in the training state, equal on every device."""
 
 import dataclasses
 import functools

@@ -36,7 +36,7 @@ def identity(params, x, groups):
 @pytest.mark.parametrize("convention", CAPACITY_CONVENTIONS)
 @pytest.mark.parametrize("dispatch", [Einsum, Scatter])
 def test_slots_are_what_an_expert_keeps(dispatch, convention):
-    """Of a group that all goes to one expert, so many tokens reach it."""
+    """The slots are the tokens that reach an expert when a whole group goes to it."""
     for factor in (0.5, 1.25, None):
         d, E = dispatch(factor, convention=convention), 6
         mask, zeros = jnp.ones((1, S), bool), jnp.zeros((1, S, E))
@@ -85,7 +85,7 @@ def test_routing_groups_divide_the_tokens_of_a_shard(layer, training, irrelevant
 
 
 def test_traits_have_defaults():
-    """What is not declared is the most usual; groups matter to what is not causal."""
+    """Undeclared traits have the usual defaults; groups matter to routers that are not causal."""
     assert traits(None) == traits(object())
     plain, base = traits(TopK(K=3)), traits(BASELayer())
     assert (plain.causal, plain.random, plain.grouped, plain.K, plain.params) == (True, False, False, 3, ("gate_DE",))

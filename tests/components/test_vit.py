@@ -68,7 +68,7 @@ def norm(x, p):
 
 
 def attention(p, x):
-    """Of every token to every token, [B, L, D]."""
+    """Attention of every token to every token, [B, L, D]."""
     q, k, v = (
         np.einsum("bld,dha->bhla", x, p[f"{n}_DHA"]) + p[f"{n}_HA"][None, :, None] for n in ("query", "key", "value")
     )

@@ -35,7 +35,7 @@ from tests.cases import LAYERS, context, mesh_of, shapes_of, sizes_of
 
 
 def wrong(predicted, compiled) -> list[str]:
-    """What differs: bytes, and the number of collectives where XLA does not combine them."""
+    """Lists differences: bytes, and the number of collectives where XLA does not combine them."""
     rows = compare_collectives(predicted, compiled)
     counts = [(r.predicted, r.compiled) for r in rows if r.predicted.op != "all-reduce"]
     return [r.detail for r in rows if not r.holds] + [str(pair) for pair in counts if pair[0].count != pair[1].count]
@@ -234,7 +234,7 @@ def test_all_to_alls(name, each):
 
 
 def test_tensor_parallelism_is_one_all_reduce_each_way():
-    """Of [B, L, D] in every attention, dense and MoE layer; the MoE layers' weights [B, L, K] come with the second."""
+    """Every attention, dense and MoE layer all-reduces [B, L, D]; the MoE weights [B, L, K] come with the second."""
     sums = [c for c in compiled("biases") if c.axes == ("tensor",) and not c.where.startswith("reduce_sum")]
     x, weights, biases = (
         4 * B // 4 * L * 8,

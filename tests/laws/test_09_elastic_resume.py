@@ -34,7 +34,7 @@ compiled_once = pytest.mark.xdist_group("elastic")  # by one of several pytest p
 
 
 class Place(NamedTuple):
-    """What may change with the mesh when a run goes on elsewhere."""
+    """Settings that may change with the mesh when a run goes on elsewhere."""
 
     zero1: bool = False
     remat: str = "none"

@@ -292,7 +292,7 @@ def of_slots(L: int) -> int:
 
 
 def test_flops_are_those_that_xla_counts():
-    """Of a model whose loops have one turn, since XLA counts the body of a loop once."""
+    """FLOPs of a model whose loops have one turn, since XLA counts the body of a loop once."""
     moe = MoEConfig(E=4, router=TopK(K=2), experts=MLP(F=128), dispatch=Einsum(None))
     model = LMConfig(V=64, D=64, N=1, attention=MHA(4, 16), moe=moe, moe_layers="all", remat="none")
     data = DataConfig(L=32)
@@ -311,7 +311,7 @@ def test_flops_are_those_that_xla_counts():
 
 
 def row(name: str) -> str:
-    """Of the table of published models."""
+    """Row of the table of published models."""
     published, model = module(name)["PUBLISHED"], experiment(name).model
     count, cost = parameters(model), flops(model, experiment(name).data.shapes(1))
     differs = published.get("differs", {})

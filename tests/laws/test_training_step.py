@@ -194,7 +194,7 @@ def test_a_step_that_is_not_finite_changes_nothing(two_steps):
     [({0, 1, 2, 3}, 8, 0, 2), ({4, 5, 6, 7}, 8, 1, 2), ({0}, 1, 0, 1), ({2}, 4, 2, 4), (set(range(8)), 8, 0, 1)],
 )
 def test_what_a_process_reads(mine, n, part, parts):
-    """Its own rows; all processes that share a shard of tensor parallelism read the same."""
+    """A process reads its own rows; all processes that share a tensor-parallel shard read the same."""
     assert trainer.process_slice(mine, n) == {"process": part, "processes": parts}
 
 

@@ -1,6 +1,7 @@
 """The audit of a whole experiment: what it finds, what it names when something is broken, what it shrinks."""
 
 import dataclasses
+import json
 import math
 import re
 from functools import partial
@@ -54,8 +55,8 @@ def test_an_experiment_holds(config, monkeypatch, tmp_path):
     """Every law has its line and its figure, a step's communication is predicted, and the page says the same."""
     monkeypatch.setattr(meshes, "MESHES", ({"fsdp": 2, "expert": 2},))
     monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
-    code, out, err = call(config, f"--report={tmp_path / 'audit.html'}")
-    assert (code, err) == (0, ""), out
+    code, out, err = call(config, f"--report={tmp_path / 'audit.html'}", f"--json={tmp_path / 'audit.json'}")
+    assert (code, err) == (0, f"written: {tmp_path / 'audit.json'}\n"), out
     said = dict(re.findall(r"^(\S.*?)  +(yes|no|NO) ", out, re.MULTILINE))
     assert not [law for law, held in said.items() if held == "NO"]
     for law in (
@@ -71,6 +72,12 @@ def test_an_experiment_holds(config, monkeypatch, tmp_path):
     ):
         assert said[law] == "yes", law
     assert re.search(r"drops [1-9]\d* of \d+", out), "something was dropped, and the same everywhere"
+    record = json.loads((tmp_path / "audit.json").read_text())
+    assert record["broken"] == 0
+    assert {f"{f['law']}, {f['subject']}": f["holds"] for f in record["findings"]} == {
+        law: held == "yes" for law, held in said.items() if not law.startswith("communication, ")
+    }
+    assert any(row["compiled"]["op"] == "all-to-all" and row["holds"] for row in record["communication"])
     page = stands_alone((tmp_path / "audit.html").read_text())
     assert "0 of" in page.said
     assert not any(page.details.values()), "nothing is broken, so nothing is open"
@@ -101,7 +108,7 @@ def test_what_is_broken_is_named(config, monkeypatch):
         ([], "No experiment was given"),
         (["--config=nothing.py"], "no config file"),
         (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
-        (["--config=configs/glam_nano.py", "--simulated=0"], "--simulated=0 must be at least 1"),
+        (["--config=configs/glam_nano.py", "--devices=0"], "devices=0: Expected a positive integer"),
     ],
 )
 def test_mistakes_are_one_line(argv, words):

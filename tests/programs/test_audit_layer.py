@@ -1,6 +1,7 @@
-"""What the audit says of layers whose laws are known, broken ones too; that the documented table is what it says."""
+"""Audits of layers whose laws are known, broken ones too; the documented table is the audit's."""
 
 import dataclasses
+import json
 import pathlib
 import re
 from functools import partial
@@ -195,7 +196,7 @@ def rows() -> list[list[str]]:
 
 
 def test_the_table_is_complete():
-    """It has a row for every registered router, and the columns that are made."""
+    """The table has a row for every registered router, and the columns that are made."""
     title, _, *body = rows()
     assert title == ["router", *(column.title for column in laws.COLUMNS)]
     assert [row[0] for row in body] == [f"`{name}`" for name in laws.ROUTERS]
@@ -248,8 +249,8 @@ call = partial(programs.call, laws)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--write=nowhere.md"], "nowhere.md is not a file"),
-        (["--write=CONTRIBUTING.md"], "no place for the table"),
+        (["--out=nowhere.md"], "nowhere.md is not a file"),
+        (["--out=CONTRIBUTING.md"], "no place for the table"),
         (["write"], "'write' is not a flag"),
     ],
 )
@@ -268,7 +269,8 @@ def test_the_table_is_written_between_its_marks(monkeypatch, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{laws.BEGIN} old {laws.END}\nafter\n")
     for _ in range(2):
-        assert call(f"--write={page}").code == 0
+        made = call(f"--out={page}", "--json=-")
+        assert (made.code, json.loads(made.out)) == (0, [{"router": "`Hash(K=1)`", "trainable": "no parameters"}])
         assert page.read_text() == (
             f"before\n{laws.BEGIN}\n\n| router | trainable |\n| --- | --- |\n| `Hash(K=1)` | no parameters |\n\n"
             f"{laws.END}\nafter\n"

@@ -179,7 +179,7 @@ def run(tmp_path_factory):
 def test_a_run_is_inspected(run):
     """Page, JSON and figures; the numbers are those of a recording and of a knock-out made by hand."""
     said = call(
-        *(f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=16", f"--figures={run / 'figures'}"),
+        *(f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=16", f"--out={run / 'figures'}"),
         *(f"--compare={run / 'run'}@1", f"--compare={run / 'run'}", "--figure_kind=png"),
     )
     assert said.code == 0, said.err[-2000:]
@@ -207,11 +207,13 @@ def test_a_run_is_inspected(run):
 
 def test_without_a_knock_out(run):
     """As a program of its own, which has to ask for the devices of the run's mesh."""
-    flags = (f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=8", f"--out={run / 'other'}")
-    command = [sys.executable, "-m", "experiments.inspect", *flags, "--noknock_out", "--step=1"]
+    flags = (f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=8")
+    files = (f"--report={run / 'other.html'}", f"--json={run / 'other.json'}")
+    command = [sys.executable, "-m", "experiments.inspect", *flags, *files, "--noknock_out", "--step=1"]
     subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    found = json.loads((run / "other" / "report.json").read_text())
+    found = json.loads((run / "other.json").read_text())
     assert found["step"] == 1
+    assert "step 1" in (run / "other.html").read_text()
     assert "knock_out" not in found
 
 
@@ -227,6 +229,7 @@ def test_without_a_knock_out(run):
         (["--workdir={dense}"], "The model has no MoE layer to record"),
         (["--workdir={run}", "--compare={dense}"], "it has no MoE layer; compare with a run that has some"),
         (["--workdir={run}", "--out={run}/config.json"], "is a file; give a folder"),
+        (["--workdir={run}", "--json=no/where.json"], "there is no folder no"),
         (["--workdir={run}", "--live"], "there is no metrics.jsonl"),
     ],
 )
@@ -324,7 +327,7 @@ def test_layers_have_the_numbers_of_the_model():
 
 
 def test_each_stack_has_its_layers():
-    """Of an encoder and a decoder each its own, counted as knock-outs count them; a single stack has them all."""
+    """Encoder and decoder have their own layers, counted as knock-outs count them; a single stack has them all."""
     moe = {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}
     sizes = {"D": 8, "N": 4, "attention": "MHA(2, 4, position=NoPE())", "moe": moe}
     data = {"source": "ToyTranslation()", "objective": "Translation()"}
