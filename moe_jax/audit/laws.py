@@ -1,50 +1,145 @@
-"""The laws by name and number, as CONTRIBUTING.md has them, and a sentence on each from an audit."""
+"""The ten laws: their sentences, the functions that check them on a user's config, the config fields that matter."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from moe_jax.audit.communication import ComparedCollective
-from moe_jax.audit.experiment import Finding
-
-LAWS = {
-    "One model, every mesh": "outputs, gradients, metrics and dropped tokens do not depend on the devices.",
-    "One routing, every dispatcher": "all dispatchers compute what `Einsum` defines.",
-    "Routers are trainable": "the task loss alone gives every router parameter a gradient.",
-    "Causal means causal": "in a language model, no output depends on a later token.",
-    "Replicas are replicas": "what is replicated is bit-identical on all devices, after any number of steps.",
-    "Communication is accounted for": ("the collectives in the compiled program are those that the config predicts."),
-    "Padding is nowhere": "a padded token has no slot, no weight, and is in no loss, count or metric.",
-    "Nothing is dropped in silence": "drop rates are in every log record; evaluation is dropless.",
-    "Resume is exact": "an interrupted run goes on with the same batches and the same losses.",
-    "The numbers are the paper's": "a published model's config has its published parameter counts.",
-}
-COMMUNICATION = "Communication is accounted for"
+from moe_jax.audit import alone, communication, dispatchers, meshes, routing
 
 
-def by_law(found: Sequence[Finding]) -> dict[str, list[Finding]]:
-    """Findings by the names of the laws, in their order; then what is found besides the laws."""
-    named: dict[str, list[Finding]] = {law: [] for law in LAWS}
-    for finding in found:
-        named.setdefault(finding.law[0].upper() + finding.law[1:], []).append(finding)
-    return named
+class Law(NamedTuple):
+    """A law of the project.
+
+    number: as in `pytest --law N`.
+    sentence: completes the title.
+    audit: functions that check it on an experiment (`python -m experiments.audit`).
+    fields: config fields that matter to it, each with the reason.
+    unaudited: the reason why the audit does not check it; "" where it does.
+    """
+
+    number: int
+    title: str
+    sentence: str
+    audit: tuple[Callable[..., Any], ...]
+    fields: tuple[tuple[str, str], ...]
+    unaudited: str = ""
+
+    @property
+    def name(self) -> str:
+        """The title as it stands in findings."""
+        return self.title.lower()
 
 
-def sentence(law: str, found: Sequence[Finding | ComparedCollective]) -> str:
-    """A law, and whether it holds, in a sentence."""
-    number = f"{list(LAWS).index(law) + 1}. " if law in LAWS else ""
-    return f"{number}{law}: {outcome(found)}" + (f" ({LAWS[law].rstrip('.')})" if law in LAWS else "") + "."
+LAWS = (
+    Law(
+        1,
+        "One model, every mesh",
+        "outputs, gradients, metrics and dropped tokens do not depend on the devices.",
+        (meshes.compare_with_one_device, alone.microbatches),
+        (
+            ("mesh", "the axes that batch, experts and parameters are sharded over"),
+            ("model.moe.exchange", "how rows meet experts on other devices"),
+            ("model.remat", "what the backward pass computes again"),
+            ("data.microbatches", "a batch in several microbatches is the same step"),
+            ("optim.zero1", "optimizer states sharded over data-parallel devices"),
+        ),
+    ),
+    Law(
+        2,
+        "One routing, every dispatcher",
+        "all dispatchers compute what `Einsum` defines.",
+        (dispatchers.dispatchers,),
+        (("model.moe.dispatch", "the dispatcher, its capacity and its slot priority"),),
+    ),
+    Law(
+        3,
+        "Routers are trainable",
+        "the task loss alone gives every router parameter a gradient.",
+        (routing.trainable,),
+        (
+            ("model.moe.router", "a weight that is constant, as of `TopK(K=1)` with normalization, trains nothing"),
+            ("model.moe.gating", "noise, temperature and dropout act on the logits"),
+        ),
+    ),
+    Law(
+        4,
+        "Causal means causal",
+        "in a language model, no output depends on a later token.",
+        (routing.causal, alone.causal),
+        (
+            ("model.causal", "False states that later tokens may matter, and permits what would be refused"),
+            ("model.moe.router", "routers in which experts choose tokens see the whole group"),
+            ("model.moe.dispatch", "with a capacity limit only token-major slots are causal for more than one choice"),
+            ("model.attention", "the mask of every attention"),
+        ),
+    ),
+    Law(
+        5,
+        "Replicas are replicas",
+        "what is replicated is bit-identical on all devices, after any number of steps.",
+        (meshes.replicas,),
+        (
+            ("mesh", "an array is replicated over the axes that its sharding does not name"),
+            ("optim.zero1", "sharded optimizer states update replicated parameters"),
+        ),
+    ),
+    Law(
+        6,
+        "Communication is accounted for",
+        "the collectives in the compiled program are those that the config predicts.",
+        (communication.audit,),
+        (
+            ("mesh", "every axis has its collectives"),
+            ("model.moe.exchange", "all-to-alls, ragged all-to-alls or gathered weights"),
+            ("model.remat", "collectives of the forward pass are repeated unless their results are saved"),
+            ("optim.zero1", "a reduce-scatter and an all-gather take the place of an all-reduce"),
+        ),
+    ),
+    Law(
+        7,
+        "Padding is nowhere",
+        "a padded token has no slot, no weight, and is in no loss, count or metric.",
+        (alone.padding,),
+        (
+            ("data.objective", "which positions are padding, and which are targets"),
+            ("model.moe.S", "tokens of a routing group, padding included, set its capacity"),
+        ),
+    ),
+    Law(
+        8,
+        "Nothing is dropped in silence",
+        "drop rates are in every log record; evaluation is dropless.",
+        (alone.drops,),
+        (
+            ("model.moe.dispatch", "its `capacity_factor` limits the tokens of an expert; None drops nothing"),
+            ("model.moe.exchange", "`RaggedAllToAll(buffer=...)` bounds the rows that a device receives"),
+            ("run.log_every", "how often drop rates are logged"),
+        ),
+    ),
+    Law(
+        9,
+        "Resume is exact",
+        "an interrupted run goes on with the same batches and the same losses.",
+        (),
+        (
+            ("run.save_every", "the steps that an interruption can cost"),
+            ("seed", "batches and noise are functions of the seed and the step"),
+            ("mesh", "bit for bit on the same mesh, to rounding on another"),
+        ),
+        "It takes two runs, one of them interrupted. `python -m experiments.train` with the `--workdir` of a run "
+        "resumes it.",
+    ),
+    Law(
+        10,
+        "The numbers are the paper's",
+        "a published model's config has its published parameter counts.",
+        (),
+        (("model", "every size of the model counts"),),
+        "A config of your own has no published counts. `python -m experiments.plan --config=configs/papers/...` prints "
+        "the counts of a published model beside the published ones.",
+    ),
+)
 
 
-def outcome(found: Sequence[Finding | ComparedCollective]) -> str:
-    """Counts the trials in which it holds, in words."""
-    tried = [f.verdict.holds if isinstance(f, Finding) else f.holds for f in found]
-    if not tried:
-        return "not tried here"
-    if all(tried):
-        return "holds" if len(tried) == 1 else f"holds in all {len(tried)} trials"
-    how = "BROKEN" if any(map(broken, found)) else "does not hold, nor is it claimed,"
-    return f"{how} in {tried.count(False)} of {len(tried)} trials"
-
-
-def broken(finding: Finding | ComparedCollective) -> bool:
-    """Returns whether it breaks a law that the config claims."""
-    return finding.broken if isinstance(finding, Finding) else not finding.holds
+def law(number: int) -> Law:
+    """Returns the law with this number, from 1."""
+    return LAWS[number - 1]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.experiment import Finding
-from moe_jax.audit.laws import COMMUNICATION, broken, by_law, sentence
 from moe_jax.audit.placement import ParamPlacement
+from moe_jax.audit.sentences import COMMUNICATION, broken, by_law, sentence
 from moe_jax.config import Experiment
 from moe_jax.costs.headline import headline
 from moe_jax.reporting import page, plots
