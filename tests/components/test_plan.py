@@ -365,7 +365,7 @@ def fake(exp: Experiment, name: str) -> compiler.Compiled:
 @pytest.fixture
 def compiles(monkeypatch):
     monkeypatch.setattr(compiler, "available", lambda: None)
-    monkeypatch.setattr(compiler, "compiled", fake)
+    monkeypatch.setattr(compiler, "compile_step", fake)
 
 
 def test_plan_and_json(compiles):
