@@ -40,13 +40,10 @@ EVERY = 10.0  # seconds between two lines of progress
 
 def main() -> None:
     exp = cli.experiment()
-    workers = len(os.sched_getaffinity(0)) if WORKERS.value is None else WORKERS.value
+    workers = (os.cpu_count() or 1) if WORKERS.value is None else WORKERS.value
     if workers < 1:
         raise ValueError(f"--workers={workers} must be at least 1.")
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else default_directory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and cleans up
-    many = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a data set may have a thousand files
-    resource.setrlimit(resource.RLIMIT_NOFILE, (many, many))
     run(exp, data_dir, workers)
 
 
@@ -116,4 +113,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and cleans up
+    many = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a data set may have a thousand files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (many, many))
     cli.run(main)

@@ -9,7 +9,9 @@ import itertools
 import multiprocessing
 import os
 import pathlib
+import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -100,8 +102,8 @@ class Preparation:
         else:
             parts = chunks(getattr(source, kind)(split, directory))
         read = documents = tokens = 0
-        for size, more, items in mapped(parts):
-            items = items if limit is None else items[: limit - documents]
+        for size, more, columns in mapped(parts):
+            items = _unpack(columns)[: None if limit is None else limit - documents]
             read, documents, tokens = read + size, documents + len(items), tokens + more
             shares = [done / of for done, of in ((documents, limit), (read, total)) if of]
             self.report(Progress(split, documents, tokens, max(shares, default=None)))
@@ -135,17 +137,20 @@ def ordered(function: Callable[[Any], Any], workers: int) -> Iterator[Callable[[
     if workers == 1:
         yield functools.partial(map, function)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin, initargs=(function,)
-    )
-    try:
-        yield functools.partial(_mapped, pool, 2 * workers)
-    except BrokenProcessPool:
-        raise ValueError(
-            f"One of {workers} workers has died, of too little memory perhaps; use fewer workers."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # A file, as a parent waits for ever that hands more than a pipe holds to a process which dies as it starts.
+        pickled = pathlib.Path(folder, "function")
+        pickled.write_bytes(pickle.dumps(function))
+        spawn = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _begin, (pickled,))
+        try:
+            yield functools.partial(_mapped, pool, 2 * workers)
+        except BrokenProcessPool:
+            raise ValueError(
+                f"One of {workers} workers has died, of too little memory perhaps; use fewer workers."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _mapped(pool: concurrent.futures.Executor, ahead: int, jobs: Iterable[Any]) -> Iterator[Any]:
@@ -170,9 +175,9 @@ def _submit(pool: concurrent.futures.Executor, job: Any) -> concurrent.futures.F
 _function: Callable[[Any], Any]  # of a worker process
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
+def _begin(pickled: pathlib.Path) -> None:
     global _function
-    _function = function
+    _function = pickle.loads(pickled.read_bytes())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -187,8 +192,20 @@ def _work(job: Any) -> Any:
     return _function(job)
 
 
-def _encode(encode: Encode, part: Part) -> tuple[int, int, list[tuple[Any, ...]]]:
-    """The records of a part, its tokens, and its documents as `encode` makes them."""
-    items = [encode(document) for document in part]
-    tokens = sum(len(value) for item in items for value in item if isinstance(value, np.ndarray))
-    return len(part), tokens, items
+def _encode(encode: Encode, part: Part) -> tuple[int, int, list[Any]]:
+    """The records of a part, its tokens, and its documents as `encode` makes them, packed."""
+    columns = [_pack(column) for column in zip(*map(encode, part), strict=True)]
+    return len(part), sum(len(values) for values, ends in columns if ends), columns
+
+
+def _pack(column: tuple[Any, ...]) -> tuple[Any, list[int]]:
+    """Arrays as one, with where each ends, since many small ones take long to send; other values as they are."""
+    if isinstance(column[0], np.ndarray):
+        return np.concatenate(column), np.cumsum([len(array) for array in column]).tolist()
+    return column, []
+
+
+def _unpack(columns: list[Any]) -> list[tuple[Any, ...]]:
+    """The documents that `_encode` has packed."""
+    parts = ([values[a:b] for a, b in itertools.pairwise([0, *ends])] if ends else values for values, ends in columns)
+    return list(zip(*parts, strict=True))
