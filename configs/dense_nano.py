@@ -10,8 +10,8 @@ Hardware and time: as glam_nano. The held-out loss to expect: README, "A result 
 from ml_collections import ConfigDict
 
 from configs import glam_nano
-from moe_jax.config import dense_twin
+from moe_jax.config import dense_baseline
 
 
 def get_config() -> ConfigDict:
-    return dense_twin(glam_nano.get_config())
+    return dense_baseline(glam_nano.get_config())

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "N": 2,
         "attention": "MHA(H=4, A=24, position=Relative())",
         "ffn": "GLU(F=256, activation='gelu')",
-        "layout": "every 2",
+        "moe_layers": "every 2",
         "remat": "none",
         "moe": {
             "E": 32,
@@ -33,11 +33,11 @@ def get_config() -> ConfigDict:
             "init_scale": 1.0,
         },
     }
-    config.data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 64, "B": 64, "accumulate": 1}
+    config.data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 64, "B": 64, "microbatches": 1}
     config.optim = {
         "optimizer": "AdamW(weight_decay=0.1)",
         "schedule": "Cosine(peak=0.008, warmup=100)",
         "clip": 1.0,
     }
-    config.run = {"steps": 1200, "log_every": 20, "eval_every": 400, "eval_windows": 1024, "save_every": 400}
+    config.run = {"steps": 1200, "log_every": 20, "eval_every": 400, "eval_sequences": 1024, "save_every": 400}
     return config

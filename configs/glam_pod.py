@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         "N": 12,
         "attention": "MHA(H=12, A=64, position=Relative())",
         "ffn": "GLU(F=3072, activation='gelu')",
-        "layout": "every 2",
+        "moe_layers": "every 2",
         "tied": True,
         "remat": "full",
         "dtype": "bfloat16",
@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
         "tokenizer": "SentencePiece(V=32000)",
         "L": 1024,
         "B": 256,
-        "accumulate": 1,
+        "microbatches": 1,
     }
     config.optim = {
         "optimizer": "Adafactor(decay=0.8, momentum=0.9)",
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
         "steps": 100_000,
         "log_every": 100,
         "eval_every": 2000,
-        "eval_windows": 4096,
+        "eval_sequences": 4096,
         "save_every": 2000,
     }
     return config

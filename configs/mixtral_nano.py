@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.mesh = {"data": 8, "expert": 1}
     config.model.attention = "MHA(H=4, A=24)"
     config.model.tied = False
-    config.model.layout = "all"
+    config.model.moe_layers = "all"
     config.model.moe.E = 8
     config.model.moe.router = "TopK(K=2)"
     config.model.moe.experts = "GLU(F=128, activation='silu')"

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         "N": 2,
         "attention": "MHA(H=4, A=16, position=Relative(shared=True))",
         "ffn": "MLP(F=256, activation='relu')",
-        "layout": "every 2",
+        "moe_layers": "every 2",
         "remat": "none",
         "moe": {
             "E": 8,
@@ -41,5 +41,5 @@ def get_config() -> ConfigDict:
         "schedule": "Cosine(peak=0.006, warmup=100)",
         "clip": 1.0,
     }
-    config.run = {"steps": 1000, "log_every": 20, "eval_every": 250, "eval_windows": 1024, "save_every": 500}
+    config.run = {"steps": 1000, "log_every": 20, "eval_every": 250, "eval_sequences": 1024, "save_every": 500}
     return config

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         "N": 2,
         "attention": "MHA(H=4, A=16, position=Sinusoidal())",
         "ffn": "MLP(F=128, activation='relu')",
-        "layout": "every 2",
+        "moe_layers": "every 2",
         "remat": "none",
         "moe": {
             "E": 8,
@@ -38,5 +38,5 @@ def get_config() -> ConfigDict:
         "schedule": "Cosine(peak=0.006, warmup=100)",
         "clip": 1.0,
     }
-    config.run = {"steps": 800, "log_every": 20, "eval_every": 200, "eval_windows": 1024, "save_every": 200}
+    config.run = {"steps": 800, "log_every": 20, "eval_every": 200, "eval_sequences": 1024, "save_every": 200}
     return config

@@ -11,8 +11,8 @@ of three seeds and their range.
 from ml_collections import ConfigDict
 
 from configs import vmoe_nano
-from moe_jax.config import dense_twin
+from moe_jax.config import dense_baseline
 
 
 def get_config() -> ConfigDict:
-    return dense_twin(vmoe_nano.get_config())
+    return dense_baseline(vmoe_nano.get_config())

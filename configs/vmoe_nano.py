@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         "N": 4,
         "attention": "MHA(H=4, A=12, position=NoPE(), bias=True)",
         "ffn": "MLP(F=96, bias=True)",
-        "layout": "every 2",
+        "moe_layers": "every 2",
         "remat": "none",
         "moe": {
             "E": 8,
@@ -39,5 +39,5 @@ def get_config() -> ConfigDict:
         "schedule": "Cosine(peak=0.003, warmup=100)",
         "clip": 1.0,
     }
-    config.run = {"steps": 1000, "log_every": 50, "eval_every": 250, "eval_windows": 512, "save_every": 500}
+    config.run = {"steps": 1000, "log_every": 50, "eval_every": 250, "eval_sequences": 512, "save_every": 500}
     return config

@@ -108,7 +108,7 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
         found["knock_out"] = effects_of(
             effects._replace(expert_P=tuple((n - own.start, e) for n, e in effects.expert_P))
         )
-        if exp.model.takes == "tokens":
+        if exp.model.batch_kind == "tokens":
             cards = cards_of(run, batches, effects, split.domains, decode)
     for name, other in others:
         say(f"recording {name}")
@@ -140,7 +140,7 @@ def beside(
         raise ValueError(
             f"--compare={name}: it reads other tokens, or sequences of another length; compare runs that agree."
         )
-    if not other.exp.model.moe_layers:
+    if not other.exp.model.n_moe_layers:
         raise ValueError(f"--compare={name}: it has no MoE layer; compare with a run that has some.")
     its = recorded(other, batches, domains)
     found = {"name": name, "step": other.step, **analyse(its, layer_names(other.exp.model, STACK.value))}

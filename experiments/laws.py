@@ -105,7 +105,7 @@ def layers(router: Any, column: Column) -> Iterator[MoEConfig]:
     if "none" in column.limits:
         dispatches += [*(Einsum(None, priority) for priority in PRIORITIES), Gather()]
     for dispatch in dispatches:
-        if traits(router).makes in dispatch.accepts:
+        if traits(router).routing in dispatch.accepts:
             E = 1 if isinstance(router, MixtureOfDepths) else 8
             S = None if column.sequences == 1 else column.sequences * L
             yield MoEConfig(E=E, router=router, experts=MLP(F=F), dispatch=dispatch, S=S)

@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.launch import join
-from moe_jax.config import Experiment, check_attention
+from moe_jax.config import Experiment, check_version
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
 from moe_jax.data import default_directory
@@ -108,7 +108,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
     elif saved.is_file():
         begun = any((workdir / name).exists() for name in BEGUN)
         if begun:
-            check_attention(saved_config(saved).get("model", {}))
+            check_version(saved_config(saved))
         if begun and (changed := differences(saved_config(saved), json.loads(exp.to_json()))):
             raise ValueError(
                 f"{workdir} holds another run ({'; '.join(changed[:3])}); choose another --workdir, "

@@ -35,7 +35,7 @@ from moe_jax.experts import EXPERTS
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import MODELS, LMConfig, Model
-from moe_jax.moe import MoEConfig, check_cuts, check_mesh
+from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 
@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "exchange": EXCHANGES,
     "shared": (*EXPERTS, types.NoneType),
     "ffn": EXPERTS,
-    "extra": (*EXPERTS, types.NoneType),
+    "dense_after_moe": (*EXPERTS, types.NoneType),
     "moe": (*EXPERTS, MoEConfig, types.NoneType),
     "source": SOURCES,
     "objective": OBJECTIVES,
@@ -69,10 +69,10 @@ NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """source and tokenizer: where tokens come from. L: tokens per window. B: windows per step.
+    """source and tokenizer: where tokens come from. L: tokens per sequence. B: sequences per step.
 
-    B counts the windows of all devices.
-    accumulate: a step goes through its batch in this many pieces, one after another.
+    B counts the sequences of all devices.
+    microbatches: a step goes through its batch in this many microbatches, one after another.
     objective: what is to be predicted, which says what a window is where it is not text.
     documents: at most so many training documents (or pairs) of the source, and a twentieth of it held out; None: all.
     """
@@ -81,7 +81,7 @@ class DataConfig:
     tokenizer: Any = Bytes()
     L: int = 64
     B: int = 32
-    accumulate: int = 1
+    microbatches: int = 1
     objective: Any = NextToken()
     documents: int | None = None
 
@@ -108,7 +108,7 @@ class DataConfig:
 class RunConfig:
     """How long, how often (in steps), and how much is kept.
 
-    eval_windows: held-out windows looked at each time.
+    eval_sequences: held-out windows looked at each time.
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
     watts, pue, carbon: for the energy that the run's last record estimates (`costs.energy`): W of a chip or a CPU core
         (None: what is published), power usage effectiveness, kg of CO2e per kWh.
@@ -117,7 +117,7 @@ class RunConfig:
     steps: int = 1000
     log_every: int = 20
     eval_every: int = 500
-    eval_windows: int = 2048
+    eval_sequences: int = 2048
     save_every: int = 500
     keep_last: int = 2
     keep_best: int = 1
@@ -188,11 +188,11 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     for name in sections:
         if not isinstance(config[name], Mapping):
             raise ValueError(f"config.{name}={config[name]!r} must be a dict of fields; set them one by one.")
+    check_version(config)
     _check_seed(config["seed"])
     _check_mesh(config["mesh"])
     data = _section("data", DataConfig, config["data"])
     model = dict(config["model"])
-    check_attention(model)
     cls = _kind(model.pop("kind", "LM"))
     for name in data.sizes:
         if name in model:
@@ -241,10 +241,10 @@ def plain(value: Any) -> Any:
     return tuple(map(plain, value)) if isinstance(value, tuple) else value
 
 
-def dense_twin(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_twin`."""
+def dense_baseline(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_baseline`."""
     twin = build(config)
-    twin = dataclasses.replace(twin, model=twin.model.dense_twin())
+    twin = dataclasses.replace(twin, model=twin.model.dense_baseline())
     return ml_collections.ConfigDict(plain(twin))
 
 
@@ -414,7 +414,30 @@ def _check_mesh(mesh: Mapping[str, Any]) -> None:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")
 
 
+# Fields of versions before 0.3, by path, and their names since.
+RENAMED = {
+    "model.layout": "moe_layers",
+    "model.extra": "dense_after_moe",
+    "data.accumulate": "microbatches",
+    "run.eval_windows": "eval_sequences",
+}
 OLD_ATTENTION = ("H", "A", "J", "qk_norm", "window", "position", "rope")  # fields of models before 0.2
+
+
+def check_version(config: Mapping[str, Any]) -> None:
+    """Refuses a config of an earlier version, and says how what is in it is written now."""
+    for path, name in RENAMED.items():
+        section, old = path.split(".")
+        if isinstance(fields := config.get(section), Mapping) and old in fields:
+            raise ValueError(f"config.{path} is config.{section}.{name} since moe_jax 0.3; set that instead. {OLD_RUN}")
+    model = config.get("model")
+    if isinstance(model, Mapping):
+        if model.get("remat") == "exchanged":
+            raise ValueError(f"config.model.remat='exchanged' is 'save_collectives' since moe_jax 0.3. {OLD_RUN}")
+        check_attention(model)
+
+
+OLD_RUN = "A run that an earlier version has written can be continued by that version only."
 
 
 def check_attention(model: Mapping[str, Any]) -> None:
@@ -435,18 +458,18 @@ def check_attention(model: Mapping[str, Any]) -> None:
     words += [f"position={position}", *["bias=True"] * images]
     raise ValueError(
         f"config.model.{old[0]} is a field of the attention since moe_jax 0.2; set config.model.attention="
-        f'"MHA({", ".join(words)})" instead. A run that moe_jax 0.1 has written can be continued by 0.1 only.'
+        f'"MHA({", ".join(words)})" instead. {OLD_RUN}'
     )
 
 
 def _check_objective(exp: Experiment) -> None:
     """What is predicted is what the model makes."""
     model, objective = exp.model, exp.data.objective
-    if model.takes != objective.makes:
-        fits = [c.__name__ + "()" for c in OBJECTIVES if c.makes == model.takes]
+    if model.batch_kind != objective.batch_kind:
+        fits = [c.__name__ + "()" for c in OBJECTIVES if c.batch_kind == model.batch_kind]
         raise ValueError(
-            f"config.model.kind={kind_of(model)!r} takes {model.takes}, but config.data.objective={objective} makes "
-            f"{objective.makes}; use {' or '.join(fits)} as objective, or another kind of model."
+            f"config.model.kind={kind_of(model)!r} takes {model.batch_kind}, but config.data.objective={objective} "
+            f"makes {objective.batch_kind}; use {' or '.join(fits)} as objective, or another kind of model."
         )
 
 
@@ -456,10 +479,10 @@ def _check_batch(exp: Experiment) -> None:
     _check_positive(data, "data")
     sizes = {axis: max(n, 1) for axis, n in mesh.items()}  # the rest may turn out to be one device
     shards = math.prod(sizes[axis] for axis in TOKENS)
-    if data.B % (shards * data.accumulate):
+    if data.B % (shards * data.microbatches):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
-            f"{data.accumulate} piece(s); make B a multiple of {shards * data.accumulate}, or change mesh."
+            f"{data.microbatches} piece(s); make B a multiple of {shards * data.microbatches}, or change mesh."
         )
     cuts = {"D": (model.D, list(RULES["D"]))}
     for i, part in enumerate(model.attention):
@@ -468,19 +491,19 @@ def _check_batch(exp: Experiment) -> None:
     for stack in model.stacks():
         dense = (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind == "dense")
         cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
-    check_cuts({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
+    check_divides({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:
         part.check_spread(sizes.get("tensor", 1))
     if model.routed is None:
         return
     check_mesh(model.routed, sizes, model.D, "config.")
     for stack in model.stacks(data.shapes(1)):
-        B = data.B // data.accumulate // shards
+        B = data.B // data.microbatches // shards
         try:
             stack.moe.group(B, stack.L, training=True)
         except ValueError as error:
             raise ValueError(
                 f"config.model.moe.S={model.moe.S} does not divide the {B * stack.L} tokens that a device sees at once "
-                f"(B={data.B} x L={stack.L} over {shards} devices in {data.accumulate} piece(s)); "
+                f"(B={data.B} x L={stack.L} over {shards} devices in {data.microbatches} piece(s)); "
                 "make it one that does, or None for one sequence."
             ) from error

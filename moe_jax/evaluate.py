@@ -29,7 +29,7 @@ class Sums(NamedTuple):
 
 def evaluation_step(objective: Any, cfg: Model, domains: int, params: Any, router: Any, batch: AnyBatch) -> Sums:
     """The sums of one batch, over all shards."""
-    here = shard.here()
+    here = shard.local()
 
     def run(cfg: Model) -> tuple[Terms, Stats | None]:
         output, aux = cfg.apply(params, batch, Call(router=router))

@@ -16,14 +16,14 @@ from moe_jax.core import dims, shard
 from moe_jax.core.context import Context, Ids
 from moe_jax.core.groups import Dense, Ragged
 from moe_jax.core.parameter import parameter
-from moe_jax.core.routing import Routing, TokenChoice, queue
+from moe_jax.core.routing import Routing, TokenChoice, position_in_expert
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
 from moe_jax.core.traits import traits
 from moe_jax.losses import LOGGED
-from moe_jax.moe_config import MoEConfig, State, sizes_of
+from moe_jax.moe_config import LayerState, MoEConfig, sizes_of
 
-__all__ = ["RECORDED", "Aux", "MoE", "MoEConfig", "Recorded", "State"]
+__all__ = ["RECORDED", "Aux", "LayerState", "MoE", "MoEConfig", "Recorded"]
 
 
 class Recorded(NamedTuple):
@@ -35,8 +35,8 @@ class Recorded(NamedTuple):
     probs_BLE: Float[Array, "*N B L E"] | None = None  # of the router
     logits_BLE: Float[Array, "*N B L E"] | None = None  # of the router
     input_BLD: Float[Array, "*N B L D"] | None = None  # what router and experts are given; 0 for padding
-    visits_BLE: Float[Array, "*N B L E"] | None = None  # how often (or much) it visits each expert, before drops
-    gains_BLE: Float[Array, "*N B L E"] | None = None  # each expert's weight in its output, before drops
+    assignments_BLE: Float[Array, "*N B L E"] | None = None  # how often (or much) it visits each expert, before drops
+    combine_BLE: Float[Array, "*N B L E"] | None = None  # each expert's weight in its output, before drops
 
 
 RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fields}
@@ -58,7 +58,7 @@ class Aux(NamedTuple):
         return describe(s) | {name: loss(s, {}, None) for name, loss in LOGGED.items()}
 
 
-class Parameters(NamedTuple):
+class LayerParams(NamedTuple):
     """Of a layer; names carry their dimensions."""
 
     router: Any  # of each, arrays by name, or their layout
@@ -69,8 +69,8 @@ class Parameters(NamedTuple):
 def forward(
     cfg: MoEConfig,
     here: Shard,
-    params: Parameters,
-    state: State,
+    params: LayerParams,
+    state: LayerState,
     key: Key[Array, ""] | None,
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"],
@@ -83,21 +83,21 @@ def forward(
     x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
-    routing = cfg.router(here.vary(params.router), x_GSD, mask_GS, ctx)
-    inner_GSD = here.enter(x_GSD)
-    experts = usable(here, here.vary(params.experts), x_GSD.dtype, "E")
+    routing = cfg.router(here.pvary(params.router), x_GSD, mask_GS, ctx)
+    inner_GSD = here.tensor_enter(x_GSD)
+    experts = gather_params(here, here.pvary(params.experts), x_GSD.dtype, "E")
     y_GSO, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
     if cfg.shared is not None:
-        y_GSO += cfg.shared(usable(here, here.vary(params.shared), x_GSD.dtype), inner_GSD, Dense())
-    y_GSO = here.leave(y_GSO)
+        y_GSO += cfg.shared(gather_params(here, here.pvary(params.shared), x_GSD.dtype), inner_GSD, Dense())
+    y_GSO = here.tensor_exit(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
     loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
-    recorded = observed(cfg, record, x_BLD, routing, kept) if record else None
+    recorded = collect_recorded(cfg, record, x_BLD, routing, kept) if record else None
     return y_GSO.reshape(B, L, -1), chosen, recorded, (loss, total)
 
 
-def observed(
+def collect_recorded(
     cfg: MoEConfig, record: tuple[str, ...], x_BLD: Float[Array, "B L D"], routing: Routing, kept: Bool[Array, "G _ _"]
 ) -> Recorded:
     """Returns what is asked for, by token; nothing else is computed."""
@@ -106,39 +106,39 @@ def observed(
     ways: dict[str, Callable[[], Array]] = {
         "weight": lambda: chosen.weight_GSK,
         "kept": lambda: kept,
-        "slot": lambda: slots(cfg, chosen),
+        "slot": lambda: slot_of_choice(cfg, chosen),
         "probs": lambda: routing.probs_GSE,
         "logits": lambda: routing.logits_GSE,
         "input": lambda: x_BLD,
-        "visits": lambda: routing.visits_GSE,
-        "gains": lambda: routing.gains_GSE,
+        "assignments": lambda: routing.assignments_GSE,
+        "combine": lambda: routing.combine_GSE,
     }
     return Recorded(**{RECORDED[name]: ways[name]().reshape(B, L, -1) for name in record})
 
 
-def slots(cfg: MoEConfig, routing: TokenChoice) -> Int[Array, "G S K"]:
+def slot_of_choice(cfg: MoEConfig, routing: TokenChoice) -> Int[Array, "G S K"]:
     """Returns each choice's place in its expert's queue, -1 where it goes nowhere."""
-    place_GSK = queue(routing, getattr(cfg.dispatch, "priority", "token-major"))
+    place_GSK = position_in_expert(routing, getattr(cfg.dispatch, "priority", "token-major"))
     return jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
 
 
-def context(cfg: MoEConfig, here: Shard, state: State, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
+def context(cfg: MoEConfig, here: Shard, state: LayerState, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
     """What the router may know of a shard's G groups; `ids` are in groups [G, S].
 
     A group's key, like its number, goes by its place in the whole batch, so that noise is the same on every mesh.
     """
-    group_G = here.index * G + jnp.arange(G)
+    group_G = here.batch_shard_index * G + jnp.arange(G)
     keys_G = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(group_G)
     return Context(cfg.E, keys_G, key, state, *ids, cfg.gating, group_G)
 
 
 def apply(
     cfg: MoEConfig,
-    params: Parameters,
+    params: LayerParams,
     x_BLD: Float[Array, "B L D"],
     mask_BL: Bool[Array, "B L"] | None = None,
     key: Key[Array, ""] | None = None,
-    state: State | None = None,
+    state: LayerState | None = None,
     ids: Ids = Ids(),
     record: tuple[str, ...] = (),
     here: Shard | None = None,
@@ -147,14 +147,14 @@ def apply(
 
     Arguments are those of `MoE`. here: the shard that runs it, if not that of the current mesh.
     """
-    x_BLD, here = jnp.asarray(x_BLD), shard.current(cfg.exchange) if here is None else here
+    x_BLD, here = jnp.asarray(x_BLD), shard.from_mesh(cfg.exchange) if here is None else here
     shard.check_axes(here, x_BLD)
     check_call(cfg, here, x_BLD, state, ids, record)
-    check_parts(cfg, here, params.experts)
+    check_local_experts(cfg, here, params.experts)
     if mask_BL is None:
         mask_BL = jnp.ones(x_BLD.shape[:2], bool)
     tokens, everywhere = shard.token_spec(here), P()
-    layout = Parameters(everywhere, dims.layouts(params.experts, here.rules), shared_layout(params.shared, here))
+    layout = LayerParams(everywhere, dims.specs(params.experts, here.rules), shared_specs(params.shared, here))
     specs = (layout, everywhere, everywhere, tokens, tokens, tokens)
     layer = partial(forward, cfg, here, record=record)
     run = shard.per_shard(layer, here, specs, (tokens, tokens, tokens, everywhere))
@@ -184,7 +184,7 @@ class MoE(nn.Module):
         x_BLD: Float[Array, "B L D"],
         mask_BL: Bool[Array, "B L"] | None = None,
         key: Key[Array, ""] | None = None,
-        state: State | None = None,
+        state: LayerState | None = None,
         ids: Ids = Ids(),
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L O"], Aux]:
@@ -195,19 +195,19 @@ class MoE(nn.Module):
         weights and gradients are alive).
         record: names of `RECORDED` that are reported too, like ("weight", "kept"); it changes nothing else.
         """
-        params = parameters(self.cfg, x_BLD.shape[-1], partial(param, self))
+        params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
         # The batch may be of any size, whatever the mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
         ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
-        return apply(cfg, params, shard.replicated(x_BLD), None, key, state, ids, record, here=Shard())
+        return apply(cfg, params, shard.replicate(x_BLD), None, key, state, ids, record, here=Shard())
 
 
 Make = Callable[[str, Mapping[str, int], float], Array]  # (name, sizes of its dimensions, scale) -> a parameter
 
 
-def parameters(cfg: MoEConfig, D: int, make: Make) -> Parameters:
+def make_params(cfg: MoEConfig, D: int, make: Make) -> LayerParams:
     """Parameters of a layer of width D, each from `make`, in the order in which they are created."""
 
     def every(component: Any, pattern: str) -> dict[str, Array]:
@@ -216,10 +216,10 @@ def parameters(cfg: MoEConfig, D: int, make: Make) -> Parameters:
         return {n: make(pattern.format(n), sizes, scale) for n, scale in scales.items()}
 
     experts = every(cfg.router, "router_{}"), every(cfg.experts, "{}")
-    return Parameters(*experts, standing_alone(cfg.shared, "shared_{}", D, make, cfg.init_scale))
+    return LayerParams(*experts, dense_params_from(cfg.shared, "shared_{}", D, make, cfg.init_scale))
 
 
-def standing_alone(expert: Any, pattern: str, D: int, make: Make, scale: float = 1.0) -> dict[str, Array]:
+def dense_params_from(expert: Any, pattern: str, D: int, make: Make, scale: float = 1.0) -> dict[str, Array]:
     """Parameters of an expert that stands alone, each from `make`: `up_EDF` is declared as `up_DF`."""
     if expert is None:
         return {}
@@ -229,22 +229,22 @@ def standing_alone(expert: Any, pattern: str, D: int, make: Make, scale: float =
 
 def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: float = 1.0) -> dict[str, Array]:
     """Parameters of a Linen module with one expert that stands alone."""
-    return standing_alone(expert, pattern, D, partial(param, module), scale)
+    return dense_params_from(expert, pattern, D, partial(linen_param, module), scale)
 
 
-def shared_layout(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
+def shared_specs(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
     """That of an expert that stands alone: `up_EDF` lies as `up_DF`."""
-    bare = dims.layouts({n.replace("_E", "_"): w for n, w in params.items()}, here.rules)
+    bare = dims.specs({n.replace("_E", "_"): w for n, w in params.items()}, here.rules)
     return {n: bare[n.replace("_E", "_")] for n in params}
 
 
-def usable(here: Shard, params: Mapping[str, Array], dtype: Any, experts: str = "") -> dict[str, Array]:
+def gather_params(here: Shard, params: Mapping[str, Array], dtype: Any, experts: str = "") -> dict[str, Array]:
     """A shard's parameters of an expert as they are computed with: gathered over fsdp, and added once."""
     names = {n: n if experts else n.replace("_E", "_") for n in params}
-    return {n: here.once(names[n], here.whole(names[n], w, dtype)) for n, w in params.items()}
+    return {n: here.bias_once(names[n], here.unshard(names[n], w, dtype)) for n, w in params.items()}
 
 
-def param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
     """A parameter of a Linen module."""
     return parameter(module, name, sizes, initializer(name, scale))
 
@@ -257,7 +257,7 @@ def initializer(name: str, scale: float) -> Callable:
 
 
 def check_call(
-    cfg: MoEConfig, here: Shard, x_BLD: Array, state: State | None, ids: Ids, record: tuple[str, ...] = ()
+    cfg: MoEConfig, here: Shard, x_BLD: Array, state: LayerState | None, ids: Ids, record: tuple[str, ...] = ()
 ) -> None:
     """Refuses a call without what the layer needs, or that cannot be spread over the current mesh."""
     check_record(record)
@@ -272,11 +272,11 @@ def check_call(
                 f"The layer goes by {what} ids ({cfg.router}, tasks={cfg.tasks}); call it with Ids({what}_BL=...)."
             )
     of_choices = ids.expert_BLK is not None or any(RECORDED[name].endswith("K") for name in record)
-    if of_choices and cfg.traits.makes is not TokenChoice:
+    if of_choices and cfg.traits.routing is not TokenChoice:
         raise ValueError(
             f"{type(cfg.router).__name__}() makes no choices of tokens that could be recorded or replayed."
         )
-    if here.alone or shard.inside():
+    if here.alone or shard.in_shard_map():
         return
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     check_mesh(cfg, sizes, x_BLD.shape[-1])
@@ -295,11 +295,11 @@ def check_record(record: Any) -> None:
         )
 
 
-def check_parts(cfg: MoEConfig, here: Shard, experts: Mapping[str, Array]) -> None:
+def check_local_experts(cfg: MoEConfig, here: Shard, experts: Mapping[str, Array]) -> None:
     """Refuses, inside of a shard_map, experts that are not this shard's."""
-    if not shard.inside():
+    if not shard.in_shard_map():
         return
-    E, shards = cfg.E, here.count(here.experts)
+    E, shards = cfg.E, here.axis_size(here.experts)
     for name, w in experts.items():
         if dims.dims_of(name).startswith("E") and len(w) * shards != E:
             raise ValueError(
@@ -313,17 +313,17 @@ def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = ""
     over = [a for a in cfg.exchange.over if sizes.get(a, 1) > 1]
     axes = " x ".join(f"{where}mesh.{a}" for a in over) + f"={math.prod(sizes[a] for a in over)}"
     if over and not cfg.spreads:
-        fits = "RaggedAllToAll()" if cfg.dispatch.rows is Ragged else "AllToAll()"
+        fits = "RaggedAllToAll()" if cfg.dispatch.layout is Ragged else "AllToAll()"
         raise ValueError(
             f"{type(cfg.exchange).__name__}() does not carry the rows of {type(cfg.dispatch).__name__}() between "
             f"shards, but {axes}; use {fits} as exchange, or set mesh.expert=1."
         )
     cuts = {"E": (cfg.E, over), "D": (D, ["fsdp"])}
     cuts |= {f"{n}.F": (part.F, ["tensor"]) for n in ("experts", "shared") if (part := getattr(cfg, n)) is not None}
-    check_cuts(cuts, sizes, where)
+    check_divides(cuts, sizes, where)
 
 
-def check_cuts(cuts: Mapping[str, tuple[int, list[str]]], sizes: Mapping[str, int], where: str = "") -> None:
+def check_divides(cuts: Mapping[str, tuple[int, list[str]]], sizes: Mapping[str, int], where: str = "") -> None:
     """Refuses a size that does not spread evenly over its mesh axes."""
     for name, (n, axes) in cuts.items():
         if n % (pieces := math.prod(sizes.get(a, 1) for a in axes)):

@@ -18,7 +18,7 @@ from moe_jax.experts import MLP
 from moe_jax.losses import Adaptive, LoadBalance, RouterZ
 from moe_jax.routers import TopK
 
-State = dict[str, Array]  # what a layer remembers from step to step; layers may be stacked in front
+LayerState = dict[str, Array]  # what a layer remembers from step to step; layers may be stacked in front
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MoEConfig:
         for part in (self.router, *self.gating):
             if hasattr(part, "check"):
                 part.check(self.E)
-        makes = self.traits.makes
+        makes = self.traits.routing
         if makes not in self.dispatch.accepts:
             fits = "Einsum(capacity_factor=None)" + (" or Gather()" if makes.__name__ == "SlotChoice" else "")
             fits = "Scatter(), Sort() or Einsum()" if makes is TokenChoice else fits
@@ -75,7 +75,7 @@ class MoEConfig:
         balanced = any(isinstance(loss, LoadBalance) and loss.weight for loss in inner)
         if self.traits.untrained and not balanced:
             raise ValueError(f"{self.router} has parameters that only LoadBalance() trains; add it to losses.")
-        if self.shared is not None and width(self.shared, 0) != width(self.experts, 0):
+        if self.shared is not None and output_width(self.shared, 0) != output_width(self.experts, 0):
             raise ValueError(
                 f"shared={self.shared} has another output width than experts={self.experts}, but both are added up; "
                 "give both the same O, or none (the width of the input)."
@@ -113,7 +113,7 @@ class MoEConfig:
 
     def slots(self, S: int) -> int:
         """Slots of an expert for a group of S tokens: the router's where it brings its own, else the dispatcher's."""
-        if self.traits.makes is not TokenChoice:
+        if self.traits.routing is not TokenChoice:
             return self.router.slots(S, self.E)
         return self.dispatch.slots(S, self.router.K, self.E)
 
@@ -157,13 +157,13 @@ class MoEConfig:
     @property
     def spreads(self) -> bool:
         """Whether its exchange carries the rows of its dispatcher, so that experts may lie on several shards."""
-        return self.dispatch.rows in self.exchange.takes
+        return self.dispatch.layout in self.exchange.layouts
 
-    def init_state(self, *layers: int) -> State:
+    def init_state(self, *layers: int) -> LayerState:
         """What a layer remembers before its first step ({} for most), for `layers` of them in front."""
         sizes = {**sizes_of(self.router), "E": self.E}
         state = {
-            name: jnp.zeros((*layers, *dims.shape(dims.dims_of(name), sizes)))
+            name: jnp.zeros((*layers, *dims.shape_of(dims.dims_of(name), sizes)))
             for part in (self.router, *self.losses)
             for name in traits(part).state
         }
@@ -171,7 +171,7 @@ class MoEConfig:
             state["step_"] = jnp.zeros(layers, jnp.int32)
         return state
 
-    def update_state(self, state: State, s: Stats) -> State:
+    def update_state(self, state: LayerState, s: Stats) -> LayerState:
         """What the layer remembers after a step with these sums over the whole batch; layers may be stacked."""
         new = dict(state)
         for part in (self.router, *self.losses):
@@ -182,7 +182,7 @@ class MoEConfig:
         return new
 
 
-def width(expert: Any, D: int) -> int:
+def output_width(expert: Any, D: int) -> int:
     """Output width of an expert on tokens of width D: its O where it has one, else D."""
     return getattr(expert, "O", D)
 

@@ -15,7 +15,7 @@ from moe_jax import moe
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Dense
-from moe_jax.moe_config import MoEConfig, State
+from moe_jax.moe_config import LayerState, MoEConfig
 
 
 class RouterState(nnx.Variable):
@@ -32,7 +32,7 @@ class MoE(nnx.Module):
 
     def __init__(self, cfg: MoEConfig, D: int, *, rngs: nnx.Rngs):
         self.cfg, self.D = cfg, D
-        moe.parameters(cfg, D, partial(create, self, rngs))
+        moe.make_params(cfg, D, partial(create, self, rngs))
         self.router_state = nnx.Dict({name: RouterState(value) for name, value in cfg.init_state().items()})
 
     @classmethod
@@ -45,7 +45,7 @@ class MoE(nnx.Module):
         x_BLD: Float[Array, "B L D"],
         mask_BL: Bool[Array, "B L"] | None = None,
         key: Key[Array, ""] | None = None,
-        state: State | None = None,
+        state: LayerState | None = None,
         ids: Ids = Ids(),
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L O"], moe.Aux]:
@@ -54,7 +54,7 @@ class MoE(nnx.Module):
         state: what the layer remembers, if not what `router_state` holds.
         """
         check_width(x_BLD, self.D)
-        params = moe.parameters(self.cfg, self.D, partial(created, self))
+        params = moe.make_params(self.cfg, self.D, partial(created, self))
         state = self._remembered() if state is None else state
         return moe.apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
 
@@ -63,7 +63,7 @@ class MoE(nnx.Module):
         for name, value in self.cfg.update_state(self._remembered(), aux.stats).items():
             self.router_state[name][...] = value
 
-    def _remembered(self) -> State:
+    def _remembered(self) -> LayerState:
         return {name: variable[...] for name, variable in self.router_state.items()}
 
 
@@ -75,18 +75,20 @@ class FeedForward(nnx.Module):
 
     def __init__(self, expert: Any, D: int, *, rngs: nnx.Rngs, init_scale: float = 1.0):
         self.expert, self.D = expert, D
-        moe.standing_alone(expert, "{}", D, partial(create, self, rngs), init_scale)
+        moe.dense_params_from(expert, "{}", D, partial(create, self, rngs), init_scale)
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L O"]:
         """The expert's output; ValueError where x is not D wide."""
         check_width(x_BLD, self.D)
-        here, params = shard.here(), moe.standing_alone(self.expert, "{}", self.D, partial(created, self))
-        return here.leave(self.expert(moe.usable(here, params, x_BLD.dtype), here.enter(x_BLD), Dense()))
+        here, params = shard.local(), moe.dense_params_from(self.expert, "{}", self.D, partial(created, self))
+        return here.tensor_exit(
+            self.expert(moe.gather_params(here, params, x_BLD.dtype), here.tensor_enter(x_BLD), Dense())
+        )
 
 
 def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float) -> Array:
     """A new parameter of a module, in float32; the name's suffix is its shape."""
-    init, shape = moe.initializer(name, scale), dims.shape(dims.dims_of(name), sizes)
+    init, shape = moe.initializer(name, scale), dims.shape_of(dims.dims_of(name), sizes)
     setattr(module, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
     return getattr(module, name)[...]
 

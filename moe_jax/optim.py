@@ -149,14 +149,14 @@ class OptimConfig:
 
     def sharded(self, params: Any, laid: Any, sizes: Mapping[str, int]) -> Any:
         """How gradients and what is remembered of parameters lie: as these are `laid`; with zero1, spread further."""
-        return dims.spread(params, laid, ("data", "expert"), sizes) if self.zero1 else laid
+        return dims.add_axes(params, laid, ("data", "expert"), sizes) if self.zero1 else laid
 
     def decayed(self, params: Any) -> Any:
         """A tree of booleans: which parameters weight decay acts on."""
         return jax.tree.map_with_path(lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params)
 
 
-def layouts(state: Any, params: Any, laid: Any) -> Any:
+def opt_state_specs(state: Any, params: Any, laid: Any) -> Any:
     """How what an optimizer remembers lies on a mesh: as its parameters, which are `laid` so.
 
     Sums over rows and columns (Adafactor) lack the longest and the second longest axis.

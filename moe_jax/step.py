@@ -49,7 +49,7 @@ class Metrics(NamedTuple):
     stats: Stats | None  # of the routing, by layer
 
 
-class Layouts(NamedTuple):
+class StateSpecs(NamedTuple):
     """PartitionSpecs of a training state, and of what comes and goes with it."""
 
     params: Any
@@ -79,10 +79,10 @@ class Losses(NamedTuple):
 
 
 def backward(
-    exp: Experiment, layouts: Layouts, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
+    exp: Experiment, layouts: StateSpecs, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
 ) -> tuple[Any, Losses]:
-    """Gradients and losses of a batch in `accumulate` microbatches, on one shard; shards' gradients are summed once."""
-    A, here, objective = exp.data.accumulate, shard.here(), exp.data.objective
+    """Gradients and losses of a batch, microbatch by microbatch, on one shard; shards' gradients are summed once."""
+    A, here, objective = exp.data.microbatches, shard.local(), exp.data.objective
     targets = jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)
 
     def loss_of(params, microbatch: AnyBatch, key):
@@ -96,18 +96,18 @@ def backward(
     def gradient(microbatch: AnyBatch, key):
         return jax.grad(loss_of, has_aux=True)(params, microbatch, key)
 
-    params = here.vary(params)
+    params = here.pvary(params)
     if A == 1:
         grads, (loss, aux_loss, others, stats) = gradient(batch, key)
     else:
-        microbatches, keys_A = jax.tree.map(partial(interleave, A), batch), jax.random.split(key, A)
+        microbatches, keys_A = jax.tree.map(partial(split_microbatches, A), batch), jax.random.split(key, A)
         grads, (loss, aux_loss, others, stats) = _sum_over(gradient, params, microbatches, keys_A)
     return here.reduce(grads, layouts.params, layouts.sharded), Losses(loss, aux_loss, targets, others, stats)
 
 
-def gradients(exp: Experiment, layouts: Layouts, state: State, batch: AnyBatch) -> tuple[Any, Losses]:
+def gradients(exp: Experiment, layouts: StateSpecs, state: State, batch: AnyBatch) -> tuple[Any, Losses]:
     """Gradients and losses of a whole batch: the model is spread over the mesh here, as a function of one shard."""
-    here, everywhere = shard.current(exp.exchange), P()
+    here, everywhere = shard.from_mesh(exp.exchange), P()
     specs = (layouts.params, everywhere, everywhere, shard.token_spec(here))
     run = shard.per_shard(partial(backward, exp, layouts), here, specs, (layouts.sharded, everywhere))
     return run(state.params, state.router, step_key(exp, state), batch)
@@ -144,7 +144,7 @@ def train_step(
     exp: Experiment,
     tx: optax.GradientTransformation,
     rate: optax.Schedule,
-    layouts: Layouts,
+    layouts: StateSpecs,
     state: State,
     batch: AnyBatch,
 ) -> tuple[State, Metrics]:
@@ -152,7 +152,7 @@ def train_step(
     return update(exp, tx, rate, state, *gradients(exp, layouts, state, batch))
 
 
-def interleave(A: int, x_B: Array) -> Array:
+def split_microbatches(A: int, x_B: Array) -> Array:
     """[B, ...] -> [A, B/A, ...], every A-th row to a microbatch, so that rows stay on their device."""
     return x_B.reshape(-1, A, *x_B.shape[1:]).swapaxes(0, 1)
 
@@ -181,18 +181,18 @@ def check_tasks(exp: Experiment, domains: int) -> None:
 # ---------------------------------------------------------------- on a mesh
 
 
-def layouts_of(exp: Experiment, state: State, sizes: Mapping[str, int]) -> Layouts:
+def state_specs(exp: Experiment, state: State, sizes: Mapping[str, int]) -> StateSpecs:
     """PartitionSpecs of an experiment's state on a mesh of these sizes.
 
     Parameters lie as the rules say. With `optim.zero1`, gradients and the optimizer's state are also spread over `data`
     and `expert` (ZeRO stage 1, arXiv:1910.02054); over `fsdp` everything is (stage 3).
     """
-    params = dims.layouts(state.params, shard.rules_for(exp.exchange, sizes))
+    params = dims.specs(state.params, shard.rules_for(exp.exchange, sizes))
     sharded = exp.optim.sharded(state.params, params, sizes)
-    opt_state = optim.layouts(state.opt_state, state.params, sharded)
+    opt_state = optim.opt_state_specs(state.opt_state, state.params, sharded)
     router = jax.tree.map(lambda _: P(), state.router)
     whole: Any = P()
-    return Layouts(params, sharded, State(whole, params, opt_state, router, whole, whole))
+    return StateSpecs(params, sharded, State(whole, params, opt_state, router, whole, whole))
 
 
 class Program:
@@ -203,7 +203,7 @@ class Program:
         self.mesh = make_mesh(devices, **dict(exp.mesh))
         tx, rate = exp.optim.build(exp.run.steps)
         make = partial(init, exp, tx)
-        self.layouts = layouts_of(exp, jax.eval_shape(make), self.mesh.shape)
+        self.layouts = state_specs(exp, jax.eval_shape(make), self.mesh.shape)
         on_mesh = partial(NamedSharding, self.mesh)
         everywhere, rows = on_mesh(P()), P(RULES["B"])
         self.shardings = jax.tree.map(on_mesh, self.layouts.state)
@@ -213,7 +213,7 @@ class Program:
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
         look = partial(evaluation_step, exp.data.objective, exp.model, domains)
         with jax.set_mesh(self.mesh):
-            specs = (self.layouts.params, P(), shard.token_spec(here := shard.current(exp.exchange)))
+            specs = (self.layouts.params, P(), shard.token_spec(here := shard.from_mesh(exp.exchange)))
             self._evaluate = jax.jit(shard.per_shard(look, here, specs, P()), out_shardings=everywhere)
 
     def init(self) -> State:
@@ -223,7 +223,7 @@ class Program:
     def step(self, state: State, batch: AnyBatch) -> tuple[State, Metrics]:
         """The state given is consumed."""
         with jax.set_mesh(self.mesh):
-            return self._step(state, self.place(batch))
+            return self._step(state, self.to_global(batch))
 
     def lower(self, batch: AnyBatch) -> jax.stages.Lowered:
         """Lowers the train step for the shapes of a global batch of arrays or `jax.ShapeDtypeStruct`; runs nothing."""
@@ -233,16 +233,16 @@ class Program:
 
     def evaluate(self, state: State, batch: AnyBatch) -> Any:
         with jax.set_mesh(self.mesh):
-            return self._evaluate(state.params, state.router, self.place(batch))
+            return self._evaluate(state.params, state.router, self.to_global(batch))
 
     @property
     def share(self) -> dict[str, int]:
         """Which part of every batch this process reads, of how many; processes inside one shard read the same."""
         n = math.prod(self.mesh.shape[axis] for axis in TOKENS)
         places = self.rows.addressable_devices_indices_map((n,)).values()
-        return part_of({place[0].indices(n)[0] for place in places if place is not None}, n)
+        return process_slice({place[0].indices(n)[0] for place in places if place is not None}, n)
 
-    def place(self, batch: AnyBatch) -> AnyBatch:
+    def to_global(self, batch: AnyBatch) -> AnyBatch:
         """This process's rows of a batch, as part of the global one."""
         parts = self.share["processes"]
 
@@ -258,7 +258,7 @@ class Program:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
 
-def part_of(mine: set[int], n: int) -> dict[str, int]:
+def process_slice(mine: set[int], n: int) -> dict[str, int]:
     """The part of n shards' rows that these are; ValueError if they do not lie together."""
     first, size = min(mine), len(mine)
     if mine != set(range(first, first + size)) or first % size or n % size:

@@ -15,7 +15,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.core.stats import Stats
 from moe_jax.costs import chips
-from moe_jax.costs.energy import of_run
+from moe_jax.costs.energy import run_energy
 from moe_jax.data import batches, default_directory, evaluation_batches
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate
 from moe_jax.moe import Aux
@@ -42,8 +42,8 @@ def train(
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
 
     def evaluation() -> dict[str, Any]:
-        began, B = time.monotonic(), data.B // data.accumulate
-        chosen = evaluation_batches(held_out, B, run.eval_windows, **program.share)
+        began, B = time.monotonic(), data.B // data.microbatches
+        chosen = evaluation_batches(held_out, B, run.eval_sequences, **program.share)
         record = evaluate(partial(program.evaluate, state), chosen, held_out.domains)
         for name in ("", "_capacity"):
             if "loss" + name in record and held_out.bytes_per_token:
@@ -86,16 +86,21 @@ def train(
                     f"its parameters are the last good ones{f' and saved in {workdir}' if workdir else ''}: go on "
                     "with a lower learning rate, or look at the data."
                 )
-        yield {"kind": "end", "step": step, "seconds": (seconds := tally.seconds()), "energy": taken(exp, seconds)}
+        yield {
+            "kind": "end",
+            "step": step,
+            "seconds": (seconds := tally.seconds()),
+            "energy": energy_record(exp, seconds),
+        }
     finally:
         if checkpoints is not None:
             checkpoints.close()
 
 
-def taken(exp: Experiment, seconds: float) -> dict[str, Any]:
+def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
     """What these seconds of a run took from the grid and emitted, estimated as `config.run` says."""
     run, kind = exp.run, jax.devices()[0].device_kind
-    return dict(of_run(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
+    return dict(run_energy(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
 
 def restore(checkpoints: Checkpoints | None, program: Program) -> tuple[State, float]:

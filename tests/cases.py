@@ -349,7 +349,7 @@ def compiled(name: str, mesh: str | None) -> tuple[Callable, str]:
     place, inputs, outputs = lambda tree: tree, None, None
     if mesh:
         on = partial(NamedSharding, mesh_of(mesh))
-        layout = jax.tree.map(on, dims.layouts(params, rules_for(cfg.exchange)))
+        layout = jax.tree.map(on, dims.specs(params, rules_for(cfg.exchange)))
         tokens = on(P(TOKENS))
         inputs = (layout, Batch(tokens, tokens, tokens, tokens, on(P()), on(P())))
         outputs = Step(*[None] * (len(Step._fields) - 2), layout, on(P()))

@@ -54,7 +54,7 @@ def numbers(part: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     sizes, rng = {**part.sizes, "D": D}, np.random.default_rng(0)
 
     def draw(name: str) -> jax.Array:
-        shape = dims.shape(dims.dims_of(name), sizes)
+        shape = dims.shape_of(dims.dims_of(name), sizes)
         x = rng.standard_normal(shape).astype(np.float32)
         if name.startswith("scale"):
             x = 1 + 0.3 * x

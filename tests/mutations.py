@@ -33,7 +33,8 @@ def get_config():
         "gating": ("Noise(0.1)",),
         "losses": ("LoadBalance(0.01)", "RouterZ(0.001)"),
     }
-    model = {"D": 16, "N": 2, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "layout": "all", "remat": "none", "moe": moe}
+    model = {"D": 16, "N": 2, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "moe_layers": "all"}
+    model |= {"remat": "none", "moe": moe}
     data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 16, "B": 16}
     return {"mesh": {"data": 2, "expert": 2}, "model": model, "data": data}
 """
@@ -67,10 +68,10 @@ LEVELS = (*moe(exchange="TwoLevel()"), *mesh(slice=2, expert=2))
 RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="RaggedAllToAll()"))
 DROPLESS = (*ONE, *moe(dispatch="Scatter(capacity_factor=None)"))
 SWITCH = (*ONE, *moe(router="Switch()"))
-PIECES = (*ONE, "--config.data.accumulate=2")
+PIECES = (*ONE, "--config.data.microbatches=2")
 ZERO = ("--config.optim.zero1=True",)
 COPIES = ("--simulated=2", *mesh(data=2))
-KEPT = (*TWO, "--config.model.remat=exchanged")
+KEPT = (*TWO, "--config.model.remat=save_collectives")
 LATENTS = ("--simulated=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
 
 CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
@@ -88,11 +89,13 @@ APPLIED = "params = optax.apply_updates(state.params, updates)"
 REPLICA = """
     alone = partial(jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False)
     params = {{**params, "norm": alone(lambda new, old: {{"scale_D": {0}}})(params["norm"], state.params["norm"])}}"""
-OWN_SLICE = "g = jax.lax.dynamic_slice_in_dim({0}, self.place(more) * (n := g.shape[i] // self.count(more)), n, i)"
+OWN_SLICE = (
+    "g = jax.lax.dynamic_slice_in_dim({0}, self.axis_index(more) * (n := g.shape[i] // self.axis_size(more)), n, i)"
+)
 SCATTERED = "g = lax.psum_scatter(g, more, scatter_dimension=i, tiled=True)"
-SENT = "shard.regroup(part, shard.experts, split=0, concat=1)"
+SENT = "shard.all_to_all(part, shard.experts, split=0, concat=1)"
 EVALUATED = "here.sum((terms.nats_BL.sum(1) @ by_domain, targets_Z, right, limited.nats_BL.sum(), others))"
-HERE_ONLY = "jnp.where(here.index == 0, {0}, 0)"
+HERE_ONLY = "jnp.where(here.batch_shard_index == 0, {0}, 0)"
 NAMED = "lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True)"
 OFFSETS = "jnp.cumsum({0}, axis={1}) - {0}"
 REAL = "x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)"
@@ -104,21 +107,21 @@ MUTATIONS = (
         "gradients_averaged_over_one_axis",
         CORE,
         REDUCED,
-        REDUCED.replace(" if left", " / self.count(self.tokens[-1:]) if left"),
+        REDUCED.replace(" if left", " / self.axis_size(self.tokens[-1:]) if left"),
     ),
     Mutation(
         "experts_gradient_once_per_shard",
         CORE,
         "left -= set(after)",
-        "g, left = g * self.count(tuple(a for a in after if a in left)), left - set(after)",
+        "g, left = g * self.axis_size(tuple(a for a in after if a in left)), left - set(after)",
     ),
-    Mutation("gradients_summed_twice", STEP, "params = here.vary(params)", "params = params"),
+    Mutation("gradients_summed_twice", STEP, "params = here.pvary(params)", "params = params"),
     Mutation("check_of_replicas_off", CORE, "check_vma=True)", "check_vma=False)"),
     Mutation(
         "gradient_once_per_tensor_shard",
         CORE,
         "return jax.tree.map(lambda a: _varying(a, self.tensor), x)",
-        "return jax.tree.map(lambda a: (b := _varying(a, self.tensor)) * (n := self.count(self.tensor)) "
+        "return jax.tree.map(lambda a: (b := _varying(a, self.tensor)) * (n := self.axis_size(self.tensor)) "
         "- (n - 1) * lax.stop_gradient(b), x)",
         TENSOR,
     ),
@@ -136,7 +139,7 @@ MUTATIONS = (
         "loss_mean_of_means",
         STEP,
         NATS,
-        NATS.replace("sum(),", f"sum() * targets / {OF_A_SHARD.format('microbatch')} / here.count(here.tokens),"),
+        NATS.replace("sum(),", f"sum() * targets / {OF_A_SHARD.format('microbatch')} / here.axis_size(here.tokens),"),
     ),
     Mutation(
         "loss_by_targets_of_a_shard",
@@ -159,7 +162,7 @@ MUTATIONS = (
         MOE,
         f"{ALIKE}\n    {LOSS}",
         f"own = {OWN}\n    total = here.sum(own)\n    "
-        f"{LOSS.replace('part(total', 'part(own')}\n    loss = here.sum(loss) / here.count(here.tokens)",
+        f"{LOSS.replace('part(total', 'part(own')}\n    loss = here.sum(loss) / here.axis_size(here.tokens)",
     ),
     # statistics
     Mutation(
@@ -178,8 +181,8 @@ MUTATIONS = (
     Mutation(
         "agreement_of_one_shard",
         TRANSFORMER,
-        "shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32))",
-        "shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32) * (shard.here().index == 0))",
+        "shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32))",
+        "shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32) * (shard.local().batch_shard_index == 0))",
     ),
     Mutation(
         "padding_in_statistics",
@@ -187,7 +190,7 @@ MUTATIONS = (
         "mask_GS1 = routing.mask_GS[..., None].astype(jnp.float32)",
         "mask_GS1 = jnp.ones_like(routing.mask_GS[..., None], jnp.float32)",
     ),
-    Mutation("drops_not_counted", STATS, "kept=kept.sum(dtype=jnp.float32)", "kept=visits_GSE.sum()"),
+    Mutation("drops_not_counted", STATS, "kept=kept.sum(dtype=jnp.float32)", "kept=assignments_GSE.sum()"),
     Mutation("drops_not_seen", SCATTER, "default=run), kept_GSK", "default=run), real_GSK"),
     Mutation(
         "evaluation_of_one_shard",
@@ -215,7 +218,7 @@ MUTATIONS = (
     Mutation(
         "hidden_units_not_summed",
         CORE,
-        "checkpoint_name(lax.psum(y, self.tensor), EXCHANGED)",
+        "checkpoint_name(lax.psum(y, self.tensor), COLLECTIVES)",
         "y",
         TENSOR,
         refused=True,
@@ -224,24 +227,29 @@ MUTATIONS = (
     Mutation(
         "hidden_units_summed_twice",
         MOE,
-        "y_GSO = here.leave(y_GSO)",
-        "y_GSO = here.leave(here.enter(here.leave(y_GSO)))",
+        "y_GSO = here.tensor_exit(y_GSO)",
+        "y_GSO = here.tensor_exit(here.tensor_enter(here.tensor_exit(y_GSO)))",
         TENSOR,
     ),
     Mutation(
-        "heads_not_summed", f"{ATTENTION}/mha.py", "y_BLD = here.leave(y_BLD)", "y_BLD = y_BLD", TENSOR, refused=True
+        "heads_not_summed",
+        f"{ATTENTION}/mha.py",
+        "y_BLD = here.tensor_exit(y_BLD)",
+        "y_BLD = y_BLD",
+        TENSOR,
+        refused=True,
     ),
     Mutation(
         "heads_summed_twice",
         f"{ATTENTION}/mha.py",
-        "y_BLD = here.leave(y_BLD)",
-        "y_BLD = here.leave(here.enter(here.leave(y_BLD)))",
+        "y_BLD = here.tensor_exit(y_BLD)",
+        "y_BLD = here.tensor_exit(here.tensor_enter(here.tensor_exit(y_BLD)))",
         TENSOR,
     ),
     Mutation(
         "latents_not_entered",
         f"{ATTENTION}/mla.py",
-        "latent_BMW, rope_BMU = here.enter((latent_BMW, rope_BMU))",
+        "latent_BMW, rope_BMU = here.tensor_enter((latent_BMW, rope_BMU))",
         "latent_BMW, rope_BMU = (latent_BMW, rope_BMU)",
         LATENTS,
     ),
@@ -285,7 +293,7 @@ MUTATIONS = (
     Mutation(
         "rows_stay_in_their_slice",
         f"{EXCHANGES}/two_level.py",
-        "x_YXeCD = shard.regroup(x_YXeCD, outer, split=0, concat=0)",
+        "x_YXeCD = shard.all_to_all(x_YXeCD, outer, split=0, concat=0)",
         "x_YXeCD = x_YXeCD",
         LEVELS,
     ),
@@ -319,7 +327,7 @@ MUTATIONS = (
     ),
     # routing
     Mutation("capacity_of_a_shard", MOE, "S = cfg.group(B, L, training=key is not None)", "S = B * L"),
-    Mutation("noise_by_local_group", MOE, "here.index * G + jnp.arange(G)", "jnp.arange(G)"),
+    Mutation("noise_by_local_group", MOE, "here.batch_shard_index * G + jnp.arange(G)", "jnp.arange(G)"),
     Mutation(
         "groups_numbered_in_another_order",
         CORE,
@@ -367,21 +375,21 @@ MUTATIONS = (
     Mutation(
         "weight_is_constant",
         "moe_jax/routers/switch.py",
-        "at(probs_GSE, expert_GSK), logits",
-        "at(probs_GSE, expert_GSK) / at(probs_GSE, expert_GSK), logits",
+        "take_experts(probs_GSE, expert_GSK), logits",
+        "take_experts(probs_GSE, expert_GSK) / take_experts(probs_GSE, expert_GSK), logits",
         SWITCH,
     ),
     Mutation(
         "weight_without_gradient",
         "moe_jax/core/scores.py",
-        "jnp.where(used_GSK, at(logits_GSE, expert_GSK), -jnp.inf)",
-        "jnp.where(used_GSK, at(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
+        "jnp.where(used_GSK, take_experts(logits_GSE, expert_GSK), -jnp.inf)",
+        "jnp.where(used_GSK, take_experts(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
     ),
     Mutation(
         "overflowing_slot_used_again",
         SCATTER,
-        "kept_GSK = real_GSK & (queue_GSK < C)",
-        "kept_GSK = real_GSK & (queue_GSK <= C)",
+        "kept_GSK = real_GSK & (position_GSK < C)",
+        "kept_GSK = real_GSK & (position_GSK <= C)",
     ),
     Mutation(
         "too_few_slots_for_everybody",
@@ -400,8 +408,8 @@ MUTATIONS = (
     Mutation(
         "rows_back_in_the_wrong_order",
         "moe_jax/core/rows.py",
-        "return Places(row_GSK.reshape(-1, K), choice_R)",
-        "return Places(choice_R[:choices].reshape(-1, K), choice_R)",
+        "return RowMap(row_GSK.reshape(-1, K), choice_R)",
+        "return RowMap(choice_R[:choices].reshape(-1, K), choice_R)",
         RAGGED,
     ),
     # communication, of the same numbers
@@ -409,7 +417,8 @@ MUTATIONS = (
         "tokens_gathered_besides",
         MOE,
         REAL,
-        f"{REAL}\n    x_BLD = jax.lax.dynamic_slice_in_dim(here.gather(x_BLD, here.tokens), here.index * B, B)",
+        f"{REAL}\n    x_BLD = jax.lax.dynamic_slice_in_dim("
+        "here.gather(x_BLD, here.tokens), here.batch_shard_index * B, B)",
         TWO,
     ),
     Mutation(
@@ -418,12 +427,13 @@ MUTATIONS = (
         SENT,
         SENT.replace(
             "(part,",
-            "(shard.regroup(shard.regroup(part, shard.experts, split=0, concat=1), shard.experts, split=1, concat=0),",
+            "(shard.all_to_all("
+            "shard.all_to_all(part, shard.experts, split=0, concat=1), shard.experts, split=1, concat=0),",
         ),
         TWO,
     ),
     Mutation(
-        "exchanged_rows_without_a_name", CORE, f"return checkpoint_name({NAMED}, EXCHANGED)", f"return {NAMED}", KEPT
+        "exchanged_rows_without_a_name", CORE, f"return checkpoint_name({NAMED}, COLLECTIVES)", f"return {NAMED}", KEPT
     ),
     Mutation(
         "zero1_sums_everything_everywhere", CORE, SCATTERED, OWN_SLICE.format("lax.psum(g, more)"), (*COPIES, *ZERO)

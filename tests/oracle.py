@@ -207,9 +207,9 @@ def count(choice, mask, taken, B=1, task=None, tasks=1):
         "tokens": mask.sum(),
         "kept": taken.sum(),
         "choices_E": visit.sum((0, 1)),
-        "firsts_E": first.sum((0, 1)),
+        "top1_E": first.sum((0, 1)),
         "probs_E": probs.sum(0),
-        "gains_E": gains(choice).sum((0, 1)),
+        "combine_E": gains(choice).sum((0, 1)),
         "load_E": visit.sum((0, 1)) if load is None else load[mask].sum(0),
         "entropy": entropies.sum(),
         "z_squared": (np.log(np.exp(logits).sum(-1)) ** 2).sum(),
@@ -246,7 +246,7 @@ def describe(s):
         "agreement": np.nan,
         "load_balance": E * sum(load[e] * P[e] for e in range(E)),
         "router_z": s["z_squared"] / tokens,
-        "importance": oracle_routing.cv(s["gains_E"]) ** 2,
+        "importance": oracle_routing.cv(s["combine_E"]) ** 2,
         "uniform_kl": -np.log(E) - np.log(np.maximum(P / P.sum(), 1e-30)).mean(),
     }
 
@@ -286,7 +286,7 @@ def auxiliary(part, cfg, choice, s, mask, given):
     if name == "RouterZ":
         return s["z_squared"] / s["tokens"]
     if name in ("Importance", "Load"):
-        key = "load_E" if name == "Load" else {"weights": "gains_E", "probs": "probs_E"}[part.of]
+        key = "load_E" if name == "Load" else {"weights": "combine_E", "probs": "probs_E"}[part.of]
         return oracle_routing.cv(s[key]) ** 2
     if name == "UniformKL":
         return oracle_routing.uniform_kl(probs, part.direction == "reverse")

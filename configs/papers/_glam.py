@@ -28,7 +28,7 @@ def glam(size: str, shape: str = "", E: int = 0, V: int = 32_000, **mesh: int) -
         **{"D": D, "N": N},
         "attention": f"MHA(H={H}, A={A}, position=Relative())",
         "ffn": f"GLU(F={F}, activation='gelu')",
-        "layout": "every 2" if E else "none",
+        "moe_layers": "every 2" if E else "none",
         "tied": True,
         "remat": "full",
         "dtype": "bfloat16",
@@ -48,7 +48,7 @@ def glam(size: str, shape: str = "", E: int = 0, V: int = 32_000, **mesh: int) -
         "objective": "NextToken()",
         "L": 1024,
         "B": 1024,
-        "accumulate": 1,
+        "microbatches": 1,
     }
     config.optim = {
         "optimizer": "Adafactor(decay=0.8, smallest=128)",

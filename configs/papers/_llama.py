@@ -21,14 +21,14 @@ def llama(
     base: float = 10000.0,
     qk_norm: str = "none",
     B: int = 1024,
-    accumulate: int = 2,
+    microbatches: int = 2,
     optim: dict | None = None,
     mesh: dict | None = None,
     **model,
 ) -> ConfigDict:
     """A model of these sizes; `moe` has E, router, experts, losses and what else differs.
 
-    B sequences of 4,096 tokens a step, in `accumulate` pieces.
+    B sequences of 4,096 tokens a step, in `microbatches` pieces.
     """
     config = ConfigDict()
     config.seed = 0
@@ -36,9 +36,9 @@ def llama(
     config.model = {
         **{"D": D, "N": N},
         "attention": f"MHA(H={H}, A={A}, J={J}, position=Rotary(base={base}), qk_norm={qk_norm!r})",
-        "layout": "all",
+        "moe_layers": "all",
         "tied": False,
-        "remat": "exchanged",
+        "remat": "save_collectives",
         "dtype": "bfloat16",
         "moe": {"dispatch": "Sort()", "exchange": "RaggedAllToAll()", **moe},
         **model,
@@ -49,7 +49,7 @@ def llama(
         "objective": "NextToken()",
         "L": 4096,
         "B": B,
-        "accumulate": accumulate,
+        "microbatches": microbatches,
     }
     config.optim = optim or {
         "optimizer": "AdamW(b1=0.9, b2=0.95, weight_decay=0.1)",

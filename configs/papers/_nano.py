@@ -1,4 +1,4 @@
-"""A published model at a size that trains on a laptop: its components, its layout, small widths."""
+"""A published model at a size that trains on a laptop: its components, its moe_layers, small widths."""
 
 import re
 
@@ -22,7 +22,7 @@ def nano(config: ConfigDict) -> ConfigDict:
     """
     model, data = config.model, config.data
     images = config.model.get("kind") == "ViT"
-    wide = {name: width(model[name]) for name in ("ffn", "extra") if model.get(name, "None") != "None"}
+    wide = {name: width(model[name]) for name in ("ffn", "dense_after_moe") if model.get(name, "None") != "None"}
     base = width(model.moe.experts) if model.get("moe") else wide["ffn"]
     for name, n in wide.items():
         model[name] = of_width(model[name], 8 * max(1, round(F / 8 * n / base)))
@@ -33,15 +33,15 @@ def nano(config: ConfigDict) -> ConfigDict:
         model.moe.E = min(E, model.moe.E)
         model.moe.dispatch = re.sub(r"Scatter\(.*", "Scatter(capacity_factor=1.5)", model.moe.dispatch)
         model.moe.S = None
-    layout = model.get("layout", "none")
-    model.N = 4 if layout.startswith("every 4") else 2
-    if layout.startswith("last"):
-        model.layout = "last 1"
+    moe_layers = model.get("moe_layers", "none")
+    model.N = 4 if moe_layers.startswith("every 4") else 2
+    if moe_layers.startswith("last"):
+        model.moe_layers = "last 1"
     model.attention = small_heads(model.attention)
     model.D, model.dtype, model.remat = D, "float32", "none"
     spread = bool(model.get("moe")) and model.moe.dispatch != "Sort()"
     config.mesh = {"data": 2, "expert": 4} if spread else {"data": 8}
-    config.data = {"L": 1 if images else L, "B": B, "accumulate": 1, "objective": data.objective}
+    config.data = {"L": 1 if images else L, "B": B, "microbatches": 1, "objective": data.objective}
     if images:
         model.patch = 2
         config.data.source = "Digits()"
@@ -49,7 +49,7 @@ def nano(config: ConfigDict) -> ConfigDict:
         config.data.source = "ToyTranslation()"
         config.data.objective = "Translation()"
     config.optim = {"optimizer": "AdamW(weight_decay=0.1)", "schedule": "Cosine(peak=0.005, warmup=50)", "clip": 1.0}
-    config.run = {"steps": 400, "log_every": 20, "eval_every": 200, "eval_windows": 512, "save_every": 200}
+    config.run = {"steps": 400, "log_every": 20, "eval_every": 200, "eval_sequences": 512, "save_every": 200}
     return config
 
 

@@ -20,7 +20,7 @@ def t5(
     A: int,
     ffn: str,
     moe: dict[str, Any],
-    layout: str = "every 2",
+    moe_layers: str = "every 2",
     position: str = "Relative(shared=True)",
     mesh: dict | None = None,
     **model: Any,
@@ -34,9 +34,9 @@ def t5(
         **{"D": D, "N": N},
         "attention": f"MHA(H={H}, A={A}, position={position})",
         "ffn": ffn,
-        "layout": layout,
+        "moe_layers": moe_layers,
         "tied": True,
-        "remat": "exchanged",
+        "remat": "save_collectives",
         "dtype": "bfloat16",
         "moe": {"experts": ffn, "losses": ("LoadBalance(0.01)",), **moe},
         **model,
@@ -47,7 +47,7 @@ def t5(
         "objective": "SpanCorruption(density=0.15, span=3.0, sentinels=128)",
         "L": 512,
         "B": 2048,
-        "accumulate": 1,
+        "microbatches": 1,
     }
     config.optim = {
         "optimizer": "Adafactor(decay=0.8)",
@@ -74,7 +74,7 @@ def gshard(shape: str, E: int, layers: int) -> ConfigDict:
         objective="Translation(source=SentencePiece(V=64000))",
         L=128,
         B=32_768,
-        accumulate=2 if E == 128 else 1,
+        microbatches=2 if E == 128 else 1,
     )
     config.optim.optimizer = "Adafactor(decay=0.8, relative=False)"
     return _nano.shaped(config, shape)

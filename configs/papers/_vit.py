@@ -16,7 +16,7 @@ SIZES = {  # D, N, F, H
 }
 
 
-def vmoe(size: str, patch: int, rate: float, shape: str = "", layout: str = "every 2") -> ConfigDict:
+def vmoe(size: str, patch: int, rate: float, shape: str = "", moe_layers: str = "every 2") -> ConfigDict:
     """A size with patches of so many pixels, at its peak learning rate; 4,096 images a step, groups of 8."""
     D, N, F, H = SIZES[size]
     tokens = 1 + (224 // patch) ** 2
@@ -29,8 +29,8 @@ def vmoe(size: str, patch: int, rate: float, shape: str = "", layout: str = "eve
         "attention": f"MHA(H={H}, A={D // H}, position=NoPE(), bias=True)",
         "ffn": f"MLP(F={F}, activation='gelu', bias=True)",
         "representation": True,
-        "layout": layout,
-        "remat": "exchanged",
+        "moe_layers": moe_layers,
+        "remat": "save_collectives",
         "dtype": "bfloat16",
         "moe": {
             "E": 32,
@@ -46,7 +46,7 @@ def vmoe(size: str, patch: int, rate: float, shape: str = "", layout: str = "eve
         "objective": "Classification()",
         "L": 1,
         "B": 4096,
-        "accumulate": 1,
+        "microbatches": 1,
     }
     config.optim = {
         "optimizer": "AdamW(b1=0.9, b2=0.999, weight_decay=0.1)",

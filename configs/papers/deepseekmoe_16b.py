@@ -29,9 +29,9 @@ def get_config(shape: str = "") -> ConfigDict:
         A=128,
         V=102_400,
         B=4608,
-        accumulate=9,
+        microbatches=9,
         ffn="GLU(F=10944, activation='silu')",
-        layout="last 27",
+        moe_layers="last 27",
         moe={
             "E": 64,
             "router": "TopK(K=6, normalize=False)",

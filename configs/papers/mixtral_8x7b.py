@@ -29,7 +29,7 @@ def get_config(shape: str = "") -> ConfigDict:
         J=8,
         A=128,
         V=32_000,
-        accumulate=4,
+        microbatches=4,
         base=1e6,
         moe={
             "E": 8,

@@ -29,7 +29,7 @@ def get_config(shape: str = "") -> ConfigDict:
         H=16,
         A=128,
         V=50_304,
-        accumulate=8,
+        microbatches=8,
         qk_norm="all",
         moe={
             "E": 64,

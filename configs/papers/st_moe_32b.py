@@ -28,8 +28,8 @@ def get_config(shape: str = "") -> ConfigDict:
         H=64,
         A=128,
         ffn="GLU(F=20480, activation='gelu')",
-        extra="GLU(F=20480, activation='gelu')",
-        layout="every 4",
+        dense_after_moe="GLU(F=20480, activation='gelu')",
+        moe_layers="every 4",
         tied=False,
         moe={
             "E": 64,

@@ -27,7 +27,7 @@ def get_config(shape: str = "") -> ConfigDict:
         H=32,
         A=64,
         ffn="MLP(F=6144, activation='relu')",
-        layout="all",
+        moe_layers="all",
         tied=False,
         moe={
             "E": 2048,

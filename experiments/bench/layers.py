@@ -17,7 +17,7 @@ from experiments.bench.tokens import Tokens
 from moe_jax.core import dims, shard
 from moe_jax.core.groups import Dense, Padded
 from moe_jax.core.shard import Shard
-from moe_jax.moe import MoE, MoEConfig, shared_layout, sizes_of
+from moe_jax.moe import MoE, MoEConfig, shared_specs, sizes_of
 
 
 class Place(NamedTuple):
@@ -28,7 +28,7 @@ class Place(NamedTuple):
     def here(self, exchange: Any = None) -> Shard:
         """A shard of the mesh; alone without one."""
         with self.active():
-            return shard.current(exchange)
+            return shard.from_mesh(exchange)
 
     def active(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self.mesh) if self.mesh else jax.default_device(jax.devices()[0])
@@ -40,14 +40,14 @@ class Place(NamedTuple):
         laid = jax.tree.map(partial(NamedSharding, self.mesh), layouts, is_leaf=lambda p: isinstance(p, PartitionSpec))
         return jax.device_put(tree, laid)
 
-    def count(self, axes: tuple[str, ...]) -> int:
+    def axis_size(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
     @property
     def shards(self) -> int:
         """How many the tokens are spread over."""
-        return self.count(shard.TOKENS)
+        return self.axis_size(shard.TOKENS)
 
 
 class Passes(NamedTuple):
@@ -87,7 +87,7 @@ def layer_inputs(cfg: MoEConfig, shape: Shape, tokens: Tokens, place: Place, par
         x_BLD = jax.ShapeDtypeStruct((1, shape.L, shape.D), jnp.float32)
         shapes = jax.eval_shape(MoE(cfg).init, jax.random.key(0), x_BLD)["params"]
         params = drawn({name: s.shape for name, s in shapes.items()}, shape.weights)
-        params = place.put(params, dims.layouts(params, here.rules))
+        params = place.put(params, dims.specs(params, here.rules))
     gate = {"router_gate_DE": place.put(jnp.asarray(tokens.gate_DE), PartitionSpec())}
     x_BLD = jnp.asarray(tokens.x_TD.reshape(-1, shape.L, shape.D), shape.dtype)
     rows = shard.token_spec(here)
@@ -111,10 +111,10 @@ def twin_passes(shape: Shape, place: Place, params: Any, x_TD: Array) -> Passes:
 def twin_inputs(shape: Shape, place: Place) -> tuple[Any, Array]:
     """(params, x_TD), with random tokens: a dense layer takes as long for any."""
     here, sizes = place.here(), {**sizes_of(shape.twin), "D": shape.D}
-    shapes = {name: dims.shape(dims.dims_of(name.replace("_E", "_")), sizes) for name in shape.twin.params}
+    shapes = {name: dims.shape_of(dims.dims_of(name.replace("_E", "_")), sizes) for name in shape.twin.params}
     params = drawn(shapes, shape.weights)
     x_TD = jax.random.normal(jax.random.key(1), (shape.T, shape.D)).astype(shape.dtype)
-    return place.put(params, shared_layout(params, here)), place.put(x_TD, shard.token_spec(here))
+    return place.put(params, shared_specs(params, here)), place.put(x_TD, shard.token_spec(here))
 
 
 # ---------------------------------------------------------------- the least it could be
@@ -123,7 +123,7 @@ def twin_inputs(shape: Shape, place: Place) -> tuple[Any, Array]:
 def batched_passes(shape: Shape) -> tuple[Passes, Any]:
     """The experts' matmuls alone, as XLA batches them: rows lie ready, as many for each expert. And their inputs."""
     sizes = {**sizes_of(shape.experts), "D": shape.D, "E": shape.E}
-    params = drawn({name: dims.shape(dims.dims_of(name), sizes) for name in shape.experts.params}, shape.weights)
+    params = drawn({name: dims.shape_of(dims.dims_of(name), sizes) for name in shape.experts.params}, shape.weights)
     rows = shape.E, -(-shape.T * shape.K // shape.E), shape.D
     x_ECD = jax.random.normal(jax.random.key(1), rows).astype(shape.dtype)
 

@@ -37,7 +37,7 @@ class Shape:
 
     def layer(self, dispatch: Any) -> MoEConfig:
         """The MoE layer: the usual router and losses, and on a mesh the exchange that carries the dispatcher's rows."""
-        exchange = RaggedAllToAll() if dispatch.rows is Ragged else AllToAll()
+        exchange = RaggedAllToAll() if dispatch.layout is Ragged else AllToAll()
         router = TopK(K=self.K, normalize=self.K > 1)  # the weight of one choice is its probability
         return MoEConfig(self.E, router, self.experts, dispatch, exchange, S=self.L)
 

@@ -26,10 +26,10 @@ from experiments.bench.work import by_rows, kept, slots
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Padded, Ragged
-from moe_jax.core.rows import Sent, written
+from moe_jax.core.rows import LazyRows, materialize
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import stats
-from moe_jax.moe import MoEConfig, context, usable
+from moe_jax.moe import MoEConfig, context, gather_params
 
 STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 
@@ -37,8 +37,8 @@ STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 class Still(Shard):
     """A shard whose rows come back as they are."""
 
-    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Array]:
-        return apart(written(x)), jnp.ones((), bool)
+    def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
+        return apart(materialize(x)), jnp.ones((), bool)
 
 
 @jax.custom_vjp
@@ -54,8 +54,8 @@ apart.defvjp(lambda x: (apart(x), ()), lambda _, g: (apart(g),))
 class Ready(Shard):
     """A shard that has rows which are not those that were sent: nobody need send any."""
 
-    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Array]:
-        shape = jax.eval_shape(written, x).shape
+    def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
+        shape = jax.eval_shape(materialize, x).shape
         rows, n = params["rows"], math.prod(shape[:-1])
         # What a capacity that is not chosen would need is not there.
         return rows[:n].reshape(shape) if n <= len(rows) else jnp.zeros(shape, rows.dtype), jnp.ones((), bool)
@@ -70,7 +70,7 @@ def measure(
     """
     params, x_BLD, _ = inputs
     with place.active():
-        here = shard.current(cfg.exchange)
+        here = shard.from_mesh(cfg.exchange)
         x_GSD = x_BLD.reshape(-1, shape.L, shape.D)
         run, gate = router(cfg, here), params["router_gate_DE"]
         routing = jax.jit(run)((gate, x_GSD))[2]
@@ -109,10 +109,10 @@ def router(cfg: MoEConfig, here: Shard) -> Callable:
     def local(gate_DE, x_GSD):  # groups are sequences
         mask_GS = jnp.ones(x_GSD.shape[:2], bool)
         ctx = context(cfg, here, {}, None, len(x_GSD), Ids())
-        routing = cfg.router(here.vary({"gate_DE": gate_DE}), x_GSD, mask_GS, ctx)
+        routing = cfg.router(here.pvary({"gate_DE": gate_DE}), x_GSD, mask_GS, ctx)
         total = here.sum(stats(routing, routing.expert_GSK < cfg.E, len(x_GSD)))
         losses = sum(part.weight * part(total, {}, cfg.router) for part in cfg.losses)
-        return losses + (total.gains_E**2).mean(), total, routing
+        return losses + (total.combine_E**2).mean(), total, routing
 
     rows = shard.token_spec(here)
     run = shard.per_shard(local, here, (P(), rows), (P(), P(), rows))
@@ -126,8 +126,10 @@ def dispatcher(cfg: MoEConfig, here: Shard, kind: type[Shard]) -> Callable:
     def local(by, routing):
         x_GSD, rows, weight_GSK = by
         weighted = routing._replace(weight_GSK=weight_GSK)
-        y_GSD, _ = cfg.dispatch(still.enter(x_GSD), weighted, cfg.experts, {"rows": still.enter(rows)}, still)
-        return still.leave(y_GSD)
+        y_GSD, _ = cfg.dispatch(
+            still.tensor_enter(x_GSD), weighted, cfg.experts, {"rows": still.tensor_enter(rows)}, still
+        )
+        return still.tensor_exit(y_GSD)
 
     rows = shard.token_spec(here)
     return shard.per_shard(local, here, ((rows, rows, rows), rows), rows)
@@ -166,19 +168,19 @@ def experts(
     if by_row and here.experts:
         return None
     own = {name: params[name] for name in cfg.experts.params}
-    rows, layout = shard.token_spec(here), dims.layouts(own, here.rules)
+    rows, layout = shard.token_spec(here), dims.specs(own, here.rules)
 
     def local(by, kept_GE):
         params, x = by
         groups = Ragged(kept_GE.sum(0)) if by_row else Padded()
-        y = groups.apply(cfg.experts, usable(here, here.vary(params), x.dtype, "E"), here.enter(x))
-        return here.leave(y)
+        y = groups.apply(cfg.experts, gather_params(here, here.pvary(params), x.dtype, "E"), here.tensor_enter(x))
+        return here.tensor_exit(y)
 
     run = shard.per_shard(local, here, ((layout, rows), rows), rows)
     if by_row:
         size: tuple[int, ...] = (shape.T * shape.K,)
     else:  # what shards of tokens have of experts is stacked in front
-        E = cfg.E * place.shards // place.count(here.experts)
+        E = cfg.E * place.shards // place.axis_size(here.experts)
         size = (E, cfg.E * len(count_GE) * slots(cfg, count_GE, shape.L) // E)
     kept_GE = jnp.asarray(kept(cfg, count_GE, shape.L), jnp.int32)
     return run, (own, place.put(lying(shape, *size), rows)), place.put(kept_GE, rows)

@@ -68,7 +68,7 @@ def experiments() -> list[Experiment]:
     exp = build(cli.overridden(values, overrides) if overrides else values)
     if TWIN.value:
         return [exp, build(cli.load(TWIN.value))]
-    return [exp, dataclasses.replace(exp, model=exp.model.dense_twin())]
+    return [exp, dataclasses.replace(exp, model=exp.model.dense_baseline())]
 
 
 def on_mesh(exp: Experiment) -> Experiment:
@@ -99,7 +99,7 @@ class Stepper:
         windows, _ = exp.data.prepare(data_dir)
         self.program = Program(exp, len(windows.domains))
         stream = batches(windows, exp.data.B, exp.seed, 0, **self.program.share)
-        few = [self.program.place(batch) for batch in itertools.islice(stream, 4)]
+        few = [self.program.to_global(batch) for batch in itertools.islice(stream, 4)]
         self.state, self.batches = self.program.init(), itertools.cycle(few)
         self.compiled = compiled(self.program, few[0])
 

@@ -104,7 +104,7 @@ def watched(exp: Experiment, workdir: pathlib.Path, data_dir: pathlib.Path, save
         compiled: Any = None
 
         def step(self, state: loop.State, batch: AnyBatch) -> Any:
-            placed = self.place(batch)
+            placed = self.to_global(batch)
             if self.compiled is None:
                 self.compiled = self.lower(placed).compile()
             return clock.step(lambda: self.compiled(state, placed))

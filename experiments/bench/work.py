@@ -35,7 +35,7 @@ def by_rows(cfg: MoEConfig, platform: str, spread: bool = False) -> bool:
     A CPU is as fast with any number of rows per expert, so that capacity costs nothing there; what travels has slots.
     """
     occupied = platform == "cpu" and not spread and not isinstance(cfg.dispatch, Einsum)
-    return cfg.dispatch.rows is Ragged or occupied
+    return cfg.dispatch.layout is Ragged or occupied
 
 
 def rows_done(

@@ -117,7 +117,7 @@ def paper_of(cls: type) -> str:
 
 def layer_of(router: Any, E: int, size: Size) -> MoEConfig:
     """A layer with this router; of one expert where it takes no more."""
-    dispatch = DISPATCH[traits(router).makes]
+    dispatch = DISPATCH[traits(router).routing]
     E = 1 if isinstance(router, MixtureOfDepths) else E
     return MoEConfig(E=E, router=router, experts=MLP(F=size.F), dispatch=dispatch, S=size.S)
 
@@ -147,7 +147,7 @@ def routing_pass(router: Any, E: int, size: Size) -> Callable[[], Any]:
         routing = router(own, x_GSD, mask_GS, ctx)
         s = stats(routing, mask_GS[..., None], len(x_GSD))
         # Weights, which the experts' outputs would be multiplied with, and the balancing loss have gradients.
-        return (s.gains_E * c_E).sum() + LoadBalance()(s, {}, router), s
+        return (s.combine_E * c_E).sum() + LoadBalance()(s, {}, router), s
 
     return compiled(value, own, x_GSD, *rest)
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from configs import glam_nano
-from moe_jax.config import dense_twin, parse, suggestion
+from moe_jax.config import dense_baseline, parse, suggestion
 
 STEPS = 300
-EVAL_WINDOWS = 512
+EVAL_SEQUENCES = 512
 DENSE = "dense"
 
 
@@ -97,7 +97,7 @@ def base(steps: int = STEPS) -> ConfigDict:
             "steps": steps,
             "log_every": max(1, steps // 15),
             "eval_every": steps,
-            "eval_windows": EVAL_WINDOWS,
+            "eval_sequences": EVAL_SEQUENCES,
             "save_every": steps,
         }
     )
@@ -109,7 +109,7 @@ def configure(contestant: Contestant, base: ConfigDict, seed: int = 0) -> Config
     config = base.copy_and_resolve_references()
     config.seed = seed
     if contestant.router is None:
-        return dense_twin(config)
+        return dense_baseline(config)
     moe = config.model.moe
     experts, dispatch = parse(moe.experts), parse(moe.dispatch)
     factor = dispatch.capacity_factor * contestant.visits / contestant.K  # of the choices there are, not of all K

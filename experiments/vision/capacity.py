@@ -57,7 +57,7 @@ def opened(workdir: pathlib.Path) -> tuple[Experiment, State]:
     if not path.is_file():
         raise ValueError(f"{path} is not there; give the workdir of a run that has been trained.")
     exp = dataclasses.replace(Experiment.from_json(path.read_text()), mesh=())
-    if exp.model.takes != "images" or exp.model.routed is None:
+    if exp.model.batch_kind != "images" or exp.model.routed is None:
         raise ValueError(f"{workdir} is no sparse model of images; give a run of configs/vmoe_nano.py.")
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return exp, restore(checkpoints, Program(exp, devices=jax.devices()[:1]))[0]

@@ -17,7 +17,7 @@ def project(x_BLD: Float[Array, "B L D"], w_DHA: Float[Array, "D *H"]) -> Float[
     return Dense().matmul(x_BLD, w_DHA.reshape(len(w_DHA), -1)).reshape(*x_BLD.shape[:2], *w_DHA.shape[1:])
 
 
-def combine(y_BLHA: Float[Array, "B L H A"], w_HAD: Float[Array, "H A D"]) -> Float[Array, "B L D"]:
+def merge_heads(y_BLHA: Float[Array, "B L H A"], w_HAD: Float[Array, "H A D"]) -> Float[Array, "B L D"]:
     """The output of all heads."""
     return Dense().matmul(y_BLHA.reshape(*y_BLHA.shape[:2], -1), w_HAD.reshape(-1, w_HAD.shape[-1]))
 
@@ -68,7 +68,7 @@ def is_ring(M: int, window: int | None) -> bool:
     return window is not None and M >= window
 
 
-def within(y_BLD: Float[Array, "B L D"], cache: Cache, sees: Sees, window: int | None) -> Float[Array, "B L D"]:
+def mask_overflow(y_BLD: Float[Array, "B L D"], cache: Cache, sees: Sees, window: int | None) -> Float[Array, "B L D"]:
     """Outputs, NaN for a token whose position is beyond the room of a cache that is no ring: never a wrong number."""
     M = cache["segment_BM"].shape[1]
     if is_ring(M, window):

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None
     ) -> Float[Array, "B L D"]:
         """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
-        part, here = self.part, Shard() if self.is_initializing() else shard.current()
+        part, here = self.part, Shard() if self.is_initializing() else shard.from_mesh()
         sizes = {**part.sizes, "D": x_BLD.shape[-1]}
         params = {name: parameter(self, name, sizes, initializer(name, self.init_scale)) for name in part.params}
         return over_mesh(part, here, params, x_BLD, sees, memory_BMD)
@@ -47,9 +47,9 @@ def over_mesh(
     part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees | None, memory_BMD: Array | None
 ) -> Float[Array, "B L D"]:
     """An attention on every shard of the current mesh; a plain call where there is none."""
-    if here.tensor and not shard.inside():
+    if here.tensor and not shard.in_shard_map():
         part.check_spread(jax.sharding.get_abstract_mesh().shape["tensor"])
-    sees = rows(*x_BLD.shape[:2]) if sees is None else sees
+    sees = causal_rows(*x_BLD.shape[:2]) if sees is None else sees
     tokens = shard.token_spec(here)
     heads = P(None, here.tensor or None)
     given: Any = sees
@@ -59,9 +59,9 @@ def over_mesh(
         key_segment_BM=tokens,
         key_position_BM=tokens,
         bias_1HLM=heads,
-        shared=dims.layouts(sees.shared, here.rules),
+        shared=dims.specs(sees.shared, here.rules),
     )
-    specs = (dims.layouts(params, here.rules), tokens, layout, tokens)
+    specs = (dims.specs(params, here.rules), tokens, layout, tokens)
     run = shard.per_shard(partial(attend, part, here), here, specs, tokens)
     return run(params, x_BLD, sees, memory_BMD)
 
@@ -71,13 +71,13 @@ NO_MATRICES = ("HA", "JA", "PH")  # biases and scales of heads, tables of positi
 
 def attend(part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees, memory_BMD: Array | None) -> Array:
     """An attention on one shard's tokens, its matrices gathered over fsdp."""
-    ready = {name: usable(here, name, w, x_BLD.dtype) for name, w in here.vary(params).items()}
+    ready = {name: gather_param(here, name, w, x_BLD.dtype) for name, w in here.pvary(params).items()}
     return part(ready, x_BLD, sees, here, memory_BMD=memory_BMD)[0]
 
 
-def usable(here: Shard, name: str, w: Array, dtype: Any) -> Array:
+def gather_param(here: Shard, name: str, w: Array, dtype: Any) -> Array:
     """A parameter as it is computed with: a matrix whole over fsdp and in the type of its input."""
-    return here.whole(name, w, dtype).astype(dtype) if is_matrix(name) else w
+    return here.unshard(name, w, dtype).astype(dtype) if is_matrix(name) else w
 
 
 def is_matrix(name: str) -> bool:
@@ -86,7 +86,7 @@ def is_matrix(name: str) -> bool:
     return len(letters) > 1 and letters not in NO_MATRICES
 
 
-def rows(B: int, L: int) -> Sees:
+def causal_rows(B: int, L: int) -> Sees:
     """One causal sequence of L tokens in each of B rows."""
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     return Sees(jnp.ones((B, L), int), position_BL, Order.CAUSAL)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.attention.heads import Cache, combine, extend, init_cache, project, rms_norm, within
+from moe_jax.attention.heads import Cache, extend, init_cache, mask_overflow, merge_heads, project, rms_norm
 from moe_jax.attention.positions import BUCKETS, POSITIONS, NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
 from moe_jax.attention.sees import Sees
@@ -112,8 +112,8 @@ class MHA:
         params: matrices in the type of x. cache: keys and values of earlier tokens (`init_cache`); None without.
         """
         dtype = x_BLD.dtype
-        x_BLD = here.enter(x_BLD)
-        memory_BMD = x_BLD if memory_BMD is None else here.enter(memory_BMD)
+        x_BLD = here.tensor_enter(x_BLD)
+        memory_BMD = x_BLD if memory_BMD is None else here.tensor_enter(memory_BMD)
         q_BLHA = project(x_BLD, params["query_DHA"])
         k_BMJA, v_BMJA = project(memory_BMD, params["key_DJA"]), project(memory_BMD, params["value_DJA"])
         if self.bias:
@@ -138,11 +138,11 @@ class MHA:
             y_BLHA *= jax.nn.sigmoid(project(x_BLD, params["gate_DH"]))[..., None]
         if self.gate == "element":
             y_BLHA *= jax.nn.sigmoid(project(x_BLD, params["gate_DHA"]))
-        y_BLD = combine(y_BLHA, params["out_HAD"])
+        y_BLD = merge_heads(y_BLHA, params["out_HAD"])
         if self.bias:
-            y_BLD += here.once("out_D", params["out_D"]).astype(dtype)[None, None]
-        y_BLD = here.leave(y_BLD)
-        return (y_BLD, None) if cache is None else (within(y_BLD, cache, sees, self.window), new)
+            y_BLD += here.bias_once("out_D", params["out_D"]).astype(dtype)[None, None]
+        y_BLD = here.tensor_exit(y_BLD)
+        return (y_BLD, None) if cache is None else (mask_overflow(y_BLD, cache, sees, self.window), new)
 
     def init_cache(self, B: int, M: int, dtype: Any = jnp.float32) -> Cache:
         """An empty cache for B sequences of at most M tokens; of a window's size where there is one."""

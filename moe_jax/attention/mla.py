@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.attention.heads import Cache, combine, extend, init_cache, project, rms_norm, within
+from moe_jax.attention.heads import Cache, extend, init_cache, mask_overflow, merge_heads, project, rms_norm
 from moe_jax.attention.mha import GATES
 from moe_jax.attention.positions import NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
@@ -104,7 +104,7 @@ class MLA:
         if memory_BMD is not None:
             self.for_memory()
         dtype = x_BLD.dtype
-        inner_BLD = here.enter(x_BLD)  # nothing happens where it is not used
+        inner_BLD = here.tensor_enter(x_BLD)  # nothing happens where it is not used
         latent_BMW = rms_norm(project(x_BLD, params["latent_DW"]), (-1,), params["scale_latent_W"])
         rope_BM1U = project(x_BLD, params["key_rope_DU"])[:, :, None]
         rope_BMU = self.position.rotate(rope_BM1U, sees.position_BL)[:, :, 0]
@@ -112,14 +112,14 @@ class MLA:
             q_BLHI = project(inner_BLD, params["query_DHI"])
         else:
             query_BLQ = rms_norm(project(x_BLD, params["query_down_DQ"]), (-1,), params["scale_query_Q"])
-            q_BLHI = project(here.enter(query_BLQ), params["query_QHI"])
+            q_BLHI = project(here.tensor_enter(query_BLQ), params["query_QHI"])
         q_BLHA, q_BLHU = jnp.split(q_BLHI, [self.A], axis=-1)
         q_BLHU = self.position.rotate(q_BLHU, sees.position_BL)
         new = None
         if cache is not None:
             both, sees, new = extend(cache, {"latent_BMW": latent_BMW, "rope_BMU": rope_BMU}, sees, self.window)
             latent_BMW, rope_BMU = (both[name].astype(dtype) for name in ("latent_BMW", "rope_BMU"))
-        latent_BMW, rope_BMU = here.enter((latent_BMW, rope_BMU))
+        latent_BMW, rope_BMU = here.tensor_enter((latent_BMW, rope_BMU))
         rope_BM1U = rope_BMU[:, :, None]
         if cache is not None and self.absorbs(q_BLHA.shape[1], latent_BMW.shape[1]):
             q_BLHW = jnp.einsum("blha,wha->blhw", q_BLHA, params["key_WHA"])
@@ -136,8 +136,8 @@ class MLA:
             y_BLHO *= jax.nn.sigmoid(project(inner_BLD, params["gate_DH"]))[..., None]
         if self.gate == "element":
             y_BLHO *= jax.nn.sigmoid(project(inner_BLD, params["gate_DHO"]))
-        y_BLD = here.leave(combine(y_BLHO, params["out_HOD"]))
-        return (y_BLD, None) if cache is None else (within(y_BLD, cache, sees, self.window), new)
+        y_BLD = here.tensor_exit(merge_heads(y_BLHO, params["out_HOD"]))
+        return (y_BLD, None) if cache is None else (mask_overflow(y_BLD, cache, sees, self.window), new)
 
     def _attend(self, q_BLHI: Array, k_BMJI: Array, v_BMJO: Array, sees: Sees) -> Float[Array, "B L H O"]:
         """Scores are scaled by the width of a head, whatever form its queries have."""

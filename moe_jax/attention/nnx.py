@@ -22,7 +22,7 @@ class Attention(nnx.Module):
         self.part = part
         sizes = {**part.sizes, "D": D}
         for name in part.params:
-            drawn = initializer(name, init_scale)(rngs.params(), dims.shape(dims.dims_of(name), sizes))
+            drawn = initializer(name, init_scale)(rngs.params(), dims.shape_of(dims.dims_of(name), sizes))
             setattr(self, name, nnx.Param(drawn))
 
     def __call__(
@@ -30,4 +30,4 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
         params = {name: getattr(self, name)[...] for name in self.part.params}
-        return over_mesh(self.part, shard.current(), params, x_BLD, sees, memory_BMD)
+        return over_mesh(self.part, shard.from_mesh(), params, x_BLD, sees, memory_BMD)

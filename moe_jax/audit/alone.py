@@ -51,10 +51,10 @@ def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[ja
     if calm.routed is not None and not calm.routed.traits.untrained:
         gating = tuple(t for t in calm.moe.gating if not t.random)
         calm = dataclasses.replace(calm, moe=dataclasses.replace(calm.moe, losses=(), gating=gating, S=None))
-    if exp.data.accumulate == 1 or (calm.routed is not None and (calm.routed.random or calm.routed.losses)):
+    if exp.data.microbatches == 1 or (calm.routed is not None and (calm.routed.random or calm.routed.losses)):
         return None
     several = dataclasses.replace(alone(exp), model=calm)
-    at_once = dataclasses.replace(several, data=dataclasses.replace(exp.data, accumulate=1))
+    at_once = dataclasses.replace(several, data=dataclasses.replace(exp.data, microbatches=1))
     state = state._replace(router=jax.device_get(calm.init_router()))
     one, many = (jax.device_get(Trial(e, devices[:1])(state, batch)) for e in (at_once, several))
     return same(one, many, state)
@@ -79,7 +79,7 @@ def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -
 
 def halves(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Worst:
     """How far the sums over a batch are from those of its halves, each with padding in place of the other."""
-    B, whole = len(batch.target_BL), exp.data.accumulate * rows_of_a_group(exp.model, batch)
+    B, whole = len(batch.target_BL), exp.data.microbatches * rows_of_a_group(exp.model, batch)
     first_B1 = (np.arange(B) < B // (2 * whole) * whole)[:, None]
     if not first_B1.any():  # one routing group, which cannot be cut
         return Worst(0.0, "")

@@ -20,7 +20,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
     given = jax.tree.map(lambda a: jnp.asarray(a[0]), draw(cfg, rng, 1, B, L, D))
     keys_1 = keys(cfg, rng, 1)
     target = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
-    arrived = "kept" if tokens_choose(cfg) else "visits"  # experts that choose drop nothing
+    arrived = "kept" if tokens_choose(cfg) else "assignments"  # experts that choose drop nothing
 
     def seen(dispatch: Any) -> Any:
         layer = MoE(dataclasses.replace(cfg, dispatch=dispatch))
@@ -59,7 +59,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
 
 def fitting(cfg: MoEConfig) -> list[Any]:
     """The definition, then every dispatcher that makes the same of what the layer's router decides."""
-    mine, makes = cfg.dispatch, cfg.traits.makes
+    mine, makes = cfg.dispatch, cfg.traits.routing
     limit = {f: getattr(mine, f) for f in ("priority", "convention") if hasattr(mine, f)}
     several: list[Any] = [Einsum(mine.capacity_factor, **limit), Scatter(mine.capacity_factor, **limit)]
     if mine.capacity_factor is None:

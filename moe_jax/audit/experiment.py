@@ -42,7 +42,7 @@ def spread(exp: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
     trial = meshes.Trial(meshes.alone(exp), devices[:1])
     one = jax.device_get(trial(state, batch))
     yield Finding("padding is nowhere", "one device", True, alone.padding(trial, exp, state, batch))
-    if exp.data.objective.makes != "images":  # which have no order
+    if exp.data.objective.batch_kind != "images":  # which have no order
         told = alone.causal(trial, exp, state, batch)
         yield Finding("causal means causal", "the whole model", exp.model.causal, told)
     yield Finding("nothing is dropped in silence", "one device", True, alone.drops(one))

@@ -64,10 +64,10 @@ class Trial:
         """Of a state and a batch in the memory of the host."""
         state = jax.device_put(state, self.program.shardings)
         with jax.set_mesh(self.program.mesh):
-            return self.run(state, self.program.place(batch))
+            return self.run(state, self.program.to_global(batch))
 
 
-def everything(exp: Experiment, layouts: step.Layouts, state: step.State, batch: AnyBatch) -> StepTrace:
+def everything(exp: Experiment, layouts: step.StateSpecs, state: step.State, batch: AnyBatch) -> StepTrace:
     """A step, and the outputs it is made from."""
     tx, rate = exp.optim.build(exp.run.steps)
     grads, losses = step.gradients(exp, layouts, state, batch)
@@ -78,7 +78,7 @@ def everything(exp: Experiment, layouts: step.Layouts, state: step.State, batch:
         evaluated = evaluation_step(exp.data.objective, exp.model, tasks(exp), params, router, batch)
         return logits_BLV, None if aux is None else aux.expert_BLK, evaluated
 
-    here = shard.current(exp.exchange)
+    here = shard.from_mesh(exp.exchange)
     tokens = shard.token_spec(here)
     look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens), P()))
     logits_BLV, expert_NBLK, evaluated = look(state.params, state.router, step.step_key(exp, state), batch)

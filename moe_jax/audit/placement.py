@@ -34,7 +34,7 @@ def placement(exp: Experiment) -> list[Placed]:
     tx, _ = exp.optim.build(exp.run.steps)
     sizes = {axis: max(n, 1) for axis, n in exp.mesh}
     state = jax.eval_shape(partial(step.init, exp, tx))
-    layouts = step.layouts_of(exp, state, sizes)
+    layouts = step.state_specs(exp, state, sizes)
     remembered: dict[tuple[str, ...], int] = {}
     for (path, leaf), layout in laid(state.opt_state, layouts.state.opt_state):
         remembered[names_of(path)] = remembered.get(names_of(path), 0) + local_bytes(leaf, layout, sizes)
@@ -57,4 +57,4 @@ def laid(tree: Any, layouts: Any) -> Iterator[tuple[tuple[Any, Any], P]]:
 
 def local_bytes(leaf: Any, layout: P, sizes: dict[str, int]) -> int:
     """Bytes of a device's part."""
-    return math.prod(dims.local(leaf.shape, layout, sizes)) * leaf.dtype.itemsize
+    return math.prod(dims.local_shape(leaf.shape, layout, sizes)) * leaf.dtype.itemsize

@@ -42,7 +42,7 @@ class RoutingTrace(NamedTuple):
     """What a layer does with the tokens of T trials."""
 
     y_TBLD: Float[Array, "T B L D"]
-    visits_TBLE: Float[Array, "T B L E"]  # dropped ones too
+    assignments_TBLE: Float[Array, "T B L E"]  # dropped ones too
     weight_TBLE: Float[Array, "T B L E"]
     kept_TBLK: Bool[Array, "T B L K"]
 
@@ -173,21 +173,21 @@ def gradients(
 @partial(jax.jit, static_argnums=0)
 def trace_routing(cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None) -> RoutingTrace:
     """Runs the layer on all trials, without keys in evaluation mode."""
-    record = ("visits", "gains", *(["kept"] if tokens_choose(cfg) else []))
+    record = ("assignments", "combine", *(["kept"] if tokens_choose(cfg) else []))
 
     def one(params, x_BLD, mask_BL, token_BL, task_BL, key):
         given = (x_BLD, mask_BL, key, cfg.init_state(), Ids(token_BL, task_BL), record)
         y_BLD, aux = cast(tuple, MoE(cfg).apply({"params": params}, *given))
         it = aux.recorded
-        kept_BLK = jnp.ones_like(it.visits_BLE, bool) if it.kept_BLK is None else it.kept_BLK  # nobody has asked
-        return RoutingTrace(y_BLD, it.visits_BLE, it.gains_BLE, kept_BLK)
+        kept_BLK = jnp.ones_like(it.assignments_BLE, bool) if it.kept_BLK is None else it.kept_BLK  # nobody has asked
+        return RoutingTrace(y_BLD, it.assignments_BLE, it.combine_BLE, kept_BLK)
 
     return jax.vmap(one)(*given, key_T)
 
 
 def tokens_choose(cfg: MoEConfig) -> bool:
     """Returns whether the layer's router names experts for tokens, whose choices can be dropped."""
-    return cfg.traits.makes is TokenChoice
+    return cfg.traits.routing is TokenChoice
 
 
 def compare(
@@ -206,7 +206,7 @@ def compare(
     one, other = (jax.tree.map(np.asarray, run(trials)) for trials in inputs)
     largest_T111 = np.abs(one.y_TBLD).max((1, 2, 3), keepdims=True)
     differs = {
-        "who was chosen": one.visits_TBLE != other.visits_TBLE,
+        "who was chosen": one.assignments_TBLE != other.assignments_TBLE,
         "a weight": one.weight_TBLE != other.weight_TBLE,
         "a drop": one.kept_TBLK != other.kept_TBLK,
         "the output": np.abs(one.y_TBLD - other.y_TBLD) > ROUNDING * largest_T111,

@@ -101,7 +101,7 @@ def nobody(exp: Experiment, batch: AnyBatch) -> np.ndarray:
     shapes = exp.model.stacks(batch)
     fields = ("source_segment_BM", "segment_BL")[-len(shapes) :]
     real = [batch.loss_mask_BL] if isinstance(batch, Images) else [getattr(batch, f) > 0 for f in fields]
-    longest, layers = max(s.L for s in shapes), exp.model.moe_layers // len(shapes)
+    longest, layers = max(s.L for s in shapes), exp.model.n_moe_layers // len(shapes)
     stacks = [
         np.pad(np.broadcast_to(r, (len(r), s.L)), [(0, 0), (0, longest - s.L)])
         for r, s in zip(real, shapes, strict=True)

@@ -26,7 +26,7 @@ def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
     if isinstance(exp.model, ViTConfig):
         data = dataclasses.replace(data, source=Digits())
     model = narrow(exp.model, exp.data.shapes(1), data.shapes(1))
-    rows = exp.data.accumulate * devices * rows_of_a_group(model, data.shapes(1))
+    rows = exp.data.microbatches * devices * rows_of_a_group(model, data.shapes(1))
     data = dataclasses.replace(data, B=max(rows, B // rows * rows))
     mesh = tuple(fold(dict(exp.mesh), devices).items())
     optim = dataclasses.replace(exp.optim, schedule=Constant(RATE))
@@ -41,12 +41,12 @@ def narrow(model: Model, whole: Any, short: Any) -> Model:
     if isinstance(model, ViTConfig):
         sizes |= {"V": Digits.V, "image": Digits.image, "patch": PATCH}
     if model.routed is not None and (S := model.routed.S):
-        length = dataclasses.replace(model, moe=None, layout="none", **sizes).stacks(short)[0].L
+        length = dataclasses.replace(model, moe=None, moe_layers="none", **sizes).stacks(short)[0].L
         S = max(1, S * length // model.stacks(whole)[0].L)
         moe = dataclasses.replace(thin_layer(model.moe), S=S)
     else:
         moe = thin_layer(model.moe)
-    parts = {"ffn": thin(model.ffn), "extra": thin(model.extra), "moe": moe}
+    parts = {"ffn": thin(model.ffn), "dense_after_moe": thin(model.dense_after_moe), "moe": moe}
     return shallow(dataclasses.replace(model, **parts, dtype="float32", **sizes))
 
 
@@ -90,7 +90,7 @@ def shallow(model: Model) -> Model:
             fewer = dataclasses.replace(model, N=N)
         except ValueError:  # the layout names layers that there would not be
             continue
-        if kinds(fewer) == kinds(model) and fewer.moe_layers >= min(2, model.moe_layers):
+        if kinds(fewer) == kinds(model) and fewer.n_moe_layers >= min(2, model.n_moe_layers):
             return fewer
     return model
 

@@ -53,7 +53,7 @@ class Context:
             raise ValueError(f"{type(router).__name__} routes by {what} ids; call the layer with Ids({what}_BL=...).")
         return ids_GS
 
-    def remembered(self, name: str, router: Any) -> Array:
+    def get_state(self, name: str, router: Any) -> Array:
         """An array of the router's state; ValueError where the layer was called without."""
         if name not in self.state:
             raise ValueError(
@@ -69,7 +69,7 @@ class Context:
                 x_GSD = transform(x_GSD.astype(jnp.float32), self, self._keys(i))
         return x_GSD
 
-    def scale(self, logits: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
+    def transform(self, logits: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
         """Logits, of experts or anything else, after temperature, noise, ..."""
         for i, transform in enumerate(self.gating):
             if transform.on == "logits":
@@ -78,7 +78,7 @@ class Context:
 
     def logits(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
         """Logits of experts after all transforms, those dropped in this step out of reach."""
-        logits_GSE = self.scale(logits_GSE)
+        logits_GSE = self.transform(logits_GSE)
         if (dropped_GE := self.dropped()) is None:
             return logits_GSE
         some_GE = dropped_GE & ~dropped_GE.all(-1, keepdims=True)  # of none but dropped ones all stay as they are
@@ -90,26 +90,26 @@ class Context:
         found = [t(self, self._step_key(i) if t.random else None) for i, t in now]
         return sum(found[1:], found[0]) if found else None
 
-    def pick(self, score_GSE: Float[Array, "G S I"], K: int) -> Int[Array, "G S K"]:
+    def top_k(self, score_GSE: Float[Array, "G S I"], K: int) -> Int[Array, "G S K"]:
         """The K experts of the largest scores, ties to the lower one; those of a recording where one is replayed.
 
         What comes after the E experts (null experts) is never dropped.
         """
         if self.replay_GSK is not None:
             return self.replay_GSK
-        best_GSK, expert_GSK = lax.top_k(self.open(score_GSE), K)
+        best_GSK, expert_GSK = lax.top_k(self.mask_dropped(score_GSE), K)
         # Otherwise XLA merges later slices of the choices into the selection, and then sorts all E scores.
         expert_GSK = lax.optimization_barrier(expert_GSK)
         return expert_GSK if self.dropped() is None else jnp.where(best_GSK > -jnp.inf, expert_GSK, self.E)
 
-    def open(self, score_GSE: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
+    def mask_dropped(self, score_GSE: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
         """Scores, minus infinity for experts that nobody may choose in this step."""
         if (dropped_GE := self.dropped()) is None:
             return score_GSE
         shut_GE = jnp.pad(dropped_GE, ((0, 0), (0, score_GSE.shape[-1] - self.E)))
         return jnp.where(shut_GE[:, None], -jnp.inf, score_GSE)
 
-    def given(self, expert_GSK: Int[Array, "G S K"]) -> Int[Array, "G S K"]:
+    def override(self, expert_GSK: Int[Array, "G S K"]) -> Int[Array, "G S K"]:
         """Choices made elsewhere, after what `pick` does to others."""
         if self.replay_GSK is not None:
             return self.replay_GSK

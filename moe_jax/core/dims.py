@@ -32,14 +32,14 @@ def dims_of(name: str) -> str:
     return suffix
 
 
-def shape(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape that `dims` have under `sizes`."""
     if missing := sorted(set(dims) - set(sizes)):
         raise ValueError(f"Dimensions {missing} of {dims!r} have no size; have {dict(sizes)}.")
     return tuple(sizes[d] for d in dims)
 
 
-def gathered(dims: str) -> str:
+def fsdp_dim(dims: str) -> str:
     """The dimension along which a parameter is spread over fsdp; "" of vectors, and of matrices without a width."""
     return next((d for d in WIDTHS if d in dims), "") if len(dims) > 1 else ""
 
@@ -69,7 +69,7 @@ def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
     Of several widths (`WIDTHS`) only the first is.
     ValueError where two of its dimensions would be spread over the same mesh axis.
     """
-    axes = [tuple(rules.get(d, ())) if d not in WIDTHS or d == gathered(dims) else () for d in dims]
+    axes = [tuple(rules.get(d, ())) if d not in WIDTHS or d == fsdp_dim(dims) else () for d in dims]
     flat = [a for entry in axes for a in entry]
     if twice := sorted({a for a in flat if flat.count(a) > 1}):
         raise ValueError(
@@ -79,7 +79,7 @@ def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
     return P(*[None] * (0 if rank is None else rank - len(dims)), *(entry or None for entry in axes))
 
 
-def layouts(tree: Any, rules: Rules) -> Any:
+def specs(tree: Any, rules: Rules) -> Any:
     """How parameters are laid out, by their names.
 
     Whole everywhere are vectors of a width (D, Q, W), and what belongs to a router (`router_gate_DE`), which decides
@@ -97,7 +97,7 @@ def layouts(tree: Any, rules: Rules) -> Any:
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """The same, on a mesh."""
-    return jax.tree.map(lambda layout: NamedSharding(mesh, layout), layouts(tree, rules))
+    return jax.tree.map(lambda layout: NamedSharding(mesh, layout), specs(tree, rules))
 
 
 def axes(layout: P, rank: int) -> list[tuple[str, ...]]:
@@ -106,13 +106,13 @@ def axes(layout: P, rank: int) -> list[tuple[str, ...]]:
     return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
 
 
-def local(shape: tuple[int, ...], layout: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def local_shape(shape: tuple[int, ...], layout: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A shard's part of an array of this shape, on a mesh of these sizes."""
     cuts = (math.prod(sizes[a] for a in entry) for entry in axes(layout, len(shape)))
     return tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
 
 
-def spread(tree: Any, laid: Any, over: tuple[str, ...], sizes: Mapping[str, int]) -> Any:
+def add_axes(tree: Any, laid: Any, over: tuple[str, ...], sizes: Mapping[str, int]) -> Any:
     """Layouts of parameters which are spread over these mesh axes too, where they are not yet.
 
     They cut the longest axis of a shard's part that they divide. Vectors and routers stay whole.
@@ -121,7 +121,7 @@ def spread(tree: Any, laid: Any, over: tuple[str, ...], sizes: Mapping[str, int]
     def leaf(path, x, layout):
         name, used = str(path[-1].key), {a for entry in axes(layout, x.ndim) for a in entry}
         more = tuple(a for a in over if sizes.get(a, 1) > 1 and a not in used)
-        parts, pieces = local(x.shape, layout, sizes), math.prod(sizes[a] for a in more)
+        parts, pieces = local_shape(x.shape, layout, sizes), math.prod(sizes[a] for a in more)
         fits = [i for i, n in enumerate(parts) if n % pieces == 0]
         if not more or not fits or name.startswith("router") or len(dims_of(name)) < 2:
             return layout

@@ -31,26 +31,26 @@ def _linear(x_GSD: Array, gate_DE: Array) -> Array:
 
 @jax.custom_vjp
 def _of_bfloat16(x_GSD: Array, gate_DE: Array) -> Array:
-    return lax.platform_dependent(x_GSD, gate_DE, cuda=in_parts, default=_linear)
+    return lax.platform_dependent(x_GSD, gate_DE, cuda=matmul_bf16x3, default=_linear)
 
 
 def _of_bfloat16_bwd(residuals, g_GSE):
     plainly = lambda x, gate, g: jax.vjp(_linear, x, gate)[1](g)  # noqa: E731
-    return lax.platform_dependent(*residuals, g_GSE, cuda=in_parts_back, default=plainly)
+    return lax.platform_dependent(*residuals, g_GSE, cuda=matmul_bf16x3_grad, default=plainly)
 
 
 _of_bfloat16.defvjp(lambda *args: (_of_bfloat16(*args), args), _of_bfloat16_bwd)
 
 
-def in_parts(x_GSD: Array, gate_DE: Array) -> Array:
+def matmul_bf16x3(x_GSD: Array, gate_DE: Array) -> Array:
     """A float32 is the sum of three bfloat16, whose products with x are exact in float32."""
-    y_GSE3 = jnp.dot(x_GSD, jnp.concatenate(parts(gate_DE, 3), 1), preferred_element_type=jnp.float32)
+    y_GSE3 = jnp.dot(x_GSD, jnp.concatenate(split_bf16(gate_DE, 3), 1), preferred_element_type=jnp.float32)
     first, second, third = jnp.split(y_GSE3, 3, axis=-1)
     return third + second + first
 
 
-def in_parts_back(x_GSD: Array, gate_DE: Array, g_GSE: Array) -> tuple[Array, Array]:
-    (g1, g2, g3), (w1, w2) = parts(g_GSE, 3), parts(gate_DE, 2)
+def matmul_bf16x3_grad(x_GSD: Array, gate_DE: Array, g_GSE: Array) -> tuple[Array, Array]:
+    (g1, g2, g3), (w1, w2) = split_bf16(g_GSE, 3), split_bf16(gate_DE, 2)
     whole = {"preferred_element_type": jnp.float32}
     # Rounded to bfloat16 in the end: products of what is small with what is small are lost in that.
     g_GSE3, w_DE3 = jnp.concatenate([g2, g1, g1], -1), jnp.concatenate([w1, w2, w1], -1)
@@ -60,7 +60,7 @@ def in_parts_back(x_GSD: Array, gate_DE: Array, g_GSE: Array) -> tuple[Array, Ar
     return dx_GSD.astype(x_GSD.dtype), third + second + first
 
 
-def parts(x: Float[Array, "..."], n: int) -> list[Float[Array, "..."]]:
+def split_bf16(x: Float[Array, "..."], n: int) -> list[Float[Array, "..."]]:
     """bfloat16 arrays, the largest first, that add up to a float32 array: three are all of its 24 digits."""
     found = []
     for _ in range(n):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.core.kernels.by_expert import by_expert
 from moe_jax.core.kernels.triton import known
 from moe_jax.core.ragged import ragged_matmul, sent_matmul
-from moe_jax.core.rows import Sent, written
+from moe_jax.core.rows import LazyRows, materialize
 
 
 @runtime_checkable
@@ -27,7 +27,7 @@ class Groups(Protocol):
         """Every row plus its expert's vector."""
         ...
 
-    def apply(self, expert: Callable, params: Any, x: Array | Sent) -> Array:
+    def apply(self, expert: Callable, params: Any, x: Array | LazyRows) -> Array:
         """What experts make of their rows, expert(params, x, self), in the way that is fastest."""
         ...
 
@@ -62,11 +62,11 @@ class Padded:
         return expert(params, x, self)
 
 
-class Fetched(NamedTuple):
+class FetchedRows(NamedTuple):
     """The rows that an expert is given, and where a matmul that knows them can fetch them: then nobody writes them."""
 
     rows: Float[Array, "R D"]
-    sent: Sent
+    sent: LazyRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Ragged:
     """
 
     sizes_E: Int[Array, "E"]
-    fetched: Fetched | None = None
+    fetched: FetchedRows | None = None
 
     def matmul(self, x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"]) -> Float[Array, "R O"]:
         w_EIO = w_EIO.astype(x_RI.dtype)
@@ -91,18 +91,18 @@ class Ragged:
         mine_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows that are nobody's
         return x_RO + jnp.where(mine_R1, b_RO, 0)
 
-    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R O"]:
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
         """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
 
         def one_by_one(params, x, sizes_E):
             return OneByOne(sizes_E).apply(expert, params, x)
 
         def at_once(params, x, sizes_E):
-            return expert(params, written(x), Ragged(sizes_E))
+            return expert(params, materialize(x), Ragged(sizes_E))
 
         def fetching(params, x, sizes_E):
-            rows = written(x)
-            fetched = Fetched(rows, x) if isinstance(x, Sent) and known(rows) else None
+            rows = materialize(x)
+            fetched = FetchedRows(rows, x) if isinstance(x, LazyRows) and known(rows) else None
             return expert(params, rows, Ragged(sizes_E, fetched))
 
         return lax.platform_dependent(params, x, self.sizes_E, cpu=one_by_one, cuda=fetching, default=at_once)
@@ -111,5 +111,5 @@ class Ragged:
 class OneByOne(Ragged):
     """Rows like these on a platform without a grouped matmul."""
 
-    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | Sent) -> Float[Array, "R O"]:
-        return by_expert(expert, params, written(x), self.sizes_E)
+    def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
+        return by_expert(expert, params, materialize(x), self.sizes_E)

@@ -14,12 +14,12 @@ def parameter(module: nn.Module, name: str, sizes: Mapping[str, int], init: Call
 
     In a model that is spread over a mesh it is this shard's part, and smaller than `sizes` say.
     """
-    if shard.inside():
+    if shard.in_shard_map():
         return module.get_variable("params", name)  # Linen would compare it with the whole
-    return module.param(name, init, dims.shape(dims.dims_of(name), sizes))
+    return module.param(name, init, dims.shape_of(dims.dims_of(name), sizes))
 
 
 def weight(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, dtype: Any = None) -> jax.Array:
     """The same, to be multiplied with: gathered where it is spread over fsdp, and in this type."""
-    w = shard.here().whole(name, parameter(module, name, sizes, init), dtype)
+    w = shard.local().unshard(name, parameter(module, name, sizes, init), dtype)
     return w if dtype is None else w.astype(dtype)

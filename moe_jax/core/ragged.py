@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels import ragged_gpu, ragged_tpu
 from moe_jax.core.kernels.triton import on_gpu
-from moe_jax.core.rows import Places, back
+from moe_jax.core.rows import RowMap, gather_grad
 
 
 @jax.custom_vjp
@@ -35,7 +35,7 @@ ragged_matmul.defvjp(lambda *args: (ragged_matmul(*args), args), _ragged_bwd)
 
 @jax.custom_vjp
 def sent_matmul(
-    x_TI: Float[Array, "T I"], to: Places, w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
+    x_TI: Float[Array, "T I"], to: RowMap, w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
     """The same of rows that are still where their tokens are, on a GPU."""
     return _fetching_matmul(x_TI, w_EIO, sizes_E, to.token_R)
@@ -44,7 +44,7 @@ def sent_matmul(
 def _sent_bwd(residuals, g_RO):
     x_TI, to, w_EIO, sizes_E = residuals
     dx_RI = _matmul_transposed(g_RO, w_EIO, sizes_E)
-    return back(dx_RI, to), None, _fetching_outer(x_TI, g_RO, sizes_E, to.token_R), None
+    return gather_grad(dx_RI, to), None, _fetching_outer(x_TI, g_RO, sizes_E, to.token_R), None
 
 
 sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)

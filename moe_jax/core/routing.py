@@ -32,17 +32,17 @@ class TokenChoice(NamedTuple):
         return self.logits_GSE.shape[-1]
 
     @property
-    def visits_GSE(self) -> Float[Array, "G S E"]:
+    def assignments_GSE(self) -> Float[Array, "G S E"]:
         """How often each token visits each expert."""
         return _spread(jnp.ones_like(self.weight_GSK), self.expert_GSK, self.E)
 
     @property
-    def firsts_GSE(self) -> Float[Array, "G S E"]:
+    def top1_GSE(self) -> Float[Array, "G S E"]:
         """First choices alone."""
         return jax.nn.one_hot(self.expert_GSK[..., 0], self.E)
 
     @property
-    def gains_GSE(self) -> Float[Array, "G S E"]:
+    def combine_GSE(self) -> Float[Array, "G S E"]:
         """The weight of each expert in each token's output."""
         return _spread(self.weight_GSK, self.expert_GSK, self.E)
 
@@ -63,16 +63,16 @@ class SlotChoice(NamedTuple):
         return self.logits_GSE.shape[-1]
 
     @property
-    def visits_GSE(self) -> Float[Array, "G S E"]:
+    def assignments_GSE(self) -> Float[Array, "G S E"]:
         return self._by_token(jnp.ones_like(self.weight_GEC))
 
     @property
-    def firsts_GSE(self) -> Float[Array, "G S E"]:
+    def top1_GSE(self) -> Float[Array, "G S E"]:
         """There is no order among them: every visit counts."""
-        return self.visits_GSE
+        return self.assignments_GSE
 
     @property
-    def gains_GSE(self) -> Float[Array, "G S E"]:
+    def combine_GSE(self) -> Float[Array, "G S E"]:
         return self._by_token(self.weight_GEC)
 
     def _by_token(self, value_GEC: Float[Array, "G E C"]) -> Float[Array, "G S E"]:
@@ -98,15 +98,15 @@ class SoftSlots(NamedTuple):
         return self.logits_GSE.shape[-1]
 
     @property
-    def visits_GSE(self) -> Float[Array, "G S E"]:
+    def assignments_GSE(self) -> Float[Array, "G S E"]:
         return self.dispatch_GSEC.sum(-1)
 
     @property
-    def firsts_GSE(self) -> Float[Array, "G S E"]:
-        return self.visits_GSE
+    def top1_GSE(self) -> Float[Array, "G S E"]:
+        return self.assignments_GSE
 
     @property
-    def gains_GSE(self) -> Float[Array, "G S E"]:
+    def combine_GSE(self) -> Float[Array, "G S E"]:
         return self.combine_GSEC.sum(-1)
 
 
@@ -141,7 +141,7 @@ def token_choice(
     )
 
 
-def queue(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G S K"]:
+def position_in_expert(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G S K"]:
     """Position of every choice in its expert's queue, per group; S*K for choices that go nowhere.
 
     token-major: tokens in order, each with all its choices; only this one is causal.
@@ -200,10 +200,10 @@ class Masks(NamedTuple):
     combine_GSEC: Float[Array, "G S E C"]
 
 
-def masks(routing: TokenChoice, queue_GSK: Int[Array, "G S K"], C: int) -> Masks:
+def masks(routing: TokenChoice, position_GSK: Int[Array, "G S K"], C: int) -> Masks:
     """Choices whose place in the queue is at least C are dropped."""
     hot_GSKE = jax.nn.one_hot(routing.expert_GSK, routing.E)
-    hot_GSKC = jax.nn.one_hot(queue_GSK, C)
+    hot_GSKC = jax.nn.one_hot(position_GSK, C)
     return Masks(
         jnp.einsum("gske,gskc->gsec", hot_GSKE, hot_GSKC),
         jnp.einsum("gsk,gske,gskc->gsec", routing.weight_GSK, hot_GSKE, hot_GSKC),

@@ -14,7 +14,7 @@ from moe_jax.core.kernels.triton import on_gpu
 from moe_jax.core.routing import TokenChoice
 
 
-class Places(NamedTuple):
+class RowMap(NamedTuple):
     """Which row has which choice, token t's k-th being number t * K + k. Each map is the inverse of the other."""
 
     row_TK: Int[Array, "T K"]  # R: nowhere
@@ -26,11 +26,11 @@ class Places(NamedTuple):
         return self.choice_R // self.row_TK.shape[1]
 
 
-class Sent(NamedTuple):
+class LazyRows(NamedTuple):
     """Rows of tokens that have not been written yet: some kernels fetch them by themselves."""
 
     x_TD: Float[Array, "T D"]
-    to: Places
+    to: RowMap
 
     @property
     def rows(self) -> Float[Array, "R D"]:
@@ -38,36 +38,36 @@ class Sent(NamedTuple):
         return _send(self.x_TD, self.to)
 
 
-def written(x: Array | Sent) -> Array:
+def materialize(x: Array | LazyRows) -> Array:
     """Rows, wherever they are."""
-    return x.rows if isinstance(x, Sent) else x
+    return x.rows if isinstance(x, LazyRows) else x
 
 
-def places(row_GSK: Int[Array, "G S K"], R: int) -> Places:
+def row_map(row_GSK: Int[Array, "G S K"], R: int) -> RowMap:
     """From the row of every choice, different ones of R, or R for those that go nowhere."""
     (K,), choices = row_GSK.shape[2:], row_GSK.size
     choice_R = jnp.full((R,), choices).at[row_GSK.reshape(-1)].set(jnp.arange(choices), mode="drop")
-    return Places(row_GSK.reshape(-1, K), choice_R)
+    return RowMap(row_GSK.reshape(-1, K), choice_R)
 
 
-def back_to_back(
-    routing: TokenChoice, queue_GSK: Int[Array, "G S K"], kept_GSK: Bool[Array, "G S K"]
+def ragged_rows(
+    routing: TokenChoice, position_GSK: Int[Array, "G S K"], kept_GSK: Bool[Array, "G S K"]
 ) -> tuple[Int[Array, "G S K"], Int[Array, "E"]]:
     """The row of every kept choice where rows lie by expert, group and place in the queue; how many each expert has."""
-    G, E, nowhere = len(queue_GSK), routing.E, queue_GSK.size
+    G, E, nowhere = len(position_GSK), routing.E, position_GSK.size
     expert_GSK = jnp.where(kept_GSK, routing.expert_GSK, E)
     count_GE = jnp.zeros((G, E), jnp.int32).at[jnp.arange(G)[:, None, None], expert_GSK].add(1, mode="drop")
     before_EG = jnp.cumsum(count_GE.T.reshape(-1)).reshape(E, G) - count_GE.T
     first_GSK = before_EG.at[expert_GSK, jnp.arange(G)[:, None, None]].get(mode="clip")
-    return jnp.where(kept_GSK, first_GSK + queue_GSK, nowhere), count_GE.sum(0)
+    return jnp.where(kept_GSK, first_GSK + position_GSK, nowhere), count_GE.sum(0)
 
 
-def send(x_GSD: Float[Array, "G S D"], to: Places) -> Sent:
+def send(x_GSD: Float[Array, "G S D"], to: RowMap) -> LazyRows:
     """Tokens to their rows."""
-    return Sent(x_GSD.reshape(-1, x_GSD.shape[-1]), to)
+    return LazyRows(x_GSD.reshape(-1, x_GSD.shape[-1]), to)
 
 
-def combine(y_RO: Float[Array, "R O"], weight_GSK: Float[Array, "G S K"], of: Places) -> Float[Array, "G S O"]:
+def weighted_sum(y_RO: Float[Array, "R O"], weight_GSK: Float[Array, "G S K"], of: RowMap) -> Float[Array, "G S O"]:
     """The weighted sum of every token's rows, added up in float32."""
     G, S, K = weight_GSK.shape
     return _combine(y_RO, weight_GSK.reshape(G * S, K), of).reshape(G, S, -1)
@@ -83,21 +83,21 @@ def _sum(rows_of: Callable[[int], Array], K: int) -> Array:
     return sum((rows_of(k).astype(jnp.float32) for k in range(1, K)), rows_of(0).astype(jnp.float32))
 
 
-def back(g_RD: Float[Array, "R D"], to: Places) -> Float[Array, "T D"]:
+def gather_grad(g_RD: Float[Array, "R D"], to: RowMap) -> Float[Array, "T D"]:
     """The gradient of tokens from that of their rows."""
     return _sum(lambda k: _at(g_RD, to.row_TK[:, k]), to.row_TK.shape[1]).astype(g_RD.dtype)
 
 
 @jax.custom_vjp
-def _send(x_TD: Array, to: Places) -> Array:
+def _send(x_TD: Array, to: RowMap) -> Array:
     return _at(x_TD, to.token_R)
 
 
-_send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), lambda to, g_RD: (back(g_RD, to), None))
+_send.defvjp(lambda x_TD, to: (_send(x_TD, to), to), lambda to, g_RD: (gather_grad(g_RD, to), None))
 
 
 @jax.custom_vjp
-def _combine(y_RO: Array, weight_TK: Array, of: Places) -> Array:
+def _combine(y_RO: Array, weight_TK: Array, of: RowMap) -> Array:
     rows_of = lambda k: weight_TK[:, k, None] * _at(y_RO, of.row_TK[:, k])  # noqa: E731
     return _sum(rows_of, weight_TK.shape[1]).astype(y_RO.dtype)
 

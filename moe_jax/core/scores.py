@@ -71,12 +71,12 @@ def check_choices(router) -> None:
         )
 
 
-def at(value_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
+def take_experts(value_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
     """Each token's values at its experts, 0 nowhere."""
     return jnp.take_along_axis(value_GSE, expert_GSK, axis=-1, mode="fill", fill_value=0)
 
 
-def share(weight_GSK: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
+def normalize_weights(weight_GSK: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
     """Weights divided by their sum; zeros stay zeros, without NaN in their gradient."""
     total_GS1 = weight_GSK.sum(-1, keepdims=True)
     return weight_GSK / jnp.where(total_GS1 > 0, total_GS1, 1)
@@ -85,11 +85,11 @@ def share(weight_GSK: Float[Array, "G S K"]) -> Float[Array, "G S K"]:
 def softmax_at(logits_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
     """Softmax over the logits of the chosen alone, 0 nowhere."""
     used_GSK = expert_GSK < logits_GSE.shape[-1]
-    chosen_GSK = jnp.where(used_GSK, at(logits_GSE, expert_GSK), -jnp.inf)
+    chosen_GSK = jnp.where(used_GSK, take_experts(logits_GSE, expert_GSK), -jnp.inf)
     top_GS1 = jax.lax.stop_gradient(jnp.maximum(chosen_GSK.max(-1, keepdims=True), -1e30))
-    return share(jnp.where(used_GSK, jnp.exp(jnp.where(used_GSK, chosen_GSK - top_GS1, 0)), 0))
+    return normalize_weights(jnp.where(used_GSK, jnp.exp(jnp.where(used_GSK, chosen_GSK - top_GS1, 0)), 0))
 
 
-def unit(x: Array, axis: int) -> Array:
+def l2_normalize(x: Array, axis: int) -> Array:
     """x of length 1 along an axis; a zero vector (padding) stays zero, without NaN in its gradient."""
     return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(axis, keepdims=True), 1e-12))

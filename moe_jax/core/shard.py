@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
-from moe_jax.core.rows import Sent, written
+from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
 TOKENS = AXES[:-1]  # axes that the batch is spread over
@@ -35,7 +35,7 @@ RULES: dims.Rules = {
     **{letter: ("fsdp",) for letter in dims.WIDTHS},
     **{letter: ("tensor",) for letter in "FHJ"},
 }
-EXCHANGED = "exchanged"  # the name, for rematerialisation, of what came from other devices
+COLLECTIVES = "collectives"  # the name, for rematerialisation, of what came from other devices
 Tree = TypeVar("Tree")
 
 
@@ -58,14 +58,14 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
         )
     types, used = (AxisType.Auto,) * len(AXES), devices or jax.devices()
     if len({getattr(d, "slice_index", 0) for d in used}) > 1:
-        return Mesh(over_slices(used, tuple(all_sizes)), AXES, axis_types=types)
+        return Mesh(hybrid_device_mesh(used, tuple(all_sizes)), AXES, axis_types=types)
     laid = create_device_mesh(
         all_sizes, used, allow_split_physical_axes=True
     )  # an axis may be a part of a torus's side
     return Mesh(laid, AXES, axis_types=types)
 
 
-def over_slices(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
+def hybrid_device_mesh(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
     """Devices in the shape of a mesh whose first axis, and no other, leaves a slice."""
     slices = len({d.slice_index for d in devices})
     if sizes[0] != slices:
@@ -103,7 +103,7 @@ class Shard:
         return {"B": self.tokens, "E": self.experts, **widths, **{letter: self.tensor for letter in "FHJ"}}
 
     @property
-    def index(self) -> int | Int[Array, ""]:
+    def batch_shard_index(self) -> int | Int[Array, ""]:
         """Position of this shard among those that tokens are spread over, in the order of the tokens."""
         return lax.axis_index(self.tokens) if self.tokens else 0
 
@@ -115,26 +115,26 @@ class Shard:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
         flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
-        total = checkpoint_name(lax.psum(flat, self.tokens), EXCHANGED)
+        total = checkpoint_name(lax.psum(flat, self.tokens), COLLECTIVES)
         parts = jnp.split(total, np.cumsum([x.size for x in leaves])[:-1])
         return jax.tree.unflatten(treedef, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
 
     def max(self, x: Array) -> Array:
         """Maximum over all tokens' shards."""
-        return checkpoint_name(lax.pmax(x, self.tokens), EXCHANGED) if self.tokens else x
+        return checkpoint_name(lax.pmax(x, self.tokens), COLLECTIVES) if self.tokens else x
 
     # ---- parameters
 
-    def whole(self, name: str, w: Array, dtype: Any = None) -> Array:
+    def unshard(self, name: str, w: Array, dtype: Any = None) -> Array:
         """A parameter, gathered over fsdp, in the type it is used in; its gradient is reduce-scattered."""
         letters = dims.dims_of(name)
-        cut = dims.gathered(letters)
+        cut = dims.fsdp_dim(letters)
         if not self.fsdp or not cut:
             return w
         w = w if dtype is None else w.astype(dtype)  # what travels may be half as large
         return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index(cut), tiled=True)
 
-    def vary(self, params: Tree) -> Tree:
+    def pvary(self, params: Tree) -> Tree:
         """Marks parameters as this shard's own along the axes of tokens.
 
         Their gradients are then this shard's, and are summed where this is called, whatever derivatives are used below.
@@ -160,15 +160,15 @@ class Shard:
     # ---- tensor parallelism (Megatron-LM, arXiv:1909.08053, sec. 3): between `enter` and `leave` a shard has some of
     # the hidden units or heads
 
-    def enter(self, x: Tree) -> Tree:
+    def tensor_enter(self, x: Tree) -> Tree:
         """Into the part that is spread over hidden units: gradients are summed over them on their way out."""
         return jax.tree.map(lambda a: _varying(a, self.tensor), x)
 
-    def leave(self, y: Array) -> Array:
+    def tensor_exit(self, y: Array) -> Array:
         """Sums what the hidden units of all shards add to the output."""
-        return checkpoint_name(lax.psum(y, self.tensor), EXCHANGED) if self.tensor else y
+        return checkpoint_name(lax.psum(y, self.tensor), COLLECTIVES) if self.tensor else y
 
-    def once(self, name: str, w: Array) -> Array:
+    def bias_once(self, name: str, w: Array) -> Array:
         """A parameter that adds to the output of all hidden units (a bias `down_ED`): zeros on all shards but one."""
         if not self.tensor or "F" in dims.dims_of(name):
             return w
@@ -176,26 +176,28 @@ class Shard:
 
     # ---- experts
 
-    def visit(self, experts: Callable, params: Any, x: Array | Sent, groups: Any) -> tuple[Array, Bool[Array, "..."]]:
+    def apply_experts(
+        self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any
+    ) -> tuple[Array, Bool[Array, "..."]]:
         """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
             return apply(params, x, groups), jnp.ones((), bool)
-        return self.exchange(self, apply, params, written(x), groups)
+        return self.exchange(self, apply, params, materialize(x), groups)
 
-    def count(self, axes: tuple[str, ...]) -> int:
+    def axis_size(self, axes: tuple[str, ...]) -> int:
         """How many shards these axes make."""
         return lax.axis_size(axes) if axes else 1
 
-    def place(self, axes: tuple[str, ...]) -> Int[Array, ""]:
+    def axis_index(self, axes: tuple[str, ...]) -> Int[Array, ""]:
         """Which of them this one is."""
         return lax.axis_index(axes)
 
-    def regroup(self, x: Array, axes: tuple[str, ...], split: int, concat: int) -> Array:
+    def all_to_all(self, x: Array, axes: tuple[str, ...], split: int, concat: int) -> Array:
         """Cut along `split`, the i-th piece goes to the i-th shard; what comes is put together along `concat`."""
         if not axes:
             return x
-        return checkpoint_name(lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True), EXCHANGED)
+        return checkpoint_name(lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True), COLLECTIVES)
 
     def gather(self, x: Array, axes: tuple[str, ...], tiled: bool = True) -> Array:
         """Of all shards, along the first axis (tiled) or a new one in front of it."""
@@ -203,7 +205,7 @@ class Shard:
 
     def send_slices(self, x: Array, slices: "Slices", rows: int) -> Array:
         """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; other rows are 0."""
-        return checkpoint_name(_send_slices(x, slices, rows, self.experts), EXCHANGED)
+        return checkpoint_name(_send_slices(x, slices, rows, self.experts), COLLECTIVES)
 
 
 def _varying(x: Array, axes: tuple[str, ...]) -> Array:
@@ -222,7 +224,7 @@ class Slices(NamedTuple):
     at_source_XXe: Int[Array, "X X e"]
     at_destination_XXe: Int[Array, "X X e"]
 
-    def back(self) -> "Slices":
+    def reverse(self) -> "Slices":
         """The same rows, the other way."""
         sizes, source, destination = (a.swapaxes(0, 1) for a in self)
         return Slices(sizes, destination, source)
@@ -273,7 +275,7 @@ def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Arr
     return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, 0)
 
 
-def check_over(exchange: Any) -> None:
+def check_expert_axes(exchange: Any) -> None:
     """Refuses experts over axes that there are not, or that are spoken for."""
     allowed = ("slice", "expert")
     if not exchange.over or [a for a in allowed if a in exchange.over] != list(exchange.over):
@@ -285,7 +287,7 @@ def check_over(exchange: Any) -> None:
 # ---------------------------------------------------------------- where code runs
 
 
-def current(exchange: Any = None) -> Shard:
+def from_mesh(exchange: Any = None) -> Shard:
     """The shard that the current mesh (`jax.set_mesh`) implies; alone when there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
@@ -293,25 +295,25 @@ def current(exchange: Any = None) -> Shard:
     return Shard(rules["B"], rules["E"], rules["D"], rules["F"], exchange)
 
 
-def inside() -> bool:
+def in_shard_map() -> bool:
     """Whether this is traced for one shard: arrays are local."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def here() -> Shard:
+def local() -> Shard:
     """The shard this is traced for; alone outside of `per_shard`."""
-    return current() if inside() else Shard()
+    return from_mesh() if in_shard_map() else Shard()
 
 
 def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Callable:
     """f on every shard of the current mesh; f itself where there is none, or where this is a shard already."""
-    if shard.alone or inside():
+    if shard.alone or in_shard_map():
         return f
     run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=True)
     return lambda *args: run(*_laid(args, in_specs))
 
 
-def replicated(x: Array) -> Array:
+def replicate(x: Array) -> Array:
     """x on every device, where the axes of the current mesh are part of its type (`AxisType.Explicit`)."""
     return _laid(x, P())
 
@@ -338,7 +340,7 @@ def check_axes(shard: Shard, x: Array) -> None:
             f"Tokens are sharded over the Explicit mesh axes {sorted(foreign)}, which have no meaning here; name axes "
             f"{', '.join(AXES)}, as moe_jax.make_mesh does, or make them with axis_types=(AxisType.Auto,) * n."
         )
-    if inside() and (missing := {*shard.tokens, *shard.tensor} - set(mesh.manual_axes)):
+    if in_shard_map() and (missing := {*shard.tokens, *shard.tensor} - set(mesh.manual_axes)):
         raise ValueError(
             f"This shard_map is over the mesh axes {sorted(mesh.manual_axes)} only, but the layer communicates over "
             f"{sorted(missing)} too; leave out axis_names, which makes it one over all axes, or call the layer outside."

@@ -18,9 +18,9 @@ class Stats(NamedTuple):
     tokens: Float[Array, "*N"]
     kept: Float[Array, "*N"]  # choices that reached their expert
     choices_E: Float[Array, "*N E"]  # choices per expert, before any was dropped
-    firsts_E: Float[Array, "*N E"]  # first choices alone
+    top1_E: Float[Array, "*N E"]  # first choices alone
     probs_E: Float[Array, "*N E"]
-    gains_E: Float[Array, "*N E"]  # weights of the chosen
+    combine_E: Float[Array, "*N E"]  # weights of the chosen
     load_E: Float[Array, "*N E"]  # a smooth estimate of choices_E, where noise gives one; otherwise choices_E
     entropy: Float[Array, "*N"]  # of each token's distribution over experts, nats
     z_squared: Float[Array, "*N"]  # squared log-partition of the router's logits
@@ -39,23 +39,23 @@ def stats(
     """The sums over this shard's tokens, which are B sequences."""
     mask_GS1 = routing.mask_GS[..., None].astype(jnp.float32)
     probs_GSE = routing.probs_GSE * mask_GS1
-    visits_GSE = routing.visits_GSE
+    assignments_GSE = routing.assignments_GSE
     entropy_GS = -(probs_GSE * jnp.log(jnp.maximum(routing.probs_GSE, 1e-30))).sum(-1)
     z_GS1 = jax.nn.logsumexp(routing.logits_GSE, axis=-1, keepdims=True)
-    load_GSE = visits_GSE if routing.load_GSE is None else routing.load_GSE * mask_GS1
+    load_GSE = assignments_GSE if routing.load_GSE is None else routing.load_GSE * mask_GS1
     task_GSM = mask_GS1 * jax.nn.one_hot(jnp.zeros(mask_GS1.shape[:2], int) if task_GS is None else task_GS, tasks)
     return Stats(
         tokens=mask_GS1.sum(),
         kept=kept.sum(dtype=jnp.float32),
-        choices_E=visits_GSE.sum((0, 1)),
-        firsts_E=routing.firsts_GSE.sum((0, 1)),
+        choices_E=assignments_GSE.sum((0, 1)),
+        top1_E=routing.top1_GSE.sum((0, 1)),
         probs_E=probs_GSE.sum((0, 1)),
-        gains_E=routing.gains_GSE.sum((0, 1)),
+        combine_E=routing.combine_GSE.sum((0, 1)),
         load_E=load_GSE.sum((0, 1)),
         entropy=entropy_GS.sum(),
         z_squared=(z_GS1**2 * mask_GS1).sum(),
-        group_balance=_balance(visits_GSE, probs_GSE, mask_GS1),
-        sequence_balance=_balance(*(a.reshape(B, -1, a.shape[-1]) for a in (visits_GSE, probs_GSE, mask_GS1))),
+        group_balance=_balance(assignments_GSE, probs_GSE, mask_GS1),
+        sequence_balance=_balance(*(a.reshape(B, -1, a.shape[-1]) for a in (assignments_GSE, probs_GSE, mask_GS1))),
         tokens_M=task_GSM.sum((0, 1)),
         probs_ME=jnp.einsum("gsm,gse->me", task_GSM, probs_GSE),
         entropy_M=jnp.einsum("gsm,gs->m", task_GSM, entropy_GS),
@@ -64,11 +64,11 @@ def stats(
     )
 
 
-def _balance(visits_GSE, probs_GSE, mask_GS1):
+def _balance(assignments_GSE, probs_GSE, mask_GS1):
     """The sum over groups of their tokens times E * sum_e f_e P_e."""
-    visits_GE = visits_GSE.sum(1)
-    f_GE = visits_GE / jnp.maximum(visits_GE.sum(-1, keepdims=True), 1)
-    return visits_GE.shape[-1] * (f_GE * probs_GSE.sum(1)).sum()
+    assignments_GE = assignments_GSE.sum(1)
+    f_GE = assignments_GE / jnp.maximum(assignments_GE.sum(-1, keepdims=True), 1)
+    return assignments_GE.shape[-1] * (f_GE * probs_GSE.sum(1)).sum()
 
 
 def entropy(p_E: Float[Array, "*N E"]) -> Float[Array, "*N"]:

@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
         def leaf(path, x, layout):
             rank = len(dims.dims_of(str(path[-1].key)))
-            return dims.local(x.shape, layout, self.sizes)[x.ndim - rank if rank else x.ndim :]
+            return dims.local_shape(x.shape, layout, self.sizes)[x.ndim - rank if rank else x.ndim :]
 
         return jax.tree.map_with_path(leaf, params, laid)
 
@@ -88,8 +88,8 @@ class Scheduled(NamedTuple):
     backward: bool = False  # in the backward pass alone
 
 
-# Rematerialisations that compute once more what "exchanged" keeps, and what neither keeps.
-FULL, BOTH = ("full",), ("full", "exchanged")
+# Rematerialisations that compute once more what "save_collectives" keeps, and what neither keeps.
+FULL, BOTH = ("full",), ("full", "save_collectives")
 
 
 def scheduled(

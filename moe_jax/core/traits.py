@@ -15,7 +15,7 @@ class Traits(NamedTuple):
     zeros: tuple[str, ...] = ()  # those of them that start at zero
     untrained: tuple[str, ...] = ()  # those of them that the task loss does not reach (law 3)
     K: int = 1  # choices per token, at most; for slots the number per token on average, rounded up
-    makes: type = TokenChoice  # kind of routing: TokenChoice, SlotChoice or SoftSlots
+    routing: type = TokenChoice  # kind of routing: TokenChoice, SlotChoice or SoftSlots
     random: bool = False  # trains otherwise than it evaluates, and needs keys for it
     causal: bool = True  # False: choices depend on later tokens
     grouped: bool = False  # choices depend on a token's place in its routing group, or on others; default: not causal

@@ -67,7 +67,7 @@ def block(cfg: Model, stack: StackShape, repeated: Repeated, on: Share) -> Kept:
         else:
             inside += dense(sub.part, T, r, on)
     summed = x * (len(subs) - 1) if on.tensor > 1 else 0  # nothing needs the last one again
-    return Kept(inside, {"none": inside, "full": x, "exchanged": x + exchanged + summed}[cfg.remat])
+    return Kept(inside, {"none": inside, "full": x, "save_collectives": x + exchanged + summed}[cfg.remat])
 
 
 def attention(sub: Sublayer, stack: StackShape, r: Residuals, on: Share) -> int:
@@ -117,7 +117,7 @@ class Rows(NamedTuple):
     def of(cls, cfg: MoEConfig, T: int, L: int, on: Share) -> "Rows":
         """T tokens in sequences of L."""
         S, K, E = min(cfg.group(cfg.sequences(L), L, training=True), T), cfg.router.K, cfg.E
-        if cfg.dispatch.rows is not Padded:
+        if cfg.dispatch.layout is not Padded:
             sent = received = T * K
             if isinstance(cfg.exchange, RaggedAllToAll) and on.experts > 1:
                 most = on.experts * sent

@@ -109,12 +109,12 @@ def chip(name: str) -> Chip:
     return names[name]
 
 
-def of_kind(kind: str) -> Chip | None:
+def by_device_kind(kind: str) -> Chip | None:
     """By `jax.Device.device_kind`; None where it is in no table, a CPU for instance."""
     return KINDS.get(kind)
 
 
 def peak(kind: str) -> float | None:
     """Dense bfloat16 FLOPs a second of one device of this kind, for a run's MFU; None where nothing is known."""
-    found = of_kind(kind)
+    found = by_device_kind(kind)
     return found and found.flops / found.devices

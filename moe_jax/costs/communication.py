@@ -26,7 +26,7 @@ from moe_jax.models import Model
 from moe_jax.models.pattern import StackShape, Sublayer, blocks
 from moe_jax.models.transformer import Call
 from moe_jax.moe import MoE, MoEConfig
-from moe_jax.moe_config import width
+from moe_jax.moe_config import output_width
 from moe_jax.optim import Adafactor
 
 
@@ -66,7 +66,7 @@ def layer(
     x = jax.ShapeDtypeStruct((1, L, D), dtype)
     (_, aux), variables = jax.eval_shape(MoE(cfg).init_with_output, jax.random.key(0), x)
     params = variables["params"]
-    laid = dims.layouts(params, rules_for(cfg.exchange, part.sizes))
+    laid = dims.specs(params, rules_for(cfg.exchange, part.sizes))
     sent = moe(cfg, part, part.local(params, laid), n_elements(aux.stats), last=True)
     forward = [s.what for s in sent if not s.backward]
     return forward + [s.what for s in sent if s.backward] + gradients(part, params, laid, laid) if backward else forward
@@ -84,18 +84,18 @@ def step(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> list[Collectiv
 def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     """A whole train step, pass by pass."""
     cfg, data = exp.model, exp.data
-    part = Part.of(exp.exchange, sizes, data.B // data.accumulate, data.L, cfg.D, cfg.dtype, platform)
+    part = Part.of(exp.exchange, sizes, data.B // data.microbatches, data.L, cfg.D, cfg.dtype, platform)
     params, aux = shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
-    laid = dims.layouts(params, rules_for(exp.exchange, part.sizes))
+    laid = dims.specs(params, rules_for(exp.exchange, part.sizes))
     new = exp.optim.sharded(params, laid, part.sizes)
-    stats = n_elements(aux.stats) // cfg.moe_layers if aux else 0
+    stats = n_elements(aux.stats) // cfg.n_moe_layers if aux else 0
     forward, backward = model(exp, part, part.local(params, laid), stats)
-    agreed = cfg.moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
+    agreed = cfg.n_moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
     pieces = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
     pieces += cfg.STACKS * part.one("all-reduce", part.here.tokens, agreed, "routing statistics", of="float32")
     targets = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
     return Passes(
-        forward + repeat(pieces, data.accumulate) + targets,
+        forward + repeat(pieces, data.microbatches) + targets,
         backward + gradients(part, params, laid, new),
         update(exp, part, params, laid, new),
     )
@@ -105,7 +105,7 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
 def shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
     """Of a model's parameters, and of what its MoE layers report of batches like this one, of one row."""
     params = jax.eval_shape(cfg.init, jax.random.key(0), batch)
-    one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.moe_layers else cfg
+    one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.n_moe_layers else cfg
     return params, jax.eval_shape(one.apply, params, batch, Call(router=jax.eval_shape(cfg.init_router)))[1]
 
 
@@ -146,7 +146,7 @@ def n_elements(tree: Any) -> int:
 
 def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Collective], list[Collective]]:
     """Forward and backward of the model; `stats` numbers are counted in a MoE layer."""
-    cfg, A = exp.model, exp.data.accumulate
+    cfg, A = exp.model, exp.data.microbatches
     found = []
     for name in (n for n, shape in params.items() if isinstance(shape, tuple)):
         here = gathers(part, {name: params[name]})
@@ -190,14 +190,14 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     # What rows become is computed again where the gradient asks for it; after their way back only by "full".
     needed = (BOTH if isinstance(cfg.exchange, AllGather) or not here.experts else FULL) if trained or not last else ()
     found = gathers(part, travelling, {"down_ED": needed})
-    O = width(cfg.experts, part.D)
+    O = output_width(cfg.experts, part.D)
     found += hidden(part, travelling, last, part.D, G * weights if trained else 0, O)
     of = "activations" if trained or cfg.random else "ids"  # what it depends on who goes where
     ladder = isinstance(cfg.dispatch, Scatter) and cfg.dispatch.capacity_factor is None
     if ladder:
         found += scheduled(part.one("all-reduce", here.tokens, 1, "largest load of an expert", of="int32"), FULL, of)
     if here.experts:
-        rows = cfg.E * G * C if cfg.dispatch.rows is Padded else N * cfg.router.K
+        rows = cfg.E * G * C if cfg.dispatch.layout is Padded else N * cfg.router.K
         experts = {n: params[n] for n in cfg.experts.params}
         found += cfg.exchange.traffic(part, Rows(rows, cfg.E, C * G, needed, ladder, of, O), experts)
     total = part.one("all-reduce", here.tokens, stats, "routing statistics", of="float32")
@@ -206,13 +206,13 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
 
 def combine_weights(cfg: MoEConfig, S: int, D: int, params: Shapes) -> int:
     """Counts the numbers that outputs of a group of S tokens are multiplied with."""
-    if cfg.traits.makes is TokenChoice:
+    if cfg.traits.routing is TokenChoice:
         return S * cfg.router.K
     shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.float32)  # noqa: E731
     gate = {n: shape(*params[f"router_{n}"]) for n in cfg.router.params}
     mask = jax.ShapeDtypeStruct((1, S), bool)
     routing = jax.eval_shape(partial(cfg.router, ctx=Context(cfg.E)), gate, shape(1, S, D), mask)
-    soft = cfg.traits.makes is not SlotChoice
+    soft = cfg.traits.routing is not SlotChoice
     return n_elements((routing.dispatch_GSEC, routing.combine_GSEC) if soft else routing.weight_GEC)
 
 
@@ -220,7 +220,7 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
     """Weights gathered over fsdp, and their gradients scattered."""
     found = []
     for name, shape in params.items():
-        if dims.gathered(dims.dims_of(name)):
+        if dims.fsdp_dim(dims.dims_of(name)):
             n, fsdp = math.prod(shape), part.here.fsdp
             whole = part.one("all-gather", fsdp, n * part.devices(fsdp), "fsdp gather of weights")
             found += scheduled(whole, again.get(name, BOTH), "weights")
@@ -259,7 +259,7 @@ def gradients(part: Part, params: Any, laid: Any, new: Any) -> list[Collective]:
     """Gradients of parameters that are `laid` so, summed over tokens' shards to lie as `new`."""
 
     def of(x, old, new):
-        n, left, found = math.prod(dims.local(x.shape, old, part.sizes)), set(part.here.tokens), []
+        n, left, found = math.prod(dims.local_shape(x.shape, old, part.sizes)), set(part.here.tokens), []
         for before, after in zip(dims.axes(old, x.ndim), dims.axes(new, x.ndim), strict=True):
             more = after[len(before) :]
             n, left = n // part.devices(more), left - set(after)
@@ -280,7 +280,7 @@ def update(exp: Experiment, part: Part, params: Any, laid: Any, new: Any) -> lis
     norms = 2 if exp.optim.clip else 1
 
     def of(x, old, new):
-        before, after = math.prod(dims.local(x.shape, old, part.sizes)), dims.axes(new, x.ndim)
+        before, after = math.prod(dims.local_shape(x.shape, old, part.sizes)), dims.axes(new, x.ndim)
         more = {a for axes in after for a in axes} - {a for axes in dims.axes(old, x.ndim) for a in axes}
         found = [c for axes in after for c in part.one("all-reduce", axes, norms, "gradient norm", "float32", norms)]
         if isinstance(exp.optim.optimizer, Adafactor):
@@ -292,7 +292,7 @@ def update(exp: Experiment, part: Part, params: Any, laid: Any, new: Any) -> lis
 
 def means(optimizer: Adafactor, part: Part, shape: tuple[int, ...], old: Any, new: Any) -> list[Collective]:
     """Adafactor's: of squares over rows and columns, and of what it limits and scales by."""
-    axes, local = dims.axes(new, len(shape)), dims.local(shape, new, part.sizes)
+    axes, local = dims.axes(new, len(shape)), dims.local_shape(shape, new, part.sizes)
     scalars = axes + 2 * dims.axes(old, len(shape)) * optimizer.relative  # of updates; of parameters, once safely
     found = [(a, 1) for a in scalars]
     if len(shape) > 1 and np.sort(shape)[-2] >= optimizer.smallest:

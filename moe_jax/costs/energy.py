@@ -43,7 +43,7 @@ def energy(hours: float, processors: int, watts: float, pue: float = PUE, carbon
     return Energy(kwh, kwh * carbon / 1000)
 
 
-def of_run(
+def run_energy(
     seconds: float,
     kind: str,
     devices: int,
@@ -58,7 +58,7 @@ def of_run(
     however many devices it simulates; None counts those this process may use. kWh and kg of CO2e are None where nothing
     is published of the chip's power. Time is measured; power is not.
     """
-    chip, published, source = chips.of_kind(kind), None, "not published"
+    chip, published, source = chips.by_device_kind(kind), None, "not published"
     processors, what = float(devices), kind
     if chip is not None:
         processors, what, published, source = devices / chip.devices, f"{chip.name} chip", chip.watts, chip.watts_source

@@ -21,7 +21,7 @@ class Memory(NamedTuple):
     """Bytes on one device. The state is always there; of the phases of a step, the largest makes the peak.
 
     parameters, optimizer: the state, as it lies. pieces: what stays from one piece of a batch to the next
-    (`accumulate`). gradients: of the layers' parameters. copies: of these in the type that is computed in; XLA makes
+    (`microbatches`). gradients: of the layers' parameters. copies: of these in the type that is computed in; XLA makes
     them once, outside of the loop over layers. activations: kept for the backward pass. layer: what a block of layers
     needs in its backward pass: its weights gathered over fsdp, and what is computed again. head: logits, the embedding
     as it is used, and their gradients. embedding: the gradient of all of it. update: what the optimizer needs besides.
@@ -80,7 +80,7 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
     return Memory(
         parameters=state,
         optimizer=optimizer,
-        pieces=everything + gathered if exp.data.accumulate > 1 else 0,
+        pieces=everything + gathered if exp.data.microbatches > 1 else 0,
         gradients=everything - outside,
         copies=width * sum(p.held for p in inner if p.cast) if width < FLOAT else 0,
         activations=activations,
@@ -116,7 +116,7 @@ def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -
 
 def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
     """Of a piece of the batch, on one device."""
-    return math.ceil(exp.data.B / exp.data.accumulate / math.prod(sizes[axis] for axis in TOKENS))
+    return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKENS))
 
 
 def in_stack(p: Parameter) -> bool:
@@ -126,20 +126,20 @@ def in_stack(p: Parameter) -> bool:
 
 def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], int, int]:
     """Parameters on one device, and bytes of them and of what the optimizer remembers."""
-    data = dataclasses.replace(exp.data, B=1, accumulate=1)
+    data = dataclasses.replace(exp.data, B=1, microbatches=1)
     params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
-    laid = dims.layouts(params, shard.rules_for(exp.exchange, sizes))
+    laid = dims.specs(params, shard.rules_for(exp.exchange, sizes))
     spread = exp.optim.sharded(params, laid, sizes)
     found = []
     for (path, x), layout in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(laid), strict=True):
         names = optim.names_of(path)
         letters = dims.dims_of(names[-1])
-        n = math.prod(dims.local(x.shape, layout, sizes))
+        n = math.prod(dims.local_shape(x.shape, layout, sizes))
         layers = x.shape[0] if "stack_" in names[0] else 1
-        gathered = sizes["fsdp"] if dims.gathered(letters) and not names[-1].startswith("router") else 1
+        gathered = sizes["fsdp"] if dims.fsdp_dim(letters) and not names[-1].startswith("router") else 1
         cast = len(letters) > 1 and not names[-1].startswith("router")
         found.append(Parameter(names, n, n // layers * gathered, cast))
-    return found, bytes_of(params, laid, sizes), bytes_of(state, optim.layouts(state, params, spread), sizes)
+    return found, bytes_of(params, laid, sizes), bytes_of(state, optim.opt_state_specs(state, params, spread), sizes)
 
 
 @lru_cache
@@ -153,4 +153,4 @@ def shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]
 def bytes_of(tree: Any, layouts: Any, sizes: Mapping[str, int]) -> int:
     """Of a device's part of arrays that lie so."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layouts), strict=True)
-    return sum(math.prod(dims.local(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)
+    return sum(math.prod(dims.local_shape(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)

@@ -100,4 +100,4 @@ def expert_parameters(expert: Any, D: int) -> int:
 
 def size(arrays: Letters, sizes: Mapping[str, int]) -> int:
     """Counts the numbers in arrays of these dimensions."""
-    return sum(math.prod(dims.shape(letters, sizes)) for letters in arrays)
+    return sum(math.prod(dims.shape_of(letters, sizes)) for letters in arrays)

@@ -191,7 +191,7 @@ class Classification:
     """
 
     shift: int = 0
-    makes: ClassVar = "images"
+    batch_kind: ClassVar = "images"
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 

@@ -16,7 +16,7 @@ from moe_jax.data.windows import Batch, Windows, prepare
 class NextToken:
     """Every token from those before it."""
 
-    makes: ClassVar = "tokens"  # the kind of batch, as models say what they take
+    batch_kind: ClassVar = "tokens"  # the kind of batch, as models say what they take
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 

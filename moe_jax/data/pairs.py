@@ -77,7 +77,7 @@ class Translation:
     """
 
     source: Any = None
-    makes: ClassVar = "pairs"
+    batch_kind: ClassVar = "pairs"
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 

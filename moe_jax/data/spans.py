@@ -30,7 +30,7 @@ class SpanCorruption:
     density: float = 0.15
     span: float = 3.0
     sentinels: int = 128
-    makes: ClassVar = "pairs"
+    batch_kind: ClassVar = "pairs"
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 

@@ -1,9 +1,10 @@
 """Dispatchers: (x_GSD, routing, experts, params, shard) -> (y_GSO, kept). One line here registers one.
 
-`experts` is a function (params, x, groups) -> y, whose width O may differ from D, and `shard.visit` brings rows to
-them, wherever they lie. `accepts` names the routings a dispatcher takes, `rows` how it lays out the rows of experts;
-`kept` says of every choice (or slot) whether it reached its expert; slots(S, K, E) is the number of slots of an expert
-for a group of S tokens with K choices each. Weights pass through `shard.enter` before they are multiplied with outputs.
+`experts` is a function (params, x, groups) -> y, whose width O may differ from D. `shard.apply_experts` brings rows to
+experts on any shard. `accepts` names the kinds of routing a dispatcher takes, `layout` how it lays out the rows of
+experts. `kept` tells of every choice (or slot) whether it reached its expert. slots(S, K, E) is the number of slots of
+an expert for a group of S tokens with K choices each. Weights pass through `shard.tensor_enter` before they are
+multiplied with outputs.
 """
 
 from moe_jax.dispatch.einsum import Einsum

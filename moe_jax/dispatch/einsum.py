@@ -22,7 +22,7 @@ class Einsum:
     capacity_factor: float | None = 1.25
     priority: str = "token-major"
     convention: str = "exact"
-    rows: ClassVar = Padded
+    layout: ClassVar = Padded
 
     def __post_init__(self):
         check_capacity(self)
@@ -48,7 +48,7 @@ class Einsum:
         (dispatch_GSEC, combine_GSEC), kept = self._masks(routing, S, shard)
         C = dispatch_GSEC.shape[-1]
         x_EGCD = jnp.einsum("gsec,gsd->egcd", dispatch_GSEC.astype(x_GSD.dtype), x_GSD)
-        y_ECO, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
+        y_ECO, _ = shard.apply_experts(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
         y_EGCO = y_ECO.reshape(E, G, C, -1)
         return jnp.einsum("gsec,egco->gso", combine_GSEC.astype(y_EGCO.dtype), y_EGCO), kept
 
@@ -57,11 +57,11 @@ class Einsum:
         if isinstance(routing, r.SoftSlots):
             some_G11 = routing.mask_GS.any(-1)[:, None, None]
             kept_GEC = jnp.broadcast_to(some_G11, routing.dispatch_GSEC.shape[:1] + routing.dispatch_GSEC.shape[2:])
-            return r.Masks(*shard.enter((routing.dispatch_GSEC, routing.combine_GSEC))), kept_GEC
+            return r.Masks(*shard.tensor_enter((routing.dispatch_GSEC, routing.combine_GSEC))), kept_GEC
         if isinstance(routing, r.SlotChoice):
-            entered = routing._replace(weight_GEC=shard.enter(routing.weight_GEC))
+            entered = routing._replace(weight_GEC=shard.tensor_enter(routing.weight_GEC))
             return r.slot_masks(entered), routing.token_GEC < S
         C = self.slots(S, routing.expert_GSK.shape[-1], routing.E)
-        queue_GSK = r.queue(routing, self.priority)
-        weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
-        return r.masks(weighted, queue_GSK, C), queue_GSK < C
+        position_GSK = r.position_in_expert(routing, self.priority)
+        weighted = routing._replace(weight_GSK=shard.tensor_enter(routing.weight_GSK))
+        return r.masks(weighted, position_GSK, C), position_GSK < C

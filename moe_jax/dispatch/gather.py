@@ -16,7 +16,7 @@ class Gather:
 
     capacity_factor: ClassVar[None] = None  # the router says how many slots there are
     accepts: ClassVar = (SlotChoice,)
-    rows: ClassVar = Padded
+    layout: ClassVar = Padded
 
     def slots(self, S: int, K: int, E: int) -> int:
         """The most tokens of a group of S that an expert can take; how many it takes is the router's to say."""
@@ -35,8 +35,8 @@ class Gather:
         row_GEC = jnp.where(real_GEC, routing.token_GEC + S * jnp.arange(G)[:, None, None], G * S)
         row_EGC = row_GEC.swapaxes(0, 1)
         x_EGCD = x_GSD.reshape(G * S, D).at[row_EGC].get(mode="fill", fill_value=0)
-        y_ECO, _ = shard.visit(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
-        weight_EGC1 = shard.enter(routing.weight_GEC).swapaxes(0, 1)[..., None]
+        y_ECO, _ = shard.apply_experts(experts, params, x_EGCD.reshape(E, G * C, D), Padded())
+        weight_EGC1 = shard.tensor_enter(routing.weight_GEC).swapaxes(0, 1)[..., None]
         y_EGCO = y_ECO.reshape(E, G, C, -1) * weight_EGC1.astype(y_ECO.dtype)
         y_RO = jnp.zeros((G * S, y_EGCO.shape[-1]), y_EGCO.dtype).at[row_EGC].add(y_EGCO, mode="drop")
         return y_RO.reshape(G, S, -1), real_GEC

@@ -27,7 +27,7 @@ class Scatter:
     priority: str = "token-major"
     convention: str = "exact"
     accepts: ClassVar = (r.TokenChoice,)
-    rows: ClassVar = Padded
+    layout: ClassVar = Padded
 
     def __post_init__(self):
         check_capacity(self)
@@ -45,12 +45,12 @@ class Scatter:
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "G S O"], Bool[Array, "G S K"]]:
         S, K, E = x_GSD.shape[1], routing.expert_GSK.shape[-1], routing.E
-        queue_GSK, real_GSK = r.queue(routing, self.priority), routing.expert_GSK < E
+        position_GSK, real_GSK = r.position_in_expert(routing, self.priority), routing.expert_GSK < E
         C = self.slots(S, K, E)
-        kept_GSK = real_GSK & (queue_GSK < C)
-        weighted = routing._replace(weight_GSK=shard.enter(routing.weight_GSK))
+        kept_GSK = real_GSK & (position_GSK < C)
+        weighted = routing._replace(weight_GSK=shard.tensor_enter(routing.weight_GSK))
         run = partial(_padded, experts=experts, shard=shard, C=None if self.capacity_factor is None else C)
-        args = (x_GSD, weighted, queue_GSK, kept_GSK, params)
+        args = (x_GSD, weighted, position_GSK, kept_GSK, params)
         if shard.experts:
             return run(*args), kept_GSK
         occupied = partial(_occupied, experts=experts, shard=shard)
@@ -68,7 +68,7 @@ def capacities(S: int, K: int, E: int) -> tuple[int, ...]:
 def _padded(
     x_GSD: Float[Array, "G S D"],
     routing: r.TokenChoice,
-    queue_GSK: Int[Array, "G S K"],
+    position_GSK: Int[Array, "G S K"],
     kept_GSK: Bool[Array, "G S K"],
     params: Mapping[str, Array],
     *,
@@ -77,25 +77,27 @@ def _padded(
     C: int | None,
 ) -> Float[Array, "G S O"]:
     """C slots per expert and group, or as many as it takes; the empty ones are computed too."""
-    (G, S, D), K, E = x_GSD.shape, queue_GSK.shape[-1], routing.E
+    (G, S, D), K, E = x_GSD.shape, position_GSK.shape[-1], routing.E
 
     def with_slots(C: int, x_GSD, weight_GSK, params):
-        row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + queue_GSK
-        places = rows.places(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
+        row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + position_GSK
+        places = rows.row_map(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
         x_ECD = rows.send(x_GSD, places).rows.reshape(E, G * C, D)
-        y_ECO, _ = shard.visit(experts, params, x_ECD, Padded())
-        return rows.combine(y_ECO.reshape(E * G * C, -1), weight_GSK, places)
+        y_ECO, _ = shard.apply_experts(experts, params, x_ECD, Padded())
+        return rows.weighted_sum(y_ECO.reshape(E * G * C, -1), weight_GSK, places)
 
     if C is not None:
         return with_slots(C, x_GSD, routing.weight_GSK, params)
-    needed, ladder = shard.max(jnp.max(jnp.where(kept_GSK, queue_GSK + 1, 0))), capacities(S, K, E)
+    needed, ladder = shard.max(jnp.max(jnp.where(kept_GSK, position_GSK + 1, 0))), capacities(S, K, E)
     rung = jnp.searchsorted(np.array(ladder), needed)
     return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
 
 
-def _occupied(x_GSD, routing, queue_GSK, kept_GSK, params, *, experts: Callable, shard: Shard) -> Float[Array, "G S O"]:
+def _occupied(
+    x_GSD, routing, position_GSK, kept_GSK, params, *, experts: Callable, shard: Shard
+) -> Float[Array, "G S O"]:
     """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
-    row_GSK, sizes_E = rows.back_to_back(routing, queue_GSK, kept_GSK)
-    places = rows.places(row_GSK, row_GSK.size)
-    y_RO, _ = shard.visit(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
-    return rows.combine(y_RO, routing.weight_GSK, places)
+    row_GSK, sizes_E = rows.ragged_rows(routing, position_GSK, kept_GSK)
+    places = rows.row_map(row_GSK, row_GSK.size)
+    y_RO, _ = shard.apply_experts(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
+    return rows.weighted_sum(y_RO, routing.weight_GSK, places)

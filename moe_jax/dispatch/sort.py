@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core import rows
 from moe_jax.core.groups import Ragged
-from moe_jax.core.routing import TokenChoice, queue
+from moe_jax.core.routing import TokenChoice, position_in_expert
 from moe_jax.core.shard import Shard
 
 
@@ -20,7 +20,7 @@ class Sort:
 
     capacity_factor: ClassVar[None] = None
     accepts: ClassVar = (TokenChoice,)
-    rows: ClassVar = Ragged
+    layout: ClassVar = Ragged
 
     def slots(self, S: int, K: int, E: int) -> int:
         """The most rows that an expert may have of a group of S tokens; rows lie back to back, without empty slots."""
@@ -35,9 +35,9 @@ class Sort:
         shard: Shard = Shard(),
     ) -> tuple[Float[Array, "G S O"], Bool[Array, "G S K"]]:
         kept_GSK = routing.expert_GSK < routing.E
-        row_GSK, sizes_E = rows.back_to_back(routing, queue(routing), kept_GSK)
-        places = rows.places(row_GSK, row_GSK.size)
-        y_RO, reached = shard.visit(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
-        y_GSO = rows.combine(y_RO, shard.enter(routing.weight_GSK), places)
+        row_GSK, sizes_E = rows.ragged_rows(routing, position_in_expert(routing), kept_GSK)
+        places = rows.row_map(row_GSK, row_GSK.size)
+        y_RO, reached = shard.apply_experts(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
+        y_GSO = rows.weighted_sum(y_RO, shard.tensor_enter(routing.weight_GSK), places)
         reached_R = jnp.broadcast_to(reached, (row_GSK.size,))
         return y_GSO, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)

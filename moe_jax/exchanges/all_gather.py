@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core import dims
 from moe_jax.core.groups import Groups, Padded, Ragged
-from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.shard import Shard, check_expert_axes
 from moe_jax.core.traffic import BOTH, EXCHANGE, Part, Rows, Scheduled, Shapes, scheduled
 
 
@@ -22,10 +22,10 @@ class AllGather:
     """
 
     over: tuple[str, ...] = ("expert",)
-    takes: ClassVar = (Padded, Ragged)
+    layouts: ClassVar = (Padded, Ragged)
 
     def __post_init__(self):
-        check_over(self)
+        check_expert_axes(self)
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x: Float[Array, "... D"], groups: Groups
@@ -38,7 +38,7 @@ class AllGather:
         """Predicts the weights of all experts, and their gradients on the way back."""
         found, axes = [], part.here.experts
         for name, shape in experts.items():
-            n = math.prod(shape) * (part.devices(part.here.fsdp) if dims.gathered(dims.dims_of(name)) else 1)
+            n = math.prod(shape) * (part.devices(part.here.fsdp) if dims.fsdp_dim(dims.dims_of(name)) else 1)
             again = rows.needed if name == "down_ED" else BOTH
             whole = part.one("all-gather", axes, n * part.devices(axes), EXCHANGE)
             found += scheduled(whole, again, "activations" if rows.ladder else "weights")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
-from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.shard import Shard, check_expert_axes
 from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
 
 
@@ -20,10 +20,10 @@ class AllToAll:
 
     chunks: int = 1
     over: tuple[str, ...] = ("expert",)
-    takes: ClassVar = (Padded,)
+    layouts: ClassVar = (Padded,)
 
     def __post_init__(self):
-        check_over(self)
+        check_expert_axes(self)
         if self.chunks < 1:
             raise ValueError(f"AllToAll(chunks={self.chunks}) must be at least 1, which is everything at once.")
 
@@ -33,9 +33,9 @@ class AllToAll:
         C = x_ECD.shape[1]
         cuts = [C * i // self.chunks for i in range(1, self.chunks)]
         parts = [part for part in jnp.split(x_ECD, cuts, axis=1) if part.shape[1]]
-        sent = [shard.regroup(part, shard.experts, split=0, concat=1) for part in parts]
+        sent = [shard.all_to_all(part, shard.experts, split=0, concat=1) for part in parts]
         done = [experts(params, part, groups) for part in sent]
-        back = [shard.regroup(part, shard.experts, split=1, concat=0) for part in done]
+        back = [shard.all_to_all(part, shard.experts, split=1, concat=0) for part in done]
         return jnp.concatenate(back, axis=1), jnp.ones((), bool)
 
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:

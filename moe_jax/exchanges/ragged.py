@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import groups as g
-from moe_jax.core.shard import Shard, Slices, check_over
+from moe_jax.core.shard import Shard, Slices, check_expert_axes
 from moe_jax.core.traffic import BOTH, EXCHANGE, Collective, Part, Rows, Scheduled, Shapes, both_ways, scheduled
 
 
@@ -25,28 +25,28 @@ class RaggedAllToAll:
 
     buffer: float | None = None
     over: tuple[str, ...] = ("expert",)
-    takes: ClassVar = (g.Ragged,)
+    layouts: ClassVar = (g.Ragged,)
 
     def __post_init__(self):
-        check_over(self)
+        check_expert_axes(self)
         if self.buffer is not None and self.buffer <= 0:
             raise ValueError(f"RaggedAllToAll(buffer={self.buffer}) must be positive, or None for room for everything.")
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged
     ) -> tuple[Float[Array, "R O"], Bool[Array, "R"]]:
-        (E,), R, X = groups.sizes_E.shape, len(x_RD), shard.count(shard.experts)
+        (E,), R, X = groups.sizes_E.shape, len(x_RD), shard.axis_size(shard.experts)
         rows = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
         asked_XE = shard.gather(groups.sizes_E, shard.experts, tiled=False)
         asked_XXe = asked_XE.reshape(X, X, E // X)
-        sizes_XXe = asked_XXe if self.buffer is None else fitting(asked_XXe, rows)
+        sizes_XXe = asked_XXe if self.buffer is None else fit_to_buffer(asked_XXe, rows)
         begin_XE = jnp.cumsum(asked_XE, axis=1) - asked_XE
-        slices = Slices(sizes_XXe, begin_XE.reshape(X, X, E // X), places(sizes_XXe))
+        slices = Slices(sizes_XXe, begin_XE.reshape(X, X, E // X), slice_offsets(sizes_XXe))
         x_rD = shard.send_slices(x_RD, slices, rows)
-        mine = shard.place(shard.experts)
+        mine = shard.axis_index(shard.experts)
         y_rO = experts(params, x_rD, g.Ragged(sizes_XXe[:, mine].sum(0)))
         there_r1 = (jnp.arange(rows) < sizes_XXe[:, mine].sum())[:, None]
-        y_RO = shard.send_slices(jnp.where(there_r1, y_rO, 0), slices.back(), R)
+        y_RO = shard.send_slices(jnp.where(there_r1, y_rO, 0), slices.reverse(), R)
         expert_R = jnp.repeat(jnp.arange(E), groups.sizes_E, total_repeat_length=R)
         rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
         return y_RO, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
@@ -68,7 +68,7 @@ class RaggedAllToAll:
         return scheduled(asked, BOTH, rows.of) + both_ways(there, back, rows, gradients)
 
 
-def places(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
+def slice_offsets(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
     """Where slices begin at their destination, which holds them by expert, then by source."""
     by_expert_XeX = jnp.transpose(sizes_XXe, (1, 2, 0))
     X, e, _ = by_expert_XeX.shape
@@ -76,7 +76,7 @@ def places(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
     return jnp.transpose((ends_XR - by_expert_XeX.reshape(X, e * X)).reshape(X, e, X), (2, 0, 1))
 
 
-def fitting(asked_XXe: Int[Array, "X X e"], rows: int) -> Int[Array, "X X e"]:
+def fit_to_buffer(asked_XXe: Int[Array, "X X e"], rows: int) -> Int[Array, "X X e"]:
     """As much of every slice as its destination has room for, the same part of each."""
     total_1X1 = asked_XXe.sum((0, 2), keepdims=True)
     part_1X1 = rows / jnp.maximum(total_1X1, 1) * (1 - 2**-20)  # rounding never adds up to a row too many

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
-from moe_jax.core.shard import Shard, check_over
+from moe_jax.core.shard import Shard, check_expert_axes
 from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
 
 
@@ -19,25 +19,25 @@ class TwoLevel:
     """
 
     over: tuple[str, ...] = ("slice", "expert")
-    takes: ClassVar = (Padded,)
+    layouts: ClassVar = (Padded,)
 
     def __post_init__(self):
-        check_over(self)
+        check_expert_axes(self)
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded
     ) -> tuple[Float[Array, "E C O"], Bool[Array, ""]]:
         inner, outer = shard.experts[-1:], shard.experts[:-1]
-        (E, C, D), X, Y = x_ECD.shape, shard.count(inner), shard.count(outer)
+        (E, C, D), X, Y = x_ECD.shape, shard.axis_size(inner), shard.axis_size(outer)
         e = E // (X * Y)
         x_YXeCD = x_ECD.reshape(Y, X, e, C, D)  # by destination
-        x_YXeCD = shard.regroup(x_YXeCD, inner, split=1, concat=1)
-        x_YXeCD = shard.regroup(x_YXeCD, outer, split=0, concat=0)  # by source
+        x_YXeCD = shard.all_to_all(x_YXeCD, inner, split=1, concat=1)
+        x_YXeCD = shard.all_to_all(x_YXeCD, outer, split=0, concat=0)  # by source
         rows_eRD = jnp.moveaxis(x_YXeCD, 2, 0).reshape(e, Y * X * C, D)
         y_eRO = experts(params, rows_eRD, groups)
         y_YXeCO = jnp.moveaxis(y_eRO.reshape(e, Y, X, C, -1), 0, 2)
-        y_YXeCO = shard.regroup(y_YXeCO, outer, split=0, concat=0)
-        y_YXeCO = shard.regroup(y_YXeCO, inner, split=1, concat=1)
+        y_YXeCO = shard.all_to_all(y_YXeCO, outer, split=0, concat=0)
+        y_YXeCO = shard.all_to_all(y_YXeCO, inner, split=1, concat=1)
         return y_YXeCO.reshape(E, C, -1), jnp.ones((), bool)
 
     def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:

@@ -48,4 +48,4 @@ class Temperature:
     def __call__(
         self, logits: Float[Array, "G S I"], ctx: Context, keys_G: Key[Array, "G"] | None = None
     ) -> Float[Array, "G S I"]:
-        return logits / self.at(ctx.remembered("step_", self) if self.scheduled else 0)
+        return logits / self.at(ctx.get_state("step_", self) if self.scheduled else 0)

@@ -148,7 +148,7 @@ def effects_of(effects: Effects) -> dict[str, Any]:
 
 def weights_of(model: Any, params: Any) -> dict[str, Any]:
     """How alike the experts' weights are, by layer, and which are twins."""
-    similarity_NEE = np.stack([weight_similarity(model, params, n) for n in range(model.moe_layers)])
+    similarity_NEE = np.stack([weight_similarity(model, params, n) for n in range(model.n_moe_layers)])
     return {"similarity": similarity_NEE, "duplicates": [duplicates(s_EE) for s_EE in similarity_NEE]}
 
 

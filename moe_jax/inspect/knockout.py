@@ -51,7 +51,7 @@ class Effects(NamedTuple):
 
 def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
     """The mask that takes these experts (layer, expert) out of reach."""
-    shut_NE = np.zeros((model.moe_layers, model.moe.E if model.moe_layers else 0), bool)
+    shut_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
     for layer, expert in experts:
         check_expert(model, layer, expert)
         shut_NE[layer, expert] = True
@@ -123,7 +123,7 @@ def knock_out(
     experts: Iterable[tuple[int, int]] | None = None,
 ) -> Effects:
     """The rise of the loss without each expert alone, all of them if none are named: one pass for each."""
-    every = [(n, e) for n in range(model.moe_layers) for e in range(model.moe.E)] if experts is None else [*experts]
+    every = [(n, e) for n in range(model.n_moe_layers) for e in range(model.moe.E)] if experts is None else [*experts]
     Z = count_domains(batches, domains)
     measure = partial(losses, model, params, batches, router, domains=Z)
     base, without = measure(), [measure(shut(model, [one])) for one in every]

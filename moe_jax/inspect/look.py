@@ -12,14 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.core.routing import TokenChoice
 from moe_jax.data import predictions
 from moe_jax.models import Call
-from moe_jax.moe import RECORDED, State
+from moe_jax.moe import RECORDED, LayerState
 
 
 def check_language_model(model: Any) -> None:
     """Refuses a model that is no language model with experts that tokens choose."""
-    if model.takes != "tokens" or not model.moe_layers:
+    if model.batch_kind != "tokens" or not model.n_moe_layers:
         raise ValueError(f"{type(model).__name__} is no language model with MoE layers; give an LMConfig with some.")
-    if model.moe.traits.makes is not TokenChoice:
+    if model.moe.traits.routing is not TokenChoice:
         raise ValueError(f"{type(model.moe.router).__name__}() lets no token choose; use a router of token choice.")
 
 
@@ -43,7 +43,7 @@ class LayerTrace(NamedTuple):
 
 
 def trace_batch(
-    model: Any, params: Any, router: State | None, batch: Any
+    model: Any, params: Any, router: LayerState | None, batch: Any
 ) -> tuple[dict[str, Array], Float[Array, "B L V"]]:
     """Returns what the MoE layers saw and decided of a batch, each [N, B, L, ...], and the logits of the model."""
     record = ("input", "logits", "probs", "weight", "kept")
@@ -53,7 +53,7 @@ def trace_batch(
 
 
 @partial(jax.jit, static_argnums=0)
-def _trace(model: Any, params: Any, router: State | None, batch: Any) -> tuple[dict[str, Array], Array]:
+def _trace(model: Any, params: Any, router: LayerState | None, batch: Any) -> tuple[dict[str, Array], Array]:
     traced, logits_BLV = trace_batch(model, params, router, batch)
     return traced, jnp.where(batch.loss_mask_BL, predictions(logits_BLV, batch).nats_BL, jnp.nan)
 

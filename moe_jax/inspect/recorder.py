@@ -21,7 +21,7 @@ from moe_jax.data.windows import positions
 from moe_jax.inspect.recording import Recording, save
 from moe_jax.inspect.run import examples, open_run
 from moe_jax.models import Call, Model
-from moe_jax.moe import RECORDED, State
+from moe_jax.moe import RECORDED, LayerState
 from moe_jax.step import Program
 
 STACKS = ("encoder", "decoder")  # of models with two
@@ -92,7 +92,7 @@ def recordings(
     exp: Experiment,
     params: Any,
     batches: Iterable[AnyBatch],
-    router: State | None = None,
+    router: LayerState | None = None,
     domains: Sequence[str] = (),
     dropless: bool = False,
     keep_probs: bool = False,
@@ -114,7 +114,7 @@ def recordings(
     for n, batch in enumerate(batches):
         with jax.set_mesh(program.mesh):
             now = None if key is None else jax.random.fold_in(key, n)
-            seen, nats_BL = jax.device_get(look(params, state, now, program.place(batch)))
+            seen, nats_BL = jax.device_get(look(params, state, now, program.to_global(batch)))
         part = columns(seen, nats_BL, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
         yield part._replace(sequence_T=part.sequence_T + rows, document_T=part.document_T + documents)
         rows, documents = rows + len(batch.domain_B), documents + part.document_T.max(initial=-1) + 1
@@ -122,7 +122,7 @@ def recordings(
 
 def check(exp: Experiment, stack: str) -> None:
     """Refuses what cannot be recorded."""
-    if not exp.model.moe_layers:
+    if not exp.model.n_moe_layers:
         raise ValueError("The model has no MoE layer to record; set config.model.moe, and a layout with sparse layers.")
     if stack not in STACKS:
         raise ValueError(f"stack={stack!r} is unknown; use one of {', '.join(map(repr, STACKS))}.")
@@ -133,7 +133,7 @@ def check(exp: Experiment, stack: str) -> None:
 def compiled(program: Program, exp: Experiment, look: Callable) -> Callable:
     """(params, router, key, batch) -> what `look` says of it, spread over the program's mesh."""
     with jax.set_mesh(program.mesh):
-        tokens = shard.token_spec(here := shard.current(exp.exchange))
+        tokens = shard.token_spec(here := shard.from_mesh(exp.exchange))
         specs = (program.layouts.params, P(), P(), tokens)
         return jax.jit(shard.per_shard(look, here, specs, (P(None, *tokens), tokens)))
 
@@ -144,14 +144,14 @@ def routed(
     stack: str,
     keep_probs: bool,
     params: Any,
-    router: State,
+    router: LayerState,
     key: Key[Array, ""] | None,
     batch: AnyBatch,
 ) -> tuple[Routed, Float[Array, "B L"]]:
     """What the layers of a stack decide of one shard's rows, and nats per target, NaN where there is none."""
     logits_BLV, aux = model.apply(params, batch, Call(key, router, record=RECORD))
     predicts_BL = objective.targets(batch) & (model.STACKS == 1 or stack == "decoder")
-    nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.here()).nats_BL, jnp.nan)
+    nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.local()).nats_BL, jnp.nan)
     seen = cast(Any, aux)  # there are MoE layers, and they record
     own, L = layers_of(model, stack), length(model, batch, stack)
     details = [getattr(seen.recorded, RECORDED[name]) for name in RECORD]
@@ -164,7 +164,7 @@ def routed(
 
 def layers_of(model: Any, stack: str) -> range:
     """Which of the model's MoE layers, counted from 0, are this stack's."""
-    N = model.moe_layers // model.STACKS
+    N = model.n_moe_layers // model.STACKS
     first = N if model.STACKS > 1 and stack == "decoder" else 0
     return range(first, first + N)
 

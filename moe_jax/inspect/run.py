@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, default_directory, evaluation_batches
-from moe_jax.moe import State
+from moe_jax.moe import LayerState
 
 
 class Run(NamedTuple):
@@ -15,7 +15,7 @@ class Run(NamedTuple):
     exp: Experiment
     step: int
     params: Any
-    router: State  # what routers remember
+    router: LayerState  # what routers remember
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def examples(
     windows: at most so many examples, spread over domains, in a fixed order; all without it.
     """
     split = exp.data.prepare(Path(data_dir) if data_dir else default_directory())[held_out]
-    return split, list(evaluation_batches(split, exp.data.B // exp.data.accumulate, windows))
+    return split, list(evaluation_batches(split, exp.data.B // exp.data.microbatches, windows))
 
 
 def open_run(workdir: str | Path, step: int | None = None) -> Run:

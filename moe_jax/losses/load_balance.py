@@ -74,7 +74,7 @@ class LoadBalance:
         elif self.scope != "batch":
             balance = ratio(s.group_balance if self.scope == "group" else s.sequence_balance, s.tokens)
         else:
-            counts_E = s.firsts_E if convention.first else s.choices_E
+            counts_E = s.top1_E if convention.first else s.choices_E
             f_E = ratio(counts_E, counts_E.sum(-1, keepdims=True))
             balance = E * (f_E * ratio(s.probs_E, s.tokens[..., None])).sum(-1)
         return balance * balanced_value(self.convention, E, K)

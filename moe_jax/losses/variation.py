@@ -34,7 +34,7 @@ class Importance:
             raise ValueError(f"Importance(of={self.of!r}) is unknown; use 'weights' or 'probs'.")
 
     def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
-        return cv_squared(s.gains_E if self.of == "weights" else s.probs_E)
+        return cv_squared(s.combine_E if self.of == "weights" else s.probs_E)
 
 
 @dataclasses.dataclass(frozen=True)

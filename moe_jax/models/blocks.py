@@ -10,7 +10,7 @@ from moe_jax.attention.heads import rms_norm
 from moe_jax.core import shard
 from moe_jax.core.groups import Dense
 from moe_jax.core.parameter import parameter
-from moe_jax.moe import dense_params, usable
+from moe_jax.moe import dense_params, gather_params
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        here = shard.here()
+        here = shard.local()
         params = dense_params(self, self.expert, "{}", x_BLD.shape[-1], self.init_scale)
-        params = usable(here, params, x_BLD.dtype)
-        return here.leave(self.expert(params, here.enter(x_BLD), Dense()))
+        params = gather_params(here, params, x_BLD.dtype)
+        return here.tensor_exit(self.expert(params, here.tensor_enter(x_BLD), Dense()))

@@ -14,7 +14,7 @@ from moe_jax.core.parameter import weight
 from moe_jax.models.blocks import RMSNorm
 from moe_jax.models.lm import embed, logits
 from moe_jax.models.pattern import StackShape
-from moe_jax.models.transformer import Call, StackInputs, TransformerConfig, share, stack, stack_aux
+from moe_jax.models.transformer import Call, StackInputs, TransformerConfig, share_params, stack, stack_aux
 from moe_jax.moe import Aux
 
 
@@ -26,7 +26,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """
 
     V_source: int | None = None
-    takes: ClassVar = "pairs"
+    batch_kind: ClassVar = "pairs"
     STACKS: ClassVar = 2
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class EncoderDecoder(nn.Module):
 
         call: router state and replay of the encoder's MoE layers come first.
         """
-        cfg, N, lengths = self.cfg, self.cfg.moe_layers // 2, (source_BM.shape[1], tokens_BL.shape[1])
+        cfg, N, lengths = self.cfg, self.cfg.n_moe_layers // 2, (source_BM.shape[1], tokens_BL.shape[1])
         if source_segment_BM is None:
             source_segment_BM = jnp.ones_like(source_BM)
         if segment_BL is None:
@@ -119,7 +119,7 @@ class EncoderDecoder(nn.Module):
     def _inputs(self, shape: StackShape, tokens_BL: Array, segment_BL: Array, task_B: Array | None) -> StackInputs:
         """The inputs of a stack: the encoder sees both ways."""
         task_BL = None if task_B is None else jnp.broadcast_to(task_B[:, None], tokens_BL.shape)
-        sees = share(self, self.cfg, shape.prefix, Sees(segment_BL, positions(segment_BL), shape.order))
+        sees = share_params(self, self.cfg, shape.prefix, Sees(segment_BL, positions(segment_BL), shape.order))
         return StackInputs(sees, Ids(tokens_BL, task_BL))
 
 

@@ -15,7 +15,7 @@ from moe_jax.core.groups import Dense
 from moe_jax.core.parameter import weight
 from moe_jax.models.blocks import RMSNorm
 from moe_jax.models.pattern import StackShape
-from moe_jax.models.transformer import Call, StackInputs, TransformerConfig, share, stack, stack_aux
+from moe_jax.models.transformer import Call, StackInputs, TransformerConfig, share_params, stack, stack_aux
 from moe_jax.moe import Aux
 
 
@@ -23,7 +23,7 @@ from moe_jax.moe import Aux
 class LMConfig(TransformerConfig):
     """A language model."""
 
-    takes: ClassVar = "tokens"  # the kind of batch
+    batch_kind: ClassVar = "tokens"  # the kind of batch
 
     def init(self, key: Key[Array, ""], batch: Any) -> Any:
         """Parameters, for batches like this one."""
@@ -64,7 +64,7 @@ class LM(nn.Module):
         task_BL = None if task_B is None else jnp.broadcast_to(task_B[:, None], (B, L))
         embed_VD = weight(self, "embed_VD", vars(cfg), nn.initializers.normal(cfg.D**-0.5))
         x_BLD = embed(cfg, embed_VD, tokens_BL, position_BL)
-        sees = share(self, cfg, "", Sees(segment_BL, position_BL))
+        sees = share_params(self, cfg, "", Sees(segment_BL, position_BL))
         inputs = StackInputs(sees, Ids(tokens_BL, task_BL))
         x_BLD, reports = stack(cfg, StackShape("", L, 0, cfg.moe), x_BLD, inputs, call)
         return logits(self, cfg, RMSNorm(name="norm")(x_BLD), embed_VD), stack_aux(reports)

@@ -45,7 +45,7 @@ class Repeated(NamedTuple):
                 yield f"{sub.name}_{i}", sub
 
     @property
-    def moe_layers(self) -> int:
+    def n_moe_layers(self) -> int:
         """Number of MoE layers among the repeated ones."""
         return sum(sub.kind == "moe" for _, sub in self.parts())
 
@@ -67,28 +67,28 @@ class Placed(NamedTuple):
     norm: ParamPath
 
 
-def sparse_layers(layout: str, N: int) -> tuple[bool, ...]:
+def sparse_layers(moe_layers: str, N: int) -> tuple[bool, ...]:
     """Says for each of N layers whether it is sparse.
 
-    layout: "every 2" (the last of each two, GLaM's), "all", "none", "first 3", "last 3", or indices "0,4,5".
+    moe_layers: "every 2" (the last of each two, GLaM's), "all", "none", "first 3", "last 3", or indices "0,4,5".
     """
-    word, _, number = layout.partition(" ")
+    word, _, number = moe_layers.partition(" ")
     try:
-        if layout in ("all", "none"):
-            chosen = set(range(N)) if layout == "all" else set()
+        if moe_layers in ("all", "none"):
+            chosen = set(range(N)) if moe_layers == "all" else set()
         elif word in ("every", "first", "last"):
             if not 1 <= (n := int(number)) <= N:
                 raise ValueError
             chosen = set({"every": range(n - 1, N, n), "first": range(n), "last": range(N - n, N)}[word])
         else:
-            chosen = {int(i) for i in layout.strip("()[], ").split(",")}
+            chosen = {int(i) for i in moe_layers.strip("()[], ").split(",")}
     except ValueError:
         raise ValueError(
-            f"layout={layout!r} is not a choice of layers; use 'every n', 'first n', 'last n' (n <= N={N}), "
+            f"moe_layers={moe_layers!r} is not a choice of layers; use 'every n', 'first n', 'last n' (n <= N={N}), "
             "'all', 'none', or indices like '0,4'."
         ) from None
     if outside := sorted(i for i in chosen if not 0 <= i < N):
-        raise ValueError(f"layout={layout!r} names layers {outside}, but there are N={N}, counted from 0.")
+        raise ValueError(f"moe_layers={moe_layers!r} names layers {outside}, but there are N={N}, counted from 0.")
     return tuple(i in chosen for i in range(N))
 
 

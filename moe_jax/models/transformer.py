@@ -19,13 +19,13 @@ from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
 from moe_jax.models.pattern import Repeated, StackShape, Sublayer, blocks, placed, sparse_layers
-from moe_jax.moe import Aux, MoE, MoEConfig, State
+from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
-SAVED = jax.checkpoint_policies.save_only_these_names(shard.EXCHANGED)
+SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
 REMAT: dict[str, Callable] = {
     "none": lambda block: block,
     "full": partial(nn.remat, prevent_cse=False),
-    "exchanged": partial(nn.remat, prevent_cse=False, policy=SAVED),
+    "save_collectives": partial(nn.remat, prevent_cse=False, policy=SAVED),
 }
 
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     """
 
     key: Key[Array, ""] | None = None
-    router: State | None = None
+    router: LayerState | None = None
     replay: Int[Array, "N B _ K"] | None = None
     record: tuple[str, ...] = ()
 
@@ -59,11 +59,12 @@ class TransformerConfig:
     V, D, N: vocabulary or classes, width, layers (of each stack).
     attention: an attention, or several that layers take in turn (a window in every second layer, ...).
     ffn: the feed-forward part of dense layers.
-    moe: that of the layers which `layout` chooses: a MoEConfig, or an expert alone in a dense twin.
-    extra: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE, arXiv:2202.08906, appendix C).
+    moe: what the layers chosen by `moe_layers` hold: a MoEConfig, or one expert in a dense baseline.
+    dense_after_moe: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE,
+        arXiv:2202.08906, appendix C).
     causal: with False, routing that depends on later tokens is allowed (attention stays as it is).
     remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers but for what came from
-        other devices ("exchanged": 4 instead of 6 all-to-alls per MoE layer).
+        other devices ("save_collectives": 4 instead of 6 all-to-alls per MoE layer).
     aux_over_layers: whether the MoE layers' auxiliary losses are averaged ("mean") or added up ("sum").
     """
 
@@ -73,8 +74,8 @@ class TransformerConfig:
     attention: Any
     ffn: Any = GLU(F=1024, activation="gelu")
     moe: Any = None
-    extra: Any = None
-    layout: str = "every 2"
+    dense_after_moe: Any = None
+    moe_layers: str = "every 2"
     tied: bool = True
     remat: str = "full"
     dtype: str = "float32"
@@ -100,8 +101,10 @@ class TransformerConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {words}.")
         if self.embeds_positions and self.D % 2:
             raise ValueError(f"Sinusoidal positions need an even width, but D={self.D}.")
-        if any(sparse_layers(self.layout, self.N)) and self.moe is None:
-            raise ValueError(f"layout={self.layout!r} has sparse layers, but moe is None; set moe or layout='none'.")
+        if any(sparse_layers(self.moe_layers, self.N)) and self.moe is None:
+            raise ValueError(
+                f"moe_layers={self.moe_layers!r} has sparse layers, but moe is None; set moe or moe_layers='none'."
+            )
         if self.causal and isinstance(self.moe, MoEConfig) and not self.moe.causal:
             raise ValueError(not_causal(self.moe))
         for name in self.stack_params:
@@ -124,11 +127,14 @@ class TransformerConfig:
         found = [Sublayer("attention", "attention", attention)]
         if stack.M:
             found.append(Sublayer("cross", "attention", attention.for_memory(), memory=True))
-        if not sparse_layers(self.layout, self.N)[i]:
+        if not sparse_layers(self.moe_layers, self.N)[i]:
             return (*found, Sublayer("ffn", "dense", self.ffn))
         routed = isinstance(stack.moe, MoEConfig)
         found.append(Sublayer("moe", "moe", stack.moe) if routed else Sublayer("ffn", "dense", stack.moe))
-        return (*found, *([] if self.extra is None else [Sublayer("extra", "dense", self.extra)]))
+        return (
+            *found,
+            *([] if self.dense_after_moe is None else [Sublayer("dense_after_moe", "dense", self.dense_after_moe)]),
+        )
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
@@ -136,14 +142,14 @@ class TransformerConfig:
         return tuple(part.layer for part in placed(self) if part.sub.kind == "moe")
 
     @property
-    def moe_layers(self) -> int:
+    def n_moe_layers(self) -> int:
         """Number of MoE layers."""
         return len(self.routed_layers)
 
     @property
     def routed(self) -> MoEConfig | None:
         """The config of the MoE layers; None where no layer routes."""
-        return self.moe if isinstance(self.moe, MoEConfig) and self.moe_layers else None
+        return self.moe if isinstance(self.moe, MoEConfig) and self.n_moe_layers else None
 
     @property
     def embeds_positions(self) -> bool:
@@ -158,9 +164,9 @@ class TransformerConfig:
     def _sharing(self, name: str) -> list[Any]:
         return [part for part in self.attention if name in part.stack_params]
 
-    def init_router(self) -> State:
+    def init_router(self) -> LayerState:
         """The state of all MoE layers before the first step ({} for most)."""
-        return {} if self.routed is None else self.routed.init_state(self.moe_layers)
+        return {} if self.routed is None else self.routed.init_state(self.n_moe_layers)
 
     def dropless(self) -> Any:
         """The same model without a limit to what an expert takes."""
@@ -168,7 +174,7 @@ class TransformerConfig:
             return self
         return dataclasses.replace(self, moe=self.moe.dropless())
 
-    def dense_twin(self) -> Any:
+    def dense_baseline(self) -> Any:
         """The dense model with the same active matrix multiplications per token, up to the router's.
 
         Every MoE becomes one expert of K times the hidden width, plus the shared one's.
@@ -218,7 +224,7 @@ def stack(
     """
     reports, first = [], 0
     for i, block in enumerate(blocks(cfg, shape)):
-        n, m = block.n, block.moe_layers
+        n, m = block.n, block.n_moe_layers
         keys_N = None if call.key is None else jax.random.split(jax.random.fold_in(call.key, i), n)
         layers = slice(first, first := first + n * m)
         own = jax.tree.map(lambda a: a[layers].reshape(n, m, *a.shape[1:]), (call.router or {}, call.replay))  # noqa: B023
@@ -235,7 +241,7 @@ def stack(
     return x_BLD, reports
 
 
-def share(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
+def share_params(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
     """Who sees whom, with the parameters that all layers of a stack share, and what they add to scores, made once."""
     shared = {
         name: parameter(module, prefix + name, sizes, nn.initializers.zeros) for name, sizes in cfg.stack_params.items()
@@ -257,7 +263,7 @@ class Block(nn.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         key: Key[Array, ""] | None,
-        own: tuple[State, Int[Array, "M B L K"] | None],
+        own: tuple[LayerState, Int[Array, "M B L K"] | None],
         inputs: StackInputs,
     ) -> tuple[Float[Array, "B L D"], Aux | None]:
         """own: state and replayed choices of the MoE layers among the repeated ones."""
@@ -296,7 +302,7 @@ def count_agreement(aux: Aux) -> Aux:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.here().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
+    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
     agreed = jnp.concatenate([jnp.zeros(1), shared])
     return aux._replace(stats=aux.stats._replace(agreed=agreed))
 

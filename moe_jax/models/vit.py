@@ -30,7 +30,7 @@ class ViTConfig(TransformerConfig):
     image: tuple[int, ...] = (224, 224, 3)
     representation: bool = False
     causal: bool = False
-    takes: ClassVar = "images"
+    batch_kind: ClassVar = "images"
     norm: ClassVar = "layer"
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ from moe_jax import step
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import Experiment
 from moe_jax.core.traffic import Collective
-from moe_jax.costs.chips import of_kind
+from moe_jax.costs.chips import by_device_kind
 from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
 from moe_jax.plan.schedule import Schedule
 
@@ -101,7 +101,7 @@ def read(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, co
     """What a compiled step says of itself."""
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()
-    schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), of_kind(kind)
+    schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), by_device_kind(kind)
     # Older compilers say the peak; in newer ones it leaves out what lies between buffers.
     peak = getattr(memory, "total_allocation_bytes", 0) or memory.peak_memory_in_bytes
     return Compiled(

@@ -23,7 +23,7 @@ from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.optim import names_of
 from moe_jax.plan import torus
 from moe_jax.plan.topology import Topology, rings
-from moe_jax.step import State, init, layouts_of
+from moe_jax.step import State, init, state_specs
 
 FLOAT32 = 4
 
@@ -98,11 +98,11 @@ def dispatch(exp: Experiment) -> float:
     if not isinstance(getattr(model.moe, "dispatch", None), Einsum):
         return 0.0
     sizes, stacks = dict(exp.mesh), model.stacks(exp.data.shapes(1))
-    B = exp.data.B // exp.data.accumulate // math.prod(sizes[axis] for axis in TOKENS)
+    B = exp.data.B // exp.data.microbatches // math.prod(sizes[axis] for axis in TOKENS)
     C = [s.moe.slots(s.moe.group(B, s.L, training=True)) for s in stacks]
     slots = sum(s.L * s.moe.E * n for s, n in zip(stacks, C, strict=True))
     passes = 3 if model.remat == "none" else 4
-    return passes * 2 * 2 * model.D * model.moe_layers / len(stacks) * slots
+    return passes * 2 * 2 * model.D * model.n_moe_layers / len(stacks) * slots
 
 
 # ---------------------------------------------------------------- memory
@@ -113,7 +113,7 @@ def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[s
 
     A matrix is read in every pass, rows go into it and come out; what is element by element is taken to be fused.
     """
-    model, pieces, again = exp.model, exp.data.accumulate, exp.model.remat != "none"
+    model, pieces, again = exp.model, exp.data.microbatches, exp.model.remat != "none"
     width, tensor = jnp.dtype(model.dtype).itemsize, sizes["tensor"]
     B = exp.data.B / math.prod(n for axis, n in sizes.items() if axis != "tensor")
     stacks = model.stacks(exp.data.shapes(1))
@@ -159,12 +159,12 @@ def shapes(alone: Experiment) -> State:
 def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf]]:
     """Parameters, and what the optimizer remembers, on one device of a mesh."""
     whole = shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
-    lies = layouts_of(exp, whole, sizes).state
+    lies = state_specs(exp, whole, sizes).state
 
     def leaves(tree: Any, layouts: Any) -> list[Leaf]:
         found = []
         for (path, x), layout in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(layouts), strict=True):
-            local, axes = dims.local(x.shape, layout, sizes), tuple(dims.axes(layout, x.ndim))
+            local, axes = dims.local_shape(x.shape, layout, sizes), tuple(dims.axes(layout, x.ndim))
             names = names_of(path) or ("",)
             found.append(Leaf("/".join(names), names[-1], x.shape, local, axes, math.prod(local) * x.dtype.itemsize))
         return found
@@ -176,7 +176,7 @@ def is_matrix(name: str, model: Any) -> bool:
     """Whether tokens are multiplied with a parameter of this name."""
     letters = dims.dims_of(name)
     looked_up = letters == "VD" and not model.tied
-    return bool(dims.gathered(letters.removeprefix("E"))) and not looked_up
+    return bool(dims.fsdp_dim(letters.removeprefix("E"))) and not looked_up
 
 
 class Matrix(NamedTuple):
@@ -193,7 +193,7 @@ class Matrix(NamedTuple):
 
 def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
     letters = dims.dims_of(leaf.name)
-    n, front, width = len(letters), len(leaf.shape) - len(letters), dims.gathered(letters)
+    n, front, width = len(letters), len(leaf.shape) - len(letters), dims.fsdp_dim(letters)
     local, whole = dict(zip(letters, leaf.local[-n:], strict=True)), dict(zip(letters, leaf.shape[-n:], strict=True))
     routed = letters.startswith("E")
     gathers = routed and isinstance(exp.exchange, AllGather)

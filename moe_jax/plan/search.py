@@ -40,7 +40,7 @@ class Option(NamedTuple):
             "mesh": mesh,
             "exchange": short(exp.exchange) if spread else "-",
             "remat": exp.model.remat,
-            "pieces": str(exp.data.accumulate),
+            "pieces": str(exp.data.microbatches),
             "zero1": "yes" if exp.optim.zero1 else "no",
         }
 
@@ -49,7 +49,7 @@ class Option(NamedTuple):
         """What to say to get it."""
         exp = self.exp
         said = [f"--config.mesh.{axis}={n}" for axis, n in exp.mesh]
-        said += [f"--config.model.remat={exp.model.remat}", f"--config.data.accumulate={exp.data.accumulate}"]
+        said += [f"--config.model.remat={exp.model.remat}", f"--config.data.microbatches={exp.data.microbatches}"]
         said += [f"--config.optim.zero1={exp.optim.zero1}"]
         if exp.model.routed is not None:
             said.append(f'--config.model.moe.exchange="{short(exp.exchange)}"')
@@ -151,27 +151,29 @@ def exchanges(exp: Experiment, mesh: dict[str, int]) -> list[Any]:
         return [None]
     if mesh["expert"] == 1 and not (mesh["slice"] > 1 and isinstance(moe.exchange, TwoLevel)):
         return [moe.exchange]
-    known = [cls for cls in EXCHANGES if moe.dispatch.rows in cls.takes and (cls is not TwoLevel or mesh["slice"] > 1)]
+    known = [
+        cls for cls in EXCHANGES if moe.dispatch.layout in cls.layouts and (cls is not TwoLevel or mesh["slice"] > 1)
+    ]
     return [moe.exchange if cls is type(moe.exchange) else cls() for cls in known]
 
 
-def variant(exp: Experiment, remat: str = "none", accumulate: int = 1, **changed: Any) -> Experiment:
+def variant(exp: Experiment, remat: str = "none", microbatches: int = 1, **changed: Any) -> Experiment:
     """The experiment with these choices; ValueError where they do not go together."""
     model, optim = dataclasses.replace(exp.model, remat=remat), exp.optim
     if changed.get("exchange") is not None:
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, exchange=changed["exchange"]))
     if "zero1" in changed:
         optim = dataclasses.replace(optim, zero1=changed["zero1"])
-    data = dataclasses.replace(exp.data, accumulate=accumulate)
+    data = dataclasses.replace(exp.data, microbatches=microbatches)
     return dataclasses.replace(exp, model=model, data=data, optim=optim, mesh=changed.get("mesh", exp.mesh))
 
 
 def variants(base: Experiment, remat: str) -> list[Experiment]:
     """A mesh with this rematerialisation, in 1, 2, 4, ... pieces."""
     found = []
-    for accumulate in (1 << i for i in range(base.data.B.bit_length())):
+    for microbatches in (1 << i for i in range(base.data.B.bit_length())):
         try:
-            found.append(variant(base, remat, accumulate))
+            found.append(variant(base, remat, microbatches))
         except ValueError:  # fewer rows than devices
             break
     return found

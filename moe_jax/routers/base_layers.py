@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at
+from moe_jax.core.scores import take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,10 @@ class BASELayer:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         if ctx.training and ctx.replay_GSK is None:
             score_GSE = lax.stop_gradient(logits_GSE)
-            expert_GSK = ctx.given(jax.vmap(self._auction)(score_GSE, mask_GS)[..., None])
+            expert_GSK = ctx.override(jax.vmap(self._auction)(score_GSE, mask_GS)[..., None])
         else:
-            expert_GSK = ctx.pick(logits_GSE, 1)
-        weight_GSK = at(jax.nn.sigmoid(logits_GSE), expert_GSK)
+            expert_GSK = ctx.top_k(logits_GSE, 1)
+        weight_GSK = take_experts(jax.nn.sigmoid(logits_GSE), expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, jax.nn.softmax(logits_GSE), mask_GS)
 
     def _auction(self, score_SE: Float[Array, "S E"], mask_S: Bool[Array, "S"]) -> Int[Array, "S"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices, softmax_at, unit
+from moe_jax.core.scores import check_choices, l2_normalize, softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,11 @@ class CosineTopK:
         mask_GS: Bool[Array, "G S"],
         ctx: Context = Context(),
     ) -> TokenChoice:
-        x_GSA = unit(linear(ctx.input(x_GSD), params["project_DA"]), axis=-1)
-        logits_GSE = ctx.logits(linear(x_GSA, unit(params["embed_AE"], axis=0)) * jnp.exp(params["scale_"]) / 0.07)
+        x_GSA = l2_normalize(linear(ctx.input(x_GSD), params["project_DA"]), axis=-1)
+        logits_GSE = ctx.logits(
+            linear(x_GSA, l2_normalize(params["embed_AE"], axis=0)) * jnp.exp(params["scale_"]) / 0.07
+        )
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(logits_GSE, self.K)
-        weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else at(probs_GSE, expert_GSK)
+        expert_GSK = ctx.top_k(logits_GSE, self.K)
+        weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)

@@ -26,7 +26,7 @@ class ExpertChoice:
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    makes: ClassVar = SlotChoice
+    routing: ClassVar = SlotChoice
 
     def __post_init__(self):
         if not 0 < self.capacity_factor < math.inf:
@@ -64,7 +64,7 @@ def slot_choice(
 ) -> SlotChoice:
     """Each expert's C real tokens of the largest scores, which are their weights."""
     S = mask_GS.shape[1]
-    rank_GES = jnp.where(mask_GS[..., None], ctx.open(score_GSE), -jnp.inf).swapaxes(1, 2)
+    rank_GES = jnp.where(mask_GS[..., None], ctx.mask_dropped(score_GSE), -jnp.inf).swapaxes(1, 2)
     best_GEC, token_GEC = lax.top_k(lax.stop_gradient(rank_GES), C)
     real_GEC = best_GEC > -jnp.inf
     weight_GEC = jnp.take_along_axis(score_GSE.swapaxes(1, 2), token_GEC, axis=-1)

@@ -48,6 +48,6 @@ def mix(ids: Int[Array, "..."], seed: int) -> Array:
 def unlearned(expert_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"], ctx: Context) -> TokenChoice:
     """Choices that no gate has made: of weight 1/K each, the distribution over experts uniform."""
     G, S, K = expert_GSK.shape
-    expert_GSK = ctx.given(expert_GSK)
+    expert_GSK = ctx.override(expert_GSK)
     flat_GSE = jnp.zeros((G, S, ctx.E))
     return token_choice(expert_GSK, jnp.full((G, S, K), 1 / K), flat_GSE, flat_GSE + 1 / ctx.E, mask_GS)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, softmax_at
+from moe_jax.core.scores import softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Hierarchical:
         ctx: Context = Context(),
     ) -> TokenChoice:
         x_GSD = ctx.input(x_GSD)
-        group_GSM = ctx.scale(linear(x_GSD, params["group_DM"]))
+        group_GSM = ctx.transform(linear(x_GSD, params["group_DM"]))
         logits_GSE = ctx.logits(linear(x_GSD, params["gate_DE"]))
         G, S, E = logits_GSE.shape
         each_GSMI = logits_GSE.reshape(G, S, self.M, E // self.M)
@@ -72,7 +72,7 @@ class Hierarchical:
             inner = softmax_at(jnp.repeat(logits_GSE, self.outer, axis=1), by_group)
             weight_GSK = outer_GSK * inner.reshape(G, S, self.K)
         else:
-            weight_GSK = at(probs_GSE, expert_GSK)
+            weight_GSK = take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, group_GSM[..., group_of_E] + logits_GSE, probs_GSE, mask_GS)
 
     def _choose(self, group_GSM: Array, each_GSMI: Array, ctx: Context) -> Array:
@@ -81,4 +81,4 @@ class Hierarchical:
         best_GSK = lax.top_k(group_GSM, self.outer)[1]
         inside_GSKI = jnp.take_along_axis(each_GSMI, best_GSK[..., None], axis=2)
         expert_GSKI = best_GSK[..., None] * n + lax.top_k(inside_GSKI, self.inner)[1]
-        return ctx.given(expert_GSKI.reshape(G, S, self.K))
+        return ctx.override(expert_GSKI.reshape(G, S, self.K))

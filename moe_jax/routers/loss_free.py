@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import SCORES, at, check_choices, check_score, share
+from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_weights, take_experts
 from moe_jax.core.stats import Stats
 
 
@@ -63,11 +63,11 @@ class LossFree:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         score_GSE = SCORES[self.score](logits_GSE)
-        biased_GSE = score_GSE + ctx.remembered("bias_E", self)[None, None]
-        expert_GSK = ctx.pick(self._kept(ctx.open(biased_GSE)), self.K)
-        weight_GSK = at(score_GSE, expert_GSK)
-        weight_GSK = self.scale * (share(weight_GSK) if self.normalize else weight_GSK)
-        return token_choice(expert_GSK, weight_GSK, logits_GSE, share(score_GSE), mask_GS)
+        biased_GSE = score_GSE + ctx.get_state("bias_E", self)[None, None]
+        expert_GSK = ctx.top_k(self._kept(ctx.mask_dropped(biased_GSE)), self.K)
+        weight_GSK = take_experts(score_GSE, expert_GSK)
+        weight_GSK = self.scale * (normalize_weights(weight_GSK) if self.normalize else weight_GSK)
+        return token_choice(expert_GSK, weight_GSK, logits_GSE, normalize_weights(score_GSE), mask_GS)
 
     def _kept(self, biased_GSE: Array) -> Array:
         """Scores in the best groups, minus infinity in the others."""

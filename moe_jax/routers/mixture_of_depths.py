@@ -25,7 +25,7 @@ class MixtureOfDepths:
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    makes: ClassVar = SlotChoice
+    routing: ClassVar = SlotChoice
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context, draw
 from moe_jax.core.gate import gate, linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices, softmax_at
+from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +57,16 @@ class NoisyTopK:
                 std_GSE = jax.nn.softplus(linear(ctx.input(x_GSD), params["noise_DE"]))
             noisy_GSE = clean_GSE + noise_GSE * std_GSE
             load_GSE = self._load(clean_GSE, noisy_GSE, std_GSE)
-        expert_GSK = ctx.pick(noisy_GSE, self.K)
+        expert_GSK = ctx.top_k(noisy_GSE, self.K)
         if self.normalize:
             weight_GSK = softmax_at(noisy_GSE, expert_GSK)
         else:
-            weight_GSK = at(jax.nn.softmax(noisy_GSE), expert_GSK)
+            weight_GSK = take_experts(jax.nn.softmax(noisy_GSE), expert_GSK)
         return token_choice(expert_GSK, weight_GSK, clean_GSE, probs_GSE, mask_GS, load_GSE)
 
     def _load(self, clean_GSE: Array, noisy_GSE: Array, std_GSE: Array) -> Array:
         """The probability that an expert is among the K best if its noise were drawn again."""
-        best_GSK = at(noisy_GSE, lax.top_k(noisy_GSE, min(self.K + 1, noisy_GSE.shape[-1]))[1])
+        best_GSK = take_experts(noisy_GSE, lax.top_k(noisy_GSE, min(self.K + 1, noisy_GSE.shape[-1]))[1])
         kth_GS1 = best_GSK[..., self.K - 1 : self.K]
         if not self.learned:  # V-MoE: the threshold counts the expert itself
             return normal_cdf((clean_GSE - kth_GS1) / std_GSE)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices, share
+from moe_jax.core.scores import check_choices, normalize_weights, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,10 @@ class NullExperts:
     ) -> TokenChoice:
         x_GSD, E = ctx.input(x_GSD), params["gate_DE"].shape[-1]
         logits_GSE = ctx.logits(linear(x_GSD, params["gate_DE"]))
-        every = jnp.concatenate([logits_GSE, ctx.scale(linear(x_GSD, params["null_DM"]))], -1)
+        every = jnp.concatenate([logits_GSE, ctx.transform(linear(x_GSD, params["null_DM"]))], -1)
         probs_GSE = jax.nn.softmax(every)[..., :E]
-        expert_GSK = jnp.minimum(ctx.pick(every, self.K), E)  # nulls are nowhere
-        weight_GSK = at(probs_GSE, expert_GSK)
+        expert_GSK = jnp.minimum(ctx.top_k(every, self.K), E)  # nulls are nowhere
+        weight_GSK = take_experts(probs_GSE, expert_GSK)
         return token_choice(
-            expert_GSK, share(weight_GSK) if self.normalize else weight_GSK, logits_GSE, probs_GSE, mask_GS
+            expert_GSK, normalize_weights(weight_GSK) if self.normalize else weight_GSK, logits_GSE, probs_GSE, mask_GS
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices
+from moe_jax.core.scores import check_choices, take_experts
 from moe_jax.core.stats import Stats, ratio
 
 
@@ -45,14 +45,14 @@ class Sinkhorn:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        free_GSE, v_G1E = lax.stop_gradient(logits_GSE), ctx.remembered("potential_E", self)[None, None]
+        free_GSE, v_G1E = lax.stop_gradient(logits_GSE), ctx.get_state("potential_E", self)[None, None]
         if ctx.training:
             v_G1E = self._balance(free_GSE, mask_GS, v_G1E)
-        expert_GSK = ctx.pick(free_GSE + v_G1E, self.K)
+        expert_GSK = ctx.top_k(free_GSE + v_G1E, self.K)
         tokens_G11 = mask_GS.sum(-1)[:, None, None]
         sums = {"potential_E": ((v_G1E - v_G1E.mean(-1, keepdims=True)) * tokens_G11).sum((0, 1))}
         return token_choice(
-            expert_GSK, at(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS, load_GSE=None, sums=sums
+            expert_GSK, take_experts(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS, load_GSE=None, sums=sums
         )
 
     def _balance(self, logits_GSE: Array, mask_GS: Array, v_G1E: Array) -> Array:

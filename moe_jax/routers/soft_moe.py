@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import FAR, Context
 from moe_jax.core.routing import SoftSlots
-from moe_jax.core.scores import unit
+from moe_jax.core.scores import l2_normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SoftMoE:
     params: ClassVar = ("phi_DEC", "scale_")
     random: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    makes: ClassVar = SoftSlots
+    routing: ClassVar = SoftSlots
 
     def __post_init__(self):
         if self.C < 1:
@@ -43,9 +43,9 @@ class SoftMoE:
         ctx: Context = Context(),
     ) -> SoftSlots:
         (D, E, C), (G, S, _) = params["phi_DEC"].shape, x_GSD.shape
-        phi_DR = unit(params["phi_DEC"].reshape(D, E * C), axis=0) * jnp.exp(params["scale_"])
-        x_GSD = unit(ctx.input(x_GSD).astype(jnp.float32), axis=-1)
-        logits_GSR = ctx.scale(jnp.einsum("gsd,dr->gsr", x_GSD, phi_DR, precision=lax.Precision.HIGHEST))
+        phi_DR = l2_normalize(params["phi_DEC"].reshape(D, E * C), axis=0) * jnp.exp(params["scale_"])
+        x_GSD = l2_normalize(ctx.input(x_GSD).astype(jnp.float32), axis=-1)
+        logits_GSR = ctx.transform(jnp.einsum("gsd,dr->gsr", x_GSD, phi_DR, precision=lax.Precision.HIGHEST))
         used_GSR = jnp.broadcast_to(mask_GS[..., None], logits_GSR.shape)
         if (dropped_GE := ctx.dropped()) is not None:
             used_GSR &= ~jnp.repeat(dropped_GE, C, axis=-1)[:, None]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at
+from moe_jax.core.scores import take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,5 +28,5 @@ class Switch:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(probs_GSE, 1)
-        return token_choice(expert_GSK, at(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS)
+        expert_GSK = ctx.top_k(probs_GSE, 1)
+        return token_choice(expert_GSK, take_experts(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices, softmax_at
+from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,6 @@ class TaskTopK:
             logits_GSE += linear(ctx.input(x_GSD), params["gate_DE"])
         logits_GSE = ctx.logits(logits_GSE)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(logits_GSE, self.K)
-        weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else at(probs_GSE, expert_GSK)
+        expert_GSK = ctx.top_k(logits_GSE, self.K)
+        weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context, draw
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, share
+from moe_jax.core.scores import normalize_weights, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Top2:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE, E = jax.nn.softmax(logits_GSE), logits_GSE.shape[-1]
-        named_GSK = expert_GSK = ctx.pick(probs_GSE, 2)
+        named_GSK = expert_GSK = ctx.top_k(probs_GSE, 2)
         if ctx.replay_GSK is not None:  # a second that was not used still divides the first's weight
             first_GSE = jax.nn.one_hot(expert_GSK[..., 0], E, dtype=bool)
             other_GS = jnp.where(first_GSE, -1, probs_GSE).argmax(-1)
             named_GSK = expert_GSK.at[..., 1].set(jnp.where(expert_GSK[..., 1] < E, expert_GSK[..., 1], other_GS))
-        weight_GSK = share(at(probs_GSE, named_GSK))
+        weight_GSK = normalize_weights(take_experts(probs_GSE, named_GSK))
         if self.random and ctx.keys_G is not None and ctx.replay_GSK is None:
             draw_GS = draw(ctx.keys_G, jax.random.uniform, mask_GS.shape[1:])
             used_GS = weight_GSK[..., 1] > self.threshold * draw_GS

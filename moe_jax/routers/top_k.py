@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import SCORES, at, check_choices, check_score, share, softmax_at
+from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_weights, softmax_at, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,12 @@ class TopK:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         score_GSE = SCORES[self.score](logits_GSE)
-        expert_GSK = ctx.pick(logits_GSE, self.K)
-        weight_GSK = at(score_GSE, expert_GSK)
+        expert_GSK = ctx.top_k(logits_GSE, self.K)
+        weight_GSK = take_experts(score_GSE, expert_GSK)
         if self.score in ("sparsemax", "entmax15") and ctx.replay_GSK is None:
             expert_GSK = jnp.where(weight_GSK > 0, expert_GSK, logits_GSE.shape[-1])
         if self.normalize:
-            weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.score == "softmax" else share(weight_GSK)
-        return token_choice(expert_GSK, weight_GSK, logits_GSE, share(score_GSE), mask_GS)
+            weight_GSK = (
+                softmax_at(logits_GSE, expert_GSK) if self.score == "softmax" else normalize_weights(weight_GSK)
+            )
+        return token_choice(expert_GSK, weight_GSK, logits_GSE, normalize_weights(score_GSE), mask_GS)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
-from moe_jax.core.scores import at, check_choices
+from moe_jax.core.scores import check_choices, take_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class TopP:
     ) -> TokenChoice:
         logits_GSE = gate(x_GSD, params["gate_DE"], ctx)
         probs_GSE = jax.nn.softmax(logits_GSE)
-        expert_GSK = ctx.pick(probs_GSE, self.K)
-        weight_GSK = at(probs_GSE, expert_GSK)
+        expert_GSK = ctx.top_k(probs_GSE, self.K)
+        weight_GSK = take_experts(probs_GSE, expert_GSK)
         if ctx.replay_GSK is None:
             before_GSK = jnp.cumsum(weight_GSK, -1) - weight_GSK
             used_GSK = (before_GSK < self.p) | (jnp.arange(self.K) == 0)[None, None]

@@ -268,7 +268,7 @@ def main():
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result = {
         "made_with": {"python": platform.python_version(), **versions},
-        "layout": "T tokens, D features, E experts, K choices; logits_TE = x_TD @ gate_DE; float32",
+        "moe_layers": "T tokens, D features, E experts, K choices; logits_TE = x_TD @ gate_DE; float32",
         "x_TD": literal(x_TD),
         "gate_DE": literal(gate_DE),
         "bias_E": literal(bias_E),

@@ -1,0 +1,97 @@
+"""A file is whole: with its new content, or as it was; sealed JSON is read as it was written, or not at all."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_jax.files import read_sealed, sha256, write_file, write_sealed
+
+
+def test_text_and_bytes(tmp_path):
+    assert write_file(tmp_path / "a.txt", "Tausend Grüße\n") == tmp_path / "a.txt"
+    assert (tmp_path / "a.txt").read_bytes() == "Tausend Grüße\n".encode()
+    write_file(tmp_path / "a.txt", b"\x00\xff")
+    assert (tmp_path / "a.txt").read_bytes() == b"\x00\xff"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_who_is_interrupted_leaves_the_older_one(tmp_path, monkeypatch, problem):
+    (file := tmp_path / "a.txt").write_text("old")
+    whole = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> None:
+        whole(path, data[: len(data) // 2])
+        raise problem
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(type(problem)):
+        write_file(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_nobody_sees_half_of_it(tmp_path, monkeypatch):
+    """What is under the name while the new content is written, is the old one."""
+    (file := tmp_path / "a.txt").write_text("old")
+    seen = []
+    whole = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: (whole(path, data), seen.append(file.read_text())))
+    write_file(file, "new")
+    assert seen == ["old"]
+    assert file.read_text() == "new"
+
+
+# ---------------------------------------------------------------- sealed
+
+
+CONTENT = {"b": [1, 2.5, None], "a": {"ü": "Grüße", "nan": float("nan")}, "c": (True,)}
+
+
+def test_sha256_gives_the_standards_digest(tmp_path):
+    (file := tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_sealed_comes_back(tmp_path):
+    file = write_sealed(tmp_path / "a.json", CONTENT)
+    found = read_sealed(file)
+    assert list(found) == ["b", "a", "c"]
+    assert json.dumps(found) == json.dumps(CONTENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_seal_is_of_the_rest_with_sorted_keys(tmp_path):
+    """The format on disk, which files that are there already have."""
+    said = json.loads(write_sealed(tmp_path / "a.json", {"b": 1, "a": [2]}).read_text())
+    assert said.pop("sha256") == hashlib.sha256(b'{"a": [2], "b": 1}').hexdigest()
+    laid_out_otherwise = json.dumps({"sha256": hashlib.sha256(b'{"a": [2], "b": 1}').hexdigest(), "a": [2], "b": 1})
+    assert read_sealed(write_file(tmp_path / "b.json", laid_out_otherwise)) == said
+
+
+@pytest.mark.parametrize("key", [*CONTENT, "sha256"])
+@pytest.mark.parametrize("how", ["changed", "left out"])
+def test_a_change_is_seen(tmp_path, key, how):
+    said = json.loads(write_sealed(tmp_path / "a.json", CONTENT).read_text())
+    said = {**said, key: "other"} if how == "changed" else {name: said[name] for name in said if name != key}
+    with pytest.raises(ValueError, match=r"^\S+a\.json is damaged: it does not match its checksum; [^\n]+$"):
+        read_sealed(write_file(tmp_path / "a.json", json.dumps(said)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b'{"a": 1}', b'{"sha256": {}}'])
+def test_what_is_not_sealed_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match="is damaged: it does not match its checksum"):
+        read_sealed(write_file(tmp_path / "a.json", content))
+
+
+def test_no_file_to_read(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_sealed(tmp_path / "a.json")
+
+
+def test_a_key_that_is_taken(tmp_path):
+    with pytest.raises(ValueError, match="has a key 'sha256' already; give that another name"):
+        write_sealed(tmp_path / "a.json", {"sha256": 1})
+    assert list(tmp_path.iterdir()) == []

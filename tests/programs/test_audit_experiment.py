@@ -1,0 +1,266 @@
+"""The audit of a whole experiment: what it finds, what it names when something is broken, what it shrinks."""
+
+import dataclasses
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import audit as program
+from experiments import cli
+from moe_jax import GLU, MLP, Einsum, LMConfig, MoEConfig, Scatter, Sort, Top2, TopK, make_mesh
+from moe_jax.attention import MHA
+from moe_jax.audit import meshes
+from moe_jax.audit.dispatchers import dispatchers, fitting
+from moe_jax.audit.placement import placement
+from moe_jax.audit.shrink import fold, kinds, narrow, shrink
+from moe_jax.config import DataConfig, Experiment, OptimConfig
+from moe_jax.core.shard import Shard, hybrid_device_mesh
+from moe_jax.optim import Adafactor, Constant
+from tests import programs
+
+CONFIGS = sorted(p for p in Path("configs").glob("*.py") if p.stem != "__init__")
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict()
+    config.mesh = {"data": 2, "expert": 2, "tensor": 2}
+    config.model = {
+        "D": 8, "N": 2, "attention": "MHA(2, 4, position=Relative())", "ffn": "MLP(F=4)", "remat": "none",
+        "moe": {"E": 4, "router": "TopK(K=2)", "experts": "MLP(F=4, bias=True)", "dispatch": "Scatter(1.0)"},
+    }
+    config.data = {"L": 16, "B": 16}
+    return config
+"""
+
+
+call = partial(programs.call, program)
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(CONFIG)
+    return f"--config={file}"
+
+
+def test_an_experiment_holds(config, monkeypatch, tmp_path):
+    """Every law has its line and its figure, a step's communication is predicted, and the page says the same."""
+    monkeypatch.setattr(meshes, "MESHES", ({"fsdp": 2, "expert": 2},))
+    monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
+    code, out, err = call(config, f"--report={tmp_path / 'audit.html'}")
+    assert (code, err) == (0, ""), out
+    said = dict(re.findall(r"^(\S.*?)  +(yes|no|NO) ", out, re.MULTILINE))
+    assert not [law for law, held in said.items() if held == "NO"]
+    for law in (
+        "one routing, every dispatcher, training",
+        "routers are trainable, training",
+        "causal means causal, evaluation",
+        "padding is nowhere, one device",
+        "one model, every mesh, data=2 x expert=2 x tensor=2",
+        "one model, every mesh, fsdp=2 x expert=2",
+        "replicas are replicas, data=2 x expert=2 x tensor=2",
+        "communication, step: all-to-all over expert",
+        "communication, forward: all-reduce over tensor",
+    ):
+        assert said[law] == "yes", law
+    assert re.search(r"drops [1-9]\d* of \d+", out), "something was dropped, and the same everywhere"
+    page = (tmp_path / "audit.html").read_text()
+    assert "0 of" in page
+    assert page.count("<table>") == 3
+    assert all(law.partition(", ")[0] in page for law in said if "communication" not in law)
+
+
+def test_what_is_broken_is_named(config, monkeypatch):
+    """A bias that every shard of hidden units adds: exit code 1, the mesh, the quantity, and how far off."""
+    monkeypatch.setattr(meshes, "MESHES", ())
+    monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
+    monkeypatch.setattr(Shard, "once", lambda self, name, w: w)
+    monkeypatch.setattr(
+        meshes, "uneven", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
+    )
+    code, out, _ = call(config, "--stop")
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if " NO " in line]
+    assert line.startswith("one model, every mesh, data=2 x expert=2 x tensor=2")
+    assert "NOT outputs" in line
+    assert "communication" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "No experiment was given"),
+        (["--config=nothing.py"], "no config file"),
+        (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
+        (["--config=configs/glam_nano.py", "--simulated=0"], "--simulated=0 must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(argv, words):
+    code, out, err = call(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert words in err
+
+
+# ---- comparing
+
+
+def test_the_worst_difference_is_named():
+    """Relative to the largest number of an array; NaN and infinity on one side only are as bad as can be."""
+    one = {"a": np.array([1.0, 100.0]), "b": {"c": np.array([2.0, np.nan])}}
+    assert meshes.worst(one, one).error == 0
+    found = meshes.worst(one, {"a": np.array([1.0, 101.0]), "b": {"c": np.array([2.1, np.nan])}})
+    assert found.where == "b/c"
+    np.testing.assert_allclose(found.error, 0.05)
+    for bad in (np.nan, np.inf):
+        assert meshes.worst(one, {**one, "a": np.array([bad, 100.0])}).error > 1e300
+    assert not meshes.within(1e-5, meshes.Worst(math.inf, "b/c")).holds
+    assert "in b/c" in meshes.within(1e-5, meshes.Worst(1.0, "b/c")).detail
+
+
+class Forgetful(Scatter):
+    """A dispatcher that loses the first token of every group."""
+
+    def __call__(self, x_GSD, *rest):
+        y_GSD, kept = super().__call__(x_GSD, *rest)
+        return y_GSD.at[:, 0].set(0), kept
+
+
+class Silent(Scatter):
+    """One that does not say what it drops."""
+
+    def __call__(self, x_GSD, *rest):
+        y_GSD, kept = super().__call__(x_GSD, *rest)
+        return y_GSD, kept | True
+
+
+@pytest.mark.parametrize(("other", "words"), [(Forgetful, "other outputs than"), (Silent, "drops others than")])
+def test_a_dispatcher_that_differs_is_named(monkeypatch, other, words):
+    cfg = MoEConfig(E=4, router=TopK(K=2), experts=MLP(F=4), dispatch=Scatter(0.5))
+    holds, detail = dispatchers(cfg)
+    assert holds
+    assert re.fullmatch(r"Einsum\(\), Scatter\(\); [1-9]\d* of 128 choices dropped", detail)
+    monkeypatch.setattr("moe_jax.audit.dispatchers.Scatter", other)
+    holds, detail = dispatchers(cfg)
+    assert not holds
+    assert f"{other.__name__}() " in detail
+    assert words in detail
+
+
+def test_all_dispatchers_that_fit_are_compared():
+    cfg = MoEConfig(E=4, router=Top2(), dispatch=Sort())
+    assert [type(d).__name__ for d in fitting(cfg)] == ["Einsum", "Scatter", "Sort"]
+    limited = dataclasses.replace(cfg, dispatch=Scatter(2.0, "probability", "vmoe"))
+    assert fitting(limited) == [Einsum(2.0, "probability", "vmoe"), Scatter(2.0, "probability", "vmoe")]
+
+
+# ---- shrinking, placing
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_can_be_shrunk(file):
+    """To eight devices, with its routing, its kinds of layers and its rules as they are, and small."""
+    from moe_jax.config import build
+
+    exp = build(cli.load(str(file)))
+    small, said = shrink(exp, 8)
+    assert math.prod(n for _, n in small.mesh) <= 8
+    assert kinds(small.model) == kinds(narrow(exp.model, exp.data.shapes(1), small.data.shapes(1)))
+    assert small.optim.optimizer == exp.optim.optimizer
+    if exp.model.n_moe_layers:
+        mine, theirs = small.model.moe, exp.model.moe
+        assert (mine.E, mine.router, mine.dispatch, mine.losses) == (
+            theirs.E,
+            theirs.router,
+            theirs.dispatch,
+            theirs.losses,
+        )
+    assert small.model.D * small.model.V <= 2**14
+    assert len(said) == len(set(said)) > 3
+    assert list(meshes.meshes(small, jax.devices())), "there is a mesh to try it on"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "folded"),
+    [
+        ({"data": 2, "expert": 4}, 8, {"data": 2, "expert": 4}),
+        ({"data": 4, "expert": 64}, 8, {"data": 2, "expert": 4}),
+        ({"data": -1, "expert": 4}, 8, {"data": 2, "expert": 4}),
+        ({"data": 3, "expert": 4}, 8, {"data": 3, "expert": 2}),
+        ({"fsdp": 8, "tensor": 8}, 4, {"fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_a_mesh_is_folded_onto_fewer_devices(mesh, devices, folded):
+    assert fold(mesh, devices) == folded
+
+
+MODEL = LMConfig(
+    V=257,
+    D=16,
+    N=2,
+    attention=MHA(2, 4),
+    ffn=GLU(F=8),
+    moe=MoEConfig(E=8, experts=MLP(F=8, bias=True)),
+    moe_layers="every 2",
+)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "optim", "name", "mine", "beside"),
+    [  # bytes on a device: float32, two moments beside (AdamW)
+        ({"data": 8}, OptimConfig(), "up_EDF", 8 * 16 * 8 * 4, 2 * 8 * 16 * 8 * 4),
+        ({"expert": 4, "data": 2}, OptimConfig(), "up_EDF", 2 * 16 * 8 * 4, 2 * 2 * 16 * 8 * 4),
+        ({"expert": 4, "data": 2}, OptimConfig(zero1=True), "up_EDF", 2 * 16 * 8 * 4, 2 * 2 * 8 * 8 * 4),
+        ({"expert": 4, "data": 2}, OptimConfig(zero1=True), "up_DF", 16 * 8 * 4, 2 * 2 * 8 * 4),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, OptimConfig(), "up_EDF", 4 * 8 * 4 * 4, 2 * 4 * 8 * 4 * 4),
+        ({"fsdp": 8}, OptimConfig(), "scale_D", 16 * 4, 2 * 16 * 4),
+        ({"expert": 8}, OptimConfig(), "gate_DE", 16 * 8 * 4, 2 * 16 * 8 * 4),
+        # row and column sums of [8, 16, 8], without the longest and the second longest axis, and a placeholder
+        ({"data": 8}, OptimConfig(Adafactor(smallest=4)), "up_EDF", 8 * 16 * 8 * 4, (8 * 8 + 8 * 16 + 1) * 4),
+        ({"expert": 4}, OptimConfig(Adafactor(smallest=4)), "up_EDF", 2 * 16 * 8 * 4, (2 * 8 + 2 * 16 + 1) * 4),
+    ],
+)
+def test_what_a_device_holds(mesh, optim, name, mine, beside):
+    optim = dataclasses.replace(optim, schedule=Constant(0.1))
+    placed = placement(Experiment(MODEL, DataConfig(L=8, B=16), optim, mesh=tuple(mesh.items())))
+    (found,) = {(p.device_bytes, p.optimizer_bytes) for p in placed if p.name.endswith(name)} - {None}
+    assert found == (mine, beside)
+
+
+def test_the_table_of_placement(config):
+    code, out, _ = call(config, "--placement")
+    assert code == 0
+    assert re.search(r"stack_0/moe_1/up_EDF +1x4x8x4 +-, expert, -, tensor +128 +256\n", out)
+    total = [int(n.replace(",", "")) for n in out.splitlines()[-1].split()[-2:]]
+    rows = [line.split()[-2:] for line in out.splitlines()[1:-1]]
+    assert total == [sum(int(row[i].replace(",", "")) for row in rows) for i in (0, 1)]
+
+
+# ---- slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a pod of several slices."""
+
+    id: int
+    slice_index: int
+    platform: str = "a pod"
+    process_index: int = 0
+    device_kind: str = "chip"
+
+
+def test_a_mesh_over_slices():
+    """The first axis goes over slices, whatever the order of devices; another size is refused."""
+    pod = [Chip(i, i % 2) for i in range(8)]
+    grid = hybrid_device_mesh(pod, (2, 1, 1, 4, 1))
+    assert grid.shape == (2, 1, 1, 4, 1)
+    assert [[d.slice_index for d in part.flat] for part in grid] == [[0] * 4, [1] * 4]
+    with pytest.raises(ValueError, match=r"mesh.slice=1, but the devices lie in 2 slices; set mesh.slice=2"):
+        make_mesh(pod, data=2, expert=4)
