@@ -33,7 +33,7 @@ def commands() -> str:
 
 @pytest.fixture(scope="module")
 def called(commands, tmp_path_factory) -> list[str]:
-    """What the commands call, with nothing but stubs and the shell; a name that is not set before it is used ends them."""
+    """What the commands call, in a shell with stubs, where a name that is used before it is set is an error."""
     folder = tmp_path_factory.mktemp("shell")
     for name in ("gcloud", "python", "tensorboard"):
         (folder / name).write_text(STUB)

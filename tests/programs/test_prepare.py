@@ -35,7 +35,7 @@ from moe_jax.data import (
     preparation,
     windows,
 )
-from moe_jax.data.preparation import Limited, ordered
+from moe_jax.data.preparation import Limited
 from tests.programs import call
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,7 +43,7 @@ LONG = 300  # seconds that nothing here takes, however slow the machine
 CONFIG = """
 def get_config():
     return {{
-        "model": {{"D": 16, "N": 1, "attention": "MHA(2, 8)", "ffn": "MLP(F=16)", "layout": "none", "moe": None}},
+        "model": {{"D": 16, "N": 1, "attention": "MHA(2, 8)", "ffn": "MLP(F=16)", "moe_layers": "none", "moe": None}},
         "data": {{"source": "Folder(path={text!r})", "L": 16, "B": 8}},
     }}
 """
@@ -295,11 +295,6 @@ def test_workers_ignore_the_keyboard_and_end_with_their_parent(tmp_path):
     assert (out, program.returncode) == (b"ready\ninterrupted\n", -signal.SIGKILL)
     assert b"Traceback" not in err
     wait(lambda: not pathlib.Path("/proc", (tmp_path / "second").read_text()).exists())
-
-
-def test_a_worker_that_is_killed_is_one_line():
-    with pytest.raises(ValueError, match="One of 2 workers has died"), ordered(eval, 2) as mapped:
-        list(mapped(["__import__('os')._exit(9)"]))
 
 
 DYING = """
