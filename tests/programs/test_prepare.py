@@ -157,6 +157,12 @@ def test_every_objective_in_parts(objective, source, folder, small_parts, tmp_pa
     assert files(tmp_path / "several") == files(tmp_path / "whole")
 
 
+def test_small_parts_lose_no_record(lines, small_parts, tmp_path):
+    source = Tfds("numbered", data_dir=lines)
+    found = [document.text for split in ("train", "held_out") for document in source.documents(split, tmp_path)]
+    assert sorted(found) == sorted(random.Random(i).randbytes(i % 7 * 10).hex().encode() for i in range(300) if i % 7)
+
+
 def test_a_host_needs_the_description_of_a_tfds_data_set_only(tmp_path):
     """What is prepared is found without the records."""
     Numbered(data_dir=tmp_path).download_and_prepare(file_format="array_record")
