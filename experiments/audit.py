@@ -1,4 +1,4 @@
-"""Which laws hold of your own experiment: found by running it, at small widths, on simulated devices.
+"""Audits your own experiment: runs it at small widths on simulated devices, and tells which laws hold.
 
     python -m experiments.audit --config=configs/glam_nano.py
     python -m experiments.audit --config=configs/glam_pod.py --report=runs/audit.html
@@ -8,6 +8,7 @@ One model on every mesh (outputs, losses, drops, gradients, one step), replicas 
 nowhere, the same numbers from every dispatcher, routers that train, no leak of the future, and communication: what
 arithmetic predicts against what the compiled program says. It says what it had to shrink. The exit code is 1 where a
 law is broken, and the line names the layer, the parameter or the collective. Two to five minutes of two cores.
+The devices are eight, or as many as --devices says.
 
 --placement only shows which parameter lies where, and the bytes on a device, of the experiment as configured.
 """
@@ -17,45 +18,44 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import flags
 
 from experiments import cli
-from moe_jax.audit.communication import Row
+from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.communication import audit as communication
 from moe_jax.audit.experiment import Finding, findings
 from moe_jax.audit.page import findings_page
-from moe_jax.audit.placement import placement
+from moe_jax.audit.placement import ParamPlacement, placement
 from moe_jax.audit.shrink import shrink
 from moe_jax.config import Experiment
 from moe_jax.files import write_file
 
 cli.define_config()
-REPORT = cli.flag(
-    flags.DEFINE_string, "report", None, "An HTML file for the findings, with the table of communication."
-)
-SIMULATED = flags.DEFINE_integer("simulated", 8, "How many devices to simulate, where the platform is the CPU.")
+REPORT = cli.report()
+JSON = cli.as_json()
+DEVICES = cli.devices()
 STOP = flags.DEFINE_bool("stop", False, "Stop at the first law that is broken.")
 PLACEMENT = flags.DEFINE_bool("placement", False, "Show which parameter lies where, and stop.")
 
 
 def main() -> None:
     exp = cli.experiment()
+    page, table = cli.file("report", REPORT.value), cli.file("json", JSON.value)
     if PLACEMENT.value:
-        print(placement_table(exp))
+        print(placement_table(placed := placement(exp)))
+        cli.write_json(table, [parameter._asdict() for parameter in placed])
         return
-    path = pathlib.Path(REPORT.value) if REPORT.value else None
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--report={path}: there is no folder {path.parent}; make it, or give another file.")
-    if SIMULATED.value < 1:
-        raise ValueError(f"--simulated={SIMULATED.value} must be at least 1; laws about meshes need 2 or more.")
-    jax.config.update("jax_num_cpu_devices", SIMULATED.value)
-    sys.exit(check(exp, path, STOP.value))
+    jax.config.update("jax_num_cpu_devices", DEVICES.value or 8)
+    sys.exit(check(exp, page, table, STOP.value))
 
 
-def check(exp: Experiment, path: pathlib.Path | None = None, stop: bool = False) -> int:
-    """Says what holds of an experiment, and writes it to a page; 1 if something does not that its config claims."""
+def check(
+    exp: Experiment, page: pathlib.Path | None = None, table: pathlib.Path | None = None, stop: bool = False
+) -> int:
+    """Says what holds of an experiment, and writes it to files; 1 if something does not that its config claims."""
     began, devices = time.monotonic(), jax.devices()
     small, shrunk = shrink(exp, len(devices))
     print(f"{len(devices)} {devices[0].platform} devices; {'; '.join(shrunk) or 'as configured'}", flush=True)
@@ -71,10 +71,23 @@ def check(exp: Experiment, path: pathlib.Path | None = None, stop: bool = False)
         print(row_line(row), flush=True)
     broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
     print(f"{len(found) + len(rows)} findings, {broken} broken, {time.monotonic() - began:.0f} s")
-    if path is not None:
-        write_file(path, findings_page(exp, shrunk, found, rows, placement(exp)))
-        print(f"report: {path}")
+    if page is not None:
+        write_file(page, findings_page(exp, shrunk, found, rows, placement(exp)))
+        print(f"report: {page}")
+    cli.write_json(table, as_json(shrunk, found, rows))
     return int(broken > 0)
+
+
+def as_json(shrunk: list[str], found: list[Finding], rows: list[ComparedCollective]) -> dict[str, Any]:
+    """All findings as plain values."""
+    laws = [{"law": f.law, "subject": f.subject, "claimed": f.claimed, **f.verdict._asdict()} for f in found]
+    sent = [
+        {"part": row.part, "holds": row.holds, "detail": row.detail}
+        | {"predicted": row.predicted._asdict(), "compiled": row.compiled._asdict()}
+        for row in rows
+    ]
+    broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
+    return {"shrunk": shrunk, "findings": laws, "communication": sent, "broken": broken}
 
 
 @contextlib.contextmanager
@@ -93,16 +106,15 @@ def line(finding: Finding) -> str:
     return f"{text:<60} {held:<4} {finding.verdict.detail}{'' if finding.claimed else '; not claimed'}"
 
 
-def row_line(row: Row) -> str:
+def row_line(row: ComparedCollective) -> str:
     predicted, compiled = row.predicted, row.compiled
     text = f"communication, {row.part}: {compiled.op} over {' x '.join(compiled.axes)}"
     sizes = f"{compiled.count} of {compiled.bytes:,} bytes, predicted {predicted.bytes:,}, sent {compiled.wire:,.0f}"
     return f"{text:<60} {'yes' if row.holds else 'NO':<4} {sizes}{'; ' + row.detail if row.detail else ''}"
 
 
-def placement_table(exp: Experiment) -> str:
+def placement_table(placed: list[ParamPlacement]) -> str:
     """A line for each parameter, and what a device holds."""
-    placed = placement(exp)
     lines = [f"{'parameter':<44} {'shape':<24} {'spread over':<28} {'bytes':>14} {'optimizer':>14}"]
     for p in placed:
         name, shape, axes = p.words

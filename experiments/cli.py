@@ -1,14 +1,20 @@
-"""What the programs share: the experiment that a command line means, and one line for a user's mistake."""
+"""Command line of all programs: flags, the experiment they mean, and one line for a user's mistake."""
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
+import inspect
+import json
 import pathlib
 import re
 import runpy
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TextIO
 
 import jax
 from absl import flags
@@ -16,35 +22,38 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.launch import join, pulse
 from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
+from moe_jax.files import write_file
+from moe_jax.reporting.metrics import plain
 from moe_jax.train import TrainingDiverged
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes meet.")
-flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
-flags.DEFINE_integer("peer_timeout", 100, "Seconds without a sign of a process that end the others.", lower_bound=1)
-flags.DEFINE_integer("devices", None, "Simulated devices of each process (default: as the mesh takes).", lower_bound=1)
-flags.DEFINE_string("heartbeat", None, "A file to touch every second, for a supervisor.")
+flags.disclaim_key_flags()  # a flag that is defined by a function here is the calling program's
 
+PROCESSES = ("coordinator", "processes", "process", "peer_timeout", "heartbeat")
 PREFIX = "config."
 OVERRIDE = re.compile(r"--?config\.")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
-OWN = tuple(str(pathlib.Path(__file__).parents[1] / package) for package in ("moe_jax", "experiments"))
+ROOT = pathlib.Path(__file__).parents[1]  # where the packages are: the repository, or site-packages
+OWN = tuple(str(ROOT / package) for package in ("moe_jax", "experiments"))
+STDOUT: contextvars.ContextVar[TextIO] = contextvars.ContextVar("STDOUT")  # for JSON, where text goes to stderr
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line, runs `main`, and exits."""
+def run(main: Callable[..., None]) -> None:
+    """Parses the command line, runs `main`, and exits; a main with parameters takes the words that are no flags."""
     parsed = False
     try:
         if HELP.intersection(sys.argv):
             print(help_text(main))
             return
-        parse(sys.argv)
+        words = parse(sys.argv, main)
+        if words and not inspect.signature(main).parameters:
+            raise ValueError(f"{words[0]!r} is not a flag; write --name=value.")
         parsed = True
-        if FLAGS["heartbeat"].value:
-            pulse.beat(pathlib.Path(FLAGS["heartbeat"].value))
-        main()
+        if beat := given("heartbeat"):
+            pulse.beat(pathlib.Path(beat))
+        with stdout_for_json():
+            main(*words)
     except KeyboardInterrupt:
         print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
         if join.connected():
@@ -58,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
         line = f"error: {one_line(error)}{where(error)}"
         if join.connected():
             join.leave(line)
-        if parsed or not (FLAGS["process"].value or join.tpu_place().process):  # the others have the same flags
+        if parsed or not (given("process") or join.tpu_place().process):  # the others have the same flags
             print(line, file=sys.stderr)
         sys.exit(2)
     except Exception:
@@ -68,15 +77,30 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
-def parse(argv: list[str]) -> None:
-    """absl's own parsing of all but --config.a.b=VALUE, which wait for `experiment`; ValueError in its words."""
-    rest = FLAGS(split(argv)[0])
-    if len(rest) > 1:
-        raise ValueError(f"{rest[1]!r} is not a flag; write --name=value.")
+def own_flags(main: Callable[..., None]) -> list[flags.Flag]:
+    """The flags that a program has defined or asked for here, in this order, and --traceback."""
+    own = FLAGS.get_key_flags_for_module(sys.modules[main.__module__])
+    return [*own, FLAGS["traceback"]]
+
+
+def parse(argv: list[str], main: Callable[..., None]) -> list[str]:
+    """Parses a program's own flags as absl does, but for --config.a.b=VALUE, which wait; returns the other words."""
+    own = flags.FlagValues()
+    for known in own_flags(main):
+        own[known.name] = known
+    own.set_gnu_getopt()  # flags may follow words
+    words = own(split(argv)[0])[1:]
+    FLAGS.mark_as_parsed()
+    return words
+
+
+def given(name: str) -> Any:
+    """The value of a flag; None where the program has no such flag."""
+    return FLAGS[name].value if name in FLAGS else None
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What is for absl, and the overrides of the config, each as one --config.a.b=VALUE."""
+    """Splits arguments into those for absl and the overrides of the config, each as one --config.a.b=VALUE."""
     program, overrides, words = [], [], iter(argv)
     for word in words:
         if not OVERRIDE.match(word):
@@ -94,54 +118,178 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def place() -> join.Place:
-    """Which process this is, of how many: by its flags, or else by the Cloud TPU slice it is on."""
-    given: dict[str, Any] = {name: FLAGS[name].value for name in ("coordinator", "processes", "process")}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if len(missing) == len(given):
+    """Number of this process, and of all: by its flags, or else by the Cloud TPU slice it is on."""
+    address: dict[str, Any] = {name: given(name) for name in ("coordinator", "processes", "process")}
+    missing = [f"--{name}" for name, value in address.items() if value is None]
+    if len(missing) == len(address):
         return join.tpu_place()
     if missing:
         raise ValueError(
             f"Several processes need --coordinator=HOST:PORT, --processes=N and --process=I; {' and '.join(missing)} "
             "must be given too, or none of them."
         )
-    if given["process"] >= given["processes"]:
-        raise ValueError(f"--process={given['process']} of --processes={given['processes']}; number them from 0.")
-    return join.Place(given["process"], given["processes"])
+    if address["process"] >= address["processes"]:
+        raise ValueError(f"--process={address['process']} of --processes={address['processes']}; number them from 0.")
+    return join.Place(address["process"], address["processes"])
 
 
 def connect() -> None:
     """Joins the other processes, before anything touches a device; does nothing where this one is alone."""
     here = place()
-    if FLAGS["coordinator"].value or here.processes > 1:
-        join.connect(FLAGS["coordinator"].value, here, FLAGS["peer_timeout"].value)
+    if given("coordinator") or here.processes > 1:
+        join.connect(given("coordinator"), here, given("peer_timeout"))
+
+
+def supervised() -> bool:
+    """Tells whether a supervisor watches this process."""
+    return given("heartbeat") is not None
+
+
+def simulate(exp: Experiment) -> None:
+    """Simulates this process's devices of the experiment's mesh, where the platform is the CPU."""
+    devices, processes = given("devices"), given("processes") or 1
+    if devices is None and exp.devices:
+        if exp.devices % processes:
+            raise ValueError(
+                f"The mesh takes {exp.devices} devices, which --processes={processes} cannot share evenly; "
+                "change config.mesh, or the number of processes."
+            )
+        devices = exp.devices // processes
+    if devices and devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def folder(flag: str, value: str) -> pathlib.Path:
+    """A folder that a flag names, there or not."""
+    if "://" in value:
+        raise ValueError(f"--{flag}={value} is a URL; mount the bucket and give the path of its folder.")
+    if pathlib.Path(value).exists() and not pathlib.Path(value).is_dir():
+        raise ValueError(f"--{flag}={value} is a file; give a folder.")
+    return pathlib.Path(value)
+
+
+def file(flag: str, value: str | None, kinds: tuple[str, ...] = ()) -> pathlib.Path | None:
+    """A file to write, which a flag names, with one of these suffixes; None for none, ValueError where it cannot be."""
+    if not value:
+        return None
+    path = pathlib.Path(value)
+    if value == "-" and flag == "json":
+        return path
+    if value == "-":
+        raise ValueError(f"--{flag}=- is no file; only --json goes to stdout.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--{flag}={path}: there is no folder {path.parent}; make it, or give another file.")
+    if path.is_dir():
+        raise ValueError(f"--{flag}={path} is a folder; give a file.")
+    if kinds and path.suffix not in kinds:
+        raise ValueError(f"--{flag}={path} is of no kind that can be drawn; end it in {' or '.join(kinds)}.")
+    return path
+
+
+# ---------------------------------------------------------------- flags that several programs have
 
 
 def flag(define: Callable, name: str, default: Any, text: str) -> flags.FlagHolder:
-    """A flag, as absl's `define` makes it; of programs that are imported together, one is everybody's."""
-    if name in flags.FLAGS:
-        return flags.FlagHolder(flags.FLAGS, flags.FLAGS[name])
-    return define(name, default, text)
+    """A flag of the calling program, as absl's `define` makes it; programs in one process share it."""
+    if name not in FLAGS:
+        return define(name, default, text)
+    flags.declare_key_flag(name)
+    return flags.FlagHolder(FLAGS, FLAGS[name])
+
+
+def define_config() -> None:
+    """Defines --config=FILE; `experiment` reads it, and --config.a.b=VALUE for every field."""
+    flag(flags.DEFINE_string, "config", None, "A file with get_config(), or the name of one in configs/.")
+
+
+def define_processes() -> None:
+    """Defines the flags of a program that several processes run together, which calls `connect`; and --devices."""
+    count, index = (partial(flags.DEFINE_integer, lower_bound=least) for least in (1, 0))
+    flag(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0, where several processes meet.")
+    flag(count, "processes", None, "How many processes there are.")
+    flag(index, "process", None, "Which of them this is, from 0.")
+    flag(count, "peer_timeout", 100, "Seconds without a sign of a process that end the others.")
+    flag(flags.DEFINE_string, "heartbeat", None, "A file to touch every second, for a supervisor.")
+    devices()
+
+
+def devices() -> flags.FlagHolder:
+    """Defines --devices=N, to be simulated."""
+    text = "Simulated devices of a process, where the platform is the CPU (default: as the mesh takes)."
+    return flag(partial(flags.DEFINE_integer, lower_bound=1), "devices", None, text)
 
 
 def workdir() -> flags.FlagHolder:
-    """--workdir=FOLDER, of a run."""
+    """Defines --workdir=FOLDER, of a run."""
     return flag(flags.DEFINE_string, "workdir", None, "Where the run is kept; a new folder, or this run's own.")
 
 
 def data_dir() -> flags.FlagHolder:
-    """--data_dir=FOLDER, of prepared data."""
+    """Defines --data_dir=FOLDER, of prepared data."""
     return flag(flags.DEFINE_string, "data_dir", None, "Where prepared data is kept (default: ~/.cache/moe_jax).")
 
 
 def compare() -> flags.FlagHolder:
-    """--compare=FOLDER, once for each other run."""
+    """Defines --compare=FOLDER, once for each other run."""
     return flag(flags.DEFINE_multi_string, "compare", [], "Other runs to compare with in the report: their workdirs.")
 
 
-def define_config() -> None:
-    """--config=FILE; `experiment` reads it, and --config.a.b=VALUE for every field. Programs may share a process."""
-    if "config" not in FLAGS:
-        flags.DEFINE_string("config", None, "A file with get_config(); --config.a.b=VALUE sets a field.")
+def step() -> flags.FlagHolder:
+    """Defines --step=N, of a checkpoint."""
+    return flag(flags.DEFINE_integer, "step", None, "The step of the checkpoint (default: the newest).")
+
+
+def windows() -> flags.FlagHolder:
+    """Defines --windows=N, of held-out data."""
+    return flag(flags.DEFINE_integer, "windows", 256, "How many sequences of held-out data.")
+
+
+# ---- what a program makes: a page for people, a record for programs, and the product itself
+
+
+def report() -> flags.FlagHolder:
+    """Defines --report=FILE, for an HTML page; `file` checks it."""
+    return flag(flags.DEFINE_string, "report", None, "A file for the result as an HTML page.")
+
+
+def as_json() -> flags.FlagHolder:
+    """Defines --json=FILE, for the result as JSON, which `write_json` writes."""
+    text = "A file for the result as JSON; - is stdout, and text goes to stderr."
+    return flag(flags.DEFINE_string, "json", None, text)
+
+
+def out(text: str) -> flags.FlagHolder:
+    """Defines --out=PATH, for the product of a program; the text says what it is."""
+    return flag(flags.DEFINE_string, "out", None, text)
+
+
+def write_json(path: pathlib.Path | None, found: Any) -> None:
+    """Writes a result to the file of --json, numbers that are not finite as null; nothing where there is no file."""
+    if path is None:
+        return
+    text = json.dumps(plain(found), indent=1) + "\n"
+    if str(path) == "-":
+        STDOUT.get(sys.stdout).write(text)
+    else:
+        write_file(path, text)
+        print(f"written: {path}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stdout_for_json() -> Iterator[None]:
+    """With --json=-, what is printed goes to stderr, and nothing but JSON to stdout."""
+    if given("json") != "-":
+        yield
+        return
+    token = STDOUT.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        STDOUT.reset(token)
+
+
+# ---------------------------------------------------------------- configs
 
 
 def experiment() -> Experiment:
@@ -177,17 +325,32 @@ def check_field(config: ConfigDict, path: str) -> None:
         raise ValueError(f"config.{path} has the fields {', '.join(node)}; set them one by one.")
 
 
+def config_file(name: str) -> pathlib.Path:
+    """A config's file, by path or by name; one in the working directory before one of this package. Else ValueError."""
+    if pathlib.Path(name).is_file():
+        return pathlib.Path(name)
+    places = [root / part for root in (pathlib.Path(), ROOT) for part in ("", "configs", "configs/papers")]
+    candidates = (place / file for place in places for file in (name, f"{name}.py"))
+    if found := next((path for path in candidates if name and path.is_file()), None):
+        return found
+    raise ValueError(f"There is no config file {name}; {known_configs(name)}")
+
+
+def known_configs(name: str) -> str:
+    """The config that was probably meant, or all there are."""
+    files = {p.relative_to(root) for root in (pathlib.Path(), ROOT) for p in (root / "configs").rglob("*.py")}
+    known = sorted(path for path in files if not path.name.startswith("_"))
+    for names in (list(map(str, known)), [path.stem for path in known]):
+        if close := difflib.get_close_matches(name, names, 1, 0.8):
+            return f"did you mean {close[0]}?"
+    own = [str(path) for path in known if path.parent.name == "configs"]
+    return f"there are {', '.join(own)}, and {len(known) - len(own)} published models in configs/papers."
+
+
 def load(file: str) -> dict[str, Any]:
-    """The values of a config file, FILE or FILE:ARGUMENT (of its get_config)."""
+    """The values of a config, FILE or FILE:ARGUMENT (of its get_config); a name of one in configs/ is a FILE too."""
     name, _, argument = file.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file():
-        found = [str(p) for p in sorted(pathlib.Path("configs").rglob("*.py")) if not p.name.startswith("_")]
-        own = [p for p in found if pathlib.Path(p).parent.name == "configs"] or found
-        if close := difflib.get_close_matches(name, found, 1, 0.8):
-            raise ValueError(f"There is no config file {name}; did you mean {close[0]}?")
-        more = f", and {len(found) - len(own)} published models in configs/papers" if len(found) > len(own) else ""
-        raise ValueError(f"There is no config file {name}; there are {', '.join(own) or 'none here'}{more}.")
+    path = config_file(name)
     try:
         config = runpy.run_path(str(path))["get_config"](*([argument] if argument else []))
     except KeyError as error:
@@ -202,34 +365,6 @@ def load(file: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise ValueError(f"{name} is not a config file: get_config() gave {config!r}, not a ConfigDict.")
     return dict(config)
-
-
-def supervised() -> bool:
-    """Whether a supervisor looks after this process."""
-    return FLAGS["heartbeat"].value is not None
-
-
-def simulate(exp: Experiment) -> None:
-    """As many devices as this process has of the experiment's mesh, where the platform is the CPU."""
-    devices, processes = FLAGS["devices"].value, FLAGS["processes"].value or 1
-    if devices is None and exp.devices:
-        if exp.devices % processes:
-            raise ValueError(
-                f"The mesh takes {exp.devices} devices, which --processes={processes} cannot share evenly; "
-                "change config.mesh, or the number of processes."
-            )
-        devices = exp.devices // processes
-    if devices and devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", devices)
-
-
-def folder(flag: str, value: str) -> pathlib.Path:
-    """A folder that a flag names, there or not."""
-    if "://" in value:
-        raise ValueError(f"--{flag}={value} is a URL; mount the bucket and give the path of its folder.")
-    if pathlib.Path(value).exists() and not pathlib.Path(value).is_dir():
-        raise ValueError(f"--{flag}={value} is a file; give a folder.")
-    return pathlib.Path(value)
 
 
 # ---------------------------------------------------------------- what is said
@@ -252,15 +387,33 @@ def where(error: BaseException) -> str:
     return "" if own else f" ({type(error).__name__}; --traceback shows where)"
 
 
-def help_text(main: Callable[[], None]) -> str:
-    """A program's docstring, its flags, and the fields of a config."""
-    program = sys.modules[main.__module__]
-    own = [*FLAGS.get_key_flags_for_module(program), *FLAGS.get_key_flags_for_module(sys.modules[__name__])]
-    lines = [(program.__doc__ or "").strip(), "", "Flags:"]
-    lines += sorted({f"  --{flag.name:<14}{' '.join(flag.help.split())}" for flag in own})
-    lines += ["", "Fields of a config:"]
+def help_text(main: Callable[..., None]) -> str:
+    """A program's docstring, its flags with their defaults, and the fields of a config if it takes one."""
+    own = own_flags(main)
+    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", "Flags:"]
+    lines += [line for flag in own if flag.name not in PROCESSES for line in described(flag)]
+    if shared := [flag for flag in own if flag.name in PROCESSES]:
+        lines += ["", "Flags of several processes:", *(line for flag in shared for line in described(flag))]
+    if any(flag.name == "config" for flag in own):
+        lines += ["", "Fields of a config:", *fields()]
+    return "\n".join(lines)
+
+
+def described(flag: flags.Flag) -> list[str]:
+    """A flag's name, meaning and default, in lines that a terminal holds."""
+    default = f" (default: {flag.default})" if flag.default not in (None, [], False) else ""
+    if flag.default is True:
+        default = f" (default: true; --no{flag.name} turns it off)"
+    meaning = flag.help.replace("repeat this option to specify a list of values", "may be given again").rstrip(".")
+    text = textwrap.wrap(f"{' '.join(meaning.replace('.;', ';').split())}{default}.", 92)
+    return [f"  {'--' + flag.name:<16} {text[0]}", *(f"{'':19}{line}" for line in text[1:])]
+
+
+def fields() -> list[str]:
+    """A line for each section of a config, with the names of its fields."""
+    lines = []
     for path, section in SECTIONS.items():
         start = "--" + PREFIX + (path + "." if path else "")
         names = [f.name for f in dataclasses.fields(section) if f.name != "V"]
         lines.append(f"  {start}{{{','.join(n for n in names if f'{path}.{n}'.strip('.') not in SECTIONS)}}}")
-    return "\n".join(lines)
+    return lines

@@ -1,17 +1,16 @@
-"""Looks inside a run: what its routers and experts do, as one HTML page and as JSON; or at one in progress.
+"""Shows what the routers and experts of a run do, as one HTML page and as JSON; or a run in progress.
 
     python -m experiments.inspect --workdir=runs/glam_nano
-    python -m experiments.inspect --workdir=runs/glam_nano --step=600 --out=runs/inspect_600
+    python -m experiments.inspect --workdir=runs/glam_nano --step=600 --report=runs/inspect_600.html --out=runs/figures
     python -m experiments.inspect --workdir=runs/glam_nano --compare=runs/glam_nano@600 --compare=runs/switch_nano
     python -m experiments.inspect --workdir=runs/glam_nano --live
 
 Records the routing of held-out data by a checkpoint, on the run's mesh and with its limit of slots, takes out every
-expert in turn, and writes report.html, report.json and, with --figures, every figure as a file. A run that is compared
-is recorded on the same data; where layers and experts are the same, so are choices counted. --live shows a run that is
-still going on, in the terminal and as a page (live.html) that loads itself again, until it ends.
+expert in turn, and writes WORKDIR/inspect/report.html, report.json and, with --out, every figure as a file. A run that
+is compared is recorded on the same data; where layers and experts are the same, so are choices counted. --live shows a
+run that is still going on, in the terminal and as a page (live.html) that loads itself again, until it ends.
 """
 
-import json
 import pathlib
 import sys
 from contextlib import suppress
@@ -25,26 +24,28 @@ from experiments import cli
 from moe_jax.config import Experiment
 from moe_jax.files import write_file
 from moe_jax.inspect import live, report
-from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names, weights_of
-from moe_jax.inspect.card import card, text
+from moe_jax.inspect.analysis import analyse, compare_recordings, effects_of, layer_names, weights_of
+from moe_jax.inspect.card import card, card_text
 from moe_jax.inspect.knockout import Effects, knock_out
 from moe_jax.inspect.look import trace_layers
-from moe_jax.inspect.recorder import STACKS, check, layers_of, recordings
+from moe_jax.inspect.recorder import STACKS, check_recordable, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
-from moe_jax.inspect.run import Run, examples, experiment, open_run
+from moe_jax.inspect.run import TrainedRun, examples, experiment, open_run
 from moe_jax.reporting.metrics import plain
 from moe_jax.reporting.report import write_report
 
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 COMPARE = cli.compare()
-STEP = cli.flag(flags.DEFINE_integer, "step", None, "The checkpoint (default: the newest).")
-OUT = cli.flag(flags.DEFINE_string, "out", None, "Where to write.")
-WINDOWS = cli.flag(flags.DEFINE_integer, "windows", 256, "Held-out windows to look at.")
+DEVICES = cli.devices()
+STEP = cli.step()
+WINDOWS = cli.windows()
+REPORT = cli.report()
+JSON = cli.as_json()
+OUT = cli.out("A folder for the figures, each as a file.")
 KNOCK_OUT = flags.DEFINE_bool("knock_out", True, "Take out every expert in turn: a pass over the text for each.")
 STACK = flags.DEFINE_enum("stack", "decoder", STACKS, "Of a model with two, the one to look into.")
-FIGURES = flags.DEFINE_string("figures", None, "A folder for the figures, each as a file of its own.")
-KIND = flags.DEFINE_enum("figure_kind", "svg", ["svg", "png", "pdf"], "What files they are.")
+KIND = flags.DEFINE_enum("figure_kind", "svg", ["svg", "png", "pdf"], "Format of the figures in --out.")
 LIVE = flags.DEFINE_bool("live", False, "Show a run in progress, until it ends.")
 DIGITS = 5  # of numbers in the JSON
 CARDS = 8  # experts that get a card
@@ -61,16 +62,17 @@ def main() -> None:
         return
     if WINDOWS.value < 1:
         raise ValueError(f"--windows={WINDOWS.value} must be at least 1.")
-    out = cli.folder("out", OUT.value) if OUT.value else workdir / "inspect"
-    drawn = cli.folder("figures", FIGURES.value) if FIGURES.value else None
+    page, table = cli.file("report", REPORT.value), cli.file("json", JSON.value)
+    drawn = cli.folder("out", OUT.value) if OUT.value else None
     cli.simulate(experiment(workdir))
     run, others = open_run(workdir, STEP.value), [(name, opened(name)) for name in COMPARE.value]
     found, cards = inspected(run, others)
-    out.mkdir(parents=True, exist_ok=True)
+    if page is None or table is None:
+        (workdir / "inspect").mkdir(exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    write_file(out / "report.json", json.dumps(plain(found, DIGITS), indent=1))
-    path = write_file(out / "report.html", report.inspection_page(name, found, run.exp.to_json(), cards))
-    say(f"written: {path}, and report.json beside it")
+    cli.write_json(table or workdir / "inspect" / "report.json", plain(found, DIGITS))
+    html = report.inspection_page(name, found, run.exp.to_json(), cards)
+    say(f"written: {write_file(page or workdir / 'inspect' / 'report.html', html)}")
     if drawn is not None:
         drawn.mkdir(parents=True, exist_ok=True)
         for title, plot in report.named_figures(found).items():
@@ -78,7 +80,7 @@ def main() -> None:
         say(f"figures: {drawn}")
 
 
-def opened(name: str) -> Run:
+def opened(name: str) -> TrainedRun:
     """RUN or RUN@STEP."""
     path, _, step = name.partition("@")
     if step and not step.isdecimal():
@@ -89,10 +91,10 @@ def opened(name: str) -> Run:
 # ---------------------------------------------------------------- a checkpoint
 
 
-def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], list[str]]:
+def inspected(run: TrainedRun, others: list[tuple[str, TrainedRun]]) -> tuple[dict[str, Any], list[str]]:
     """All that is found of a run beside others, and the cards of a few experts."""
     exp = run.exp
-    check(exp, STACK.value)
+    check_recordable(exp, STACK.value)
     split, batches = examples(exp, DATA_DIR.value, WINDOWS.value)
     decode = None if not hasattr(split, "tokenizer") else lambda token: words(split.tokenizer, token)
     say("recording")
@@ -116,12 +118,12 @@ def inspected(run: Run, others: list[tuple[str, Run]]) -> tuple[dict[str, Any], 
     return found, cards
 
 
-def recorded(run: Run, batches: list[Any], domains: tuple[str, ...]) -> Recording:
-    """What a run's routers do with these batches, with its limit of slots."""
+def recorded(run: TrainedRun, batches: list[Any], domains: tuple[str, ...]) -> Recording:
+    """Records what a run's routers do with these batches, with its capacity."""
     return joined(recordings(run.exp, run.params, batches, run.router, domains, stack=STACK.value))
 
 
-def described(run: Run, rec: Recording, decode: Any) -> dict[str, Any]:
+def described(run: TrainedRun, rec: Recording, decode: Any) -> dict[str, Any]:
     found = analyse(rec, layer_names(run.exp.model, STACK.value), decode)
     if run.exp.model.STACKS == 1:
         found["weights"] = weights_of(run.exp.model, run.params)
@@ -129,7 +131,7 @@ def described(run: Run, rec: Recording, decode: Any) -> dict[str, Any]:
 
 
 def beside(
-    name: str, other: Run, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
+    name: str, other: TrainedRun, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
 ) -> dict[str, Any]:
     """Another run on the same data; ValueError where it takes other data."""
     if (other.exp.data.tokenizer, other.exp.data.L, other.exp.data.objective) != (
@@ -145,11 +147,11 @@ def beside(
     its = recorded(other, batches, domains)
     found = {"name": name, "step": other.step, **analyse(its, layer_names(other.exp.model, STACK.value))}
     with suppress(ValueError):  # other layers, or other experts
-        found["same"] = compared(rec, its)
+        found["same"] = compare_recordings(rec, its)
     return found
 
 
-def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:
+def cards_of(run: TrainedRun, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:
     """Cards of the experts that are missed most, on a part of the text."""
     rows, few = 0, []
     for batch in batches:
@@ -160,7 +162,7 @@ def cards_of(run: Run, batches: list[Any], effects: Effects, domains: tuple[str,
     order = sorted(range(len(effects.expert_P)), key=lambda p: -effects.rise_P[p])[:CARDS]
     made = (card(run.exp.model, run.params, seen, *effects.expert_P[p], effects) for p in order)
     names = layer_names(run.exp.model)
-    return [text(one, domains, decode, names[one.layer]) for one in made]
+    return [card_text(one, domains, decode, names[one.layer]) for one in made]
 
 
 def words(tokenizer: Any, token: int) -> str:

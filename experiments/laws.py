@@ -1,8 +1,9 @@
-"""Which routings are trainable, causal, and independent of the rest of their batch: found by trying to break them.
+"""Tests which routings are trainable, causal, and independent of the rest of their batch.
 
-    python -m experiments.laws [--write=docs/routing.md]        the table of all routers, slot priorities and limits
+    python -m experiments.laws                          the table of all routers, slot priorities and limits
+    python -m experiments.laws --out=docs/routing.md
 
---write puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, in place of what is there. It takes
+--out puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, in place of what is there. It takes
 about five minutes of one core, with most of XLA's optimizations off. `python -m experiments.audit` says what holds of
 your own experiment.
 """
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
 
 from experiments import cli
 from moe_jax import audit
@@ -27,7 +27,8 @@ from moe_jax.files import write_file
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import MixtureOfDepths
 
-WRITE = flags.DEFINE_string("write", None, "A file with the marks <!-- laws --> and <!-- /laws --> for the table.")
+OUT = cli.out("A file with the marks <!-- laws --> and <!-- /laws -->, to put the table between them.")
+JSON = cli.as_json()
 
 BEGIN, END = "<!-- laws -->", "<!-- /laws -->"
 ROUTERS = (
@@ -66,33 +67,41 @@ COLUMNS = (
 
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # it compiles more than it computes
-    if WRITE.value:
-        around(WRITE.value)  # says what is wrong before anything is tried
-    text = table()
-    if not WRITE.value:
-        print(text)
+    record = cli.file("json", JSON.value)
+    if OUT.value:
+        around(OUT.value)  # says what is wrong before anything is tried
+    rows = table()
+    if not OUT.value:
+        print(markdown(rows))
     else:
-        before, after = around(WRITE.value)
-        write_file(pathlib.Path(WRITE.value), f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        before, after = around(OUT.value)
+        write_file(pathlib.Path(OUT.value), f"{before}{BEGIN}\n\n{markdown(rows)}\n\n{END}{after}")
+    cli.write_json(record, rows)
 
 
 # ---------------------------------------------------------------- the table
 
 
-def table() -> str:
-    """In Markdown, a row for each router."""
-    titles = ("router", *(column.title for column in COLUMNS))
-    rows = [titles, ("---",) * len(titles)]
+def table() -> list[dict[str, str]]:
+    """A row for each router: its constructor call, and an answer for each column by its title."""
+    rows = []
     for i, name in enumerate(ROUTERS):
         start = time.monotonic()
-        rows.append((f"`{name}`", *(cell(name, column) for column in COLUMNS)))
+        rows.append({"router": f"`{name}`"} | {column.title: cell(name, column) for column in COLUMNS})
         jax.clear_caches()
         print(f"{i + 1}/{len(ROUTERS)} {name} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return rows
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Markdown table with a row for each router."""
+    titles = ("router", *(column.title for column in COLUMNS))
+    lines = [titles, ("---",) * len(titles), *(tuple(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(router: str, column: Column) -> str:
-    """What all layers of a router and a column have in common; each with its dispatcher where they differ."""
+    """Cell of a router and a column: the result all its layers share, or each dispatcher's where they differ."""
     answers = {cfg.dispatch: answer(cfg, column.law) for cfg in layers(parse(router), column)}
     if len(set(answers.values())) > 1:
         return "; ".join(f"`{dispatch}` {text}" for dispatch, text in answers.items())
@@ -124,14 +133,14 @@ def answer(cfg: MoEConfig, law: str) -> str:
 
 
 def around(name: str) -> tuple[str, str]:
-    """What stands before and after the table of a page; ValueError without a place for it."""
+    """Text of a page before and after its table; ValueError where the page has no marker for it."""
     path = pathlib.Path(name)
     if not path.is_file():
-        raise ValueError(f"--write={name} is not a file; give one with the marks {BEGIN} and {END}.")
+        raise ValueError(f"--out={name} is not a file; give one with the marks {BEGIN} and {END}.")
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"--write={name} has no place for the table; mark it by {BEGIN} and {END}.")
+        raise ValueError(f"--out={name} has no place for the table; mark it by {BEGIN} and {END}.")
     return before, after
 
 

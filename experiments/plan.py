@@ -1,4 +1,4 @@
-"""Whether an experiment fits on a slice of a TPU pod, how fast it can be there and what a run costs; no TPU is needed.
+"""Plans an experiment on a slice of a TPU pod without a TPU: whether it fits, its speed, and the cost of a run.
 
     python -m experiments.plan --config=configs/glam_pod.py --topology=v5e:4x4
     python -m experiments.plan --config=configs/glam_pod.py --topology=v4:4x4x4 --search --report=runs/plan.html
@@ -10,7 +10,6 @@ which says whether it fits, and what it really sends. Topologies: v3, v4, v5e, v
 """
 
 import dataclasses
-import json
 import pathlib
 import runpy
 import sys
@@ -25,9 +24,9 @@ from moe_jax.files import write_file
 from moe_jax.plan import compile as compiler
 from moe_jax.plan import sections
 from moe_jax.plan.page import found_page, plan_page
-from moe_jax.plan.plan import Site, plain, plan
+from moe_jax.plan.plan import Site, plan, plan_to_dict
 from moe_jax.plan.search import search
-from moe_jax.plan.topology import Topology, sizes, topology
+from moe_jax.plan.topology import Topology, side_lengths, topology
 
 cli.define_config()
 FLAGS = flags.FLAGS
@@ -40,29 +39,21 @@ PUE = flags.DEFINE_float("pue", None, "Power usage effectiveness of the data cen
 CARBON = flags.DEFINE_float("carbon", None, "kg of CO2e per kWh of its grid.")
 POWER = flags.DEFINE_float("power", None, "Mean power of a chip, with its part of the host, in W.")
 PRICE = flags.DEFINE_float("price", None, "Price of a chip for an hour.")
-JSON = flags.DEFINE_string("json", None, "A file for all numbers.")
-REPORT = cli.flag(flags.DEFINE_string, "report", None, "An HTML file for the same.")
+REPORT = cli.report()
+JSON = cli.as_json()
 
 
 def main() -> None:
     exp = cli.experiment()
     if not TOPOLOGY.value:
         raise ValueError("No topology was given; say --topology=v4:4x4x4, for instance.")
-    on, files = topology(TOPOLOGY.value), (out("json", JSON.value), out("report", REPORT.value))
+    on, files = topology(TOPOLOGY.value), (cli.file("json", JSON.value), cli.file("report", REPORT.value))
     check_numbers()
     site = Site.of(on.chip, POWER.value, PUE.value, CARBON.value, PRICE.value)
     if SEARCH.value:
         searched(exp, on, *files)
     else:
         planned(on_mesh(exp, on), on, site, *files)
-
-
-def out(flag: str, value: str | None) -> pathlib.Path | None:
-    """A file to write, in a folder that is there."""
-    path = pathlib.Path(value) if value else None
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--{flag}={path}: there is no folder {path.parent}; make it, or give another file.")
-    return path
 
 
 def check_numbers() -> None:
@@ -77,12 +68,12 @@ def check_numbers() -> None:
 
 def on_mesh(exp: Experiment, on: Topology) -> Experiment:
     """The experiment with a mesh that fills the topology, -1 being the rest."""
-    return dataclasses.replace(exp, mesh=tuple(sizes(dict(exp.mesh), on).items()))
+    return dataclasses.replace(exp, mesh=tuple(side_lengths(dict(exp.mesh), on).items()))
 
 
 def published() -> Mapping[str, Any]:
     """The figures that the config file names as its model's, PUBLISHED; {} if it names none."""
-    return runpy.run_path(FLAGS["config"].value.partition(":")[0]).get("PUBLISHED", {})
+    return runpy.run_path(str(cli.config_file(FLAGS["config"].value.partition(":")[0]))).get("PUBLISHED", {})
 
 
 def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | None, report: pathlib.Path | None) -> None:
@@ -93,7 +84,7 @@ def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | Non
     tokens = TOKENS.value or (float(said["tokens"]) if said.get("tokens") else None)
     found = plan(exp, on, site, tokens, said, ANALYTIC.value)
     print(sections.text(sections.sections(found)), sections.verdict(found), sep="\n\n")
-    write(table, lambda: json.dumps(plain(found), indent=2))
+    cli.write_json(table, plan_to_dict(found))
     write(report, lambda: plan_page(found))
 
 
@@ -112,14 +103,14 @@ def searched(exp: Experiment, on: Topology, table: pathlib.Path | None, report: 
     if found.options:
         fitting = [i for i in range(len(found.options)) if not compiled.get(i, "").startswith("no")]
         print(f"The first{' that compiles' if compiled else ''}: {found.options[fitting[0]].flags}" if fitting else "")
-    write(table, lambda: json.dumps({"topology": on.name, **plain(found), "compiled": plain(compiled)}, indent=2))
+    cli.write_json(table, {"topology": on.name, **plan_to_dict(found), "compiled": plan_to_dict(compiled)})
     write(report, lambda: found_page(found, on.name, shown))
 
 
 def outcome(exp: Experiment, on: Topology) -> str:
-    """What the compiler says of an option."""
+    """Outcome of an option by the compiler."""
     try:
-        made = compiler.compiled(exp, on.name)
+        made = compiler.compile_step(exp, on.name)
     except ValueError as error:
         return f"no: {cli.one_line(error)}"
     return sections.size(made.peak) if made.fits else f"no, {sections.size(made.over)} too much"

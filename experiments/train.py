@@ -1,4 +1,4 @@
-"""Trains one experiment, and goes on with it where it was interrupted.
+"""Trains one experiment, and continues it where it was interrupted.
 
     python -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano
     python -m experiments.train --config=configs/glam_nano.py --config.model.moe.E=32 --print_config
@@ -30,6 +30,7 @@ from moe_jax.reporting.report import write_report
 from moe_jax.train import train
 
 cli.define_config()
+cli.define_processes()
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
@@ -128,7 +129,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
 
 
 def saved_config(path: pathlib.Path) -> dict[str, Any]:
-    """What a run's config.json says."""
+    """Values of a run's config.json."""
     try:
         if isinstance(saved := json.loads(path.read_bytes()), dict):
             return saved
@@ -141,7 +142,7 @@ def saved_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Which values differ, where a continuation may not."""
+    """Lists values that differ and may not differ in a continuation."""
     if isinstance(old, dict) and isinstance(new, dict):
         paths = {k: f"{path}.{k}".strip(".") for k in {**old, **new}}
         return [d for k, p in paths.items() if p not in MAY_CHANGE for d in differences(old.get(k), new.get(k), p)]
@@ -156,7 +157,7 @@ def compared(workdirs: list[str]) -> dict[str, str]:
 
 
 def describe(exp: Experiment) -> str:
-    """What is about to be trained, in a line."""
+    """Describes the experiment in a line."""
     count, cost = parameters(exp.model), flops(exp.model, exp.data.shapes(1))
     mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one shard"
     flop = f"{cost.training / cost.tokens / 1e6:.2f} MFLOP per trained token"

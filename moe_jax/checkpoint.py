@@ -79,7 +79,7 @@ class Checkpoints:
         return [step for step in self._present() if self._is_valid(step)]
 
     def empty(self) -> bool:
-        """Whether nothing was ever committed here: a fresh start loses nothing."""
+        """Tells whether nothing was ever committed here: a fresh start loses nothing."""
         return not _from_process_0(lambda: int(bool(self._present())))
 
     def best(self) -> int | None:
@@ -139,7 +139,7 @@ class Checkpoints:
         return step not in self._rejected and _problem(self.directory / str(step), hashes=False) is None
 
     def _ranked(self, steps: list[int]) -> list[int]:
-        """Those of `steps` that have a loss, best first."""
+        """Sorts the steps that have a loss, best first."""
         losses = {step: read_sealed(self.directory / str(step) / MANIFEST)["loss"] for step in steps}
         return sorted((s for s in steps if losses[s] is not None), key=lambda s: (losses[s], -s))
 
@@ -246,7 +246,7 @@ class Checkpoints:
 
 
 def _problem(directory: Path, hashes: bool = True) -> str | None:
-    """What is wrong with a step's files, as a phrase; None where they are what the manifest says."""
+    """Describes what is wrong with a step's files; None where they are what the manifest says."""
     try:
         files = read_sealed(directory / MANIFEST)["files"]
     except FileNotFoundError:
@@ -322,13 +322,13 @@ def _show(description: list | None) -> str:
 
 
 def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
-    """Where a leaf goes: its sharding, or the first device."""
+    """Restore arguments of a leaf: its sharding, or the first device."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
 
 
 def _from_process_0(ask: Callable[[], int]) -> int:
-    """What process 0 answers, on every process."""
+    """Returns process 0's answer on every process."""
     answer = ask() if jax.process_index() == 0 else 0
     if jax.process_count() == 1:
         return answer

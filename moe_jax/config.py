@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 
 from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
-from moe_jax.core.shard import AXES, RULES, TOKENS
+from moe_jax.core.shard import AXES, RULES, TOKEN_AXES
 from moe_jax.data import (
     OBJECTIVES,
     SERIAL,
@@ -95,7 +95,7 @@ class DataConfig:
         return self.objective.sizes(self.source, self.tokenizer)
 
     def shapes(self, B: int | None = None) -> Any:
-        """Of a batch (of B rows): arrays without values."""
+        """Shapes of a batch of B rows, as arrays without values."""
         return self.objective.shapes(self.source, self.B if B is None else B, self.L)
 
     def prepare(self, directory: pathlib.Path, how: Preparation = SERIAL) -> tuple[Any, Any]:
@@ -106,7 +106,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How long, how often (in steps), and how much is kept.
+    """Run: number of steps, intervals in steps, and the checkpoints that are kept.
 
     eval_sequences: held-out windows looked at each time.
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
@@ -160,7 +160,7 @@ class Experiment:
 
     @property
     def exchange(self) -> Any:
-        """How rows and experts meet, which says what experts are spread over."""
+        """Exchange of the MoE layers, which names the mesh axes that experts are sharded over."""
         return getattr(self.model.moe, "exchange", AllToAll())
 
     @property
@@ -322,7 +322,7 @@ def _section(path: str, cls: type, given: Mapping[str, Any], said: tuple[str, ..
 
 
 def _component(path: str, value: Any, known: tuple[type, ...]) -> Any:
-    """What a field that holds a component is set to, checked to be of the right kind."""
+    """Parses the value of a field that holds a component, and checks its kind."""
     if isinstance(value, str) and value != "None":
         try:
             return parse(value, known)
@@ -351,7 +351,7 @@ def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value has the annotated type; containers are not looked into."""
+    """Tells whether a plain value has the annotated type; containers are not looked into."""
     if hint is Any:
         return True
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -388,7 +388,7 @@ def _check_names(what: str, given: Iterable[str], known: Collection[str], field:
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """How a sentence about an unknown name ends."""
+    """Ends a sentence about an unknown name with what may have been meant."""
     close = [k for k in known if k.lower() == name.lower()] or difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known) or 'none'}."
 
@@ -463,7 +463,7 @@ def check_attention(model: Mapping[str, Any]) -> None:
 
 
 def _check_objective(exp: Experiment) -> None:
-    """What is predicted is what the model makes."""
+    """Refuses an objective whose batches the model does not take."""
     model, objective = exp.model, exp.data.objective
     if model.batch_kind != objective.batch_kind:
         fits = [c.__name__ + "()" for c in OBJECTIVES if c.batch_kind == model.batch_kind]
@@ -474,11 +474,11 @@ def _check_objective(exp: Experiment) -> None:
 
 
 def _check_batch(exp: Experiment) -> None:
-    """What must divide what, before anything is compiled."""
+    """Refuses a batch that does not divide over the mesh, microbatches and routing groups."""
     mesh, data, model = dict(exp.mesh), exp.data, exp.model
     _check_positive(data, "data")
     sizes = {axis: max(n, 1) for axis, n in mesh.items()}  # the rest may turn out to be one device
-    shards = math.prod(sizes[axis] for axis in TOKENS)
+    shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
     if data.B % (shards * data.microbatches):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
@@ -493,7 +493,7 @@ def _check_batch(exp: Experiment) -> None:
         cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
     check_divides({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:
-        part.check_spread(sizes.get("tensor", 1))
+        part.check_tensor(sizes.get("tensor", 1))
     if model.routed is None:
         return
     check_mesh(model.routed, sizes, model.D, "config.")

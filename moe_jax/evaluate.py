@@ -15,7 +15,7 @@ from moe_jax.data import AnyBatch, Terms
 from moe_jax.models import Call, Model
 
 
-class Sums(NamedTuple):
+class EvaluationSums(NamedTuple):
     """Sums of an evaluation over batches; divided only at the end."""
 
     nats_Z: Float[Array, "Z"]  # by domain
@@ -27,7 +27,9 @@ class Sums(NamedTuple):
     stats_capacity: Stats | None
 
 
-def evaluation_step(objective: Any, cfg: Model, domains: int, params: Any, router: Any, batch: AnyBatch) -> Sums:
+def evaluation_step(
+    objective: Any, cfg: Model, domains: int, params: Any, router: Any, batch: AnyBatch
+) -> EvaluationSums:
     """The sums of one batch, over all shards."""
     here = shard.local()
 
@@ -42,12 +44,14 @@ def evaluation_step(objective: Any, cfg: Model, domains: int, params: Any, route
     right = terms.right_BL.sum(dtype=jnp.float32)
     others = {name: a.sum(dtype=jnp.float32) for name, a in terms.others.items()}
     sums = here.sum((terms.nats_BL.sum(1) @ by_domain, targets_Z, right, limited.nats_BL.sum(), others))
-    return Sums(*sums, stats, stats_capacity)
+    return EvaluationSums(*sums, stats, stats_capacity)
 
 
-def evaluate(step: Callable[[AnyBatch], Sums], batches: Iterable[AnyBatch], domains: tuple[str, ...]) -> dict[str, Any]:
+def evaluate(
+    step: Callable[[AnyBatch], EvaluationSums], batches: Iterable[AnyBatch], domains: tuple[str, ...]
+) -> dict[str, Any]:
     """Held-out losses in nats per token, by domain too, and the routing of the dropless pass."""
-    total: Sums | None = None
+    total: EvaluationSums | None = None
     for batch in batches:
         sums = jax.device_get(step(batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -73,5 +77,5 @@ def drop_rate(stats: Stats) -> float:
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """What compression the loss amounts to."""
+    """Bits per byte that a loss amounts to."""
     return nats_per_token / bytes_per_token / math.log(2)

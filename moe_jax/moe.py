@@ -44,7 +44,7 @@ RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fi
 
 
 class Aux(NamedTuple):
-    """What a layer reports besides its output. Layers may be stacked in front."""
+    """Report of a layer besides its output. Layers may be stacked in front."""
 
     loss: Float[Array, "*N"]  # auxiliary losses times their coefficients, equal on all shards
     stats: Stats  # sums over all tokens of all shards
@@ -59,7 +59,7 @@ class Aux(NamedTuple):
 
 
 class LayerParams(NamedTuple):
-    """Of a layer; names carry their dimensions."""
+    """Parameters of a layer; names carry their dimensions."""
 
     router: Any  # of each, arrays by name, or their layout
     experts: Any
@@ -117,13 +117,13 @@ def collect_recorded(
 
 
 def slot_of_choice(cfg: MoEConfig, routing: TokenChoice) -> Int[Array, "G S K"]:
-    """Returns each choice's place in its expert's queue, -1 where it goes nowhere."""
+    """Returns each choice's position in expert, -1 for choices of the padding id."""
     place_GSK = position_in_expert(routing, getattr(cfg.dispatch, "priority", "token-major"))
     return jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
 
 
 def context(cfg: MoEConfig, here: Shard, state: LayerState, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
-    """What the router may know of a shard's G groups; `ids` are in groups [G, S].
+    """Context of the router for a shard's G groups; `ids` are in groups [G, S].
 
     A group's key, like its number, goes by its place in the whole batch, so that noise is the same on every mesh.
     """
@@ -195,7 +195,7 @@ class MoE(nn.Module):
         weights and gradients are alive).
         record: names of `RECORDED` that are reported too, like ("weight", "kept"); it changes nothing else.
         """
-        params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self))
+        params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self, exchange=self.cfg.exchange))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
         # The batch may be of any size, whatever the mesh.
@@ -233,7 +233,7 @@ def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: fl
 
 
 def shared_specs(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
-    """That of an expert that stands alone: `up_EDF` lies as `up_DF`."""
+    """PartitionSpecs of a shared expert: `up_EDF` is sharded as `up_DF`."""
     bare = dims.specs({n.replace("_E", "_"): w for n, w in params.items()}, here.rules)
     return {n: bare[n.replace("_E", "_")] for n in params}
 
@@ -244,9 +244,9 @@ def gather_params(here: Shard, params: Mapping[str, Array], dtype: Any, experts:
     return {n: here.bias_once(names[n], here.unshard(names[n], w, dtype)) for n, w in params.items()}
 
 
-def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float, exchange: Any = None) -> Array:
     """A parameter of a Linen module."""
-    return parameter(module, name, sizes, initializer(name, scale))
+    return parameter(module, name, sizes, initializer(name, scale), exchange)
 
 
 def initializer(name: str, scale: float) -> Callable:

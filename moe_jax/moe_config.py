@@ -89,12 +89,12 @@ class MoEConfig:
 
     @property
     def traits(self) -> Traits:
-        """What its router declares about itself."""
+        """Traits of the router."""
         return traits(self.router)
 
     @property
     def causal(self) -> bool:
-        """Whether a token's output is free of what comes after it: no later token decides, or takes its slot."""
+        """Tells whether no later token changes a token's output: none decides about it, or takes its slot."""
         d = self.dispatch
         return (
             self.traits.causal
@@ -108,7 +108,7 @@ class MoEConfig:
 
     @property
     def random(self) -> bool:
-        """Whether it needs a key while training."""
+        """Tells whether the layer needs a PRNG key while training."""
         return self.traits.random or any(t.random for t in self.gating)
 
     def slots(self, S: int) -> int:
@@ -135,7 +135,7 @@ class MoEConfig:
         return math.lcm(self.S or L, L) // L
 
     def grouping_is_irrelevant(self, training: bool) -> bool:
-        """Whether nothing goes by routing groups: no limit, no draws, no places in them, nobody to be compared with."""
+        """Tells whether routing groups change nothing: no capacity, no draws, no ranks or balancing within them."""
         drawn = self.random and training
         return self.dispatch.capacity_factor is None and not drawn and not self.traits.grouped
 
@@ -146,7 +146,7 @@ class MoEConfig:
         return (*self.traits.needs, *(["task"] if by_task else []))
 
     def dropless(self) -> "MoEConfig":
-        """The same layer without a limit to what an expert takes, or a shard receives."""
+        """Returns the layer without a limit to the rows of an expert, or of a shard."""
         new = self
         if self.dispatch.capacity_factor is not None:
             new = dataclasses.replace(new, dispatch=dataclasses.replace(self.dispatch, capacity_factor=None))
@@ -156,11 +156,11 @@ class MoEConfig:
 
     @property
     def spreads(self) -> bool:
-        """Whether its exchange carries the rows of its dispatcher, so that experts may lie on several shards."""
+        """Tells whether the exchange carries the rows of the dispatcher, so that experts may be sharded."""
         return self.dispatch.layout in self.exchange.layouts
 
     def init_state(self, *layers: int) -> LayerState:
-        """What a layer remembers before its first step ({} for most), for `layers` of them in front."""
+        """State of the layer before its first step ({} for most), for `layers` of them in front."""
         sizes = {**sizes_of(self.router), "E": self.E}
         state = {
             name: jnp.zeros((*layers, *dims.shape_of(dims.dims_of(name), sizes)))
@@ -172,7 +172,7 @@ class MoEConfig:
         return state
 
     def update_state(self, state: LayerState, s: Stats) -> LayerState:
-        """What the layer remembers after a step with these sums over the whole batch; layers may be stacked."""
+        """State of the layer after a step with these sums over the whole batch; layers may be stacked."""
         new = dict(state)
         for part in (self.router, *self.losses):
             if traits(part).state:

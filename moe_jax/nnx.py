@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax import moe
-from moe_jax.core import dims, shard
+from moe_jax.core import shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Dense
+from moe_jax.core.parameter import draw
 from moe_jax.moe_config import LayerState, MoEConfig
 
 
 class RouterState(nnx.Variable):
-    """What a layer remembers from step to step (`MoEConfig.init_state`), as nnx.BatchStat is of running averages."""
+    """NNX variable of a layer's state (`MoEConfig.init_state`), as nnx.BatchStat is of running averages."""
 
 
 class MoE(nnx.Module):
@@ -32,7 +32,7 @@ class MoE(nnx.Module):
 
     def __init__(self, cfg: MoEConfig, D: int, *, rngs: nnx.Rngs):
         self.cfg, self.D = cfg, D
-        moe.make_params(cfg, D, partial(create, self, rngs))
+        moe.make_params(cfg, D, partial(create, self, rngs, exchange=cfg.exchange))
         self.router_state = nnx.Dict({name: RouterState(value) for name, value in cfg.init_state().items()})
 
     @classmethod
@@ -59,7 +59,7 @@ class MoE(nnx.Module):
         return moe.apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
 
     def update(self, aux: moe.Aux) -> None:
-        """Remembers a training step, whose calls returned `aux`; once for each step, as `MoEConfig.update_state`."""
+        """Updates the state after a step whose calls returned `aux`; once a step, as `MoEConfig.update_state`."""
         for name, value in self.cfg.update_state(self._remembered(), aux.stats).items():
             self.router_state[name][...] = value
 
@@ -86,15 +86,16 @@ class FeedForward(nnx.Module):
         )
 
 
-def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+def create(
+    module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float, exchange: Any = None
+) -> Array:
     """A new parameter of a module, in float32; the name's suffix is its shape."""
-    init, shape = moe.initializer(name, scale), dims.shape_of(dims.dims_of(name), sizes)
-    setattr(module, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
+    setattr(module, name, nnx.Param(draw(rngs.params(), name, sizes, moe.initializer(name, scale), exchange)))
     return getattr(module, name)[...]
 
 
 def created(module: nnx.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
-    """The same parameter, where the module is called."""
+    """Returns a module's parameter where the module is called."""
     return getattr(module, name)[...]
 
 

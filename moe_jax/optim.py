@@ -71,7 +71,7 @@ def _check(schedule: Any, steps: int) -> None:
 
 
 def _warm(schedule: Any, after: optax.Schedule) -> optax.Schedule:
-    """From peak / warmup at step 0 to peak, then `after`, counted from there."""
+    """Linear warm-up from peak / warmup at step 0 to peak, then `after`, counted from there."""
     if schedule.warmup < 1:
         return after
     rise = optax.linear_schedule(schedule.peak / schedule.warmup, schedule.peak, schedule.warmup - 1)
@@ -148,7 +148,7 @@ class OptimConfig:
         return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
 
     def sharded(self, params: Any, laid: Any, sizes: Mapping[str, int]) -> Any:
-        """How gradients and what is remembered of parameters lie: as these are `laid`; with zero1, spread further."""
+        """PartitionSpecs of gradients and optimizer state: the parameters' own; with zero1, sharded further."""
         return dims.add_axes(params, laid, ("data", "expert"), sizes) if self.zero1 else laid
 
     def decayed(self, params: Any) -> Any:
@@ -157,7 +157,7 @@ class OptimConfig:
 
 
 def opt_state_specs(state: Any, params: Any, laid: Any) -> Any:
-    """How what an optimizer remembers lies on a mesh: as its parameters, which are `laid` so.
+    """PartitionSpecs of the optimizer state: those of its parameters.
 
     Sums over rows and columns (Adafactor) lack the longest and the second longest axis.
     """

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax import optim
 from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
-from moe_jax.core.shard import RULES, TOKENS, make_mesh
+from moe_jax.core.shard import RULES, TOKEN_AXES, make_mesh
 from moe_jax.core.stats import Stats
 from moe_jax.data import AnyBatch
 from moe_jax.evaluate import evaluation_step
@@ -153,7 +153,7 @@ def train_step(
 
 
 def split_microbatches(A: int, x_B: Array) -> Array:
-    """[B, ...] -> [A, B/A, ...], every A-th row to a microbatch, so that rows stay on their device."""
+    """Splits a batch, [B, ...] -> [A, B/A, ...], every A-th row to a microbatch, so that rows stay on their device."""
     return x_B.reshape(-1, A, *x_B.shape[1:]).swapaxes(0, 1)
 
 
@@ -237,8 +237,8 @@ class Program:
 
     @property
     def share(self) -> dict[str, int]:
-        """Which part of every batch this process reads, of how many; processes inside one shard read the same."""
-        n = math.prod(self.mesh.shape[axis] for axis in TOKENS)
+        """Arguments for `batches` of the part that this process reads; processes inside one shard read the same."""
+        n = math.prod(self.mesh.shape[axis] for axis in TOKEN_AXES)
         places = self.rows.addressable_devices_indices_map((n,)).values()
         return process_slice({place[0].indices(n)[0] for place in places if place is not None}, n)
 

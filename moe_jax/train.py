@@ -98,7 +98,7 @@ def train(
 
 
 def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
-    """What these seconds of a run took from the grid and emitted, estimated as `config.run` says."""
+    """Energy and emissions of these seconds of a run, estimated as `config.run` says."""
     run, kind = exp.run, jax.devices()[0].device_kind
     return dict(run_energy(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
@@ -150,7 +150,7 @@ class Tally:
                 self.stats = last.stats if self.stats is None else jax.tree.map(np.add, self.stats, last.stats)
 
     def record(self, step: int) -> dict[str, Any]:
-        """What has been added up since the last record."""
+        """Record of the steps since the last one."""
         assert self.last is not None
         elapsed = time.monotonic() - self.since
         loss, rate = self.nats / self.targets if self.targets else float("nan"), self.work * self.steps / elapsed

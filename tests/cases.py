@@ -66,7 +66,7 @@ from moe_jax import (
     make_mesh,
 )
 from moe_jax.core import dims
-from moe_jax.core.shard import AXES, TOKENS, rules_for
+from moe_jax.core.shard import AXES, TOKEN_AXES, rules_for
 from moe_jax.moe import check_mesh
 from tests import oracle
 
@@ -293,7 +293,7 @@ def states_of(cfg: MoEConfig) -> dict:
 
 
 def given(name: str, batch: Batch) -> oracle.Given:
-    """What the oracle needs to know besides: above all what is drawn.
+    """Further inputs of the oracle: above all what is drawn.
 
     Group g, counted over the whole batch, has the g-th key folded in; its i-th transform has i + 1 folded in there.
     """
@@ -312,7 +312,7 @@ def given(name: str, batch: Batch) -> oracle.Given:
 
 
 def noise(router, keys, S: int, E: int) -> list | None:
-    """What a router draws for each group."""
+    """Draws of a router for each group."""
     draw = {
         Top2: lambda k: jax.random.uniform(k, (S,)),
         NoisyTopK: lambda k: jax.random.normal(k, (S, E)),
@@ -350,7 +350,7 @@ def compiled(name: str, mesh: str | None) -> tuple[Callable, str]:
     if mesh:
         on = partial(NamedSharding, mesh_of(mesh))
         layout = jax.tree.map(on, dims.specs(params, rules_for(cfg.exchange)))
-        tokens = on(P(TOKENS))
+        tokens = on(P(TOKEN_AXES))
         inputs = (layout, Batch(tokens, tokens, tokens, tokens, on(P()), on(P())))
         outputs = Step(*[None] * (len(Step._fields) - 2), layout, on(P()))
         place = lambda tree: jax.device_put(tree, inputs)  # noqa: E731

@@ -61,8 +61,8 @@ def moe(**fields: str) -> tuple[str, ...]:
 
 TENSOR = mesh(expert=2, tensor=2)
 FSDP = mesh(fsdp=2, tensor=2)
-ONE = ("--simulated=1", *mesh())  # no meshes, where they are not what matters
-TWO = ("--simulated=2", *mesh(expert=2))  # and few
+ONE = ("--devices=1", *mesh())  # no meshes, where they are not what matters
+TWO = ("--devices=2", *mesh(expert=2))  # and few
 CHUNKS = (*TWO, *moe(exchange="AllToAll(chunks=2)"))
 LEVELS = (*moe(exchange="TwoLevel()"), *mesh(slice=2, expert=2))
 RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="RaggedAllToAll()"))
@@ -70,9 +70,9 @@ DROPLESS = (*ONE, *moe(dispatch="Scatter(capacity_factor=None)"))
 SWITCH = (*ONE, *moe(router="Switch()"))
 PIECES = (*ONE, "--config.data.microbatches=2")
 ZERO = ("--config.optim.zero1=True",)
-COPIES = ("--simulated=2", *mesh(data=2))
+COPIES = ("--devices=2", *mesh(data=2))
 KEPT = (*TWO, "--config.model.remat=save_collectives")
-LATENTS = ("--simulated=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
+LATENTS = ("--devices=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
 
 CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
 SCATTER, EXCHANGES, TRANSFORMER = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/transformer.py"
@@ -321,7 +321,7 @@ MUTATIONS = (
     Mutation(
         "slices_by_source_first",
         f"{EXCHANGES}/ragged.py",
-        "places(sizes_XXe))",
+        "slice_offsets(sizes_XXe))",
         f"{OFFSETS.format('sizes_XXe.sum(2, keepdims=True)', 0)} + {OFFSETS.format('sizes_XXe', 2)})",
         RAGGED,
     ),
@@ -442,7 +442,7 @@ MUTATIONS = (
 
 
 class Outcome(NamedTuple):
-    """What the audit said of a copy of the code: holds, broken, refused (by JAX), failed or late; law and line."""
+    """Outcome of an audit of a copy of the code: holds, broken, refused (by JAX), failed or late; law and line."""
 
     verdict: str
     law: str = ""
@@ -460,7 +460,7 @@ def mutated(mutation: Mutation, text: str) -> str:
 
 
 def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | None = None) -> Outcome:
-    """What the audit says of the code, with a mutation in it or as it is."""
+    """Audits the code, with a mutation in it or as it is."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for package in ("moe_jax", "experiments"):
@@ -469,7 +469,7 @@ def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | 
         if mutation is not None:
             file = copy / mutation.file
             file.write_text(mutated(mutation, file.read_text(encoding="utf-8")), encoding="utf-8")
-        command = [sys.executable, "-m", "experiments.audit", "--config=tiny.py", "--stop", "--simulated=4", *overrides]
+        command = [sys.executable, "-m", "experiments.audit", "--config=tiny.py", "--stop", "--devices=4", *overrides]
         of_jax = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         env = os.environ | of_jax | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folder}
         try:
@@ -480,7 +480,7 @@ def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | 
 
 
 def judged(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """Of the program's exit code and what it has printed."""
+    """Outcome from the program's exit code and output."""
     broken = [line for line in done.stdout.splitlines() if " NO   " in line]
     if done.returncode == 1 and broken:
         return Outcome("broken", broken[0].split(",")[0], short(broken[0]))

@@ -14,7 +14,7 @@ from tests.oracle_routing import capacity, softmax
 
 
 class Given(NamedTuple):
-    """What a layer is called with besides tokens, in groups. Without noise it evaluates."""
+    """Inputs of a layer besides tokens, in groups. Without noise it evaluates."""
 
     noise: list | None = None  # for each group, the router's draws
     times: np.ndarray | float = 1.0  # what a transform multiplies the router's input with, [G, S, D]
@@ -129,7 +129,7 @@ def expert(kind, p, x):
 
 
 def visits(choice) -> np.ndarray:
-    """How often each token goes to each expert, [G, S, E]."""
+    """Assignments of each token to each expert, [G, S, E]."""
     G, S, E = choice.logits.shape
     count = np.zeros((G, S, E + 1))
     if isinstance(choice, Choice):
@@ -160,7 +160,7 @@ def gains(choice) -> np.ndarray:
 
 
 def kept(dispatch, choice, mask=None):
-    """Which choices (or slots) reach their expert."""
+    """Choices (or slots) that reach their expert."""
     if isinstance(choice, Slots):
         return choice.token < choice.logits.shape[1]
     if isinstance(choice, Soft):
@@ -223,7 +223,7 @@ def count(choice, mask, taken, B=1, task=None, tasks=1):
 
 
 def balance(visit, probs, mask):
-    """Of each group, its tokens times E * sum_e f_e P_e, added up."""
+    """Sum over groups of their tokens times E * sum_e f_e P_e."""
     total = 0.0
     for g in range(len(mask)):
         n, f, P = mask[g].sum(), visit[g].sum(0), probs[g][mask[g]].sum(0)

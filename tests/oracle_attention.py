@@ -54,7 +54,7 @@ def scaled(s, i, n, theta, base):
 
 
 def longer(s):
-    """What YaRN multiplies cosines and sines with, and what MLA multiplies scores with."""
+    """Factors of YaRN: of cosines and sines, and of MLA's scores."""
     if type(s).__name__ != "YaRN":
         return 1.0, 1.0
     m = lambda scale: 0.1 * scale * math.log(s.factor) + 1  # noqa: E731

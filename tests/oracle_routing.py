@@ -482,7 +482,7 @@ def active_experts(expert_TK, E):
 
 
 def agreement(first_TK, second_TK, E):
-    """How many of the second layer's choices the same token also made in the first layer, of all it made."""
+    """Fraction of the second layer's choices that the same token also made in the first layer."""
     made = [e in first for first, second in zip(first_TK, second_TK, strict=True) for e in second if e < E]
     return sum(made) / max(len(made), 1)
 

@@ -61,7 +61,7 @@ def llama(
 
 
 def qwen3(shape: str, D: int, N: int, H: int, F: int) -> ConfigDict:
-    """Of these sizes, with four heads of keys and values of width 128, and 128 experts of width F."""
+    """Qwen3 of these sizes, with four heads of keys and values of width 128, and 128 experts of width F."""
     moe = {
         "E": 128,
         "router": "TopK(K=8)",

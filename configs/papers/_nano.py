@@ -54,7 +54,7 @@ def nano(config: ConfigDict) -> ConfigDict:
 
 
 def small_heads(attention: str) -> str:
-    """The same attention with few small heads, and as large a share of heads of keys."""
+    """Returns the attention with few small heads, and as large a share of heads of keys."""
     heads, keys = (re.search(rf"\b{letter}=(\d+)", attention) for letter in "HJ")
     small = re.sub(r"\bH=\d+", f"H={H}", re.sub(r"\bA=\d+", f"A={A}", attention))
     return re.sub(r"\bJ=\d+", f"J={max(1, H * int(keys[1]) // int(heads[1]))}", small) if keys else small
@@ -66,5 +66,5 @@ def width(expert: str) -> int:
 
 
 def of_width(expert: str, F: int) -> str:
-    """The same expert with another F."""
+    """Returns the expert with another F."""
     return re.sub(r"F=\d+", f"F={F}", expert)

@@ -1,8 +1,8 @@
-"""What does sparsity cost? The time of MoE layers in times of dense layers with the same active FLOPs.
+"""Times MoE layers against dense layers with the same active FLOPs: what does sparsity cost?
 
     python -m experiments.bench
     python -m experiments.bench --shapes=mixtral,qwen3 --routing=balanced,skewed --stages --json=runs/bench.json
-    python -m experiments.bench --shapes=fine --mesh=data=2,expert=4 --compare=runs/bench.json
+    python -m experiments.bench --shapes=fine --mesh=data=2,expert=4 --against=runs/bench.json
     python -m experiments.bench.steps       whole training steps, and what a run does besides
     python -m experiments.bench.peers       the same layers in another library
 
@@ -22,20 +22,20 @@ from absl import flags
 from experiments import cli
 from experiments.bench import present, record
 from experiments.bench.measure import Job, say
-from experiments.bench.options import at_least_one, option, out, place_of
+from experiments.bench.options import at_least_one, place_of
 from experiments.bench.shapes import DISPATCHERS, QUICK, SHAPES, Shape, choose, usable
 from experiments.bench.tokens import ROUTINGS
 
-SHAPE = option(flags.DEFINE_list, "shapes", None, "Names of shapes; all that are for this platform without it.")
-ROUTING = option(flags.DEFINE_list, "routing", None, f"Of {', '.join(ROUTINGS)}; all without it.")
-DISPATCH = option(flags.DEFINE_list, "dispatch", None, f"Of {', '.join(DISPATCHERS)}; all without it.")
-REPEATS = option(flags.DEFINE_integer, "repeats", 15, "How often a pair is timed; slow ones at least three times.")
-STAGES = option(flags.DEFINE_bool, "stages", False, "Also time the parts of a layer, each alone.")
-MESH = option(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4; simulated devices on CPU.")
-JSON = option(flags.DEFINE_string, "json", None, "A file for all figures.")
-PLOT = option(flags.DEFINE_string, "plot", None, "A .png or .svg file for bars of the ratios.")
-COMPARE = option(flags.DEFINE_multi_string, "compare", [], "A record of --json; layers over 5% slower are told.")
-QUICK_ONLY = option(flags.DEFINE_bool, "quick", False, "One tiny layer, twice: only to see that it works.")
+SHAPE = cli.flag(flags.DEFINE_list, "shapes", None, "Names of shapes; all that are for this platform without it.")
+ROUTING = cli.flag(flags.DEFINE_list, "routing", None, f"Of {', '.join(ROUTINGS)}; all without it.")
+DISPATCH = cli.flag(flags.DEFINE_list, "dispatch", None, f"Of {', '.join(DISPATCHERS)}; all without it.")
+REPEATS = cli.flag(flags.DEFINE_integer, "repeats", 15, "How often a pair is timed; slow ones at least three times.")
+STAGES = cli.flag(flags.DEFINE_bool, "stages", False, "Also time the parts of a layer, each alone.")
+MESH = cli.flag(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4; simulated devices on CPU.")
+AGAINST = cli.flag(flags.DEFINE_multi_string, "against", [], "A file of --json; layers over 5% slower are named.")
+JSON = cli.as_json()
+OUT = cli.out("A .png or .svg file for bars of the ratios.")
+QUICK_ONLY = cli.flag(flags.DEFINE_bool, "quick", False, "One tiny layer, twice: only to see that it works.")
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def main() -> None:
     routings = tuple(choose("routing", ROUTING.value, ROUTINGS))
     chosen = choose("shapes", SHAPE.value, SHAPES)
     repeats = 2 if QUICK_ONLY.value else at_least_one("repeats", REPEATS.value)
-    files = out("json", JSON.value), out("plot", PLOT.value, (".png", ".svg"))
-    old = {path: record.load(pathlib.Path(path)) for path in COMPARE.value}
+    files = cli.file("json", JSON.value), cli.file("out", OUT.value, (".png", ".svg"))
+    old = {path: record.load(pathlib.Path(path)) for path in AGAINST.value}
     place = place_of(MESH.value)
     shapes = {QUICK.name: QUICK} if QUICK_ONLY.value else on_platform(chosen, SHAPE.value is not None)
     job = Job(shapes, routings, dispatchers, place, MESH.value or "", repeats, stages=STAGES.value)
@@ -72,8 +72,7 @@ def show(rows: list[record.Row]) -> None:
 
 def write(rows: list[record.Row], json_file: pathlib.Path | None, plot_file: pathlib.Path | None) -> None:
     if json_file:
-        record.save(json_file, rows)
-        say(f"written: {json_file}")
+        cli.write_json(json_file, record.facts(rows))
     if plot_file:
         present.plot(plot_file, rows)
         say(f"written: {plot_file}")

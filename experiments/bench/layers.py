@@ -1,4 +1,4 @@
-"""What is timed: an MoE layer with all that a training step uses of it, and its dense twin."""
+"""Timed functions: an MoE layer with all that a training step uses of it, and its dense baseline."""
 
 import contextlib
 import math
@@ -21,7 +21,7 @@ from moe_jax.moe import MoE, MoEConfig, shared_specs, sizes_of
 
 
 class Place(NamedTuple):
-    """Where arrays lie: on the first device, or spread over a mesh."""
+    """Placement of arrays: on the first device, or sharded over a mesh."""
 
     mesh: Mesh | None = None
 
@@ -41,13 +41,13 @@ class Place(NamedTuple):
         return jax.device_put(tree, laid)
 
     def axis_size(self, axes: tuple[str, ...]) -> int:
-        """How many shards these axes make."""
+        """Number of shards along these axes."""
         return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
     @property
     def shards(self) -> int:
-        """How many the tokens are spread over."""
-        return self.axis_size(shard.TOKENS)
+        """Number of shards of the batch."""
+        return self.axis_size(shard.TOKEN_AXES)
 
 
 class Passes(NamedTuple):
@@ -98,7 +98,7 @@ def layer_inputs(cfg: MoEConfig, shape: Shape, tokens: Tokens, place: Place, par
 
 
 def twin_passes(shape: Shape, place: Place, params: Any, x_TD: Array) -> Passes:
-    """The same of the dense layer, whose tokens are in one dimension: the faster way on XLA's CPU backend."""
+    """Timed passes of the dense layer, whose tokens are in one dimension: the faster way on XLA's CPU backend."""
 
     def forward(params, x_TD):
         return shape.twin(params, x_TD, Dense())
@@ -138,7 +138,7 @@ def batched_passes(shape: Shape) -> tuple[Passes, Any]:
 
 
 def square(y: Array) -> Array:
-    """What is minimised: the mean square, in float32."""
+    """Loss that is minimised: the mean square, in float32."""
     return (y.astype(jnp.float32) ** 2).mean()
 
 

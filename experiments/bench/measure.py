@@ -19,7 +19,7 @@ from moe_jax.moe import check_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is measured, and where."""
+    """Job: what is measured, and where."""
 
     shapes: dict[str, Shape]
     routings: tuple[str, ...]
@@ -65,7 +65,7 @@ class Job:
         return timing.compare(timing.in_turn(calls, self.repeats, self.patience, timing.in_a_row()))
 
     def fits(self, shape: Shape, name: str, dispatch: Any) -> bool:
-        """Whether dense masks are small enough; says so if not."""
+        """Tells whether dense masks are small enough; prints a line if not."""
         if not isinstance(dispatch, Einsum):
             return True
         C = dispatch.slots(shape.L, shape.K, shape.E)

@@ -1,4 +1,4 @@
-"""The same MoE layers in Hugging Face transformers on PyTorch, in turn with these.
+"""Times MoE layers of Hugging Face transformers on PyTorch, in turn with these.
 
     pip install torch transformers
     python -m experiments.bench.peers --shapes=mixtral,qwen3
@@ -24,7 +24,7 @@ from experiments import cli
 from experiments.bench.huggingface import Calls, libraries, peers
 from experiments.bench.layers import Passes, Place, layer_inputs, layer_passes, twin_inputs, twin_passes
 from experiments.bench.measure import say
-from experiments.bench.options import at_least_one, option
+from experiments.bench.options import at_least_one
 from experiments.bench.present import number
 from experiments.bench.shapes import QUICK_GLU, SHAPES, Shape, choose
 from experiments.bench.timing import PATIENCE, in_turn, quartiles
@@ -34,10 +34,11 @@ from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.experts import GLU
 from moe_jax.moe import MoE, MoEConfig
 
-SHAPE = option(flags.DEFINE_list, "shapes", None, "Names of shapes; mixtral and qwen3 without it.")
-ROUTING = option(flags.DEFINE_list, "routing", None, f"Of {', '.join(ROUTINGS)}; real without it.")
-REPEATS = option(flags.DEFINE_integer, "repeats", 15, "How often a pair is timed; slow ones at least three times.")
-QUICK_ONLY = option(flags.DEFINE_bool, "quick", False, "One tiny layer, twice: only to see that it works.")
+SHAPE = cli.flag(flags.DEFINE_list, "shapes", None, "Names of shapes; mixtral and qwen3 without it.")
+ROUTING = cli.flag(flags.DEFINE_list, "routing", None, f"Of {', '.join(ROUTINGS)}; real without it.")
+REPEATS = cli.flag(flags.DEFINE_integer, "repeats", 15, "How often a pair is timed; slow ones at least three times.")
+QUICK_ONLY = cli.flag(flags.DEFINE_bool, "quick", False, "One tiny layer, twice: only to see that it works.")
+JSON = cli.as_json()
 
 OURS = {"Sort()": Sort(), "Scatter(None)": Scatter(None), "Scatter(1.25)": Scatter(1.25), "Einsum(1.25)": Einsum(1.25)}
 CLOSE = 1e-3  # relative to the largest output
@@ -50,11 +51,13 @@ def main() -> None:
     shapes = [QUICK_GLU] if QUICK_ONLY.value else shapes
     routings = choose("routing", ROUTING.value or ["real"], ROUTINGS)
     repeats, rows = 2 if QUICK_ONLY.value else at_least_one("repeats", REPEATS.value), []
+    file = cli.file("json", JSON.value)
     torch = libraries()
     torch.set_num_threads(os.cpu_count() or 1)
     for shape, routing in itertools.product(shapes, routings):
         rows += compared(shape, routing, partial(peers, torch), repeats)
     print(table(rows), end="")
+    cli.write_json(file, [dataclasses.asdict(row) for row in rows])
 
 
 # ---------------------------------------------------------------- both sides
@@ -106,7 +109,7 @@ def output(cfg: MoEConfig, params: Any, x_BLD: Any) -> Any:
 
 
 def checked(made: Iterator[tuple[str, Calls]], wanted: np.ndarray) -> Iterator[tuple[str, Calls]]:
-    """Those that compute what is computed here; ValueError for one that does not."""
+    """Checks that each peer computes what is computed here; ValueError for one that does not."""
     for name, calls in made:
         off_BL = np.abs(np.asarray(calls[0]()).reshape(wanted.shape) - wanted).max(-1)
         if not (odd := (~(off_BL < CLOSE * np.abs(wanted).max())).mean()) <= ODD:

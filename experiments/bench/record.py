@@ -10,9 +10,6 @@ from typing import Any
 
 import jax
 
-from moe_jax.files import write_file
-from moe_jax.reporting.metrics import plain
-
 FORMAT = 1
 WORSE = 0.05  # a ratio that has grown by more is told
 PASSES = {"forward": "forward", "both": "forward and backward"}
@@ -21,7 +18,7 @@ Row = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with."""
+    """Describes the machine and the versions of a measurement."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -41,10 +38,9 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def save(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """All figures; those that are not finite as null."""
-    facts = {"format": FORMAT, "machine": machine(), "rows": plain(list(rows))}
-    write_file(path, json.dumps(facts, indent=1) + "\n")
+def facts(rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures, and what they were measured on."""
+    return {"format": FORMAT, "machine": machine(), "rows": list(rows)}
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -83,7 +79,7 @@ def worse(rows: Sequence[Row], old: Sequence[Row], by: float = WORSE) -> list[st
 
 
 def against(rows: Sequence[Row], path: str, record: dict[str, Any]) -> list[str]:
-    """What there is to say of rows after a record."""
+    """Compares rows with a record, a line each."""
     known = {key(row) for row in record["rows"]}
     common = sum(key(row) in known for row in rows)
     lines = worse(rows, record["rows"])

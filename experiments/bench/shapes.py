@@ -1,4 +1,4 @@
-"""Which layers are measured, by name, and which dispatchers."""
+"""Layers that are measured, by name, and dispatchers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ def usable(platform: str) -> dict[str, Shape]:
 
 
 def choose(flag: str, names: Sequence[str] | None, known: Mapping[str, Value]) -> dict[str, Value]:
-    """What a flag names, or all there is; ValueError, with what there is, for a name that is unknown."""
+    """Values that a flag names, or all; ValueError lists the known names for an unknown one."""
     for name in names or ():
         if name not in known:
             raise ValueError(f"--{flag} names {name!r}, which is none{suggestion(name, known)}")
@@ -89,5 +89,5 @@ def choose(flag: str, names: Sequence[str] | None, known: Mapping[str, Value]) -
 
 
 def masks_bytes(shape: Shape, C: int) -> int:
-    """Of the two dense float32 masks [T, E, C] that Einsum makes."""
+    """Bytes of the two dense float32 masks [T, E, C] that Einsum makes."""
     return 2 * 4 * shape.T * shape.E * C

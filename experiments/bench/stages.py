@@ -52,7 +52,7 @@ apart.defvjp(lambda x: (apart(x), ()), lambda _, g: (apart(g),))
 
 
 class Ready(Shard):
-    """A shard that has rows which are not those that were sent: nobody need send any."""
+    """Stub of a shard that returns precomputed rows, without an exchange."""
 
     def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
         shape = jax.eval_shape(materialize, x).shape
@@ -94,7 +94,7 @@ def measure(
 
 
 def programs(f: Callable, by: Any, *rest: Any) -> tuple[Program, Program]:
-    """Of f(by, *rest) -> (value, ...) or an array to be squared; and of its gradients by `by`."""
+    """Compiles f(by, *rest) -> (value, ...) or an array to be squared, and its gradients by `by`."""
 
     def objective(by, *rest):
         y = f(by, *rest)
@@ -136,7 +136,7 @@ def dispatcher(cfg: MoEConfig, here: Shard, kind: type[Shard]) -> Callable:
 
 
 def ready(cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, place: Place) -> Array:
-    """As many rows as experts make of all tokens."""
+    """Precomputed rows, as many as experts make of all tokens."""
     count_GE, n = tokens.count_GE(shape.L), shape.T * shape.K
     if not by_rows(cfg, jax.default_backend(), bool(here.experts)):
         n = cfg.E * len(count_GE) * slots(cfg, count_GE, shape.L)

@@ -1,4 +1,4 @@
-"""What does a whole training step cost, beside its dense twin's, and what does a run do besides its steps?
+"""Times whole training steps beside those of the dense twin, and what a run does besides its steps.
 
     python -m experiments.bench.steps
     python -m experiments.bench.steps --config=configs/mixtral_nano.py --mesh=data=2 --train_steps=200
@@ -15,14 +15,14 @@ import math
 import pathlib
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 
 from experiments import cli
 from experiments.bench.measure import say
-from experiments.bench.options import at_least_one, option, simulate, sizes_of
+from experiments.bench.options import at_least_one, simulate, sizes_of
 from experiments.bench.present import number
 from experiments.bench.timing import compiled, in_turn, quartiles
 from experiments.bench.watch import Outside, watched
@@ -33,12 +33,13 @@ from moe_jax.data import batches, default_directory
 from moe_jax.step import Program
 
 cli.define_config()
-TWIN = option(flags.DEFINE_string, "twin", None, "Its dense twin's config; made from --config without it.")
+TWIN = cli.flag(flags.DEFINE_string, "twin", None, "Its dense twin's config; made from --config without it.")
 DATA_DIR = cli.data_dir()
-MESH = option(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4 (default: the config's).")
-BURSTS = option(flags.DEFINE_integer, "bursts", 15, "How many bursts of each.")
-BURST = option(flags.DEFINE_integer, "burst", 4, "Steps of a burst.")
-TRAIN_STEPS = option(flags.DEFINE_integer, "train_steps", 121, "Steps of the short run; 0 for none.")
+MESH = cli.flag(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4 (default: the config's).")
+BURSTS = cli.flag(flags.DEFINE_integer, "bursts", 15, "How many bursts of each.")
+BURST = cli.flag(flags.DEFINE_integer, "burst", 4, "Steps of a burst.")
+TRAIN_STEPS = cli.flag(flags.DEFINE_integer, "train_steps", 121, "Steps of the short run; 0 for none.")
+JSON = cli.as_json()
 
 CONFIG = "configs/glam_nano.py"
 LEAST = 4  # steps of a run: those until the first record are left out
@@ -50,15 +51,24 @@ def main() -> None:
     at_least_one("burst", BURST.value)
     if TRAIN_STEPS.value < 0 or 0 < TRAIN_STEPS.value < LEAST:
         raise ValueError(f"--train_steps={TRAIN_STEPS.value} must be at least {LEAST}, or 0 for no run.")
+    table = cli.file("json", JSON.value)
     data_dir = pathlib.Path(DATA_DIR.value) if DATA_DIR.value else default_directory()
     pair = [on_mesh(exp) for exp in experiments()]
     names = "config", "twin"
     speeds = dict(zip(names, in_bursts(pair, data_dir), strict=True))
     print(speed_table(speeds), end="")
+    found: dict[str, Outside] = {}
     if TRAIN_STEPS.value:
         found = {name: outside(exp, data_dir, TRAIN_STEPS.value) for name, exp in zip(names, pair, strict=True)}
         print("\nA run: milliseconds per step, and the part of them outside of the jitted step.\n")
         print(outside_table(found), end="")
+    cli.write_json(table, as_json(speeds, found))
+
+
+def as_json(speeds: dict[str, "Speed"], found: dict[str, Outside]) -> dict[str, Any]:
+    """All figures, by experiment: `Speed`, and `Outside` with its share where a run was made."""
+    runs = {name: {"run_ms": {**out._asdict(), "share": out.share}} for name, out in found.items()}
+    return {name: {**speed._asdict(), **runs.get(name, {})} for name, speed in speeds.items()}
 
 
 def experiments() -> list[Experiment]:
@@ -72,7 +82,7 @@ def experiments() -> list[Experiment]:
 
 
 def on_mesh(exp: Experiment) -> Experiment:
-    """On the mesh of --mesh, or its own."""
+    """Puts an experiment on the mesh of --mesh, or its own."""
     if not MESH.value:
         cli.simulate(exp)
         return dataclasses.replace(exp, mesh=tuple(make_mesh(**dict(exp.mesh)).shape.items()))
@@ -85,7 +95,7 @@ def on_mesh(exp: Experiment) -> Experiment:
 
 
 class Speed(NamedTuple):
-    """Of an experiment's train step."""
+    """Speed of an experiment's train step."""
 
     step_ms: list[float]  # quartiles
     tokens: int  # of a step
@@ -120,7 +130,7 @@ def in_bursts(pair: list[Experiment], data_dir: pathlib.Path) -> list[Speed]:
 
 
 def speed_table(speeds: dict[str, Speed]) -> str:
-    """Of the step's median, and its time in its twin's."""
+    """Table of median step times, and of their ratios to the dense baseline's."""
     heads = ["", "tokens/s", "step, ms", "quartiles, ms", "of the twin's", "compile, s"]
     found, twin = [], speeds["twin"]
     for name, speed in speeds.items():
@@ -135,7 +145,7 @@ def speed_table(speeds: dict[str, Speed]) -> str:
 
 
 def outside(exp: Experiment, data_dir: pathlib.Path, steps: int) -> Outside:
-    """Where the time of a short run goes; it logs as often as configured, where it is long enough, and saves twice."""
+    """Measures where the time of a short run goes; it logs as configured, where it is long enough, and saves twice."""
     every = {
         "log_every": min(exp.run.log_every, (steps - 1) // 2),
         "eval_every": steps,

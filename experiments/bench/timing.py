@@ -33,7 +33,7 @@ def compiled(f: Any, *args: Any) -> Program:
 
 
 def in_a_row() -> int:
-    """How many calls are waited for together: on an accelerator some, since the next is sent meanwhile in training."""
+    """Number of calls that are awaited together: several on an accelerator, as in training."""
     return 1 if jax.default_backend() == "cpu" else IN_A_ROW
 
 
@@ -64,7 +64,7 @@ def quartiles(sample: np.ndarray) -> list[float]:
 
 
 def compare(times: np.ndarray) -> dict[str, Any]:
-    """Of times [repeats, 2] of layer and twin: quartiles of each, and of the pairs' ratios, whose median is tau."""
+    """Quartiles of times [repeats, 2] of layer and dense baseline, and of the pairs' ratios, whose median is tau."""
     layer, dense = (quartiles(times[:, i]) for i in range(2))
     low, tau, high = quartiles(times[:, 0] / times[:, 1])
     return {"layer_ms": layer, "dense_ms": dense, "tau": tau, "tau_spread": [low, high]}

@@ -21,14 +21,14 @@ SEED = 0
 
 
 class Tokens(NamedTuple):
-    """Of a batch, and what TopK makes of them."""
+    """Tokens of a batch, and their routing by TopK."""
 
     x_TD: Float[np.ndarray, "T D"]
     gate_DE: Float[np.ndarray, "D E"]
     expert_TK: Int[np.ndarray, "T K"]  # in no order
 
     def count_GE(self, S: int) -> Int[np.ndarray, "G E"]:
-        """How many choices name each expert, by groups of S tokens."""
+        """Counts choices of each expert, by groups of S tokens."""
         E = self.gate_DE.shape[1]
         return np.stack([np.bincount(group.ravel(), minlength=E) for group in self.expert_TK.reshape(-1, S, self.K)])
 

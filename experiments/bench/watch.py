@@ -1,4 +1,4 @@
-"""Where the time of a training run goes, seen from outside: `train` itself is not changed."""
+"""Measures where the time of a training run goes, from outside: `train` itself is not changed."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""How much is computed, and how much of it is of use."""
+"""Work of a layer: FLOPs and bytes computed, and the part that is of use."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from experiments.bench.shapes import Shape
 from moe_jax.core.groups import Ragged
-from moe_jax.core.kernels.by_expert import ladder
+from moe_jax.core.kernels.by_expert import size_buckets
 from moe_jax.dispatch import Einsum
 from moe_jax.dispatch.scatter import capacities
 from moe_jax.moe import MoEConfig
@@ -30,7 +30,7 @@ def kept(cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int) -> Int[np.nda
 
 
 def by_rows(cfg: MoEConfig, platform: str, spread: bool = False) -> bool:
-    """Whether rows lie back to back, rather than in slots of which some may be empty.
+    """Tells whether rows are contiguous, rather than in slots of which some may be empty.
 
     A CPU is as fast with any number of rows per expert, so that capacity costs nothing there; what travels has slots.
     """
@@ -53,13 +53,13 @@ def rows_done(
     kept_GE = kept(cfg, count_GE, S)
     if platform != "cpu" or spread:  # grouped matmuls; which rows meet on a shard is not followed here
         return int(kept_GE.sum())
-    rungs = np.array(ladder(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
+    rungs = np.array(size_buckets(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
     pieces, rest = np.divmod(np.concatenate([part.sum(0) for part in np.split(kept_GE, shards)]), rungs[-1])
     return int(pieces.sum() * rungs[-1] + rungs[np.searchsorted(rungs, rest[rest > 0])].sum())
 
 
 def flops_per_row(shape: Shape) -> int:
-    """Of an expert's matmuls, forward."""
+    """FLOPs of an expert's matmuls for one row, forward."""
     return 2 * shape.D * shape.experts.F * matrices(shape)
 
 
@@ -68,7 +68,7 @@ def matrices(shape: Shape) -> int:
 
 
 def weight_bytes(cfg: MoEConfig, shape: Shape, count_GE: Int[np.ndarray, "G E"], all_read: bool) -> int:
-    """Of float32 weights that experts read at least once, forward: of those that have rows, or of all."""
+    """Bytes of float32 weights that experts read at least once, forward: of those that have rows, or of all."""
     experts = cfg.E if all_read else int((count_GE.sum(0) > 0).sum())
     return 4 * experts * math.prod((shape.D, shape.experts.F, matrices(shape)))
 

@@ -13,10 +13,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import NoReturn
 
 from experiments.launch.pulse import EVERY
 from experiments.launch.supervisor import MISTAKE, OVERWRITE, Plan, supervise
 
+PROGRAM = "experiments.train"
 OWN = ("coordinator", "processes", "process", "devices", "heartbeat")  # flags of a process that are given here
 
 
@@ -40,14 +42,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("experiments.launch", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "python -m experiments.launch --processes=N [...] -- --config=FILE --workdir=FOLDER [...]"
-    parser.add_argument("--processes", type=positive, default=2, help="how many (2)")
+    parser.add_argument("--processes", type=positive, default=2, help="how many (default: 2)")
     parser.add_argument("--devices", type=positive, help="simulated CPU devices of each; else as the mesh takes")
-    parser.add_argument("--restarts", type=int, default=3, help="how often at most (3)")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds without a sign of life (10)")
-    parser.add_argument("--patience", type=float, default=600.0, help="seconds without a line in metrics.jsonl (600)")
+    parser.add_argument("--restarts", type=int, default=3, help="how often at most (default: 3)")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds without a sign of life (default: 10)")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds without a new record (default: 600)")
     parser.add_argument("--shrink", action="store_true", help="restart on half as many processes")
-    parser.add_argument("--program", default="experiments.train", help="the module, or the .py file, to run")
+    parser.add_argument("--program", default=PROGRAM, help=f"the module, or the .py file, to run (default: {PROGRAM})")
+    parser.error = refuse
     return parser.parse_args(argv)
+
+
+def refuse(mistake: str) -> NoReturn:
+    """ValueError with argparse's words."""
+    raise ValueError(f"{mistake}; flags of the program stand after --, as in: -- --config=FILE --workdir=FOLDER.")
 
 
 def positive(text: str) -> int:
@@ -58,7 +66,7 @@ def positive(text: str) -> int:
 
 
 def planned(given: argparse.Namespace, words: list[str]) -> Plan:
-    """What to do; ValueError where it cannot be done, before anything is written."""
+    """Plan of the launch; ValueError where it cannot be done, before anything is written."""
     workdir = flag(words, "workdir")
     if not workdir:
         raise ValueError("No place for the run was given; say -- --config=FILE --workdir=runs/my_run, for instance.")

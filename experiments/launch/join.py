@@ -21,7 +21,7 @@ ENDING = threading.Lock()  # held by the thread that ends this process
 
 
 class Place(NamedTuple):
-    """Which process this is, of how many."""
+    """Number of this process, and of all."""
 
     process: int = 0
     processes: int = 1
@@ -67,7 +67,7 @@ def tpu_place() -> Place:
 
 
 def connected() -> bool:
-    """Whether this is one of several processes that have met."""
+    """Tells whether this is one of several connected processes."""
     return MET.is_set()
 
 
@@ -147,7 +147,7 @@ def _set(key: str, value: str = "yes") -> None:
 
 
 def _wait(key: str, n: int) -> bool:
-    """Whether n processes have set a key before `PATIENCE` ends."""
+    """Waits until n processes have set a key; False when `PATIENCE` ends first."""
     end = time.monotonic() + PATIENCE
     with contextlib.suppress(RuntimeError):
         while time.monotonic() < end:

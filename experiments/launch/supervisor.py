@@ -22,7 +22,7 @@ OVERWRITE = ("--overwrite", "-overwrite", "--overwrite=true", "--overwrite=True"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run, and for how long to be patient, in seconds.
+    """Plan of a supervisor: what to run, and its time limits in seconds.
 
     timeout: without a sign of life from a process. patience: without a line in the log of the run.
     restarts: at most. shrink: on half as many processes each time.
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def folder(self) -> pathlib.Path:
-        """Of what the processes print, and of the events."""
+        """Folder of the processes' output and of the events."""
         return self.workdir / "processes"
 
     def step(self) -> int:
@@ -48,12 +48,12 @@ class Plan:
         return max((int(path.parent.name) for path in found if path.parent.name.isdecimal()), default=0)
 
     def claim(self) -> tuple[int, int] | None:
-        """What changes when the run takes its workdir."""
+        """Marker that changes when the run claims its workdir."""
         return _stamp(self.workdir / "config.json")
 
 
 class Trouble(NamedTuple):
-    """What ended an attempt: of which process (None: of all), "died" or "hung", and how."""
+    """Cause that ended an attempt: the process (None: all), "died" or "hung", and details."""
 
     event: str
     how: str

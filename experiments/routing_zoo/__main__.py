@@ -1,4 +1,4 @@
-"""Which router learns best at equal active FLOPs?
+"""Trains all routers at equal active FLOPs: which learns best?
 
     python -m experiments.routing_zoo --workdir=runs/routing_zoo
     python -m experiments.routing_zoo --workdir=runs/zoo_3 --only=top_k,switch,hash --seeds=3 --leaders=0
@@ -18,7 +18,7 @@ from experiments.routing_zoo import present, zoo
 from experiments.routing_zoo.sweep import Sweep, save, say
 from moe_jax.files import write_file
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs are kept.")
+WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 STEPS = flags.DEFINE_integer("steps", zoo.STEPS, "Training steps of each run.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of every contestant.", lower_bound=1)

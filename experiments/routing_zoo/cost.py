@@ -1,4 +1,4 @@
-"""What does a router cost?
+"""Times every router, alone and in a layer, against TopK(K=2).
 
     python -m experiments.routing_zoo.cost
     python -m experiments.routing_zoo.cost --nolayer
@@ -34,8 +34,9 @@ from moe_jax.losses import LoadBalance
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import ROUTERS, Hash, Hierarchical, MixtureOfDepths, SoftMoE, TopK
 
-QUICK = flags.DEFINE_bool("quick", False, "Few tokens, few experts, no layer: only to see that it works.")
+QUICK = cli.flag(flags.DEFINE_bool, "quick", False, "Few tokens, few experts, no layer: only to see that it works.")
 LAYER = flags.DEFINE_bool("layer", True, "Also time whole layers of 8 experts.")
+JSON = cli.as_json()
 
 REFERENCE = TopK(K=2)
 DISPATCH = {TokenChoice: Scatter(1.25), SlotChoice: Gather(), SoftSlots: Einsum(None)}
@@ -59,9 +60,11 @@ SMALL = Size(T=64, S=32, D=8, F=8, experts=(8,), repeats=2)
 
 
 def main() -> None:
-    size = SMALL if QUICK.value else FULL
+    size, layer, file = SMALL if QUICK.value else FULL, LAYER.value and not QUICK.value, cli.file("json", JSON.value)
     with jax.default_device(jax.devices()[0]):
-        print(lines(heads(size, layer := LAYER.value and not QUICK.value), table(size, layer), left=(0, 1, 2)), end="")
+        rows = table(size, layer)
+    print(lines(heads(size, layer), rows, left=(0, 1, 2)), end="")
+    cli.write_json(file, [dict(zip(heads(size, layer), row, strict=True)) for row in rows])
 
 
 def heads(size: Size, layer: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a sweep came to: a table for the terminal, the same in Markdown, and a plot."""
+"""Results of a sweep: a table for the terminal, the same in Markdown, and a plot."""
 
 import math
 from collections.abc import Sequence

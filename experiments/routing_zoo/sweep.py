@@ -161,7 +161,7 @@ def ranked(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summaries(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each contestant and number, the mean over its seeds and their standard deviation (NaN for one seed)."""
+    """Mean and standard deviation over seeds (NaN for one seed), for each contestant and number."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for name in dict.fromkeys(r["contestant"] for r in results):
         rows = [r for r in results if r["contestant"] == name]

@@ -15,7 +15,7 @@ DENSE = "dense"
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """What differs from the base config; the experts' width follows from the active FLOPs, which are equal.
+    """Contestant: the changes of the base config; the experts' width follows from the active FLOPs, which are equal.
 
     router: None for the dense twin. losses: None for those of the base config. gating: "{steps}" is the length of the
     run. active: experts that a token visits on average, where that is not the router's K; measured over a run of
@@ -40,7 +40,7 @@ class Contestant:
 
     @property
     def kind(self) -> str:
-        """What decides about a token: nothing ("dense"), a learned "gate", or a "fixed" rule."""
+        """Kind of routing: "dense" (none), a learned "gate", or a "fixed" rule."""
         if self.router is None:
             return DENSE
         return "gate" if parse(self.router).params else "fixed"
@@ -83,7 +83,7 @@ CONTESTANTS = (
 
 
 def base(steps: int = STEPS) -> ConfigDict:
-    """What all contestants share: glam_nano, shortened, its schedule with it, evaluated once, at the end.
+    """Base config of all contestants: glam_nano, shortened, its schedule with it, evaluated once, at the end.
 
     Batches and routing groups are half as large: in so few tokens, more steps learn more.
     """

@@ -1,4 +1,4 @@
-"""How much of a trained V-MoE is left when its experts take fewer tokens, by which tokens go first?
+"""Measures the accuracy of a trained V-MoE whose experts take fewer tokens, by which tokens go first.
 
     python -m experiments.vision.capacity --run=runs/vmoe_nano
     python -m experiments.vision.capacity --run=runs/vmoe_0 --run=runs/vmoe_1
@@ -26,13 +26,14 @@ from moe_jax.train import restore
 
 RUN = flags.DEFINE_multi_string("run", [], "Where a finished run is kept; several may be given.")
 DATA_DIR = cli.data_dir()
+JSON = cli.as_json()
 
 FACTORS = (2.0, 1.0, 0.5, 0.25)  # slots over choices, of all experts together
 PRIORITIES = {"probability": "surest first", "choice-major": "first choices first", "token-major": "in order"}
 
 
 class Seen(NamedTuple):
-    """Of the held-out images."""
+    """Results on the held-out images."""
 
     accuracy: float
     dropped: float  # of all choices
@@ -41,6 +42,7 @@ class Seen(NamedTuple):
 def main() -> None:
     if not RUN.value:
         raise ValueError("No run was given; say --run=runs/vmoe_nano, once it is trained.")
+    file, rows = cli.file("json", JSON.value), []
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else default_directory()
     runs = [opened(cli.folder("run", workdir)) for workdir in RUN.value]
     print(f"| capacity | {' | '.join(PRIORITIES.values())} | dropped |\n|{'---|' * (len(PRIORITIES) + 2)}")
@@ -49,6 +51,9 @@ def main() -> None:
         cells = [spread([one.accuracy for one in several]) for several in seen.values()]
         dropped = spread([one.dropped for one in seen["probability"]])
         print(f"| {factor} | {' | '.join(cells)} | {dropped} |", flush=True)
+        runs_of = {p: [one._asdict() for one in several] for p, several in seen.items()}
+        rows.append({"capacity": factor, "priorities": runs_of})
+    cli.write_json(file, rows)
 
 
 def opened(workdir: pathlib.Path) -> tuple[Experiment, State]:

@@ -48,7 +48,7 @@ def over_mesh(
 ) -> Float[Array, "B L D"]:
     """An attention on every shard of the current mesh; a plain call where there is none."""
     if here.tensor and not shard.in_shard_map():
-        part.check_spread(jax.sharding.get_abstract_mesh().shape["tensor"])
+        part.check_tensor(jax.sharding.get_abstract_mesh().shape["tensor"])
     sees = causal_rows(*x_BLD.shape[:2]) if sees is None else sees
     tokens = shard.token_spec(here)
     heads = P(None, here.tensor or None)

@@ -84,10 +84,10 @@ class MHA:
         return self.position.stack_params
 
     def for_memory(self) -> "MHA":
-        """The same attention to a memory, whose tokens have no positions among those of x."""
+        """Returns the attention to a memory, whose tokens have no positions among those of x."""
         return dataclasses.replace(self, position=NoPE(), window=None)
 
-    def check_spread(self, tensor: int) -> None:
+    def check_tensor(self, tensor: int) -> None:
         """Refuses heads that cannot lie on this many shards."""
         if self.qk_norm == "all" and tensor > 1:
             raise ValueError(

@@ -75,7 +75,7 @@ class MLA:
         """Refuses attention to a memory."""
         raise ValueError("MLA attends to the tokens it is given only; use MHA for attention to a memory.")
 
-    def check_spread(self, tensor: int) -> None:
+    def check_tensor(self, tensor: int) -> None:
         """Accepts heads on any number of shards: what they share is the same on each."""
 
     def score_flops(self, L: int, M: int) -> int:

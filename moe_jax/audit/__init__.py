@@ -1,5 +1,6 @@
-"""What proves the laws on a user's own config.
+"""Checks of the laws on a user's own config.
 
+laws           their sentences, and what checks each of them
 experiment     every law, of an experiment: what `python -m experiments.audit` prints
 shrink         the experiment at small widths, and what was changed
 routing        trainable, causal, batch-independent: of a layer

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from moe_jax import step
-from moe_jax.audit.meshes import CLOSE, StepTrace, Trial, Worst, alone, same, within, worst
+from moe_jax.audit.meshes import CLOSE, StepTrace, Trial, Worst, at_most, compare_with_one_device, on_one_device, worst
 from moe_jax.audit.routing import ROUNDING, Verdict
-from moe_jax.audit.samples import empty, nobody, only, scribbled
+from moe_jax.audit.samples import fill_padding, is_padding, keep_rows, padding_mask
 from moe_jax.audit.shrink import rows_of_a_group
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, Images
@@ -41,8 +41,10 @@ def drops(seen: StepTrace) -> Verdict:
     return Verdict(lost <= CLOSE * asked_N.sum(), f"{lost:.0f} of {asked_N.sum():.0f} in evaluation")
 
 
-def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]) -> dict[str, Verdict] | None:
-    """Whether a batch in pieces is the same step as at once; None where it need not be, or is not in pieces.
+def microbatches(
+    exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]
+) -> dict[str, Verdict] | None:
+    """Law 1: checks that a batch in microbatches is the same step as at once; None where this does not apply.
 
     Auxiliary losses, which are means over pieces, are left out, and so is noise, which is drawn for each piece;
     routing groups are sequences, as a group of several has other ones in pieces.
@@ -53,37 +55,37 @@ def pieces(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[ja
         calm = dataclasses.replace(calm, moe=dataclasses.replace(calm.moe, losses=(), gating=gating, S=None))
     if exp.data.microbatches == 1 or (calm.routed is not None and (calm.routed.random or calm.routed.losses)):
         return None
-    several = dataclasses.replace(alone(exp), model=calm)
+    several = dataclasses.replace(on_one_device(exp), model=calm)
     at_once = dataclasses.replace(several, data=dataclasses.replace(exp.data, microbatches=1))
     state = state._replace(router=jax.device_get(calm.init_router()))
     one, many = (jax.device_get(Trial(e, devices[:1])(state, batch)) for e in (at_once, several))
-    return same(one, many, state)
+    return compare_with_one_device(one, many, state)
 
 
 def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
-    """Law 7: what stands in padded places changes no loss, count, gradient or parameter, bit for bit."""
-    empty_BL, other = empty(batch, "target_BL"), scribbled(batch, np.random.default_rng(1))
+    """Law 7: the content of padded positions changes no loss, count, gradient or parameter, bit for bit."""
+    empty_BL, other = is_padding(batch, "target_BL"), fill_padding(batch, np.random.default_rng(1))
     seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
     if isinstance(seen[0].expert_NBLK, np.ndarray):
         E = len(seen[0].metrics.stats.choices_E[0])
-        if (seen[0].expert_NBLK[nobody(exp, batch)] < E).any():
+        if (seen[0].expert_NBLK[padding_mask(exp, batch)] < E).any():
             return Verdict(False, "a padded token has been given an expert")
     real = [s._replace(logits_BLV=np.where(empty_BL[..., None], 0, s.logits_BLV), expert_NBLK=None) for s in seen]
     found = worst(*(s._asdict() for s in real))
     where = f"differs in {found.where}" if found.error else f"{int(empty_BL.sum())} of {empty_BL.size} places tried"
     if found.error:
         return Verdict(False, where)
-    sums = within(CLOSE, halves(trial, exp, state, batch))
+    sums = at_most(CLOSE, halves(trial, exp, state, batch))
     return Verdict(sums.holds, f"{where}; sums of halves {sums.detail}")
 
 
 def halves(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Worst:
-    """How far the sums over a batch are from those of its halves, each with padding in place of the other."""
+    """Differences between sums over a batch and over its halves, each with padding in place of the other."""
     B, whole = len(batch.target_BL), exp.data.microbatches * rows_of_a_group(exp.model, batch)
     first_B1 = (np.arange(B) < B // (2 * whole) * whole)[:, None]
     if not first_B1.any():  # one routing group, which cannot be cut
         return Worst(0.0, "")
-    parts = [only(batch, rows_B1) for rows_B1 in (first_B1, ~first_B1)]
+    parts = [keep_rows(batch, rows_B1) for rows_B1 in (first_B1, ~first_B1)]
 
     def sums(batch: AnyBatch) -> Any:
         seen = jax.device_get(trial(state, batch))

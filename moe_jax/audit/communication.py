@@ -14,7 +14,7 @@ from moe_jax.costs.communication import merged, passes
 from moe_jax.data import AnyBatch
 
 
-class Row(NamedTuple):
+class ComparedCollective(NamedTuple):
     """Collectives of one kind over the same axes, in one pass of a train step; of none, count and bytes are 0."""
 
     part: str
@@ -23,12 +23,12 @@ class Row(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether they move the same bytes; how many there are is also a matter of which ones XLA combines."""
+        """Tells whether both move the same bytes; their number depends on which ones XLA combines."""
         return self.predicted.bytes == self.compiled.bytes
 
     @property
     def detail(self) -> str:
-        """What is wrong, and where; "" if nothing is."""
+        """Describes what is wrong, and where; "" if nothing is."""
         predicted, compiled = self.predicted, self.compiled
         if self.holds:
             return ""
@@ -43,11 +43,13 @@ class Row(NamedTuple):
         )
 
 
-def compare(predicted: Iterable[Collective], compiled: Iterable[Collective], part: str = "") -> list[Row]:
+def compare_collectives(
+    predicted: Iterable[Collective], compiled: Iterable[Collective], part: str = ""
+) -> list[ComparedCollective]:
     """A row for every op and axes; what has no axes sends nothing."""
     sides = [{(c.op, c.axes): c for c in grouped(side)} for side in (predicted, compiled)]
     kinds = sorted({kind for side in sides for kind in side})
-    return [Row(part, *(side.get(kind, none(*kind, sides)) for side in sides)) for kind in kinds]
+    return [ComparedCollective(part, *(side.get(kind, empty(*kind, sides)) for side in sides)) for kind in kinds]
 
 
 def grouped(found: Iterable[Collective]) -> list[Collective]:
@@ -60,17 +62,19 @@ def grouped(found: Iterable[Collective]) -> list[Collective]:
     return [c._replace(where="; ".join(places[c.op, c.axes])) for c in merged(found) if c.count or c.bytes]
 
 
-def none(op: str, axes: tuple[str, ...], sides: list[dict]) -> Collective:
+def empty(op: str, axes: tuple[str, ...], sides: list[dict]) -> Collective:
     """Nothing, of this kind."""
     return Collective(op, axes, next(side[op, axes].size for side in sides if (op, axes) in side), 0, 0)
 
 
-def less(whole: list[Collective], part: list[Collective]) -> list[Collective]:
-    """What a program sends that a part of it does not."""
+def subtract(whole: list[Collective], part: list[Collective]) -> list[Collective]:
+    """Collectives of a program that a part of it does not have."""
     return whole + [c._replace(count=-c.count, bytes=-c.bytes) for c in part]
 
 
-def audit(exp: Experiment, batch: AnyBatch | None = None, devices: Sequence[jax.Device] | None = None) -> list[Row]:
+def audit(
+    exp: Experiment, batch: AnyBatch | None = None, devices: Sequence[jax.Device] | None = None
+) -> list[ComparedCollective]:
     """Compares prediction and program pass by pass: "forward", "backward" (with it, less without), "step" (all of it).
 
     batch: of the shapes that are meant, if not the experiment's. devices: to compile for, if not those there are.
@@ -88,7 +92,7 @@ def audit(exp: Experiment, batch: AnyBatch | None = None, devices: Sequence[jax.
         forward, both = (sent(jax.jit(part).lower(program.abstract_state(), rows)) for part in parts)
     expected = passes(exp, sizes, program.mesh.devices.flat[0].platform)
     return [
-        *compare(expected.forward, forward, "forward"),
-        *compare(expected.backward, less(both, forward), "backward"),
-        *compare([c for part in expected for c in part], sent(program.lower(shapes)), "step"),
+        *compare_collectives(expected.forward, forward, "forward"),
+        *compare_collectives(expected.backward, subtract(both, forward), "backward"),
+        *compare_collectives([c for part in expected for c in part], sent(program.lower(shapes)), "step"),
     ]

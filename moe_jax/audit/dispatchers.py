@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.audit.meshes import CLOSE, SURE, largest, worst
-from moe_jax.audit.routing import Verdict, draw, keys, tokens_choose
+from moe_jax.audit.routing import Verdict, draw_trials, tokens_choose, trial_keys
 from moe_jax.core.context import Ids
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.moe import RECORDED, MoE, MoEConfig
@@ -17,8 +17,8 @@ from moe_jax.moe import RECORDED, MoE, MoEConfig
 def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
     """Outputs, all gradients and drops of the layer's dispatcher, and of the others, with the definition, `Einsum`."""
     rng = np.random.default_rng(seed)
-    given = jax.tree.map(lambda a: jnp.asarray(a[0]), draw(cfg, rng, 1, B, L, D))
-    keys_1 = keys(cfg, rng, 1)
+    given = jax.tree.map(lambda a: jnp.asarray(a[0]), draw_trials(cfg, rng, 1, B, L, D))
+    keys_1 = trial_keys(cfg, rng, 1)
     target = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
     arrived = "kept" if tokens_choose(cfg) else "assignments"  # experts that choose drop nothing
 
@@ -37,7 +37,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
         (value, (y_BLD, kept, stats)), grads = jax.device_get(gradients(given.params, given.x_TBLD))
         return {"loss": value, "y": y_BLD, "kept": stats.kept}, grads, kept, stats.choices_E.sum()
 
-    definition, *others = fitting(cfg)
+    definition, *others = fitting_dispatchers(cfg)
     outputs, grads, kept, asked = seen(definition)
     counted, are = outputs["kept"], kept.sum()
     if abs(counted - are) > 0.5:  # visits of soft slots are rounded
@@ -57,7 +57,7 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
     return Verdict(True, f"{names}; {asked - counted:.0f} of {asked:.0f} choices dropped")
 
 
-def fitting(cfg: MoEConfig) -> list[Any]:
+def fitting_dispatchers(cfg: MoEConfig) -> list[Any]:
     """The definition, then every dispatcher that makes the same of what the layer's router decides."""
     mine, makes = cfg.dispatch, cfg.traits.routing
     limit = {f: getattr(mine, f) for f in ("priority", "convention") if hasattr(mine, f)}

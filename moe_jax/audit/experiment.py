@@ -9,16 +9,17 @@ import jax
 
 from moe_jax.audit import alone, meshes
 from moe_jax.audit.dispatchers import dispatchers
+from moe_jax.audit.laws import law
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
 from moe_jax.audit.samples import sample
 from moe_jax.config import Experiment
 
 D = 8  # width of a layer that is tried alone
-TOKENS = 50_000  # of all trials of a layer
+TRIAL_TOKENS = 50_000  # of all trials of a layer
 
 
 class Finding(NamedTuple):
-    """What was found of a law, where it was tried, and whether the config claims it."""
+    """Finding about a law: the result, where it was tried, and whether the config claims the law."""
 
     law: str
     subject: str
@@ -32,29 +33,29 @@ class Finding(NamedTuple):
 
 def findings(exp: Experiment, small: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
     """All of them, of an experiment and of what it was shrunk to for these devices; the cheap ones first."""
-    yield from routing(exp, small)
-    yield from spread(small, devices)
+    yield from routing_findings(exp, small)
+    yield from mesh_findings(small, devices)
 
 
-def spread(exp: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
+def mesh_findings(exp: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
     """Laws 1, 4, 5, 7 and 8 of an experiment that fits on these devices."""
     state, batch = meshes.start(exp), sample(exp)
-    trial = meshes.Trial(meshes.alone(exp), devices[:1])
+    trial = meshes.Trial(meshes.on_one_device(exp), devices[:1])
     one = jax.device_get(trial(state, batch))
-    yield Finding("padding is nowhere", "one device", True, alone.padding(trial, exp, state, batch))
+    yield Finding(law(7).name, "one device", True, alone.padding(trial, exp, state, batch))
     if exp.data.objective.batch_kind != "images":  # which have no order
         told = alone.causal(trial, exp, state, batch)
-        yield Finding("causal means causal", "the whole model", exp.model.causal, told)
-    yield Finding("nothing is dropped in silence", "one device", True, alone.drops(one))
-    if (found := alone.pieces(exp, state, batch, devices)) is not None:
+        yield Finding(law(4).name, "the whole model", exp.model.causal, told)
+    yield Finding(law(8).name, "one device", True, alone.drops(one))
+    if (found := alone.microbatches(exp, state, batch, devices)) is not None:
         yield Finding("one batch, any pieces", "one device", True, together(found))
     for name, on_mesh in meshes.meshes(exp, devices):
         many = meshes.run_on(on_mesh, state, batch, devices)
-        yield Finding("one model, every mesh", name, True, together(meshes.same(one, many, state)))
+        yield Finding(law(1).name, name, True, together(meshes.compare_with_one_device(one, many, state)))
     name, on_mesh = next(meshes.meshes(exp, devices), ("", exp))
     if name:
         used = devices[: math.prod(n for _, n in on_mesh.mesh)]
-        yield Finding("replicas are replicas", name, True, meshes.replicas(on_mesh, state, batch, used))
+        yield Finding(law(5).name, name, True, meshes.replicas(on_mesh, state, batch, used))
 
 
 def together(verdicts: dict[str, Verdict]) -> Verdict:
@@ -64,22 +65,22 @@ def together(verdicts: dict[str, Verdict]) -> Verdict:
     return Verdict(all(v.holds for v in verdicts.values()), "; ".join(words))
 
 
-def routing(exp: Experiment, small: Experiment) -> Iterator[Finding]:
+def routing_findings(exp: Experiment, small: Experiment) -> Iterator[Finding]:
     """Laws 2, 3 and 4 of an experiment's layer, shrunk to that of the small one, for sequences of its own length."""
     cfg, length = small.model.routed, max(s.L for s in exp.model.stacks(exp.data.shapes(1)))
     if cfg is None:
         return
     cfg = dataclasses.replace(cfg, S=exp.model.moe.S)
     sizes = {"B": max(2, cfg.sequences(length)), "L": length, "D": D}
-    trials = max(20, min(200, TOKENS // (sizes["B"] * length)))
-    yield Finding("one routing, every dispatcher", "training", True, dispatchers(cfg, **sizes))
-    yield Finding("routers are trainable", "training", True, trainable(cfg, **sizes))
+    trials = max(20, min(200, TRIAL_TOKENS // (sizes["B"] * length)))
+    yield Finding(law(2).name, "training", True, dispatchers(cfg, **sizes))
+    yield Finding(law(3).name, "training", True, trainable(cfg, **sizes))
     modes = {"training": (cfg, True), "evaluation": (cfg, False)}
     if cfg.dropless() != cfg:
         modes["evaluation without a limit"] = (cfg.dropless(), False)
     for mode, (layer, training) in modes.items():
         verdict = causal(layer, training, **sizes, trials=trials)
-        yield Finding("causal means causal", mode, exp.model.causal, verdict)
+        yield Finding(law(4).name, mode, exp.model.causal, verdict)
     for mode, (layer, training) in modes.items():
         verdict = batch_independent(layer, training, **sizes, trials=trials)
         yield Finding("batch-independent", mode, False, verdict)

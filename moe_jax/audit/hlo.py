@@ -54,7 +54,7 @@ Computation = dict[str, Instruction]  # by name, in the order of the text
 
 
 def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
-    """What one device executes of `compiled.as_text()`, in its order, an item for each collective in the text.
+    """Collectives that one device executes of `compiled.as_text()`, in order, one item for each in the text.
 
     Loops count as often as they run, of a conditional the branch that moves most. The mesh is the one that the program
     was compiled for, its devices in their order. ValueError for another one, for a text that is not HLO, and for a
@@ -63,7 +63,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     header = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])
     if header and (devices := math.prod(map(int, header))) != mesh.size:
         raise ValueError(f"the program is for {devices} devices, the mesh has {mesh.size}; give the program's own.")
-    entry, computations = parse(text)
+    entry, computations = parse_module(text)
 
     @functools.cache
     def run(name: str) -> list[Collective]:
@@ -83,42 +83,42 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             return [repeated(c, times) for c in run(body)] + [repeated(c, times + 1) for c in run(condition)]
         if op == "conditional":
             return max(map(run, called(i)), key=lambda branch: sum(c.bytes for c in branch))
-        return within(i, [c for name in called(i) for c in run(name)])
+        return called_collectives(i, [c for name in called(i) for c in run(name)])
 
     return run(entry)
 
 
 def repeated(c: Collective, times: int) -> Collective:
-    """It, `times` times."""
+    """Repeats a collective `times` times."""
     return c._replace(count=times * c.count, bytes=times * c.bytes)
 
 
-def within(i: Instruction, found: list[Collective]) -> list[Collective]:
-    """What a call or fusion executes: it says where, if what it calls does not.
+def called_collectives(i: Instruction, found: list[Collective]) -> list[Collective]:
+    """Collectives that a call or fusion executes; they get its location where they have none.
 
     On TPU a fusion of an all-reduce and each device's slice of it is a reduce-scatter.
     """
     if i.op == "fusion" and [c.op for c in found] == ["all-reduce"] and found[0].size > 1:
-        kept = total(sizes(i.result))
+        kept = total(byte_sizes(i.result))
         if kept * found[0].size == found[0].bytes:
             found = [found[0]._replace(op="reduce-scatter", bytes=kept)]
-    return [c if c.where else c._replace(where=place(i)) for c in found]
+    return [c if c.where else c._replace(where=location(i)) for c in found]
 
 
 def trips(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int:
-    """How often the body runs."""
+    """Number of times that the body runs."""
     known = TRIPS.search(loop.rest)
     times = int(known[1]) if known else steps(loop, around, body, condition)
     if times is None:
         raise ValueError(
-            f"the loop {loop.name} ({place(loop)}) communicates, and the program does not tell how often it runs; "
+            f"the loop {loop.name} ({location(loop)}) communicates, and the program does not tell how often it runs; "
             "make it a scan, or a fori_loop between constants."
         )
     return times
 
 
 def steps(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int | None:
-    """Of a loop that adds a constant to a counter as long as it is below another: all that TPU programs say."""
+    """Steps of a loop that adds a constant to a counter below a limit: all that TPU programs say."""
     test = root(condition)
     if test.op != "compare" or "direction=LT" not in test.rest:
         return None
@@ -129,8 +129,8 @@ def steps(loop: Instruction, around: Computation, body: Computation, condition: 
     first = element(around, operands(loop)[0], int(index))
     after = element(body, root(body).name, int(index))
     added = [origin(body, name) for name in operands(after)]
-    bounds = [n for i in (first, limit) if (n := number(i)) is not None]
-    by = [n for i in added if (n := number(i)) is not None]
+    bounds = [n for i in (first, limit) if (n := constant_value(i)) is not None]
+    by = [n for i in added if (n := constant_value(i)) is not None]
     counts = after.op == "add" and index in [attribute(i, "index") for i in added]
     if not counts or len(bounds) != 2 or len(by) != 1 or by[0] < 1:
         return None
@@ -140,7 +140,7 @@ def steps(loop: Instruction, around: Computation, body: Computation, condition: 
 # ---------------------------------------------------------------- the text
 
 
-def parse(text: str) -> tuple[str, dict[str, Computation]]:
+def parse_module(text: str) -> tuple[str, dict[str, Computation]]:
     """The name of the entry, and all computations by name."""
     entry = ""
     computations: dict[str, Computation] = {}
@@ -151,7 +151,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
             if (head := COMPUTATION.match(line)) and not line.startswith("HloModule"):
                 current = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif (found := INSTRUCTION.match(line)) and not another_piece(found[4], found[5], seen):
+        elif (found := INSTRUCTION.match(line)) and not continues_collective(found[4], found[5], seen):
             root, name, result, op, rest = found.groups()
             current[name] = Instruction(name, op, result, rest, bool(root))
     if not entry:
@@ -159,8 +159,8 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
     return entry, computations
 
 
-def another_piece(op: str, rest: str, seen: set) -> bool:
-    """Whether it goes on with a collective that has begun: TPU fuses its pieces with computations that hide it."""
+def continues_collective(op: str, rest: str, seen: set) -> bool:
+    """Tells whether an instruction continues a collective that has begun: TPU fuses its parts with computations."""
     chain = CHAIN.search(rest) if op in OPCODES else None
     if chain is None:
         return False
@@ -169,7 +169,7 @@ def another_piece(op: str, rest: str, seen: set) -> bool:
     return known
 
 
-def place(i: Instruction) -> str:
+def location(i: Instruction) -> str:
     """The modules that it belongs to, and whether it is of the backward pass or of what that recomputes.
 
     "LM/stack_0/moe_1 backward"; what is in no module has the name of its operation; " + " between those that XLA has
@@ -179,11 +179,11 @@ def place(i: Instruction) -> str:
     name = named[1] if named else ""
     combined = re.fullmatch(r"(.*/)?\((.*)\)", name)
     paths = [(combined[1] or "") + part for part in combined[2].split(":")] if combined else [name]
-    places = list(dict.fromkeys(map(short, paths)))
+    places = list(dict.fromkeys(map(short_path, paths)))
     return " + ".join(places[:2] + [f"{len(places) - 2} more"] * (len(places) > 2))
 
 
-def short(path: str) -> str:
+def short_path(path: str) -> str:
     """A name that JAX gave to an operation, without its own part in it."""
     *parts, op = path.split("/")
     inner = [re.sub(r"^(?:(?:jvp|transpose|vmap)\()*(.*?)\)*$", r"\1", p) for p in parts]
@@ -193,7 +193,7 @@ def short(path: str) -> str:
 
 
 def attribute(i: Instruction, name: str) -> str:
-    """Its value, without a leading %."""
+    """Value of an instruction's attribute, without a leading %."""
     found = re.search(rf"\b{name}=%?([\w.-]+)", i.rest)
     return found[1] if found else ""
 
@@ -216,7 +216,7 @@ def operands(i: Instruction) -> list[str]:
 
 
 def origin(computation: Computation, name: str) -> Instruction:
-    """What this is a copy of."""
+    """Instruction that this one is a copy of."""
     i = computation[name]
     while i.op in ("copy", "copy-start", "copy-done", "bitcast"):
         i = computation[operands(i)[0]]
@@ -224,18 +224,18 @@ def origin(computation: Computation, name: str) -> Instruction:
 
 
 def element(computation: Computation, name: str, index: int) -> Instruction:
-    """What is at this index of a tuple; the tuple, if it has not been made here."""
+    """Element of a tuple at this index; the tuple, if it has not been made here."""
     made = origin(computation, name)
     return origin(computation, operands(made)[index]) if made.op == "tuple" else made
 
 
-def number(i: Instruction) -> int | None:
+def constant_value(i: Instruction) -> int | None:
     """Value of a constant integer."""
     value = re.match(r"(-?\d+)\)", i.rest) if i.op == "constant" else None
     return int(value[1]) if value else None
 
 
-def sizes(result: str) -> int | tuple:
+def byte_sizes(result: str) -> int | tuple:
     """Bytes of an array, or of what a tuple holds."""
 
     def size(shape: re.Match) -> str:
@@ -253,12 +253,12 @@ def total(tree: int | tuple) -> int:
 
 def read(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
     """One execution of a collective."""
-    op, result = i.op.removesuffix("-start"), sizes(i.result)
+    op, result = i.op.removesuffix("-start"), byte_sizes(i.result)
     if op != i.op and op != "all-reduce":  # operands, results and what else it takes to wait for them
         result = result[1]  # type: ignore[index]
     written = GROUPS.search(i.rest)
     axes, size = span(written[1] if written else "{}", op == "collective-permute", tuple(mesh.shape.items()))
-    return Collective(op, axes, size, 1, total(result), place(i))
+    return Collective(op, axes, size, 1, total(result), location(i))
 
 
 # ---------------------------------------------------------------- who talks to whom
@@ -296,7 +296,7 @@ def groups(written: str, devices: int) -> list[np.ndarray]:
 
 
 def named_groups(mesh: str, dims: str | None, order: str | None, ids: str | None, axes: str) -> list[np.ndarray]:
-    """Of mesh['a'=4,'b'=2] {'b'}, or with {'a':(2)2}: parts of a, in 2 x 2, the second 2.
+    """Device groups of a mesh notation: mesh['a'=4,'b'=2] {'b'}, or {'a':(2)2}, the second 2 of a as 2 x 2.
 
     `dims` and `order`, or `ids`, are the mesh's devices, if these are not in order.
     """

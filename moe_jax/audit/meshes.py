@@ -20,7 +20,7 @@ from moe_jax.config import Experiment
 from moe_jax.core import shard
 from moe_jax.core.shard import AXES
 from moe_jax.data import AnyBatch
-from moe_jax.evaluate import Sums, evaluation_step
+from moe_jax.evaluate import EvaluationSums, evaluation_step
 from moe_jax.models import Call
 
 CLOSE = 1e-5  # relative to the largest number of an array, in float32
@@ -50,7 +50,7 @@ class StepTrace(NamedTuple):
     metrics: step.Metrics
     grads: Any
     state: step.State  # after the step
-    evaluated: Sums
+    evaluated: EvaluationSums
 
 
 class Trial:
@@ -61,7 +61,7 @@ class Trial:
         self.run = jax.jit(partial(everything, exp, self.program.layouts))
 
     def __call__(self, state: step.State, batch: AnyBatch) -> StepTrace:
-        """Of a state and a batch in the memory of the host."""
+        """Runs the step on a state and a batch in host memory."""
         state = jax.device_put(state, self.program.shardings)
         with jax.set_mesh(self.program.mesh):
             return self.run(state, self.program.to_global(batch))
@@ -85,8 +85,8 @@ def everything(exp: Experiment, layouts: step.StateSpecs, state: step.State, bat
     return StepTrace(logits_BLV, expert_NBLK, metrics, grads, after, evaluated)
 
 
-def uneven(state: step.State) -> step.State:
-    """With routers that are surer than at the start of training, so that some experts overflow."""
+def sharpen_routers(state: step.State) -> step.State:
+    """Sharpens the routers of a state, so that some experts overflow."""
 
     def leaf(path: Any, x: np.ndarray) -> np.ndarray:
         name = str(path[-1].key)
@@ -98,7 +98,7 @@ def uneven(state: step.State) -> step.State:
 def start(exp: Experiment) -> step.State:
     """A state before the first step, in the memory of the host."""
     tx, _ = exp.optim.build(exp.run.steps)
-    return uneven(jax.jit(partial(step.init, exp, tx))())
+    return sharpen_routers(jax.jit(partial(step.init, exp, tx))())
 
 
 # ---------------------------------------------------------------- law 1
@@ -118,46 +118,46 @@ def meshes(exp: Experiment, devices: list[jax.Device]) -> Iterator[tuple[str, Ex
             yield " x ".join(f"{a}={sizes[a]}" for a in AXES if a in sizes), spread
 
 
-def alone(exp: Experiment) -> Experiment:
+def on_one_device(exp: Experiment) -> Experiment:
     return dataclasses.replace(exp, mesh=())
 
 
 def run_on(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device]) -> StepTrace:
-    """What is seen of a step on the experiment's mesh, in the memory of the host."""
+    """Trace of a step on the experiment's mesh, in host memory."""
     count = int(np.prod([n for _, n in exp.mesh]))
     return jax.device_get(Trial(exp, devices[:count])(state, batch))
 
 
-def same(one: StepTrace, many: StepTrace, before: step.State) -> dict[str, Verdict]:
-    """Whether a mesh has done what a single device has: outputs, losses, drops, gradients, one step."""
-    one, many = (seen._replace(grads=felt(seen.grads)) for seen in (one, many))
+def compare_with_one_device(one: StepTrace, many: StepTrace, before: step.State) -> dict[str, Verdict]:
+    """Law 1: compares a mesh with a single device: outputs, losses, drops, gradients, one step."""
+    one, many = (seen._replace(grads=drop_key_bias(seen.grads)) for seen in (one, many))
     stats = {n: v for n, v in (one.metrics.stats._asdict() if one.metrics.stats else {}).items() if n != "kept"}
     found = {
-        "outputs": within(CLOSE, worst(one.logits_BLV, many.logits_BLV)),
-        "losses": within(
+        "outputs": at_most(CLOSE, worst(one.logits_BLV, many.logits_BLV)),
+        "losses": at_most(
             CLOSE,
             worst(
                 {**one.metrics._asdict(), "stats": stats},
                 {**many.metrics._asdict(), "stats": {n: getattr(many.metrics.stats, n) for n in stats}},
             ),
         ),
-        "gradients": within(CLOSE, worst(one.grads, many.grads, least=largest(one.grads) * SURE)),
-        "one step": within(STEP, step_error(one, many, before)),
-        "evaluation": within(CLOSE, worst(one.evaluated, many.evaluated)),
-        "router state": within(CLOSE, worst(one.state.router, many.state.router)),
+        "gradients": at_most(CLOSE, worst(one.grads, many.grads, least=largest(one.grads) * SURE)),
+        "one step": at_most(STEP, step_error(one, many, before)),
+        "evaluation": at_most(CLOSE, worst(one.evaluated, many.evaluated)),
+        "router state": at_most(CLOSE, worst(one.state.router, many.state.router)),
     }
     if one.metrics.stats is not None:
-        found["drops"] = exactly(one, many)
+        found["drops"] = compare_choices(one, many)
     return found
 
 
-def felt(grads: Any) -> Any:
+def drop_key_bias(grads: Any) -> Any:
     """Gradients without that of the bias of keys, which moves all scores of a query alike: it is rounding."""
     return jax.tree.map_with_path(lambda path, g: g * (str(path[-1].key) != "key_JA"), grads)
 
 
-def exactly(one: StepTrace, many: StepTrace) -> Verdict:
-    """The same choices, and as many of them dropped in every layer."""
+def compare_choices(one: StepTrace, many: StepTrace) -> Verdict:
+    """Compares choices exactly, and the number of dropped ones in every layer."""
     mine, theirs = one.metrics.stats, many.metrics.stats
     assert mine is not None
     assert theirs is not None
@@ -206,7 +206,7 @@ def largest(tree: Any) -> float:
     return max(float(np.abs(x).max(initial=0)) for x in jax.tree.leaves(tree))
 
 
-def within(limit: float, found: Worst) -> Verdict:
+def at_most(limit: float, found: Worst) -> Verdict:
     holds = found.error <= limit
     where = f" in {found.where}" if found.where else ""
     return Verdict(holds, f"{found.error:.0e}" + ("" if holds else f"{where}, where {limit:.0e} is rounding"))
@@ -225,7 +225,7 @@ def replicas(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[
         by_index: dict[str, list[bytes]] = {}
         for piece in leaf.addressable_shards:
             by_index.setdefault(str(piece.index), []).append(np.asarray(piece.data).tobytes())
-        copies += sum(len(same) - 1 for same in by_index.values())
+        copies += sum(len(compare_with_one_device) - 1 for compare_with_one_device in by_index.values())
         if any(len(set(same)) > 1 for same in by_index.values()):
             return Verdict(False, f"{jax.tree_util.keystr(path, simple=True, separator='/')} differs between devices")
     return Verdict(True, f"{copies} copies after {steps} steps, all bit-identical")

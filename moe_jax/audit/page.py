@@ -1,16 +1,20 @@
-"""What an audit has found, as one static HTML page."""
+"""Findings of an audit as one static HTML page."""
 
 from collections.abc import Sequence
 
-from moe_jax.audit.communication import Row
+from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.experiment import Finding
-from moe_jax.audit.placement import Placed
+from moe_jax.audit.placement import ParamPlacement
 from moe_jax.config import Experiment
 from moe_jax.reporting import page, plots
 
 
 def findings_page(
-    exp: Experiment, shrunk: list[str], found: Sequence[Finding], rows: Sequence[Row], placed: Sequence[Placed]
+    exp: Experiment,
+    shrunk: list[str],
+    found: Sequence[Finding],
+    rows: Sequence[ComparedCollective],
+    placed: Sequence[ParamPlacement],
 ) -> str:
     """Everything inside one page: laws, communication (drawn too), placement of the real experiment, its config."""
     broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
@@ -39,27 +43,27 @@ def _law(f: Finding) -> tuple[str, ...]:
     return f.law, f.subject, held, f.verdict.detail
 
 
-def _row(row: Row) -> tuple[str, ...]:
+def _row(row: ComparedCollective) -> tuple[str, ...]:
     c, held = row.compiled, "yes" if row.holds else "NO"
     numbers = (f"{c.count}", f"{c.bytes:,}", f"{c.wire:,.0f}", f"{row.predicted.bytes:,}")
     return row.part, c.op, " x ".join(c.axes), *numbers, held, row.detail or row.predicted.where
 
 
-def _placed(p: Placed) -> tuple[str, ...]:
+def _placed(p: ParamPlacement) -> tuple[str, ...]:
     return *p.words, f"{p.device_bytes:,}", f"{p.optimizer_bytes:,}"
 
 
-def _total(placed: Sequence[Placed]) -> tuple[str, ...]:
+def _total(placed: Sequence[ParamPlacement]) -> tuple[str, ...]:
     sums = (sum(p.device_bytes for p in placed), sum(p.optimizer_bytes for p in placed))
     return "on a device", "", "", *(f"{n:,}" for n in sums)
 
 
-def _of_step(rows: Sequence[Row]) -> list[Row]:
-    """What a step sends."""
+def _of_step(rows: Sequence[ComparedCollective]) -> list[ComparedCollective]:
+    """Section on the collectives of a step."""
     return [row for row in rows if row.part == "step" and max(row.compiled.bytes, row.predicted.bytes)]
 
 
-def drawn(step: Sequence[Row]) -> plots.Plot:
+def drawn(step: Sequence[ComparedCollective]) -> plots.Plot:
     """Bytes by collective and axes, on the wire, predicted beside compiled."""
     names = [f"{row.compiled.op}, {' x '.join(row.compiled.axes)}" for row in step]
     wires = {name: [getattr(row, name).wire for row in step] for name in ("predicted", "compiled")}

@@ -1,4 +1,4 @@
-"""Which parameter lies where on a mesh, and what a device holds."""
+"""Sharding of every parameter on a mesh, and the bytes of a device."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from moe_jax.core import dims
 from moe_jax.optim import names_of
 
 
-class Placed(NamedTuple):
+class ParamPlacement(NamedTuple):
     """One parameter, with what the optimizer remembers of it."""
 
     name: str
@@ -25,32 +25,32 @@ class Placed(NamedTuple):
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """Its name, its shape, and what it is spread over."""
+        """Describes a parameter: name, shape, and the axes it is sharded over."""
         return self.name, "x".join(map(str, self.shape)), ", ".join("x".join(axes) or "-" for axes in self.axes)
 
 
-def placement(exp: Experiment) -> list[Placed]:
+def placement(exp: Experiment) -> list[ParamPlacement]:
     """Every parameter of an experiment on its mesh, "the rest" being one; nothing is made."""
     tx, _ = exp.optim.build(exp.run.steps)
     sizes = {axis: max(n, 1) for axis, n in exp.mesh}
     state = jax.eval_shape(partial(step.init, exp, tx))
     layouts = step.state_specs(exp, state, sizes)
     remembered: dict[tuple[str, ...], int] = {}
-    for (path, leaf), layout in laid(state.opt_state, layouts.state.opt_state):
+    for (path, leaf), layout in with_specs(state.opt_state, layouts.state.opt_state):
         remembered[names_of(path)] = remembered.get(names_of(path), 0) + local_bytes(leaf, layout, sizes)
     return [
-        Placed(
+        ParamPlacement(
             "/".join(names := names_of(path)),
             leaf.shape,
             tuple(dims.axes(layout, leaf.ndim)),
             local_bytes(leaf, layout, sizes),
             remembered.get(names, 0),
         )
-        for (path, leaf), layout in laid(state.params, layouts.params)
+        for (path, leaf), layout in with_specs(state.params, layouts.params)
     ]
 
 
-def laid(tree: Any, layouts: Any) -> Iterator[tuple[tuple[Any, Any], P]]:
+def with_specs(tree: Any, layouts: Any) -> Iterator[tuple[tuple[Any, Any], P]]:
     """Leaves with their paths, and how they lie."""
     return zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(layouts), strict=True)
 

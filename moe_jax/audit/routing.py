@@ -22,7 +22,7 @@ ROUNDING = 1e-5  # relative to the largest output: matrix products may round by 
 
 
 class Verdict(NamedTuple):
-    """Whether a law holds, and what was seen."""
+    """Verdict on a law, and what was seen."""
 
     holds: bool
     detail: str
@@ -39,7 +39,7 @@ class Trials(NamedTuple):
 
 
 class RoutingTrace(NamedTuple):
-    """What a layer does with the tokens of T trials."""
+    """Trace of a layer on the tokens of T trials."""
 
     y_TBLD: Float[Array, "T B L D"]
     assignments_TBLE: Float[Array, "T B L E"]  # dropped ones too
@@ -56,9 +56,9 @@ def trainable(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, trials: int =
     if not cfg.router.params:
         return Verdict(True, "no parameters")
     rng = np.random.default_rng(seed)
-    given = draw(cfg, rng, trials, B, L, D)
+    given = draw_trials(cfg, rng, trials, B, L, D)
     target_TBLD = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
-    found = gradients(cfg, given, keys(cfg, rng, trials), target_TBLD)
+    found = router_gradients(cfg, given, trial_keys(cfg, rng, trials), target_TBLD)
     still = [name for name, g in found.items() if not np.abs(g).max() > TINY]
     if not still:
         return Verdict(True, f"all of {', '.join(found)}")
@@ -76,10 +76,10 @@ def causal(
     a drop, bit for bit, or in y_BLD by more than rounding.
     """
     rng = np.random.default_rng(seed)
-    given = draw(cfg, rng, trials, B, L, D)
+    given = draw_trials(cfg, rng, trials, B, L, D)
     mine_TB1 = one_of(rng, trials, B)[..., None]
     later_T1L = np.arange(L) >= rng.integers(1, L, size=(trials, 1, 1))
-    return compare(cfg, training, rng, given, mine_TB1 & later_T1L, mine_TB1 & ~later_T1L, "a prefix")
+    return compare_traces(cfg, training, rng, given, mine_TB1 & later_T1L, mine_TB1 & ~later_T1L, "a prefix")
 
 
 def batch_independent(
@@ -91,15 +91,15 @@ def batch_independent(
     It goes by the config's S, the tokens that compete for slots: None is one sequence.
     """
     rng = np.random.default_rng(seed)
-    given = draw(cfg, rng, trials, B, L, D)
+    given = draw_trials(cfg, rng, trials, B, L, D)
     mine_TBL = np.repeat(one_of(rng, trials, B)[..., None], L, axis=-1)
-    return compare(cfg, training, rng, given, ~mine_TBL, mine_TBL, "a sequence")
+    return compare_traces(cfg, training, rng, given, ~mine_TBL, mine_TBL, "a sequence")
 
 
 # ---------------------------------------------------------------- inputs
 
 
-def draw(cfg: MoEConfig, rng: np.random.Generator, T: int, B: int, L: int, D: int) -> Trials:
+def draw_trials(cfg: MoEConfig, rng: np.random.Generator, T: int, B: int, L: int, D: int) -> Trials:
     """Trials with parameters of about unit gain, those that start at zero too."""
     x = jax.ShapeDtypeStruct((B, L, D), jnp.float32)
     shapes = jax.eval_shape(MoE(cfg).init, jax.random.key(0), x)["params"]
@@ -108,10 +108,10 @@ def draw(cfg: MoEConfig, rng: np.random.Generator, T: int, B: int, L: int, D: in
         fan_in = like.shape[-2] if like.ndim > 1 else 1
         return (rng.normal(size=(T, *like.shape)) / fan_in**0.5).astype(np.float32)
 
-    return tokens(cfg, rng, jax.tree.map(normal, shapes), (T, B, L, D))
+    return draw_tokens(cfg, rng, jax.tree.map(normal, shapes), (T, B, L, D))
 
 
-def tokens(
+def draw_tokens(
     cfg: MoEConfig, rng: np.random.Generator, params: dict[str, np.ndarray], shape: tuple[int, int, int, int]
 ) -> Trials:
     """Tokens that share a direction, from not at all to a lot; few different ids, so that they collide."""
@@ -127,7 +127,7 @@ def tokens(
     )
 
 
-def keys(cfg: MoEConfig, rng: np.random.Generator, T: int) -> Key[Array, "T"] | None:
+def trial_keys(cfg: MoEConfig, rng: np.random.Generator, T: int) -> Key[Array, "T"] | None:
     """A key for each trial; none where nothing is random, so that training and evaluation are one program."""
     data = jnp.asarray(rng.integers(2**32, size=(T, 2), dtype=np.uint32))
     return jax.random.wrap_key_data(data, impl="threefry2x32") if cfg.random else None
@@ -140,7 +140,7 @@ def one_of(rng: np.random.Generator, T: int, n: int) -> Bool[np.ndarray, "T n"]:
 
 def changed(cfg: MoEConfig, rng: np.random.Generator, given: Trials, where_TBL: Bool[np.ndarray, "T B L"]) -> Trials:
     """Other tokens in these places; in every fourth trial, the sequences end somewhere among them."""
-    other, (T, B, L) = tokens(cfg, rng, given.params, given.x_TBLD.shape), where_TBL.shape
+    other, (T, B, L) = draw_tokens(cfg, rng, given.params, given.x_TBLD.shape), where_TBL.shape
     padding_T11 = (np.arange(T) % 4 == 0)[:, None, None]
     over_TBL = np.arange(L) >= rng.integers(L, size=(T, B, 1))
     return Trials(
@@ -156,10 +156,10 @@ def changed(cfg: MoEConfig, rng: np.random.Generator, given: Trials, where_TBL: 
 
 
 @partial(jax.jit, static_argnums=0)
-def gradients(
+def router_gradients(
     cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None, target_TBLD: Float[Array, "T B L D"]
 ) -> dict[str, Array]:
-    """Of the task loss, by each of the router's parameters, [T, ...]."""
+    """Gradients of the task loss by each of the router's parameters, [T, ...]."""
 
     def loss(router, params, x_BLD, mask_BL, token_BL, task_BL, key, target_BLD):
         params = params | {f"router_{name}": value for name, value in router.items()}
@@ -190,7 +190,7 @@ def tokens_choose(cfg: MoEConfig) -> bool:
     return cfg.traits.routing is TokenChoice
 
 
-def compare(
+def compare_traces(
     cfg: MoEConfig,
     training: bool,
     rng: np.random.Generator,
@@ -199,8 +199,8 @@ def compare(
     watched_TBL: Bool[np.ndarray, "T B L"],
     what: str,
 ) -> Verdict:
-    """Whether a change in some places changes anything in those that are watched, and what."""
-    key_T = keys(cfg, rng, len(where_TBL))
+    """Tells whether a change of some tokens changes anything at the watched ones, and what."""
+    key_T = trial_keys(cfg, rng, len(where_TBL))
     inputs = (given, changed(cfg, rng, given, where_TBL))
     run = partial(trace_routing, cfg, key_T=key_T if training else None)
     one, other = (jax.tree.map(np.asarray, run(trials)) for trials in inputs)

@@ -31,7 +31,7 @@ def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
     mesh = tuple(fold(dict(exp.mesh), devices).items())
     optim = dataclasses.replace(exp.optim, schedule=Constant(RATE))
     small = dataclasses.replace(exp, model=model, data=data, optim=optim, mesh=mesh)
-    return small, differences(exp, small)
+    return small, changes(exp, small)
 
 
 def narrow(model: Model, whole: Any, short: Any) -> Model:
@@ -66,14 +66,14 @@ def kinds(model: Model) -> set[Any]:
 
 
 def thin_layer(moe: Any) -> Any:
-    """What stands in sparse layers, with few hidden units."""
+    """Returns the content of sparse layers with few hidden units."""
     if not isinstance(moe, MoEConfig):
         return thin(moe)
     return dataclasses.replace(moe, experts=thin(moe.experts), shared=thin(moe.shared))
 
 
 def rows_of_a_group(model: Model, batch: Any) -> int:
-    """How many sequences of batches like this one a whole number of routing groups takes, in every stack."""
+    """Number of sequences that make whole routing groups in every stack."""
     routed = [stack for stack in model.stacks(batch) if isinstance(stack.moe, MoEConfig)]
     return math.lcm(*(stack.moe.sequences(stack.L) for stack in routed))
 
@@ -84,7 +84,7 @@ def thin(expert: Any) -> Any:
 
 
 def shallow(model: Model) -> Model:
-    """With as few layers as have every kind of layer, and two that route where there are two."""
+    """Returns the model with the fewest layers that include every kind, and two that route where there are two."""
     for N in range(1, model.N):
         try:
             fewer = dataclasses.replace(model, N=N)
@@ -106,13 +106,13 @@ def fold(mesh: dict[str, int], devices: int) -> dict[str, int]:
     return sizes
 
 
-def differences(exp: Experiment, small: Experiment) -> list[str]:
-    """What is not as configured."""
+def changes(exp: Experiment, small: Experiment) -> list[str]:
+    """Lists what was changed from the config."""
     pairs = [(name, getattr(exp, name), getattr(small, name)) for name in ("data", "optim", "model")]
     if exp.model.routed is not None:
         pairs.append(("model.moe", exp.model.moe, small.model.moe))
     changed = [
-        f"{path}.{f.name} {short(old)} -> {short(new)}"
+        f"{path}.{f.name} {short_repr(old)} -> {short_repr(new)}"
         for path, one, other in pairs
         for f in dataclasses.fields(one)
         if (old := getattr(one, f.name)) != (new := getattr(other, f.name)) and f.name != "moe"
@@ -123,5 +123,5 @@ def differences(exp: Experiment, small: Experiment) -> list[str]:
     return changed
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     return f"F={value.F}" if hasattr(value, "F") else repr(value)

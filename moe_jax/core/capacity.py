@@ -1,4 +1,4 @@
-"""How many slots an expert has: the conventions of papers and code bases, by name."""
+"""Capacity conventions of papers and code bases, by name: the number of slots of an expert."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ PRIORITIES = ("token-major", "choice-major", "probability")
 
 
 @dataclasses.dataclass(frozen=True)
-class Convention:
+class CapacityConvention:
     """Slots per expert and group: factor * K * S / E, or without K; rounded, up to a multiple, at least a minimum."""
 
     per_choice: bool = True  # whether K is in the formula
@@ -19,13 +19,13 @@ class Convention:
 
 
 # The same factor means twice the slots where K=2 is in the formula.
-CONVENTIONS = {
-    "exact": Convention(),  # ours; MaxText's up to rounding
-    "switch": Convention(per_choice=False, rounding=math.floor, minimum=4),  # Switch's paper, Mesh TensorFlow
-    "flaxformer": Convention(per_choice=False, rounding=round, minimum=4),  # Switch's and ST-MoE's release
-    "flaxformer-large": Convention(per_choice=False, rounding=round, minimum=2),  # its Switch-XXL and Switch-C
-    "gshard": Convention(per_choice=False, multiple=4),  # GShard, praxis: its factor is 2 for top-2
-    "vmoe": Convention(multiple=4),  # V-MoE
+CAPACITY_CONVENTIONS = {
+    "exact": CapacityConvention(),  # ours; MaxText's up to rounding
+    "switch": CapacityConvention(per_choice=False, rounding=math.floor, minimum=4),  # Switch's paper, Mesh TensorFlow
+    "flaxformer": CapacityConvention(per_choice=False, rounding=round, minimum=4),  # Switch's and ST-MoE's release
+    "flaxformer-large": CapacityConvention(per_choice=False, rounding=round, minimum=2),  # its Switch-XXL and Switch-C
+    "gshard": CapacityConvention(per_choice=False, multiple=4),  # GShard, praxis: its factor is 2 for top-2
+    "vmoe": CapacityConvention(multiple=4),  # V-MoE
 }
 
 
@@ -36,7 +36,7 @@ def capacity(S: int, K: int, E: int, factor: float | None, convention: str = "ex
     """
     if factor is None:
         return S
-    c = CONVENTIONS[convention]
+    c = CAPACITY_CONVENTIONS[convention]
     slots = c.rounding(Fraction(str(factor)) * (K if c.per_choice else 1) * S / E)
     return min(S, max(c.minimum, -(-slots // c.multiple) * c.multiple))
 
@@ -48,5 +48,7 @@ def check_capacity(dispatch) -> None:
         raise ValueError(f"{name}(capacity_factor={factor}) leaves no slots; use 1.25, say, or None to drop nothing.")
     if dispatch.priority not in PRIORITIES:
         raise ValueError(f"{name}(priority={dispatch.priority!r}) is unknown; use one of {', '.join(PRIORITIES)}.")
-    if dispatch.convention not in CONVENTIONS:
-        raise ValueError(f"{name}(convention={dispatch.convention!r}) is unknown; use one of {', '.join(CONVENTIONS)}.")
+    if dispatch.convention not in CAPACITY_CONVENTIONS:
+        raise ValueError(
+            f"{name}(convention={dispatch.convention!r}) is unknown; use one of {', '.join(CAPACITY_CONVENTIONS)}."
+        )

@@ -1,4 +1,4 @@
-"""What a router may know besides its parameters and tokens, and the two places where anything is done to it."""
+"""Context of a router's call: keys, state and ids, and the transforms of the router's input and logits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Ids(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Around one call of a router. Without keys (evaluation) nothing is random.
+    """Context of one call of a router. Without keys (evaluation) nothing is random.
 
     E: the number of experts.
     keys_G: the noise of each group; key: that of the step, which all groups share.
@@ -63,7 +63,7 @@ class Context:
         return self.state[name]
 
     def input(self, x_GSD: Float[Array, "G S D"]) -> Float[Array, "G S D"]:
-        """What the router sees of its tokens, in float32 if it is made of them; the experts see them as they are."""
+        """Transforms the router's input, in float32 where a transform applies; experts get the tokens unchanged."""
         for i, transform in enumerate(self.gating):
             if transform.on == "input":
                 x_GSD = transform(x_GSD.astype(jnp.float32), self, self._keys(i))
@@ -128,6 +128,6 @@ class Context:
         return jax.random.fold_in(self.key, i)
 
 
-def draw(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
+def draw_by_group(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
     """[G, *shape] of `sample` (jax.random.uniform, ...), each group from its own key."""
     return jax.vmap(lambda key: sample(key, shape, **options))(keys_G)

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, tuple[str, ...]]  # dimension letter -> mesh axes
@@ -26,10 +25,15 @@ WIDTHS = "DQW"  # of what tokens are between layers or parts of one; fsdp cuts a
 
 def dims_of(name: str) -> str:
     """The dimensions of a named array: `up_EDF` -> `EDF`."""
-    suffix = name.rpartition("_")[2]
-    if not name.endswith("_") and not (suffix.isalpha() and suffix.isupper()):
+    if not (letters := suffix(name)) and not name.endswith("_"):
         raise ValueError(f"Parameter {name!r} does not say its dimensions; name it like 'up_EDF'.")
-    return suffix
+    return letters
+
+
+def suffix(name: str) -> str:
+    """The letters that a name ends with, `up_EDF` -> `EDF`; "" where it says no dimensions."""
+    end = name.rpartition("_")[2]
+    return end if end.isalpha() and end.isupper() else ""
 
 
 def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ def kernel_init(dims: str, scale: float = 1.0) -> Callable:
 
 
 def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
-    """How an array of these dimensions is laid out; axes in front of them (layers) are not sharded.
+    """PartitionSpec of an array with these dimensions; axes in front of them (layers) are not sharded.
 
     Of several widths (`WIDTHS`) only the first is.
     ValueError where two of its dimensions would be spread over the same mesh axis.
@@ -80,7 +84,7 @@ def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
 
 
 def specs(tree: Any, rules: Rules) -> Any:
-    """How parameters are laid out, by their names.
+    """PartitionSpecs of a tree of parameters, by their names.
 
     Whole everywhere are vectors of a width (D, Q, W), and what belongs to a router (`router_gate_DE`), which decides
     about its own tokens.
@@ -93,11 +97,6 @@ def specs(tree: Any, rules: Rules) -> Any:
         return P() if whole else spec(letters, rules, x.ndim)
 
     return jax.tree.map_with_path(leaf, tree)
-
-
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """The same, on a mesh."""
-    return jax.tree.map(lambda layout: NamedSharding(mesh, layout), specs(tree, rules))
 
 
 def axes(layout: P, rank: int) -> list[tuple[str, ...]]:

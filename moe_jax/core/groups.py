@@ -10,14 +10,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.by_expert import by_expert
-from moe_jax.core.kernels.triton import known
+from moe_jax.core.kernels.triton import supported
 from moe_jax.core.ragged import ragged_matmul, sent_matmul
 from moe_jax.core.rows import LazyRows, materialize
 
 
 @runtime_checkable
 class Groups(Protocol):
-    """What an expert may ask of the rows it is given."""
+    """Operations that an expert can apply to its rows, whatever their layout."""
 
     def matmul(self, x: Array, w_EIO: Array) -> Array:
         """Every row times its expert's matrix."""
@@ -28,7 +28,7 @@ class Groups(Protocol):
         ...
 
     def apply(self, expert: Callable, params: Any, x: Array | LazyRows) -> Array:
-        """What experts make of their rows, expert(params, x, self), in the way that is fastest."""
+        """Applies expert(params, x, self) to the rows in the fastest way."""
         ...
 
 
@@ -92,7 +92,7 @@ class Ragged:
         return x_RO + jnp.where(mine_R1, b_RO, 0)
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
-        """By grouped matmuls, or one expert after another where the platform would do E times the work for them."""
+        """Runs grouped matmuls, or one expert after another where the platform would do E times the work for them."""
 
         def one_by_one(params, x, sizes_E):
             return OneByOne(sizes_E).apply(expert, params, x)
@@ -102,7 +102,7 @@ class Ragged:
 
         def fetching(params, x, sizes_E):
             rows = materialize(x)
-            fetched = FetchedRows(rows, x) if isinstance(x, LazyRows) and known(rows) else None
+            fetched = FetchedRows(rows, x) if isinstance(x, LazyRows) and supported(rows) else None
             return expert(params, rows, Ragged(sizes_E, fetched))
 
         return lax.platform_dependent(params, x, self.sizes_E, cpu=one_by_one, cuda=fetching, default=at_once)

@@ -37,7 +37,7 @@ ragged_matmul.defvjp(lambda *args: (ragged_matmul(*args), args), _ragged_bwd)
 def sent_matmul(
     x_TI: Float[Array, "T I"], to: RowMap, w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
-    """The same of rows that are still where their tokens are, on a GPU."""
+    """Multiplies every row with its expert's matrix, fetching rows from their tokens, on a GPU."""
     return _fetching_matmul(x_TI, w_EIO, sizes_E, to.token_R)
 
 

@@ -1,4 +1,4 @@
-"""What a router decides, as plain data, and what it means.
+"""Routing: a router's decision as plain data, and the masks that define it.
 
 The meaning of a routing, at C slots per expert and group, is two dense masks:
 
@@ -33,7 +33,7 @@ class TokenChoice(NamedTuple):
 
     @property
     def assignments_GSE(self) -> Float[Array, "G S E"]:
-        """How often each token visits each expert."""
+        """Assignments of each token to each expert."""
         return _spread(jnp.ones_like(self.weight_GSK), self.expert_GSK, self.E)
 
     @property
@@ -142,7 +142,7 @@ def token_choice(
 
 
 def position_in_expert(routing: TokenChoice, priority: str = "token-major") -> Int[Array, "G S K"]:
-    """Position of every choice in its expert's queue, per group; S*K for choices that go nowhere.
+    """Position in expert of every choice, per group; S*K for choices of the padding id.
 
     token-major: tokens in order, each with all its choices; only this one is causal.
     choice-major: all first choices before any second (GShard, arXiv:2006.16668, algorithm 1).
@@ -168,7 +168,7 @@ def _choice_major(expert_GSK, E):
 
 
 def _positions(expert_GR: Int[Array, "G R"], E: int) -> Int[Array, "G R"]:
-    """How many entries before each one name the same expert: its rank after sorting, less the rank of the first."""
+    """Number of earlier entries that name the same expert: the rank after sorting, less the rank of the first."""
     (G, R), group_G1 = expert_GR.shape, jnp.arange(len(expert_GR))[:, None]
     sorted_GR, order_GR = _sorted(expert_GR, E)
     looping, counting = (partial(_firsts, E=E, method=method) for method in ("scan", "compare_all"))
@@ -178,7 +178,7 @@ def _positions(expert_GR: Int[Array, "G R"], E: int) -> Int[Array, "G R"]:
 
 
 def _firsts(sorted_GR: Int[Array, "G R"], *, E: int, method: str) -> Int[Array, "G _"]:
-    """Where each number up to E is first."""
+    """Index of the first entry of each number up to E."""
     return jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1), method=method))(sorted_GR)
 
 
@@ -201,7 +201,7 @@ class Masks(NamedTuple):
 
 
 def masks(routing: TokenChoice, position_GSK: Int[Array, "G S K"], C: int) -> Masks:
-    """Choices whose place in the queue is at least C are dropped."""
+    """Dispatch and combine masks; choices whose position in expert is at least C are dropped."""
     hot_GSKE = jax.nn.one_hot(routing.expert_GSK, routing.E)
     hot_GSKC = jax.nn.one_hot(position_GSK, C)
     return Masks(

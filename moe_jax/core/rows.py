@@ -15,19 +15,19 @@ from moe_jax.core.routing import TokenChoice
 
 
 class RowMap(NamedTuple):
-    """Which row has which choice, token t's k-th being number t * K + k. Each map is the inverse of the other."""
+    """Maps between rows and choices, token t's k-th choice being number t * K + k; each is the inverse of the other."""
 
     row_TK: Int[Array, "T K"]  # R: nowhere
     choice_R: Int[Array, "R"]  # T * K: nobody
 
     @property
     def token_R(self) -> Int[Array, "R"]:
-        """Which token each row has; T: none."""
+        """Token of each row; T for none."""
         return self.choice_R // self.row_TK.shape[1]
 
 
 class LazyRows(NamedTuple):
-    """Rows of tokens that have not been written yet: some kernels fetch them by themselves."""
+    """Rows of tokens that are not gathered yet: some kernels fetch them from the tokens."""
 
     x_TD: Float[Array, "T D"]
     to: RowMap
@@ -39,12 +39,12 @@ class LazyRows(NamedTuple):
 
 
 def materialize(x: Array | LazyRows) -> Array:
-    """Rows, wherever they are."""
+    """Gathers rows that are lazy; returns others as they are."""
     return x.rows if isinstance(x, LazyRows) else x
 
 
 def row_map(row_GSK: Int[Array, "G S K"], R: int) -> RowMap:
-    """From the row of every choice, different ones of R, or R for those that go nowhere."""
+    """Builds the maps from the row of every choice: distinct rows below R, or R for choices without a row."""
     (K,), choices = row_GSK.shape[2:], row_GSK.size
     choice_R = jnp.full((R,), choices).at[row_GSK.reshape(-1)].set(jnp.arange(choices), mode="drop")
     return RowMap(row_GSK.reshape(-1, K), choice_R)
@@ -53,7 +53,7 @@ def row_map(row_GSK: Int[Array, "G S K"], R: int) -> RowMap:
 def ragged_rows(
     routing: TokenChoice, position_GSK: Int[Array, "G S K"], kept_GSK: Bool[Array, "G S K"]
 ) -> tuple[Int[Array, "G S K"], Int[Array, "E"]]:
-    """The row of every kept choice where rows lie by expert, group and place in the queue; how many each expert has."""
+    """Row of every kept choice in an order by expert, group and position in expert; and the rows of each expert."""
     G, E, nowhere = len(position_GSK), routing.E, position_GSK.size
     expert_GSK = jnp.where(kept_GSK, routing.expert_GSK, E)
     count_GE = jnp.zeros((G, E), jnp.int32).at[jnp.arange(G)[:, None, None], expert_GSK].add(1, mode="drop")
@@ -84,7 +84,7 @@ def _sum(rows_of: Callable[[int], Array], K: int) -> Array:
 
 
 def gather_grad(g_RD: Float[Array, "R D"], to: RowMap) -> Float[Array, "T D"]:
-    """The gradient of tokens from that of their rows."""
+    """Sums the gradients of rows into the gradient of their tokens."""
     return _sum(lambda k: _at(g_RD, to.row_TK[:, k]), to.row_TK.shape[1]).astype(g_RD.dtype)
 
 
@@ -116,13 +116,13 @@ def _combine_bwd(residuals, g_TO):
     weight_R = _at(weight_TK.reshape(-1), of.choice_R)
     if y_RO is None:
         return _weighted(_at(g_TO, of.token_R), weight_R), None, None
-    kernel = on_gpu(y_RO, rows_gpu.weighted_back)
-    dy_RO, dweight_R = lax.platform_dependent(y_RO, g_TO, weight_R, of.token_R, default=_weighted_back, **kernel)
+    kernel = on_gpu(y_RO, rows_gpu.weighted_sum_grad)
+    dy_RO, dweight_R = lax.platform_dependent(y_RO, g_TO, weight_R, of.token_R, default=_weighted_sum_grad, **kernel)
     return dy_RO, _at(dweight_R, of.row_TK.reshape(-1)).reshape(weight_TK.shape), None
 
 
-def _weighted_back(y_RO: Array, g_TO: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
-    """Of rows that were multiplied with their weights and added to tokens: their gradient, and the weights'."""
+def _weighted_sum_grad(y_RO: Array, g_TO: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
+    """Gradients of rows and of combine weights, for outputs that are weighted sums of rows."""
     g_RO = _at(g_TO, token_R)
     dweight_R = (g_RO.astype(jnp.float32) * y_RO).sum(-1)
     return _weighted(g_RO, weight_R), dweight_R

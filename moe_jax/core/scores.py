@@ -1,4 +1,4 @@
-"""From logits to scores, and from scores to the weights of the chosen."""
+"""Score functions of logits, and combine weights of the chosen experts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -72,7 +72,7 @@ def check_choices(router) -> None:
 
 
 def take_experts(value_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
-    """Each token's values at its experts, 0 nowhere."""
+    """Values of each token at its experts; 0 at the padding id."""
     return jnp.take_along_axis(value_GSE, expert_GSK, axis=-1, mode="fill", fill_value=0)
 
 

@@ -27,10 +27,10 @@ from moe_jax.core import dims
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
-TOKENS = AXES[:-1]  # axes that the batch is spread over
+TOKEN_AXES = AXES[:-1]  # axes that the batch is spread over
 # Dimension letter -> mesh axes; what has no rule is replicated.
 RULES: dims.Rules = {
-    "B": TOKENS,
+    "B": TOKEN_AXES,
     "E": ("expert",),
     **{letter: ("fsdp",) for letter in dims.WIDTHS},
     **{letter: ("tensor",) for letter in "FHJ"},
@@ -84,7 +84,7 @@ def rules_for(exchange: Any = None, sizes: Mapping[str, int] | None = None) -> d
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The mesh axes, larger than 1, that a function may communicate over. All empty: alone."""
+    """One shard's mesh axes larger than 1, and its collectives. All empty: no mesh."""
 
     tokens: tuple[str, ...] = ()  # that tokens are spread over
     experts: tuple[str, ...] = ()  # that experts are spread over
@@ -104,7 +104,7 @@ class Shard:
 
     @property
     def batch_shard_index(self) -> int | Int[Array, ""]:
-        """Position of this shard among those that tokens are spread over, in the order of the tokens."""
+        """Index of this shard among those that the batch is sharded over, in the order of tokens."""
         return lax.axis_index(self.tokens) if self.tokens else 0
 
     # ---- totals
@@ -126,7 +126,7 @@ class Shard:
     # ---- parameters
 
     def unshard(self, name: str, w: Array, dtype: Any = None) -> Array:
-        """A parameter, gathered over fsdp, in the type it is used in; its gradient is reduce-scattered."""
+        """Gathers a parameter over fsdp, in the type it is used in; its gradient is reduce-scattered."""
         letters = dims.dims_of(name)
         cut = dims.fsdp_dim(letters)
         if not self.fsdp or not cut:
@@ -135,14 +135,14 @@ class Shard:
         return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index(cut), tiled=True)
 
     def pvary(self, params: Tree) -> Tree:
-        """Marks parameters as this shard's own along the axes of tokens.
+        """Marks parameters as varying over the token axes (`lax.pcast`), so that AD leaves their gradients unreduced.
 
-        Their gradients are then this shard's, and are summed where this is called, whatever derivatives are used below.
+        `reduce` sums them once.
         """
         return jax.tree.map(lambda w: _varying(w, self.tokens), params)
 
     def reduce(self, gradients: Any, old: Any, new: Any) -> Any:
-        """Every shard's gradients, laid out as `old`, summed over all tokens' shards and laid out as `new`.
+        """Sums gradients over the batch shards, from the sharding `old` to the sharding `new`.
 
         What is spread over more axes there is reduce-scattered, the rest all-reduced.
         """
@@ -161,15 +161,15 @@ class Shard:
     # the hidden units or heads
 
     def tensor_enter(self, x: Tree) -> Tree:
-        """Into the part that is spread over hidden units: gradients are summed over them on their way out."""
+        """Enters the tensor-parallel part: the identity, whose gradients are summed over the tensor axis."""
         return jax.tree.map(lambda a: _varying(a, self.tensor), x)
 
     def tensor_exit(self, y: Array) -> Array:
-        """Sums what the hidden units of all shards add to the output."""
+        """Leaves the tensor-parallel part: sums the partial outputs over the tensor axis."""
         return checkpoint_name(lax.psum(y, self.tensor), COLLECTIVES) if self.tensor else y
 
     def bias_once(self, name: str, w: Array) -> Array:
-        """A parameter that adds to the output of all hidden units (a bias `down_ED`): zeros on all shards but one."""
+        """A bias of the summed output (`down_ED`): zero on every tensor shard but the first."""
         if not self.tensor or "F" in dims.dims_of(name):
             return w
         return jnp.where(lax.axis_index(self.tensor) == 0, w, 0)
@@ -179,28 +179,30 @@ class Shard:
     def apply_experts(
         self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any
     ) -> tuple[Array, Bool[Array, "..."]]:
-        """What the experts make of rows that lie in groups of all E experts, and which rows have reached one."""
+        """Applies the experts to rows grouped by all E experts, over the exchange where experts are sharded.
+
+        Also returns which rows have reached an expert."""
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
             return apply(params, x, groups), jnp.ones((), bool)
         return self.exchange(self, apply, params, materialize(x), groups)
 
     def axis_size(self, axes: tuple[str, ...]) -> int:
-        """How many shards these axes make."""
+        """Number of shards along these axes."""
         return lax.axis_size(axes) if axes else 1
 
     def axis_index(self, axes: tuple[str, ...]) -> Int[Array, ""]:
-        """Which of them this one is."""
+        """Index of this shard along these axes."""
         return lax.axis_index(axes)
 
     def all_to_all(self, x: Array, axes: tuple[str, ...], split: int, concat: int) -> Array:
-        """Cut along `split`, the i-th piece goes to the i-th shard; what comes is put together along `concat`."""
+        """All-to-all: part i along `split` goes to shard i; arriving parts are concatenated along `concat`."""
         if not axes:
             return x
         return checkpoint_name(lax.all_to_all(x, axes, split_axis=split, concat_axis=concat, tiled=True), COLLECTIVES)
 
     def gather(self, x: Array, axes: tuple[str, ...], tiled: bool = True) -> Array:
-        """Of all shards, along the first axis (tiled) or a new one in front of it."""
+        """Gathers x from all shards, along the first axis (tiled) or a new one in front of it."""
         return lax.all_gather(x, axes, tiled=tiled) if axes else (x if tiled else x[None])
 
     def send_slices(self, x: Array, slices: "Slices", rows: int) -> Array:
@@ -209,13 +211,13 @@ class Shard:
 
 
 def _varying(x: Array, axes: tuple[str, ...]) -> Array:
-    """Along these axes, where it is not yet; what is not differentiated is left as it is."""
+    """Marks floating-point arrays as varying along these axes, where they are not yet."""
     new = [a for a in axes if a not in jax.typeof(x).manual_axis_type.varying]
     return lax.pcast(x, tuple(new), to="varying") if new and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 class Slices(NamedTuple):
-    """Which rows travel between X shards, e slices for every pair: where they begin, and how many.
+    """Slices of rows sent between X shards, e for every pair: offsets and sizes.
 
     All shards know it of all pairs, so that rows also find their way back.
     """
@@ -225,7 +227,7 @@ class Slices(NamedTuple):
     at_destination_XXe: Int[Array, "X X e"]
 
     def reverse(self) -> "Slices":
-        """The same rows, the other way."""
+        """Slices that send the same rows back."""
         sizes, source, destination = (a.swapaxes(0, 1) for a in self)
         return Slices(sizes, destination, source)
 
@@ -244,7 +246,7 @@ def _send_forward(x, slices, rows, axes):
 
 def _send_backward(rows, axes, residuals, g):
     slices, n = residuals
-    return _send_slices(g, slices.back(), n, axes), None
+    return _send_slices(g, slices.reverse(), n, axes), None
 
 
 _send_slices.defvjp(_send_forward, _send_backward)
@@ -296,7 +298,7 @@ def from_mesh(exchange: Any = None) -> Shard:
 
 
 def in_shard_map() -> bool:
-    """Whether this is traced for one shard: arrays are local."""
+    """Tells whether this is traced inside a shard_map, so that arrays are local."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 

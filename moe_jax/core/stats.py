@@ -1,4 +1,4 @@
-"""What is counted of a routing, and what can be said of it."""
+"""Statistics of a routing: sums over tokens, and the metrics computed from them."""
 
 from typing import NamedTuple
 

@@ -38,7 +38,7 @@ class Collective(NamedTuple):
         return float(self.bytes * times.get(self.op, (n - 1) / n))
 
 
-class Part(NamedTuple):
+class ShardBatch(NamedTuple):
     """A shard's part of a batch, and the mesh it is on."""
 
     sizes: Sizes
@@ -50,7 +50,7 @@ class Part(NamedTuple):
     platform: str
 
     @classmethod
-    def of(cls, exchange: Any, sizes: Sizes, B: int, *rest: Any) -> "Part":
+    def of(cls, exchange: Any, sizes: Sizes, B: int, *rest: Any) -> "ShardBatch":
         rules, sizes = rules_for(exchange, sizes), {a: sizes.get(a, 1) for a in AXES}
         here = Shard(rules["B"], rules["E"], rules["D"], rules["F"], exchange)
         return cls(sizes, here, B // math.prod(sizes[a] for a in here.tokens), *rest)
@@ -102,7 +102,7 @@ def scheduled(
 EXCHANGE = "exchange of MoE layers"
 
 
-class Rows(NamedTuple):
+class ExchangedRows(NamedTuple):
     """Rows that a shard's tokens make of themselves for experts that lie on several shards."""
 
     rows: int
@@ -114,8 +114,8 @@ class Rows(NamedTuple):
     O: int  # width of a row on its way back
 
 
-def both_ways(
-    there: list[Collective], back: list[Collective], rows: Rows, gradients: list[Collective] | None = None
+def round_trip(
+    there: list[Collective], back: list[Collective], rows: ExchangedRows, gradients: list[Collective] | None = None
 ) -> list[Scheduled]:
     """Schedules rows that travel and come back; their gradients are as large where nothing else is given."""
     again = rows.needed and FULL

@@ -1,6 +1,6 @@
-"""What a config costs, by arithmetic on it alone: parameters, FLOPs, memory, energy, communication."""
+"""Costs of a config, by arithmetic on it alone: parameters, FLOPs, memory, energy, communication."""
 
-from moe_jax.costs.flops import Flops, flops, scores
-from moe_jax.costs.parameters import KINDS, Kind, Parameters, parameters
+from moe_jax.costs.flops import Flops, flops, score_flops
+from moe_jax.costs.parameters import PARAMETER_KINDS, Kind, ParameterCount, parameters
 
-__all__ = ["KINDS", "Flops", "Kind", "Parameters", "flops", "parameters", "scores"]
+__all__ = ["PARAMETER_KINDS", "Flops", "Kind", "ParameterCount", "flops", "parameters", "score_flops"]

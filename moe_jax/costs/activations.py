@@ -9,15 +9,15 @@ from moe_jax.core.groups import Padded
 from moe_jax.exchanges import AllGather, RaggedAllToAll
 from moe_jax.experts import GLU
 from moe_jax.models import Model
-from moe_jax.models.pattern import Repeated, StackShape, Sublayer
+from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer
 from moe_jax.moe import MoEConfig
 
 FLOAT = 4
 LANES = 128
 
 
-class Share(NamedTuple):
-    """What one device has of a batch, and of every layer."""
+class DeviceShare(NamedTuple):
+    """One device's share of a batch, and of every layer."""
 
     B: int  # sequences of a microbatch
     width: int  # bytes of a number that is computed with
@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What a layer's backward pass finds of its forward pass, as XLA for TPU leaves it.
+    """Residuals of a layer's forward pass for its backward pass, as XLA for TPU keeps them.
 
     Within a block that is computed again, much is fused with what uses it; what is kept from one pass to the other is
     written down as it was differentiated.
@@ -42,14 +42,14 @@ class Residuals(NamedTuple):
         return cls(2 * width, 2, (2, 2), True) if again else cls(3 * FLOAT + width, 1, (5, 7), False)
 
 
-class Kept(NamedTuple):
-    """Of a block of layers, bytes."""
+class KeptBytes(NamedTuple):
+    """Bytes that a block of layers keeps."""
 
     inside: int  # all that its backward pass needs of its forward pass
     between: int  # what is kept of that where the block is computed again
 
 
-def block(cfg: Model, stack: StackShape, repeated: Repeated, on: Share) -> Kept:
+def block(cfg: Model, stack: StackShape, repeated: RepeatedLayers, on: DeviceShare) -> KeptBytes:
     """Bytes of the layers that a stack repeats."""
     T = on.B * stack.L
     x = on.width * T * cfg.D
@@ -59,18 +59,18 @@ def block(cfg: Model, stack: StackShape, repeated: Repeated, on: Share) -> Kept:
     for sub in subs:
         inside += r.inputs * T * cfg.D
         if sub.kind == "attention":
-            inside += attention(sub, stack, r, on)
+            inside += attention_residuals(sub, stack, r, on)
         elif sub.kind == "moe":
-            rows = Rows.of(sub.part, T, stack.L, on)
-            inside += moe(sub.part, T, cfg.D, rows, r, on)
+            rows = RowCounts.of(sub.part, T, stack.L, on)
+            inside += moe_residuals(sub.part, T, cfg.D, rows, r, on)
             exchanged += on.width * cfg.D * (rows.sent + rows.received) if on.experts > 1 else 0
         else:
-            inside += dense(sub.part, T, r, on)
+            inside += dense_residuals(sub.part, T, r, on)
     summed = x * (len(subs) - 1) if on.tensor > 1 else 0  # nothing needs the last one again
-    return Kept(inside, {"none": inside, "full": x, "save_collectives": x + exchanged + summed}[cfg.remat])
+    return KeptBytes(inside, {"none": inside, "full": x, "save_collectives": x + exchanged + summed}[cfg.remat])
 
 
-def attention(sub: Sublayer, stack: StackShape, r: Residuals, on: Share) -> int:
+def attention_residuals(sub: Sublayer, stack: StackShape, r: Residuals, on: DeviceShare) -> int:
     """Bytes of what matrices give and the heads' outputs; of scores, and of their softmax."""
     part, L, M = sub.part, stack.L, stack.M if sub.memory else stack.L
     sizes = {letter: n / on.tensor if letter in "HJ" else n for letter, n in part.sizes.items()}
@@ -88,7 +88,7 @@ def has_table(names: tuple[str, ...]) -> bool:
     return any(dims.dims_of(name) == "PH" for name in names)
 
 
-def biases(repeated: Repeated, L: int, n: int, on: Share) -> int:
+def biases(repeated: RepeatedLayers, L: int, n: int, on: DeviceShare) -> int:
     """T5's relative positions [L, L, H] when their gradient is added to the table, of n layers at once.
 
     Heads are last there, and TPUs fill the last dimension of an array up to 128 numbers.
@@ -101,12 +101,12 @@ def biases(repeated: Repeated, L: int, n: int, on: Share) -> int:
     return FLOAT * L * L * (n * LANES * math.ceil(H / LANES) + 2 * H)
 
 
-def dense(expert: Any, rows: int, r: Residuals, on: Share) -> int:
+def dense_residuals(expert: Any, rows: int, r: Residuals, on: DeviceShare) -> int:
     """Hidden units before and after what is not linear."""
     return r.hidden[isinstance(expert, GLU)] * on.width * rows * expert.F // on.tensor
 
 
-class Rows(NamedTuple):
+class RowCounts(NamedTuple):
     """Rows for experts, of the tokens of one device."""
 
     sent: int
@@ -114,7 +114,7 @@ class Rows(NamedTuple):
     masks: int  # numbers in masks of who goes where
 
     @classmethod
-    def of(cls, cfg: MoEConfig, T: int, L: int, on: Share) -> "Rows":
+    def of(cls, cfg: MoEConfig, T: int, L: int, on: DeviceShare) -> "RowCounts":
         """T tokens in sequences of L."""
         S, K, E = min(cfg.group(cfg.sequences(L), L, training=True), T), cfg.router.K, cfg.E
         if cfg.dispatch.layout is not Padded:
@@ -128,10 +128,10 @@ class Rows(NamedTuple):
         return cls(T // S * E * C, T // S * E * C, masks)
 
 
-def moe(cfg: MoEConfig, T: int, D: int, rows: Rows, r: Residuals, on: Share) -> int:
+def moe_residuals(cfg: MoEConfig, T: int, D: int, rows: RowCounts, r: Residuals, on: DeviceShare) -> int:
     """Rows on their way and back, hidden units, and what each token gets."""
-    hidden = dense(cfg.experts, rows.received, r, on)
+    hidden = dense_residuals(cfg.experts, rows.received, r, on)
     travelling = rows.sent + rows.received if on.experts > 1 and not isinstance(cfg.exchange, AllGather) else 0
-    shared = dense(cfg.shared, T, r, on) if cfg.shared is not None else 0
+    shared = dense_residuals(cfg.shared, T, r, on) if cfg.shared is not None else 0
     moved = D * (rows.sent + rows.received + travelling + T * cfg.router.K)
     return hidden + shared + on.width * (moved + rows.masks)

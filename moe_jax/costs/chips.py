@@ -1,4 +1,4 @@
-"""What accelerators can do, each figure with where it is published; found by name or by JAX's device kind."""
+"""Published figures of accelerators, each with its source; found by name or by JAX's device kind."""
 
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ CHIPS = (
     ),
 )
 # Other names that devices go by: their chips differ in memory only.
-KINDS = {
+DEVICE_KINDS = {
     **{c.kind: c for c in CHIPS},
     "TPU v5e": CHIPS[2],
     "TPU v5p": CHIPS[3],
@@ -102,7 +102,7 @@ KINDS = {
 
 
 def chip(name: str) -> Chip:
-    """By the name that topologies have; ValueError names the one that was probably meant."""
+    """Returns a chip by the name that topologies use; ValueError names the one that was probably meant."""
     names = {c.name: c for c in CHIPS}
     if name not in names:
         raise ValueError(f"No chip is called {name!r}{suggestion(name, list(names))}")
@@ -110,8 +110,8 @@ def chip(name: str) -> Chip:
 
 
 def by_device_kind(kind: str) -> Chip | None:
-    """By `jax.Device.device_kind`; None where it is in no table, a CPU for instance."""
-    return KINDS.get(kind)
+    """Returns a chip by `jax.Device.device_kind`; None where it is in no table, a CPU for instance."""
+    return DEVICE_KINDS.get(kind)
 
 
 def peak(kind: str) -> float | None:

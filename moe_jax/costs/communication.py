@@ -1,4 +1,4 @@
-"""What devices send to one another, as a list of collectives: what a config predicts, by arithmetic on shapes.
+"""Collectives of a train step, predicted from its config by arithmetic on shapes.
 
 Predictions hold to the byte for what XLA compiles (`audit.communication`). What one device would do alone is left out.
 """
@@ -19,7 +19,7 @@ from moe_jax.core.context import Context
 from moe_jax.core.groups import Padded
 from moe_jax.core.routing import SlotChoice, TokenChoice
 from moe_jax.core.shard import rules_for
-from moe_jax.core.traffic import BOTH, FULL, Collective, Part, Rows, Scheduled, Shapes, Sizes, scheduled
+from moe_jax.core.traffic import BOTH, FULL, Collective, ExchangedRows, Scheduled, Shapes, ShardBatch, Sizes, scheduled
 from moe_jax.dispatch import Scatter
 from moe_jax.exchanges import AllGather
 from moe_jax.models import Model
@@ -62,14 +62,18 @@ def layer(
 
     B sequences in the whole batch, of L tokens of width D; dtype: the input's; platform: see `step`.
     """
-    part = Part.of(cfg.exchange, sizes, B, L, D, dtype, platform)
+    part = ShardBatch.of(cfg.exchange, sizes, B, L, D, dtype, platform)
     x = jax.ShapeDtypeStruct((1, L, D), dtype)
     (_, aux), variables = jax.eval_shape(MoE(cfg).init_with_output, jax.random.key(0), x)
     params = variables["params"]
     laid = dims.specs(params, rules_for(cfg.exchange, part.sizes))
-    sent = moe(cfg, part, part.local(params, laid), n_elements(aux.stats), last=True)
+    sent = moe_collectives(cfg, part, part.local(params, laid), n_elements(aux.stats), last=True)
     forward = [s.what for s in sent if not s.backward]
-    return forward + [s.what for s in sent if s.backward] + gradients(part, params, laid, laid) if backward else forward
+    return (
+        forward + [s.what for s in sent if s.backward] + gradient_collectives(part, params, laid, laid)
+        if backward
+        else forward
+    )
 
 
 def step(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> list[Collective]:
@@ -84,8 +88,8 @@ def step(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> list[Collectiv
 def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     """A whole train step, pass by pass."""
     cfg, data = exp.model, exp.data
-    part = Part.of(exp.exchange, sizes, data.B // data.microbatches, data.L, cfg.D, cfg.dtype, platform)
-    params, aux = shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
+    part = ShardBatch.of(exp.exchange, sizes, data.B // data.microbatches, data.L, cfg.D, cfg.dtype, platform)
+    params, aux = model_shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
     laid = dims.specs(params, rules_for(exp.exchange, part.sizes))
     new = exp.optim.sharded(params, laid, part.sizes)
     stats = n_elements(aux.stats) // cfg.n_moe_layers if aux else 0
@@ -96,14 +100,14 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     targets = part.one("all-reduce", part.here.tokens, 1, "losses", of="float32")
     return Passes(
         forward + repeat(pieces, data.microbatches) + targets,
-        backward + gradients(part, params, laid, new),
-        update(exp, part, params, laid, new),
+        backward + gradient_collectives(part, params, laid, new),
+        update_collectives(exp, part, params, laid, new),
     )
 
 
 @lru_cache(maxsize=16)  # who compares many meshes asks again and again
-def shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
-    """Of a model's parameters, and of what its MoE layers report of batches like this one, of one row."""
+def model_shapes(cfg: Model, batch: Any) -> tuple[Any, Any]:
+    """Shapes of a model's parameters, and of the reports of its MoE layers on one row of a batch like this one."""
     params = jax.eval_shape(cfg.init, jax.random.key(0), batch)
     one = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, S=None)) if cfg.n_moe_layers else cfg
     return params, jax.eval_shape(one.apply, params, batch, Call(router=jax.eval_shape(cfg.init_router)))[1]
@@ -144,14 +148,14 @@ def n_elements(tree: Any) -> int:
 # ---------------------------------------------------------------- forward and backward
 
 
-def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Collective], list[Collective]]:
+def model(exp: Experiment, part: ShardBatch, params: Any, stats: int) -> tuple[list[Collective], list[Collective]]:
     """Forward and backward of the model; `stats` numbers are counted in a MoE layer."""
     cfg, A = exp.model, exp.data.microbatches
     found = []
     for name in (n for n, shape in params.items() if isinstance(shape, tuple)):
-        here = gathers(part, {name: params[name]})
+        here = gather_collectives(part, {name: params[name]})
         if name in ("embed_VD", "source_VD"):  # kept and summed in float32; XLA for TPU gathers what is used of it
-            kept = gathers(part._replace(dtype="float32"), {name: params[name]})
+            kept = gather_collectives(part._replace(dtype="float32"), {name: params[name]})
             here = here[:1] + kept[1:] if part.platform == "tpu" else kept
         found.append(split_passes(here, "none", 1, A))
     for shape in cfg.stacks(exp.data.shapes(B=1)):
@@ -159,7 +163,9 @@ def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Co
         for i, block in enumerate(blocks(cfg, shape)):
             modules, subs = params[f"{shape.prefix}stack_{i}"], [*block.parts()]
             for name, sub in subs:
-                here = sublayer(part._replace(L=shape.L), shape, sub, modules[name], stats, name == subs[-1][0])
+                here = sublayer_collectives(
+                    part._replace(L=shape.L), shape, sub, modules[name], stats, name == subs[-1][0]
+                )
                 here = here if first else [s for s in here if s.of != "ids"]
                 first = first and sub.kind != "moe"
                 found.append(split_passes(here, cfg.remat, block.n, A))
@@ -167,20 +173,24 @@ def model(exp: Experiment, part: Part, params: Any, stats: int) -> tuple[list[Co
     return [c for part in forward for c in part], [c for part in backward for c in part]
 
 
-def sublayer(part: Part, shape: StackShape, sub: Sublayer, params: Shapes, stats: int, last: bool) -> list[Scheduled]:
+def sublayer_collectives(
+    part: ShardBatch, shape: StackShape, sub: Sublayer, params: Shapes, stats: int, last: bool
+) -> list[Scheduled]:
     """Schedules what one part of a layer sends; `last` in the block of layers that is repeated, or not."""
     if sub.kind == "moe":
-        return moe(sub.part, part, params, stats, last)
+        return moe_collectives(sub.part, part, params, stats, last)
     entering = sub.part.entering if sub.kind == "attention" else "D"
     sizes = {**getattr(sub.part, "sizes", {}), "D": part.D}
-    found = gathers(part, params) + hidden(part, params, last, sum(sizes[letter] for letter in entering))
+    found = gather_collectives(part, params) + tensor_collectives(
+        part, params, last, sum(sizes[letter] for letter in entering)
+    )
     if sub.memory:
         memory = part.one("all-reduce", part.here.tensor, part.B * shape.M * part.D, "tensor parallelism")
         found += scheduled(memory, backward=True)
     return found
 
 
-def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> list[Scheduled]:
+def moe_collectives(cfg: MoEConfig, part: ShardBatch, params: Shapes, stats: int, last: bool) -> list[Scheduled]:
     """A MoE layer."""
     here, N = part.here, part.B * part.L
     S = cfg.group(part.B, part.L, training=True)
@@ -189,9 +199,9 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     travelling = {n: shape for n, shape in params.items() if not n.startswith("router_")}
     # What rows become is computed again where the gradient asks for it; after their way back only by "full".
     needed = (BOTH if isinstance(cfg.exchange, AllGather) or not here.experts else FULL) if trained or not last else ()
-    found = gathers(part, travelling, {"down_ED": needed})
+    found = gather_collectives(part, travelling, {"down_ED": needed})
     O = output_width(cfg.experts, part.D)
-    found += hidden(part, travelling, last, part.D, G * weights if trained else 0, O)
+    found += tensor_collectives(part, travelling, last, part.D, G * weights if trained else 0, O)
     of = "activations" if trained or cfg.random else "ids"  # what it depends on who goes where
     ladder = isinstance(cfg.dispatch, Scatter) and cfg.dispatch.capacity_factor is None
     if ladder:
@@ -199,7 +209,7 @@ def moe(cfg: MoEConfig, part: Part, params: Shapes, stats: int, last: bool) -> l
     if here.experts:
         rows = cfg.E * G * C if cfg.dispatch.layout is Padded else N * cfg.router.K
         experts = {n: params[n] for n in cfg.experts.params}
-        found += cfg.exchange.traffic(part, Rows(rows, cfg.E, C * G, needed, ladder, of, O), experts)
+        found += cfg.exchange.traffic(part, ExchangedRows(rows, cfg.E, C * G, needed, ladder, of, O), experts)
     total = part.one("all-reduce", here.tokens, stats, "routing statistics", of="float32")
     return found + scheduled(total, FULL if trained and cfg.losses else (), of)
 
@@ -216,7 +226,7 @@ def combine_weights(cfg: MoEConfig, S: int, D: int, params: Shapes) -> int:
     return n_elements((routing.dispatch_GSEC, routing.combine_GSEC) if soft else routing.weight_GEC)
 
 
-def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {}) -> list[Scheduled]:
+def gather_collectives(part: ShardBatch, params: Shapes, again: Mapping[str, tuple[str, ...]] = {}) -> list[Scheduled]:
     """Weights gathered over fsdp, and their gradients scattered."""
     found = []
     for name, shape in params.items():
@@ -232,8 +242,8 @@ def gathers(part: Part, params: Shapes, again: Mapping[str, tuple[str, ...]] = {
 OF_ALL_HEADS = ("D", "O", "ED", "EO", "A")
 
 
-def hidden(
-    part: Part, params: Shapes, last: bool, entering: int, weights: int = 0, O: int | None = None
+def tensor_collectives(
+    part: ShardBatch, params: Shapes, last: bool, entering: int, weights: int = 0, O: int | None = None
 ) -> list[Scheduled]:
     """Schedules tensor parallelism: the sum of all shards' hidden units or heads, and gradients of what entered them.
 
@@ -255,7 +265,7 @@ def hidden(
 # ---------------------------------------------------------------- gradients and the optimizer
 
 
-def gradients(part: Part, params: Any, laid: Any, new: Any) -> list[Collective]:
+def gradient_collectives(part: ShardBatch, params: Any, laid: Any, new: Any) -> list[Collective]:
     """Gradients of parameters that are `laid` so, summed over tokens' shards to lie as `new`."""
 
     def of(x, old, new):
@@ -266,15 +276,15 @@ def gradients(part: Part, params: Any, laid: Any, new: Any) -> list[Collective]:
             found += part.one("reduce-scatter", more, n, "ZeRO-1 scatter of gradients", of="float32")
         return found + part.one("all-reduce", tuple(left), n, "gradients", of="float32")
 
-    return [c for leaf in each(params, laid, new) for c in of(*leaf)]
+    return [c for leaf in each_parameter(params, laid, new) for c in of(*leaf)]
 
 
-def each(params: Any, *laid: Any) -> Iterator[tuple]:
+def each_parameter(params: Any, *laid: Any) -> Iterator[tuple]:
     """A parameter at a time, with its layouts."""
     return zip(jax.tree.leaves(params), *map(jax.tree.leaves, laid), strict=True)
 
 
-def update(exp: Experiment, part: Part, params: Any, laid: Any, new: Any) -> list[Collective]:
+def update_collectives(exp: Experiment, part: ShardBatch, params: Any, laid: Any, new: Any) -> list[Collective]:
     """The optimizer: it works on what lies as `new`, and leaves parameters as they were `laid`."""
     # The partitioner adds up one spread dimension after another; the norm is computed for clipping once more.
     norms = 2 if exp.optim.clip else 1
@@ -284,13 +294,15 @@ def update(exp: Experiment, part: Part, params: Any, laid: Any, new: Any) -> lis
         more = {a for axes in after for a in axes} - {a for axes in dims.axes(old, x.ndim) for a in axes}
         found = [c for axes in after for c in part.one("all-reduce", axes, norms, "gradient norm", "float32", norms)]
         if isinstance(exp.optim.optimizer, Adafactor):
-            found += means(exp.optim.optimizer, part, x.shape, old, new)
+            found += factor_means(exp.optim.optimizer, part, x.shape, old, new)
         return found + part.one("all-gather", tuple(more), before, "ZeRO-1 gather of parameters", of="float32")
 
-    return [c for leaf in each(params, laid, new) for c in of(*leaf)]
+    return [c for leaf in each_parameter(params, laid, new) for c in of(*leaf)]
 
 
-def means(optimizer: Adafactor, part: Part, shape: tuple[int, ...], old: Any, new: Any) -> list[Collective]:
+def factor_means(
+    optimizer: Adafactor, part: ShardBatch, shape: tuple[int, ...], old: Any, new: Any
+) -> list[Collective]:
     """Adafactor's: of squares over rows and columns, and of what it limits and scales by."""
     axes, local = dims.axes(new, len(shape)), dims.local_shape(shape, new, part.sizes)
     scalars = axes + 2 * dims.axes(old, len(shape)) * optimizer.relative  # of updates; of parameters, once safely

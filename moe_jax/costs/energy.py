@@ -18,7 +18,7 @@ CORE_WATTS, CORE_SOURCE = 12.0, "Green Algorithms' figure for any CPU, arXiv:200
 
 
 class Energy(NamedTuple):
-    """What a run takes from the grid, and what that emits."""
+    """Energy that a run takes from the grid, and its emissions."""
 
     kwh: float
     tco2e: float
@@ -29,7 +29,7 @@ class Energy(NamedTuple):
 
 
 def energy(hours: float, processors: int, watts: float, pue: float = PUE, carbon: float = CARBON) -> Energy:
-    """Of `hours` on so many processors of so many watts each; carbon: kg CO2e per kWh.
+    """Energy of `hours` on so many processors of so many watts each; carbon: kg CO2e per kWh.
 
     Manufacturing, storage and failed runs are not in it. ValueError where a figure cannot be.
     """
@@ -52,7 +52,7 @@ def run_energy(
     carbon: float = CARBON,
     cores: int | None = None,
 ) -> dict[str, float | str | None]:
-    """What a run of `seconds` on so many JAX devices of this kind took, as its log has it, with what was assumed.
+    """Energy record of a run of `seconds` on so many JAX devices of this kind, with the assumptions made.
 
     watts: of a chip, or of a CPU core; None is the published mean of the chip, or `CORE_WATTS`. cores: of a CPU,
     however many devices it simulates; None counts those this process may use. kWh and kg of CO2e are None where nothing

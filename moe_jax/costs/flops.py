@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.attention.layer import is_matrix
 from moe_jax.core import dims
-from moe_jax.costs.parameters import size
+from moe_jax.costs.parameters import n_parameters
 from moe_jax.models import Model, ViTConfig
 from moe_jax.models.pattern import StackShape, Sublayer
 from moe_jax.moe import MoEConfig
@@ -14,7 +14,7 @@ from moe_jax.moe_config import sizes_of
 
 
 class Flops(NamedTuple):
-    """Of the matrix multiplications of one sequence's forward pass, by kind: 2 for every multiply and add.
+    """FLOPs of the matrix multiplications of one sequence's forward pass, by kind: 2 for every multiply and add.
 
     "scores" are attention's, over the whole length, as it is computed. Look-ups, norms and activations are left out.
     """
@@ -45,22 +45,22 @@ class Flops(NamedTuple):
 
 
 def flops(cfg: Model, batch: Any) -> Flops:
-    """Of a sequence of batches like this one (`DataConfig.shapes`)."""
-    found = Counter({"head": head(cfg, batch)})
+    """Counts the FLOPs of one sequence of a batch like this one (`DataConfig.shapes`)."""
+    found = Counter({"head": head_flops(cfg, batch)})
     shapes = cfg.stacks(batch)
     for stack in shapes:
         for i in range(cfg.N):
             for sub in cfg.sublayers(stack, i):
                 found.update(PARTS[sub.kind](sub, stack, cfg.D))
     tokens = sum(stack.L for stack in shapes)
-    slots = sum(stack.L * empty(stack.moe if cfg.routed else None, stack.L) for stack in shapes) / tokens
+    slots = sum(stack.L * empty_slots(stack.moe if cfg.routed else None, stack.L) for stack in shapes) / tokens
     return Flops(dict(found), tokens, slots)
 
 
-def scores(cfg: Model, batch: Any) -> int:
+def score_flops(cfg: Model, batch: Any) -> int:
     """Scores, one for a query, a key and a head, of all layers for a sequence of batches like this one."""
     return sum(
-        stack.L * keys(sub, stack) * sub.part.sizes["H"]
+        stack.L * n_keys(sub, stack) * sub.part.sizes["H"]
         for stack in cfg.stacks(batch)
         for i in range(cfg.N)
         for sub in cfg.sublayers(stack, i)
@@ -68,65 +68,65 @@ def scores(cfg: Model, batch: Any) -> int:
     )
 
 
-def keys(sub: Sublayer, stack: StackShape) -> int:
+def n_keys(sub: Sublayer, stack: StackShape) -> int:
     """Keys that every query of an attention is compared with, seen or not."""
     return stack.M if sub.memory else stack.L
 
 
-def attention(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
+def attention_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
     """An attention, on a sequence of its stack; matrices of keys and values are multiplied with the memory's tokens."""
-    part, M, sizes = sub.part, keys(sub, stack), {**sub.part.sizes, "D": D}
+    part, M, sizes = sub.part, n_keys(sub, stack), {**sub.part.sizes, "D": D}
     tokens = {name: M if name in part.of_memory else stack.L for name in part.params if is_matrix(name)}
-    matrices = sum(2 * n * size([dims.dims_of(name)], sizes) for name, n in tokens.items())
+    matrices = sum(2 * n * n_parameters([dims.dims_of(name)], sizes) for name, n in tokens.items())
     return {"attention": matrices, "scores": part.score_flops(stack.L, M)}
 
 
-def dense(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
+def dense_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
     """A dense feed-forward part, on a sequence of its stack."""
-    return {"dense": 2 * stack.L * matrices(sub.part, D)}
+    return {"dense": 2 * stack.L * matmul_flops(sub.part, D)}
 
 
-def moe(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
+def moe_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
     """An MoE layer, on a sequence of its stack: K experts a token."""
     cfg, L = sub.part, stack.L
     return {
-        "experts": 2 * L * cfg.router.K * matrices(cfg.experts, D),
-        "shared": 2 * L * matrices(cfg.shared, D),
-        "router": 2 * L * router(cfg, D),
+        "experts": 2 * L * cfg.router.K * matmul_flops(cfg.experts, D),
+        "shared": 2 * L * matmul_flops(cfg.shared, D),
+        "router": 2 * L * router_flops(cfg, D),
     }
 
 
 PARTS: dict[str, Callable[[Sublayer, StackShape, int], dict[str, int]]] = {
-    "attention": attention,
-    "dense": dense,
-    "moe": moe,
+    "attention": attention_flops,
+    "dense": dense_flops,
+    "moe": moe_flops,
 }
 
 
-def matrices(expert: Any, D: int) -> int:
+def matmul_flops(expert: Any, D: int) -> int:
     """Numbers in the matrices of an expert, which a row is multiplied with."""
     names = () if expert is None else expert.params
     letters = [dims.dims_of(n).removeprefix("E") for n in names]
     sizes = {} if expert is None else {**sizes_of(expert), "D": D}
-    return size([m for m in letters if len(m) > 1], sizes)
+    return n_parameters([m for m in letters if len(m) > 1], sizes)
 
 
-def router(cfg: MoEConfig, D: int) -> int:
+def router_flops(cfg: MoEConfig, D: int) -> int:
     """Numbers in the matrices of a router that a token is multiplied with; what it looks up by a task is not."""
     letters = [dims.dims_of(n) for n in cfg.router.params]
     sizes = {**sizes_of(cfg.router), "E": cfg.E, "D": D}
-    return size([m for m in letters if len(m) > 1 and m != "ME"], sizes)
+    return n_parameters([m for m in letters if len(m) > 1 and m != "ME"], sizes)
 
 
-def head(cfg: Model, batch: Any) -> int:
-    """From the last layer to logits; and, of images, from patches to the first layer."""
+def head_flops(cfg: Model, batch: Any) -> int:
+    """FLOPs from the last layer to logits; for images also from patches to the first layer."""
     if isinstance(cfg, ViTConfig):
         patches = 2 * (cfg.L - 1) * cfg.patch**2 * cfg.image[2] * cfg.D
         return patches + 2 * cfg.D * (cfg.V + cfg.representation * cfg.D)
     return 2 * cfg.stacks(batch)[-1].L * cfg.D * cfg.V
 
 
-def empty(cfg: MoEConfig | None, L: int) -> float:
+def empty_slots(cfg: MoEConfig | None, L: int) -> float:
     """Slots for every choice that a token of a sequence of L makes."""
     if cfg is None or cfg.dispatch.capacity_factor is None:
         return 1.0

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from moe_jax import optim
 from moe_jax.config import Experiment
 from moe_jax.core import dims, shard
-from moe_jax.core.shard import AXES, TOKENS
-from moe_jax.costs.activations import FLOAT, Share, biases, block
+from moe_jax.core.shard import AXES, TOKEN_AXES
+from moe_jax.costs.activations import FLOAT, DeviceShare, biases, block
 from moe_jax.models.pattern import blocks
 
 
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
 
     @property
     def phases(self) -> dict[str, int]:
-        """What there is beside the state."""
+        """Bytes beside the state, by phase of the step."""
         kept = self.pieces + self.copies + self.activations
         return {
             "head": kept + self.head,
@@ -65,13 +65,13 @@ class Parameter(NamedTuple):
 
 
 def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
-    """Of the experiment's train step on a mesh of these sizes."""
+    """Memory of the experiment's train step on a mesh of these sizes."""
     sizes = {axis: max(sizes.get(axis, 1), 1) for axis in AXES}
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     params, state, optimizer = held(exp, sizes)
     inner, ends = ([p for p in params if in_stack(p) == inside] for inside in (True, False))
     fsdp = sizes["fsdp"] > 1
-    activations, layer = layers(exp, sizes, inner)
+    activations, layer = layer_memory(exp, sizes, inner)
     logits = sequences(exp, sizes) * exp.data.shapes().target_BL.shape[1] * cfg.V
     table = max(p.used for p in ends if "V" in dims.dims_of(p.path[-1]))
     gathered = FLOAT * table if fsdp else 0
@@ -91,11 +91,11 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
     )
 
 
-def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
-    """What all layers keep for the backward pass, and the most that a block of them needs there."""
+def layer_memory(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
+    """Bytes that all layers keep for the backward pass, and the most that a block of them needs there."""
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     experts = math.prod(sizes[axis] for axis in exp.exchange.over)
-    share = Share(sequences(exp, sizes), width, sizes["tensor"], experts)
+    share = DeviceShare(sequences(exp, sizes), width, sizes["tensor"], experts)
     activations, layer = 0, 0
     for stack in cfg.stacks(exp.data.shapes()):
         for i, repeated in enumerate(blocks(cfg, stack)):
@@ -115,19 +115,19 @@ def layers(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -
 
 
 def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
-    """Of a piece of the batch, on one device."""
-    return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKENS))
+    """Sequences of a microbatch on one device."""
+    return math.ceil(exp.data.B / exp.data.microbatches / math.prod(sizes[axis] for axis in TOKEN_AXES))
 
 
 def in_stack(p: Parameter) -> bool:
-    """Whether it is of the layers."""
+    """Tells whether a parameter belongs to the layers."""
     return "stack_" in p.path[0]
 
 
 def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], int, int]:
     """Parameters on one device, and bytes of them and of what the optimizer remembers."""
     data = dataclasses.replace(exp.data, B=1, microbatches=1)
-    params, state = shapes(exp.model, data, exp.optim, exp.run.steps)
+    params, state = state_shapes(exp.model, data, exp.optim, exp.run.steps)
     laid = dims.specs(params, shard.rules_for(exp.exchange, sizes))
     spread = exp.optim.sharded(params, laid, sizes)
     found = []
@@ -143,14 +143,14 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
 
 
 @lru_cache
-def shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
-    """Of parameters, and of what the optimizer remembers."""
+def state_shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
+    """Shapes of parameters and of the optimizer state."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), data.shapes())
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))
     return params, jax.eval_shape(optimizer.build(steps)[0].init, params)
 
 
 def bytes_of(tree: Any, layouts: Any, sizes: Mapping[str, int]) -> int:
-    """Of a device's part of arrays that lie so."""
+    """Bytes of one device's part of arrays with these shardings."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layouts), strict=True)
     return sum(math.prod(dims.local_shape(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)

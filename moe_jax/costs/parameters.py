@@ -12,7 +12,7 @@ from moe_jax.models.pattern import Sublayer, placed
 from moe_jax.moe import MoEConfig
 from moe_jax.moe_config import sizes_of
 
-KINDS = ("attention", "dense", "experts", "shared", "router", "norm", "position", "embedding", "head")
+PARAMETER_KINDS = ("attention", "dense", "experts", "shared", "router", "norm", "position", "embedding", "head")
 Letters = Iterable[str]  # dimensions of several parameters, "DF" and the like
 
 
@@ -23,8 +23,8 @@ class Kind(NamedTuple):
     active: int
 
 
-class Parameters(NamedTuple):
-    """Of a model, by kind. Embeddings and heads count in both, once where they are tied."""
+class ParameterCount(NamedTuple):
+    """Parameter counts of a model, by kind. Embeddings and heads count in both, once where they are tied."""
 
     kinds: Mapping[str, Kind]
 
@@ -37,47 +37,50 @@ class Parameters(NamedTuple):
         return sum(kind.active for kind in self.kinds.values())
 
 
-def parameters(cfg: Model) -> Parameters:
+def parameters(cfg: Model) -> ParameterCount:
     """Counts a model's parameters; a router that chooses fewer experts for some tokens counts with its most, K."""
     counts = Counter(ends(cfg))
     for part in placed(cfg):
-        counts.update(sublayer(cfg, part.sub))
+        counts.update(sublayer_parameters(cfg, part.sub))
     active = dict(counts)
     if cfg.routed is not None:
         active["experts"] = counts["experts"] * cfg.routed.router.K // cfg.routed.E
-    return Parameters({kind: Kind(counts[kind], active.get(kind, 0)) for kind in KINDS})
+    return ParameterCount({kind: Kind(counts[kind], active.get(kind, 0)) for kind in PARAMETER_KINDS})
 
 
-def sublayer(cfg: Model, sub: Sublayer) -> dict[str, int]:
+def sublayer_parameters(cfg: Model, sub: Sublayer) -> dict[str, int]:
     """Parameters of one part of a layer, its norm's among them."""
     return {"norm": cfg.D * NORM_VECTORS[cfg.norm], **PARTS[sub.kind](sub.part, cfg.D)}
 
 
-def attention(part: Any, D: int) -> dict[str, int]:
+def attention_parameters(part: Any, D: int) -> dict[str, int]:
     """Parameters of an attention: tables of positions apart."""
     letters = [dims.dims_of(name) for name in part.params]
     sizes = {**part.sizes, "D": D}
     tables = [m for m in letters if m.startswith("P")]
-    return {"attention": size([m for m in letters if m not in tables], sizes), "position": size(tables, sizes)}
+    return {
+        "attention": n_parameters([m for m in letters if m not in tables], sizes),
+        "position": n_parameters(tables, sizes),
+    }
 
 
-def dense(expert: Any, D: int) -> dict[str, int]:
+def dense_parameters(expert: Any, D: int) -> dict[str, int]:
     """Parameters of a dense feed-forward part."""
     return {"dense": expert_parameters(expert, D)}
 
 
-def moe(cfg: MoEConfig, D: int) -> dict[str, int]:
+def moe_parameters(cfg: MoEConfig, D: int) -> dict[str, int]:
     """Parameters of an MoE layer."""
     return {
         "experts": cfg.E * expert_parameters(cfg.experts, D),
         "shared": expert_parameters(cfg.shared, D),
-        "router": size(map(dims.dims_of, cfg.router.params), {**sizes_of(cfg.router), "E": cfg.E, "D": D}),
+        "router": n_parameters(map(dims.dims_of, cfg.router.params), {**sizes_of(cfg.router), "E": cfg.E, "D": D}),
     }
 
 
 def ends(cfg: Model) -> dict[str, int]:
     """Parameters outside of the layers."""
-    shared = [size([dims.dims_of(name)], sizes) for name, sizes in cfg.stack_params.items()]
+    shared = [n_parameters([dims.dims_of(name)], sizes) for name, sizes in cfg.stack_params.items()]
     found = {"norm": cfg.STACKS * cfg.D * NORM_VECTORS[cfg.norm], "position": cfg.STACKS * sum(shared)}
     if isinstance(cfg, ViTConfig):
         patch = cfg.patch**2 * cfg.image[2]
@@ -88,16 +91,20 @@ def ends(cfg: Model) -> dict[str, int]:
     return found | {"embedding": (cfg.V + separate) * cfg.D, "head": 0 if cfg.tied else cfg.V * cfg.D}
 
 
-PARTS: dict[str, Callable[[Any, int], dict[str, int]]] = {"attention": attention, "dense": dense, "moe": moe}
+PARTS: dict[str, Callable[[Any, int], dict[str, int]]] = {
+    "attention": attention_parameters,
+    "dense": dense_parameters,
+    "moe": moe_parameters,
+}
 
 
 def expert_parameters(expert: Any, D: int) -> int:
     """Parameters of one expert; 0 for None."""
     if expert is None:
         return 0
-    return size(map(dims.dims_of, expert.params), {**sizes_of(expert), "D": D, "E": 1})
+    return n_parameters(map(dims.dims_of, expert.params), {**sizes_of(expert), "D": D, "E": 1})
 
 
-def size(arrays: Letters, sizes: Mapping[str, int]) -> int:
+def n_parameters(arrays: Letters, sizes: Mapping[str, int]) -> int:
     """Counts the numbers in arrays of these dimensions."""
     return sum(math.prod(dims.shape_of(letters, sizes)) for letters in arrays)

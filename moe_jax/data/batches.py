@@ -73,7 +73,7 @@ def evaluation_batches(
 
 
 def spread(domain_W: np.ndarray, limit: int) -> np.ndarray:
-    """At most `limit` window numbers, as many of each domain as can be, from all over its text."""
+    """Chooses at most `limit` examples, evenly by domain, from all over its text."""
     chosen: list[np.ndarray] = []
     members = sorted((np.flatnonzero(domain_W == domain) for domain in np.unique(domain_W)), key=len)
     for i, member in enumerate(members):  # small domains first: what they leave goes to the others
@@ -83,7 +83,7 @@ def spread(domain_W: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _example(windows: Examples, i: int) -> Example:
-    """The same one whenever it is asked for."""
+    """Example i, the same one at every call."""
     if i == PADDING:
         return windows.padding
     return windows.finish(windows[i], np.random.default_rng(i)) if hasattr(windows, "finish") else windows[i]

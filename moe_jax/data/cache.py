@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 
 
 def default_directory() -> pathlib.Path:
-    """Where data is kept: $MOE_JAX_DATA, or ~/.cache/moe_jax."""
+    """Folder of prepared data: $MOE_JAX_DATA, or ~/.cache/moe_jax."""
     return pathlib.Path(os.environ.get("MOE_JAX_DATA") or pathlib.Path.home() / ".cache" / "moe_jax")
 
 

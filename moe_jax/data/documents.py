@@ -1,4 +1,4 @@
-"""What every source of text gives: documents with a domain, split by content into train and held-out."""
+"""Documents with a domain, which every source of text gives, split by content into train and held-out."""
 
 import hashlib
 import pathlib
@@ -55,7 +55,7 @@ def digest(text: bytes) -> str:
 
 
 def is_held_out(digest: str) -> bool:
-    """Whether a document of this digest is held out; it depends on nothing else in the data set."""
+    """Tells whether a document of this digest is held out; nothing else in the data set matters."""
     return int(digest[:8], 16) < HELD_OUT * 2**32
 
 

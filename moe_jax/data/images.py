@@ -62,7 +62,7 @@ class ImageSplit:
 
     @property
     def padding(self) -> dict[str, np.ndarray]:
-        """What fills a batch."""
+        """Example without content, which fills a batch."""
         return {name: np.zeros_like(value) for name, value in self[0].items()}
 
     def finish(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -90,7 +90,7 @@ class Digits:
     name: ClassVar[str] = "digits"
 
     def images(self, split: Split) -> list[Labelled]:
-        """Of one split, in the order of the table."""
+        """Images of one split, in the order of the table."""
         rows = [Labelled(row[:-1].reshape(self.image), int(row[-1])) for row in _digits()]
         held_out = [int(digest(row.image_YXC.tobytes())[:8], 16) < HELD_OUT * 2**32 for row in rows]
         return [row for row, held in zip(rows, held_out, strict=True) if held == (split == "held_out")]
@@ -133,7 +133,7 @@ class TfdsImages:
         return self.side, self.side, self.channels
 
     def images(self, split: Split) -> "Pictures":
-        """Of one split, read and scaled when they are asked for."""
+        """Images of one split, read and scaled at access."""
         builder = self._builder()
         shared = self.held_out not in builder.info.splits
         opened = records.records(self, builder, "train" if shared or split == "train" else self.held_out)
@@ -200,13 +200,13 @@ class Classification:
             raise ValueError(f"Classification(shift={self.shift}) must be a number of pixels, 0 for none.")
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
-        """What the data says of the model."""
+        """Sizes of the model that follow from the data."""
         if not hasattr(source, "images"):
             raise ValueError(f"Classification() needs images, and {source} has none; use Digits() or TfdsImages(...).")
         return {"V": source.V, "image": source.image}
 
     def shapes(self, source: Any, B: int, L: int) -> Images:
-        """Of a batch: arrays without values."""
+        """Shapes of a batch, as arrays without values."""
         if L != 1:
             raise ValueError(f"An image has one class, but config.data.L={L}; set it to 1.")
         of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731

@@ -1,4 +1,4 @@
-"""What is to be predicted: an objective makes examples of a source, and batches of them for one kind of model."""
+"""Objectives: each makes examples of a source, batches of them for one kind of model, and their loss."""
 
 import dataclasses
 import pathlib
@@ -21,12 +21,12 @@ class NextToken:
     terms: ClassVar = staticmethod(predictions)
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
-        """What the data says of the model."""
+        """Sizes of the model that follow from the data."""
         check_source(self, source, "documents")
         return {"V": tokenizer.V}
 
     def shapes(self, source: Any, B: int, L: int) -> Batch:
-        """Of a batch: arrays without values."""
+        """Shapes of a batch, as arrays without values."""
         of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
         tokens = of(jnp.int32, B, L)
         return Batch(tokens, tokens, tokens, tokens, of(jnp.bool, B, L), of(jnp.int32, B))  # type: ignore[arg-type]

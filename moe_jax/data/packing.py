@@ -37,7 +37,7 @@ class Packer:
         return windows(tokens_N, self.L), segments(windows(number_N, self.L))
 
     def full(self) -> bool:
-        """Whether it is time to cut."""
+        """Tells whether it is time to cut."""
         return self.held > max(FLUSH, self.L)
 
 

@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 
 
 def shapes(B: int, M: int, L: int) -> Pairs:
-    """Of a batch: arrays without values."""
+    """Shapes of a batch, as arrays without values."""
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     source, target = of(jnp.int32, B, M), of(jnp.int32, B, L)
     return Pairs(source, source, target, target, target, of(jnp.bool, B, L), of(jnp.int32, B))  # type: ignore[arg-type]
@@ -82,12 +82,12 @@ class Translation:
     terms: ClassVar = staticmethod(predictions)
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
-        """What the data says of the model."""
+        """Sizes of the model that follow from the data."""
         check_source(self, source, "pairs")
         return {"V": tokenizer.V, "V_source": None if self.source is None else self.source.V}
 
     def shapes(self, source: Any, B: int, L: int) -> Pairs:
-        """Of a batch: arrays without values."""
+        """Shapes of a batch, as arrays without values."""
         return shapes(B, L, L)
 
     def prepare(

@@ -126,7 +126,7 @@ def _domain_of_python(path: pathlib.PurePosixPath) -> str:
 
 
 def read(name: str, path: str, domain: str) -> str | None:
-    """What a file holds for a domain, if anything."""
+    """Text that a file holds for a domain; None if there is none."""
     try:
         text = decoded(pathlib.Path(path).read_bytes())
     except OSError:

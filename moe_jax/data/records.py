@@ -80,7 +80,7 @@ def _opened(source: Any, split: Split) -> tuple[Any, bool]:
 
 
 def facts(source: Any, found: tfds.core.DatasetBuilder) -> list[str]:
-    """What TFDS knows about the data set: version, features, and the size of every shard."""
+    """Facts that TFDS has about the data set: version, features, and the size of every shard."""
     splits = (f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(found.info.splits.items()))
     return [str(source), found.info.full_name, str(found.info.features), *splits]
 

@@ -41,7 +41,7 @@ class SpanCorruption:
             raise ValueError(f"{self}: span must be at least 1 token, and sentinels at least 2.")
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
-        """What the data says of the model."""
+        """Sizes of the model that follow from the data."""
         check_source(self, source, "documents")
         return {"V": tokenizer.V + self.sentinels}
 
@@ -58,12 +58,12 @@ class SpanCorruption:
         return n, noise + spans + 1
 
     def left_out(self, n: int) -> tuple[int, int]:
-        """Of n tokens, how many, in how many spans."""
+        """Number of tokens that are left out of n, and of spans."""
         noise = min(max(round(n * self.density), 1), n - 1)
         return noise, min(max(round(noise / self.span), 1), n - noise)
 
     def shapes(self, source: Any, B: int, L: int) -> Pairs:
-        """Of a batch: arrays without values."""
+        """Shapes of a batch, as arrays without values."""
         return shapes(B, L, self.lengths(L)[1])
 
     def prepare(

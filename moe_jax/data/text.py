@@ -48,7 +48,7 @@ class Folder:
         return fingerprint(f"{domain} {key}" for domain, texts in self._texts().items() for key in sorted(texts))
 
     def _texts(self) -> dict[str, dict[str, bytes]]:
-        """Of each domain: its documents by digest; ValueError if there are none."""
+        """Documents of each domain by digest; ValueError if there are none."""
         root = pathlib.Path(self.path).expanduser().resolve()
         if not root.is_dir():
             raise FileNotFoundError(f"Folder(path={self.path!r}): there is no such folder, give one of text files")

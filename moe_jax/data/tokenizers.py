@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class TokenizerConfig(Protocol):
-    """What a config names: its V is known at once, and `fit` gives the tokenizer for some training text."""
+    """Tokenizer as a config names it: its V is known at once, and `fit` gives the tokenizer for some training text."""
 
     V: int
 

@@ -44,7 +44,7 @@ def batch(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
 
 
 def positions(segment_BL: Int32[np.ndarray, "B L"]) -> Int32[np.ndarray, "B L"]:
-    """How far each token is from the start of its segment."""
+    """Distance of each token from the start of its segment."""
     place_L = np.arange(segment_BL.shape[1], dtype=np.int32)
     starts_BL = np.diff(segment_BL, axis=1, prepend=-1) != 0
     return place_L - np.maximum.accumulate(np.where(starts_BL, place_L, 0), axis=1)

@@ -12,7 +12,7 @@ from moe_jax.core.shard import Shard
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """For experts that choose their tokens: every slot fetches its token, and adds its output to it."""
+    """Dispatcher for experts that choose their tokens: every slot fetches its token, and adds its output to it."""
 
     capacity_factor: ClassVar[None] = None  # the router says how many slots there are
     accepts: ClassVar = (SlotChoice,)

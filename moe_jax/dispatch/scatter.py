@@ -96,7 +96,7 @@ def _padded(
 def _occupied(
     x_GSD, routing, position_GSK, kept_GSK, params, *, experts: Callable, shard: Shard
 ) -> Float[Array, "G S O"]:
-    """The same numbers from occupied slots alone, for a platform that takes any number of rows per expert."""
+    """Computes occupied slots alone, with the same result, on a platform that takes any number of rows per expert."""
     row_GSK, sizes_E = rows.ragged_rows(routing, position_GSK, kept_GSK)
     places = rows.row_map(row_GSK, row_GSK.size)
     y_RO, _ = shard.apply_experts(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core import dims
 from moe_jax.core.groups import Groups, Padded, Ragged
 from moe_jax.core.shard import Shard, check_expert_axes
-from moe_jax.core.traffic import BOTH, EXCHANGE, Part, Rows, Scheduled, Shapes, scheduled
+from moe_jax.core.traffic import BOTH, EXCHANGE, ExchangedRows, Scheduled, Shapes, ShardBatch, scheduled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AllGather:
         everything = jax.tree.map(partial(shard.gather, axes=shard.experts), travelling)
         return experts(everything, x, groups), jnp.ones((), bool)
 
-    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+    def traffic(self, part: ShardBatch, rows: ExchangedRows, experts: Shapes) -> list[Scheduled]:
         """Predicts the weights of all experts, and their gradients on the way back."""
         found, axes = [], part.here.experts
         for name, shape in experts.items():

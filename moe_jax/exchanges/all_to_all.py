@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard, check_expert_axes
-from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
+from moe_jax.core.traffic import EXCHANGE, ExchangedRows, Scheduled, Shapes, ShardBatch, round_trip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class AllToAll:
         back = [shard.all_to_all(part, shard.experts, split=1, concat=0) for part in done]
         return jnp.concatenate(back, axis=1), jnp.ones((), bool)
 
-    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+    def traffic(self, part: ShardBatch, rows: ExchangedRows, experts: Shapes) -> list[Scheduled]:
         """Predicts rows [E, G*C, D] there and back, in chunks."""
         chunks = min(self.chunks, rows.slots)
         there, back = (
             part.one("all-to-all", part.here.experts, rows.rows * width, EXCHANGE, count=chunks)
             for width in (part.D, rows.O)
         )
-        return both_ways(there, back, rows)
+        return round_trip(there, back, rows)

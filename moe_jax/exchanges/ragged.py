@@ -8,7 +8,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import groups as g
 from moe_jax.core.shard import Shard, Slices, check_expert_axes
-from moe_jax.core.traffic import BOTH, EXCHANGE, Collective, Part, Rows, Scheduled, Shapes, both_ways, scheduled
+from moe_jax.core.traffic import (
+    BOTH,
+    EXCHANGE,
+    Collective,
+    ExchangedRows,
+    Scheduled,
+    Shapes,
+    ShardBatch,
+    round_trip,
+    scheduled,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +61,7 @@ class RaggedAllToAll:
         rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
         return y_RO, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
 
-    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+    def traffic(self, part: ShardBatch, rows: ExchangedRows, experts: Shapes) -> list[Scheduled]:
         """Predicts first how many rows there are, then rows: as they are on TPU, elsewhere those of everybody."""
         axes, R = part.here.experts, rows.rows
         X = part.devices(axes)
@@ -65,11 +75,11 @@ class RaggedAllToAll:
 
         there, back = way(R, room, part.D), way(room, R, rows.O)
         gradients = way(R, room, rows.O) + way(room, R, part.D)
-        return scheduled(asked, BOTH, rows.of) + both_ways(there, back, rows, gradients)
+        return scheduled(asked, BOTH, rows.of) + round_trip(there, back, rows, gradients)
 
 
 def slice_offsets(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
-    """Where slices begin at their destination, which holds them by expert, then by source."""
+    """Offsets of slices at their destination, which orders them by expert, then by source."""
     by_expert_XeX = jnp.transpose(sizes_XXe, (1, 2, 0))
     X, e, _ = by_expert_XeX.shape
     ends_XR = jnp.cumsum(by_expert_XeX.reshape(X, e * X), axis=1)
@@ -77,7 +87,7 @@ def slice_offsets(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:
 
 
 def fit_to_buffer(asked_XXe: Int[Array, "X X e"], rows: int) -> Int[Array, "X X e"]:
-    """As much of every slice as its destination has room for, the same part of each."""
+    """Cuts slices to the room of their destination, all by the same fraction."""
     total_1X1 = asked_XXe.sum((0, 2), keepdims=True)
     part_1X1 = rows / jnp.maximum(total_1X1, 1) * (1 - 2**-20)  # rounding never adds up to a row too many
     part_XXe = jnp.floor(asked_XXe * part_1X1).astype(asked_XXe.dtype)

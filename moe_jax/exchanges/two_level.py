@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
 from moe_jax.core.shard import Shard, check_expert_axes
-from moe_jax.core.traffic import EXCHANGE, Part, Rows, Scheduled, Shapes, both_ways
+from moe_jax.core.traffic import EXCHANGE, ExchangedRows, Scheduled, Shapes, ShardBatch, round_trip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class TwoLevel:
         y_YXeCO = shard.all_to_all(y_YXeCO, inner, split=1, concat=1)
         return y_YXeCO.reshape(E, C, -1), jnp.ones((), bool)
 
-    def traffic(self, part: Part, rows: Rows, experts: Shapes) -> list[Scheduled]:
+    def traffic(self, part: ShardBatch, rows: ExchangedRows, experts: Shapes) -> list[Scheduled]:
         """Predicts rows [E, G*C, D] there and back, inside a slice and across."""
         inner, outer = part.here.experts[-1:], part.here.experts[:-1]
         there, back = (
             [c for axes in (inner, outer) for c in part.one("all-to-all", axes, rows.rows * width, EXCHANGE)]
             for width in (part.D, rows.O)
         )
-        return both_ways(there, back, rows)
+        return round_trip(there, back, rows)

@@ -1,4 +1,4 @@
-"""What any router can be given: transforms of its input, its logits, or of who may be chosen. One line registers one.
+"""Gating transforms of any router: of its input, its logits, or the experts that may be chosen. One line registers one.
 
     on = "input"    (x_GSD, ctx, keys_G or None) -> x_GSD     the experts still see their tokens as they are
     on = "logits"   (logits_GSI, ctx, keys_G or None) -> logits_GSI

@@ -10,7 +10,7 @@ from moe_jax.core.context import Context
 
 @dataclasses.dataclass(frozen=True)
 class ExpertDropout:
-    """While training, each expert is out of reach for a whole step with this probability; never all of them.
+    """Masks each expert for a whole training step with this probability; never all of them.
 
     One draw for all tokens on all devices, so that others learn what a popular expert knows.
     """
@@ -30,7 +30,7 @@ class ExpertDropout:
 
 @dataclasses.dataclass(frozen=True)
 class GatingDropout:
-    """With this probability, one draw for a whole step on all devices, tokens do not travel (arXiv:2205.14336).
+    """Keeps tokens on their device for a whole training step with this probability (arXiv:2205.14336).
 
     islands=0: the experts are skipped, shared ones and the residual stay (Gate-Expert-Drop, 0.2 in the paper).
     islands=n: the experts are in n equal islands, routing group g reaches island g mod n alone (Gate-Drop, 0.3 in the

@@ -4,12 +4,12 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float, Key
 
-from moe_jax.core.context import Context, draw
+from moe_jax.core.context import Context, draw_by_group
 
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
-    """While training, each number of the router's input times U(1 - size, 1 + size) (arXiv:2101.03961 has 0.01)."""
+    """Multiplies the router's input with U(1 - size, 1 + size) while training (arXiv:2101.03961 has 0.01)."""
 
     size: float = 0.01
     on: ClassVar[str] = "input"
@@ -25,12 +25,12 @@ class Jitter:
         if keys_G is None:
             return x_GSD
         low, high = 1 - self.size, 1 + self.size
-        return x_GSD * draw(keys_G, jax.random.uniform, x_GSD.shape[1:], minval=low, maxval=high)
+        return x_GSD * draw_by_group(keys_G, jax.random.uniform, x_GSD.shape[1:], minval=low, maxval=high)
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """While training, Gaussian noise of this standard deviation on the router's "logits", or on its "input"."""
+    """Adds Gaussian noise of this standard deviation to the router's "logits" or "input" while training."""
 
     std: float = 0.1
     on: str = "logits"
@@ -47,4 +47,4 @@ class Noise:
     ) -> Float[Array, "G S I"]:
         if keys_G is None:
             return a
-        return a + self.std * draw(keys_G, jax.random.normal, a.shape[1:])
+        return a + self.std * draw_by_group(keys_G, jax.random.normal, a.shape[1:])

@@ -15,13 +15,13 @@ from moe_jax.inspect.card import Card
 from moe_jax.inspect.certificate import certify, verify
 from moe_jax.inspect.explain import Explanation
 from moe_jax.inspect.fairness import Fairness
-from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
+from moe_jax.inspect.knockout import isolate_experts, knock_out, mask_experts, masked_losses, substitute
 from moe_jax.inspect.look import LayerTrace, trace_layers
 from moe_jax.inspect.paths import coactivation, layer_dependence, path_statistics, transitions
 from moe_jax.inspect.probes import Search, probe, targets
 from moe_jax.inspect.recorder import record, record_run, recordings
-from moe_jax.inspect.recording import Recording, choices, joined, load, manifest, parts, save
-from moe_jax.inspect.run import Run, open_run
+from moe_jax.inspect.recording import Recording, choices, column_files, joined, load_recording, manifest, save_recording
+from moe_jax.inspect.run import TrainedRun, open_run
 from moe_jax.inspect.similarity import (
     chosen_together,
     duplicates,
@@ -33,7 +33,7 @@ from moe_jax.inspect.specialisation import (
     domain_information,
     domain_specialisation,
     mutual_information,
-    specialisation,
+    specialisation_by,
     vocabulary_specialisation,
 )
 
@@ -43,12 +43,13 @@ __all__ = [
     "Fairness",
     "LayerTrace",
     "Recording",
-    "Run",
     "Search",
+    "TrainedRun",
     "certify",
     "choices",
     "chosen_together",
     "coactivation",
+    "column_files",
     "dead_experts",
     "domain_information",
     "domain_specialisation",
@@ -57,19 +58,19 @@ __all__ = [
     "entropy_by",
     "expert_choices",
     "expert_load",
+    "isolate_experts",
     "joined",
     "knock_out",
     "layer_dependence",
-    "load",
     "load_over_time",
     "load_percentiles",
-    "losses",
+    "load_recording",
     "manifest",
+    "mask_experts",
+    "masked_losses",
     "mutual_information",
-    "only",
     "open_run",
     "output_similarity",
-    "parts",
     "path_statistics",
     "probe",
     "record",
@@ -78,9 +79,8 @@ __all__ = [
     "repeated_drops",
     "router_margin",
     "router_saturation",
-    "save",
-    "shut",
-    "specialisation",
+    "save_recording",
+    "specialisation_by",
     "substitute",
     "targets",
     "trace_layers",

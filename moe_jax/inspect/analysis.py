@@ -23,8 +23,8 @@ from moe_jax.inspect.recording import Recording
 from moe_jax.inspect.similarity import chosen_together, duplicates, router_saturation, weight_similarity
 from moe_jax.inspect.specialisation import domain_information, domain_specialisation, vocabulary_specialisation
 
-POSITIONS = 32  # bins of positions
-TOKENS = 8  # of an expert that are named
+POSITION_BINS = 32  # bins of positions
+MOST_TOKENS = 8  # of an expert that are named
 
 
 def layer_names(model: Any, stack: str = "decoder") -> list[str]:
@@ -52,24 +52,24 @@ def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] |
         "dead": dead_experts(rec),
         "drop_rate": rec.dropped_TNK.sum((0, 2)) / np.maximum(rec.taken_TNK.sum((0, 2)), 1),
         "entropy": rec.entropy_TN.mean(0),
-        "margin": margins(rec),
+        "margin": margin_summary(rec),
         "drops_again": repeated_drops(rec)._asdict(),
         "coactivation": coactivation(rec),
         "chosen_together": [duplicates(s_EE, 0.9) for s_EE in chosen_together(rec)],
         "transitions": transitions(rec),
         "dependence": layer_dependence(rec)._asdict(),
         "paths": path_statistics(rec)._asdict(),
-        "by_position": by_position(rec),
+        "by_position": position_summary(rec),
         "by_domain": by_domain(rec) if several else None,
         "specialisation": domain_specialisation(rec)._asdict() if several else None,
-        "information": information(rec) if several else None,
+        "information": information_summary(rec) if several else None,
         "fairness": fair(rec) if several else None,
         "favourites": favourites(rec, decode) if decode and (rec.token_T >= 0).any() else None,
     }
 
 
-def margins(rec: Recording) -> dict[str, Any] | None:
-    """How far choices are from being others, by layer: percentiles, and a histogram over tokens."""
+def margin_summary(rec: Recording) -> dict[str, Any] | None:
+    """Router margins by layer: percentiles, and a histogram over tokens."""
     if rec.K >= rec.E:
         return None
     margin_TN = router_margin(rec)
@@ -78,9 +78,9 @@ def margins(rec: Recording) -> dict[str, Any] | None:
     return {"percentiles": np.percentile(margin_TN, (5, 25, 50, 75, 95), axis=0).T, "edges": edges, "share": share_NX}
 
 
-def by_position(rec: Recording) -> dict[str, Any]:
+def position_summary(rec: Recording) -> dict[str, Any]:
     """Drops and entropy over the position in a document, in at most so many bins."""
-    width = -(-(int(rec.position_T.max(initial=0)) + 1) // POSITIONS)
+    width = -(-(int(rec.position_T.max(initial=0)) + 1) // POSITION_BINS)
     bin_T = rec.position_T // width
     drops, entropy = drop_rate_by(rec, bin_T), entropy_by(rec, bin_T)
     return {"position": drops.group_A * width, "drop_rate": drops.value_AN, "entropy": entropy.value_AN}
@@ -101,7 +101,7 @@ def by_domain(rec: Recording) -> dict[str, Any]:
     }
 
 
-def information(rec: Recording) -> dict[str, Any] | None:
+def information_summary(rec: Recording) -> dict[str, Any] | None:
     """Mutual information of domain and expert; None where sequences are of several domains."""
     try:
         return domain_information(rec)._asdict()
@@ -121,12 +121,12 @@ def fair(rec: Recording) -> dict[str, Any] | None:
 
 
 def favourites(rec: Recording, decode: Callable[[int], str]) -> list[list[list[dict[str, Any]]]]:
-    """By layer and expert: the tokens that choose it most often over their share of all, frequent ones only."""
+    """Favourite tokens by layer and expert: those that choose it most often over their share, frequent ones only."""
     spec = vocabulary_specialisation(rec, least=max(8, rec.tokens // 2000))
     words = [decode(int(token)) for token in spec.class_A]
     found = []
     for lift_EA, share_EA in zip(np.nan_to_num(spec.lift_NEA), spec.share_NEA, strict=True):
-        order_EA = np.argsort(-lift_EA, 1, kind="stable")[:, :TOKENS]
+        order_EA = np.argsort(-lift_EA, 1, kind="stable")[:, :MOST_TOKENS]
         found.append(
             [
                 [{"token": words[a], "lift": float(lift_EA[e, a]), "share": float(share_EA[e, a])} for a in order_A]
@@ -137,7 +137,7 @@ def favourites(rec: Recording, decode: Callable[[int], str]) -> list[list[list[d
 
 
 def effects_of(effects: Effects) -> dict[str, Any]:
-    """What a knock-out of every expert has shown."""
+    """Summary of a knock-out of every expert."""
     return {
         "expert": np.array(effects.expert_P),
         "base": effects.base.by_domain_Z,
@@ -147,12 +147,12 @@ def effects_of(effects: Effects) -> dict[str, Any]:
 
 
 def weights_of(model: Any, params: Any) -> dict[str, Any]:
-    """How alike the experts' weights are, by layer, and which are twins."""
+    """Similarity of the experts' weights by layer, and duplicates among them."""
     similarity_NEE = np.stack([weight_similarity(model, params, n) for n in range(model.n_moe_layers)])
     return {"similarity": similarity_NEE, "duplicates": [duplicates(s_EE) for s_EE in similarity_NEE]}
 
 
-def compared(rec: Recording, other: Recording) -> dict[str, Any]:
+def compare_recordings(rec: Recording, other: Recording) -> dict[str, Any]:
     """Two recordings of the same tokens, of the same layers and experts: the share of choices they have in common."""
     check_same_tokens(rec, other)
     chance_N = [float(rec.K * (a_E * b_E).sum()) for a_E, b_E in zip(expert_load(rec), expert_load(other), strict=True)]

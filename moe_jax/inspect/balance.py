@@ -1,4 +1,4 @@
-"""How a recording spreads over experts: load, dead experts, drops and whom they hit, margins."""
+"""Balance of a recording: load, dead experts, drops by group of tokens, margins."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ def divide(a: Any, b: Any) -> np.ndarray:
 
 
 def expert_choices(rec: Recording) -> Int[np.ndarray, "N E"]:
-    """How often each expert was chosen, drops included."""
+    """Number of times each expert was chosen, drops included."""
     each = (np.bincount(rec.expert_TNK[:, n].ravel(), minlength=rec.E + 1)[: rec.E] for n in range(rec.layers))
     return np.stack(list(each))
 
@@ -74,14 +74,14 @@ def _by(above_TN: np.ndarray, below_TN: np.ndarray, group_T: np.ndarray) -> By:
     return By(group_A, tokens_A, divide(above_AN, below_AN))
 
 
-class Repeated(NamedTuple):
-    """Whether the tokens that lose a choice in one place lose one in another."""
+class RepeatedDrops(NamedTuple):
+    """Overlap of the tokens that lose a choice in different layers or recordings."""
 
     share_NN: Float[np.ndarray, "N N"]  # P(other drops in layer j | this drops in layer i); NaN without drops
     chance_N: Float[np.ndarray, "N"]  # P(other drops in layer j), what it would be if they had nothing in common
 
 
-def repeated_drops(rec: Recording, other: Recording | None = None) -> Repeated:
+def repeated_drops(rec: Recording, other: Recording | None = None) -> RepeatedDrops:
     """Are the same tokens always dropped? Between layers, or between two recordings of the same tokens.
 
     A token is dropped in a layer that drops any of its choices. Of two recordings, the diagonal of `share_NN` is that
@@ -90,7 +90,7 @@ def repeated_drops(rec: Recording, other: Recording | None = None) -> Repeated:
     if other is not None:
         check_same_tokens(rec, other)
     a_TN, b_TN = ((r.dropped_TNK.any(2)).astype(float) for r in (rec, rec if other is None else other))
-    return Repeated(divide(a_TN.T @ b_TN, a_TN.sum(0)[:, None]), b_TN.mean(0))
+    return RepeatedDrops(divide(a_TN.T @ b_TN, a_TN.sum(0)[:, None]), b_TN.mean(0))
 
 
 def router_margin(rec: Recording) -> Float[np.ndarray, "T N"]:

@@ -15,7 +15,7 @@ from moe_jax.models.pattern import check_expert, layer_params
 
 
 class Share(NamedTuple):
-    """Of an expert's choices, n of one domain or token; lift: over the part of all tokens that it is."""
+    """Share of an expert's choices that one domain or token has; lift: over its share of all tokens."""
 
     what: int
     n: int
@@ -24,7 +24,7 @@ class Share(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What there is to say of one expert.
+    """Card of one expert: load, drops, domains, tokens, and what it writes.
 
     load: its choices over the mean of its layer's experts. drop_rate: of its choices. weight: mean of those kept.
     writes: mean length of what it adds to the residual stream of a token that it serves, its output times its weight.
@@ -81,7 +81,7 @@ def card(
 
 
 def shares(what_T: np.ndarray, served_T: np.ndarray, top: int) -> tuple[Share, ...]:
-    """Which values the tokens that an expert serves have, the most frequent first."""
+    """Shares of the values of the tokens that an expert serves, the most frequent first."""
     values, count = np.unique(what_T[served_T], return_counts=True)
     total = max(int(served_T.sum()), 1)
     order = np.argsort(-count, kind="stable")[:top]
@@ -90,7 +90,7 @@ def shares(what_T: np.ndarray, served_T: np.ndarray, top: int) -> tuple[Share, .
 
 
 def additions(model: Any, params: Any, seen: LayerTrace, layer: int, expert: int) -> Float[np.ndarray, "_ D"]:
-    """What an expert adds to the residual stream of each token whose choice of it was kept: its output times weight."""
+    """Additions of an expert to the residual stream, for each token whose choice was kept: output times weight."""
     t, k = np.nonzero((seen.expert_NTK[layer] == expert) & seen.kept_NTK[layer])
     weights = layer_params(model, params, layer)
     own = {name: jnp.asarray(weights[name][expert]) for name in model.moe.experts.params}
@@ -110,7 +110,9 @@ def promoted(params: Any, direction_D: Float[np.ndarray, "D"], top: int) -> tupl
     return tuple((int(v), float(logits_V[v])) for v in np.argsort(-logits_V, kind="stable")[:top])
 
 
-def text(card: Card, domains: Sequence[str] = (), decode: Callable[[int], str] = str, layer: str | None = None) -> str:
+def card_text(
+    card: Card, domains: Sequence[str] = (), decode: Callable[[int], str] = str, layer: str | None = None
+) -> str:
     """A card in a few lines; decode: a token, as words; layer: its name."""
     name = lambda z: domains[z] if 0 <= z < len(domains) else str(z)  # noqa: E731
     of_domains = ", ".join(f"{name(s.what)} {s.share:.0%} ({s.lift:.1f}x)" for s in card.domains)

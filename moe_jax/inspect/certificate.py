@@ -63,7 +63,7 @@ def certify(
             {"name": c.name, "value": _number(c.value), "limit": float(c.limit), "pass": c.passes} for c in checks
         ],
         "passes": all(c.passes for c in checks),
-        "config": digest(config),
+        "config": config_digest(config),
         "weights": fingerprints(params),
     }
     body = json.loads(_canonical(body))
@@ -71,7 +71,7 @@ def certify(
 
 
 def verify(certificate: Any, params: Any, config: str, key: bytes | None = None) -> list[str]:
-    """What does not hold of a certificate, a line each; [] where all does.
+    """Lists what does not hold of a certificate, a line each; [] where all does.
 
     Its seal is of all that it says; weights and config are as they were; every statistic passes or fails as it says.
     A certificate that is signed does not verify without the key, nor does one without a signature if there is a key.
@@ -81,7 +81,7 @@ def verify(certificate: Any, params: Any, config: str, key: bytes | None = None)
     body = {name: value for name, value in certificate.items() if name != SEAL}
     try:
         wrong = [*_seal_problems(certificate.get(SEAL), body, key), *_check_problems(body)]
-        if body["config"] != digest(config):
+        if body["config"] != config_digest(config):
             wrong.append("the config is another one")
         return wrong + _weight_problems(body["weights"], fingerprints(params))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -101,19 +101,19 @@ def seal(body: Any, key: bytes | None) -> dict[str, str]:
 def fingerprints(params: Any) -> dict[str, dict[str, Any]]:
     """Shape, type and checksum of every array of a tree, by name."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): fingerprint(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): array_fingerprint(leaf) for path, leaf in leaves}
 
 
-def fingerprint(array: Any) -> dict[str, Any]:
-    """Of one array; the checksum is of its bytes in C order, little-endian."""
+def array_fingerprint(array: Any) -> dict[str, Any]:
+    """Fingerprint of one array; the checksum is of its bytes in C order, little-endian."""
     a = np.asarray(jax.device_get(array))
     little = a.astype(a.dtype.newbyteorder("<"), copy=False) if a.dtype.byteorder == ">" else a
     sum_ = hashlib.sha256(np.ascontiguousarray(little).tobytes()).hexdigest()
     return {"shape": list(a.shape), "dtype": str(a.dtype.name), "sha256": sum_}
 
 
-def digest(config: str) -> str:
-    """Of a config's values, however its JSON is laid out."""
+def config_digest(config: str) -> str:
+    """Digest of a config's values, whatever the format of its JSON."""
     return hashlib.sha256(_canonical(json.loads(config)).encode()).hexdigest()
 
 
@@ -126,7 +126,7 @@ def read_key(path: pathlib.Path) -> bytes:
     return key
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read_certificate(path: pathlib.Path) -> dict[str, Any]:
     """A certificate from its file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def write(path: pathlib.Path, certificate: Mapping[str, Any]) -> None:
+def write_certificate(path: pathlib.Path, certificate: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(certificate, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 

@@ -19,7 +19,7 @@ class Neighbour(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Of the route of one token in one layer.
+    """Explanation of the route of one token in one layer.
 
     part_DE: x_d * gate_de, which sum over d to gate_E exactly; logits_E is what the router made of them (temperature,
     soft cap). along_PE: the part of them that lies along each leading principal direction of the layer's inputs, and
@@ -84,7 +84,7 @@ def explain(
         mean_E=mean_E,
         along_PE=along_PE,
         rest_E=part_DE.sum(0) - mean_E - along_PE.sum(0),
-        near=nearest(seen, row, layer, neighbours, model.moe.E),
+        near=nearest_tokens(seen, row, layer, neighbours, model.moe.E),
     )
 
 
@@ -104,7 +104,7 @@ def principal(x_TD: Float[np.ndarray, "T D"], P: int) -> tuple[Float[np.ndarray,
     return mean_D, along_PD[:P]
 
 
-def nearest(seen: LayerTrace, row: int, layer: int, n: int, E: int) -> tuple[Neighbour, ...]:
+def nearest_tokens(seen: LayerTrace, row: int, layer: int, n: int, E: int) -> tuple[Neighbour, ...]:
     """The n other tokens whose router inputs point most nearly the same way."""
     x_TD = seen.input_NTD[layer].astype(np.float64)
     length_T = np.maximum(np.linalg.norm(x_TD, axis=1), 1e-30)

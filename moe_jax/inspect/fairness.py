@@ -15,7 +15,7 @@ NOTHING = 1e-9  # a difference this small, relative to the values, is rounding
 
 
 class Columns(NamedTuple):
-    """What is needed of a recording, whose columns have the same names: a row for each token."""
+    """Columns of a recording that are needed here, under the same names: a row for each token."""
 
     expert_TNK: Int[np.ndarray, "T N K"]  # E nowhere
     kept_TNK: Bool[np.ndarray, "T N K"]
@@ -25,8 +25,8 @@ class Columns(NamedTuple):
     E: int
 
 
-def columns(seen: LayerTrace) -> Columns:
-    """The same of what a model was seen to do."""
+def columns_of_trace(seen: LayerTrace) -> Columns:
+    """Columns from a trace of a model."""
     entropy_NT = -(seen.probs_NTE * np.log(np.maximum(seen.probs_NTE, 1e-30))).sum(-1)
     expert_TNK, kept_TNK = (a.swapaxes(0, 1) for a in (seen.expert_NTK, seen.kept_NTK))
     return Columns(expert_TNK, kept_TNK, entropy_NT.T, seen.sequence_T, seen.loss_T, seen.probs_NTE.shape[-1])
@@ -89,7 +89,7 @@ def fairness(
 
     least: groups in fewer sequences are left out. ValueError where not two groups are left.
     """
-    check(rec, group_T, level, resamples)
+    check_groups(rec, group_T, level, resamples)
     names, groups, sums_QAM2 = sums(rec, group_T)
     here_A = (sums_QAM2[..., 1] > 0).any(-1).sum(0)
     kept_A = here_A >= least
@@ -108,7 +108,7 @@ def fairness(
         tuple(int(n) for n in here_A[kept_A]),
         {names[m]: value_AM[:, m] for m in measured},
         {names[m]: np.nanpercentile(draws.value_RAM[..., m], [low, high], axis=0) for m in measured},
-        gaps(it, draws, [int(g) for g in used], {m: names[m] for m in measured}, level),
+        all_gaps(it, draws, [int(g) for g in used], {m: names[m] for m in measured}, level),
         tuple(int(g) for g in groups[~kept_A]),
     )
 
@@ -119,7 +119,7 @@ def between_domains(rec: Any, domain_T: np.ndarray, sequence_T: np.ndarray) -> F
     return fairness(rec, domain_T, least=LEAST) if sum(n >= LEAST for n in sequences) > 1 else None
 
 
-def check(rec: Any, group_T: np.ndarray, level: float, resamples: int) -> None:
+def check_groups(rec: Any, group_T: np.ndarray, level: float, resamples: int) -> None:
     """Refuses what cannot be compared."""
     if len(group_T) != len(rec.sequence_T):
         raise ValueError(f"There are {len(group_T)} groups for {len(rec.sequence_T)} tokens; give one for each.")
@@ -151,7 +151,7 @@ def sums(rec: Any, group_T: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, Fl
     return METRICS, groups, sums_QAM2
 
 
-def gaps(it: Drawn, draws: Drawn, groups: list[int], names: Mapping[int, str], level: float) -> tuple[Gap, ...]:
+def all_gaps(it: Drawn, draws: Drawn, groups: list[int], names: Mapping[int, str], level: float) -> tuple[Gap, ...]:
     """The differences of all pairs of groups in these metrics, tested together."""
     pairs = [(m, a, b) for m in names for a in range(len(groups)) for b in range(a + 1, len(groups))]
     if not pairs:
@@ -176,7 +176,7 @@ def found(
     least_P: Float[np.ndarray, "P"],
     level: float,
 ) -> Bool[np.ndarray, "P"]:
-    """Which differences are further from zero, in standard errors, than the furthest of a sample is from its own.
+    """Tells which differences are further from zero, in standard errors, than the largest deviation of a resample.
 
     One that is the same in all sequences is found if it is more than rounding (`least_P`). One whose samples too often
     have no error to divide by, since hardly any sequence is unlike the others, is not told from chance.

@@ -12,8 +12,8 @@ PANELS = 6  # layers that are drawn, of more an even selection
 MOST = 24  # experts in a figure that has a row for each
 
 
-def load(load_NE: Any, names: Sequence[str]) -> Plot:
-    """Of `expert_load`: a row for each layer, experts from busy to idle."""
+def draw_load(load_NE: Any, names: Sequence[str]) -> Plot:
+    """Draws `expert_load`: a row for each layer, experts from busy to idle."""
     sorted_NE = -np.sort(-np.asarray(load_NE, float), axis=1) * np.shape(load_NE)[1]
     note = "experts of each layer, busiest first; 1 is an even share"
     if len(names) <= PANELS:
@@ -24,12 +24,12 @@ def load(load_NE: Any, names: Sequence[str]) -> Plot:
 
 
 def shown(names: Sequence[str], most: int = PANELS) -> list[int]:
-    """Which layers are drawn: all, or so many of them, the first and the last included."""
+    """Chooses the layers to draw: all, or so many of them, the first and the last included."""
     return sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), most))})
 
 
-def specialisation(lift_NEA: Any, names: Sequence[str], classes: Sequence[str], of: str = "domain") -> Plot:
-    """Of `domain_specialisation` and the like: experts in the order of the class of tokens that prefers them most."""
+def draw_specialisation(lift_NEA: Any, names: Sequence[str], classes: Sequence[str], of: str = "domain") -> Plot:
+    """Draws `domain_specialisation` and the like: experts in the order of the class of tokens that prefers them."""
     panels = {}
     for n in shown(names):
         lift_EA = np.nan_to_num(np.asarray(lift_NEA[n], float), nan=1.0)
@@ -53,16 +53,16 @@ def specialisation(lift_NEA: Any, names: Sequence[str], classes: Sequence[str], 
     )
 
 
-def information(nats_N: Any, chance_N: Any, p_N: Any, names: Sequence[str]) -> Plot:
-    """Of `domain_information`: what is seen, and what the permutations of domains give."""
+def draw_information(nats_N: Any, chance_N: Any, p_N: Any, names: Sequence[str]) -> Plot:
+    """Draws `domain_information`: the measured value, and those of permuted domains."""
     words = [f"{name} (p = {p:.3f})" for name, p in zip(names, p_N, strict=True)]
     values = {"seen": nats_N, "by chance": chance_N}
     note = "mutual information; chance: domains exchanged between sequences"
     return bars(words, values, "nats", "Domain and expert", note, write="{:.3f}")
 
 
-def coactivation(both_NEE: Any, names: Sequence[str], title: str = "Chosen together") -> Plot:
-    """Of `coactivation`, without the diagonal: of the tokens of one expert, the share that chose another too."""
+def draw_coactivation(both_NEE: Any, names: Sequence[str], title: str = "Chosen together") -> Plot:
+    """Draws `coactivation`, without the diagonal: the share of one expert's tokens that chose another too."""
     panels = {}
     for n in shown(names):
         panels[names[n]] = np.array(both_NEE[n], float)
@@ -71,16 +71,16 @@ def coactivation(both_NEE: Any, names: Sequence[str], title: str = "Chosen toget
     return matrices(panels, "expert", "expert", "share", "share", title, note)
 
 
-def transitions(next_MEE: Any, names: Sequence[str]) -> Plot:
-    """Of `transitions`: of the tokens of an expert, the share that chose each expert of the next MoE layer."""
+def draw_transitions(next_MEE: Any, names: Sequence[str]) -> Plot:
+    """Draws `transitions`: the share of an expert's tokens that chose each expert of the next MoE layer."""
     words = [f"{a} to {b.removeprefix('layer ')}" for a, b in itertools.pairwise(names)]
     panels = {words[m]: np.asarray(next_MEE[m], float) for m in shown(words)}
     note = "of the tokens of an expert (row), the share that chose each of the next MoE layer"
     return matrices(panels, "expert of the next layer", "expert", "share", "share", "From layer to layer", note)
 
 
-def similarity(cosine_NEE: Any, names: Sequence[str], title: str = "Likeness of experts' weights") -> Plot:
-    """Of `weight_similarity` or `output_similarity`, a matrix for each layer, without the diagonal."""
+def draw_similarity(cosine_NEE: Any, names: Sequence[str], title: str = "Likeness of experts' weights") -> Plot:
+    """Draws `weight_similarity` or `output_similarity`, a matrix for each layer, without the diagonal."""
     panels = {}
     for n in shown(names):
         panels[names[n]] = np.array(cosine_NEE[n], float)
@@ -88,25 +88,25 @@ def similarity(cosine_NEE: Any, names: Sequence[str], title: str = "Likeness of 
     return matrices(panels, "expert", "expert", "cosine", "signed", title, "cosine between experts; red: alike")
 
 
-def by_position(
+def draw_by_position(
     position_A: Any, value_AN: Any, names: Sequence[str], y: str, title: str, level: float | None = None
 ) -> Plot:
-    """Of `drop_rate_by` or `entropy_by` over positions in the document."""
+    """Draws `drop_rate_by` or `entropy_by` over positions in the document."""
     values = np.asarray(value_AN, float)
     curves = [Curve(position_A, values[:, n], names[n], "both", i) for i, n in enumerate(shown(names))]
     return lines(curves, "position in the document", y, title, ylim=(0, None), level=level)
 
 
-def margin(edges: Any, share_NX: Any, names: Sequence[str]) -> Plot:
-    """Of `router_margin`: how many tokens were how close to another expert."""
+def draw_margin(edges: Any, share_NX: Any, names: Sequence[str]) -> Plot:
+    """Draws `router_margin`: a histogram of the tokens' distance to another expert."""
     middle = (np.asarray(edges)[1:] + np.asarray(edges)[:-1]) / 2
     curves = [Curve(middle, share_NX[n], names[n], "line", i) for i, n in enumerate(shown(names))]
     note = "probability of the last chosen expert less that of the runner-up"
     return lines(curves, "margin", "share of tokens", "Router margin", note, ylim=(0, None))
 
 
-def knock_out(effects: Mapping[str, Any], names: Sequence[str], classes: Sequence[str], most: int = MOST) -> Plot:
-    """Of `analysis.effects_of`: the experts that are missed most, with what each domain loses."""
+def draw_knock_out(effects: Mapping[str, Any], names: Sequence[str], classes: Sequence[str], most: int = MOST) -> Plot:
+    """Draws `analysis.effects_of`: the experts whose loss costs most, by domain."""
     rise_P, rise_PZ = np.asarray(effects["rise"], float), np.asarray(effects["rise_by_domain"], float)
     worst = np.argsort(-rise_P, kind="stable")[:most]
     words = [f"{names[n].removeprefix('layer ')}:{e}" for n, e in (effects["expert"][int(p)] for p in worst)]
@@ -126,8 +126,8 @@ def knock_out(effects: Mapping[str, Any], names: Sequence[str], classes: Sequenc
     )
 
 
-def gaps(value: Mapping[str, Any], interval: Mapping[str, Any], classes: Sequence[str]) -> Plot:
-    """Of `fairness`: every metric by group, with bootstrap intervals."""
+def draw_gaps(value: Mapping[str, Any], interval: Mapping[str, Any], classes: Sequence[str]) -> Plot:
+    """Draws `fairness`: every metric by group, with bootstrap intervals."""
     words = {
         "drop_rate": "dropped",
         "active_compute": "experts per token",
@@ -143,8 +143,8 @@ def gaps(value: Mapping[str, Any], interval: Mapping[str, Any], classes: Sequenc
     return beside(parts, min(2, len(parts)), "By domain", "strokes: 95 % bootstrap intervals over sequences")
 
 
-def saturation(share_N: Any, chance_N: Any, names: Sequence[str], other: str) -> Plot:
-    """Of `router_saturation`, with what independent choices of the same loads would share."""
+def draw_saturation(share_N: Any, chance_N: Any, names: Sequence[str], other: str) -> Plot:
+    """Draws `router_saturation`, beside that of independent choices with the same loads."""
     values = {"the same choice": share_N, "by chance": chance_N}
     note = f"choices that are the same in {other}"
     return bars(list(names), values, "share", "Router saturation", note, write="{:.2f}", xlim=(0, 1.15))

@@ -1,4 +1,4 @@
-"""What breaks without an expert: knock-out, isolation and substitution, by the loss on held-out data per domain."""
+"""Knock-out, isolation and substitution of experts, measured by the held-out loss per domain."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +15,11 @@ from moe_jax.evaluate import evaluation_step
 from moe_jax.gating.masked import Masked
 from moe_jax.models.pattern import check_expert, moe_path
 
-SHUT = "shut_E"  # in the state of a layer: see `Masked`
+MASK = "shut_E"  # in the state of a layer: see `Masked`
 
 
-class Losses(NamedTuple):
-    """Of a model on held-out data, by domain."""
+class DomainLosses(NamedTuple):
+    """Losses of a model on held-out data, by domain."""
 
     nats_Z: Float[np.ndarray, "Z"]
     targets_Z: Float[np.ndarray, "Z"]
@@ -35,10 +35,10 @@ class Losses(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What the loss is, and by how much it rises without each of P experts, in nats per target."""
+    """Loss of a model, and its rise without each of P experts, in nats per target."""
 
     expert_P: tuple[tuple[int, int], ...]  # (layer, expert)
-    base: Losses
+    base: DomainLosses
     rise_P: Float[np.ndarray, "P"]
     rise_PZ: Float[np.ndarray, "P Z"]
 
@@ -49,8 +49,8 @@ class Effects(NamedTuple):
         return self.expert_P[p], float(self.rise_P[p])
 
 
-def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
-    """The mask that takes these experts (layer, expert) out of reach."""
+def mask_experts(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
+    """Mask that removes these experts (layer, expert) from every choice."""
     shut_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
     for layer, expert in experts:
         check_expert(model, layer, expert)
@@ -58,10 +58,10 @@ def shut(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N 
     return shut_NE
 
 
-def only(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
-    """The mask that isolates experts: in this layer nobody else may be chosen, other layers stay as they are."""
+def isolate_experts(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
+    """Mask that isolates experts: in this layer no other may be chosen, other layers stay as they are."""
     moe_path(model, layer)
-    shut_NE = shut(model, [(layer, e) for e in experts])
+    shut_NE = mask_experts(model, [(layer, e) for e in experts])
     shut_NE[layer] = ~shut_NE[layer]
     return shut_NE
 
@@ -80,14 +80,14 @@ def _sums(model: Any, domains: int, params: Any, router: Any, batch: Any) -> tup
     return sums.nats_Z, sums.targets_Z
 
 
-def losses(
+def masked_losses(
     model: Any,
     params: Any,
     batches: Sequence[Any],
     router: Mapping[str, Any] | None = None,
     shut_NE: Bool[np.ndarray, "N E"] | None = None,
     domains: int | None = None,
-) -> Losses:
+) -> DomainLosses:
     """Held-out losses with these experts out of reach (`shut`, `only`), nothing dropped, on one device.
 
     A token chooses among those that are left, its weights are theirs (of a softmax: renormalised over them); it goes
@@ -95,19 +95,19 @@ def losses(
     None: as many as the batches name. ValueError without a target, or for a batch of other domains.
     """
     Z = count_domains(batches, domains)
-    mask_NE = shut(model, []) if shut_NE is None else shut_NE
-    state = {**(router or {}), SHUT: jnp.asarray(mask_NE)}
-    total = Losses(np.zeros(Z), np.zeros(Z))
+    mask_NE = mask_experts(model, []) if shut_NE is None else shut_NE
+    state = {**(router or {}), MASK: jnp.asarray(mask_NE)}
+    total = DomainLosses(np.zeros(Z), np.zeros(Z))
     for batch in batches:
         nats_Z, targets_Z = jax.device_get(_sums(masked(model), Z, params, state, batch))
-        total = Losses(total.nats_Z + nats_Z, total.targets_Z + targets_Z)
+        total = DomainLosses(total.nats_Z + nats_Z, total.targets_Z + targets_Z)
     if not total.targets_Z.sum():
         raise ValueError("The batches hold no target to predict; give some held-out text.")
     return total
 
 
 def count_domains(batches: Sequence[Any], domains: int | None) -> int:
-    """How many domains the data has, by the numbers in its batches where it is not said."""
+    """Number of domains: as given, or as found in the batches."""
     named = 1 + max((int(np.max(batch.domain_B)) for batch in batches), default=0)
     if domains is not None and named > domains:
         raise ValueError(f"A batch is of domain {named - 1}, but there are domains={domains}; give {named}, or None.")
@@ -125,8 +125,8 @@ def knock_out(
     """The rise of the loss without each expert alone, all of them if none are named: one pass for each."""
     every = [(n, e) for n in range(model.n_moe_layers) for e in range(model.moe.E)] if experts is None else [*experts]
     Z = count_domains(batches, domains)
-    measure = partial(losses, model, params, batches, router, domains=Z)
-    base, without = measure(), [measure(shut(model, [one])) for one in every]
+    measure = partial(masked_losses, model, params, batches, router, domains=Z)
+    base, without = measure(), [measure(mask_experts(model, [one])) for one in every]
     rise_PZ = np.reshape([one.by_domain_Z - base.by_domain_Z for one in without], (len(every), Z))
     return Effects(tuple(every), base, np.array([one.mean - base.mean for one in without]), rise_PZ)
 

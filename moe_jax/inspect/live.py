@@ -45,7 +45,7 @@ def sparkline(values: Any, width: int = WIDTH) -> str:
     return "".join(" " if np.isnan(s) else BLOCKS[min(int(s * len(BLOCKS)), len(BLOCKS) - 1)] for s in scaled)
 
 
-def bars(load_E: Any) -> str:
+def load_bars(load_E: Any) -> str:
     """The load of each expert as one character: a full block is twice an even share or more."""
     times_mean = np.asarray(load_E, float) * len(load_E)
     levels = np.clip(times_mean / 2 * len(BLOCKS), 0, len(BLOCKS) - 1)
@@ -65,7 +65,7 @@ def view(records: list[dict], total: int | None = None, now: float | None = None
     parts: list[Any] = [Text(head, style="bold")]
     parts += [curves(records)] if train or held_out else [Text("no step yet")]
     if (moe := train.get("moe")) and "load" in moe:
-        parts.append(layers(moe))
+        parts.append(layer_lines(moe))
     return Group(*parts)
 
 
@@ -85,7 +85,7 @@ def curves(records: list[dict]) -> Table:
     return table
 
 
-def layers(moe: dict[str, Any]) -> Table:
+def layer_lines(moe: dict[str, Any]) -> Table:
     """A line for each MoE layer: load of its experts, drops, entropy, dead ones."""
     table = Table(box=None, pad_edge=False)
     for head in ("layer", "load of experts", "max/mean", "dropped", "entropy", "dead"):
@@ -96,5 +96,5 @@ def layers(moe: dict[str, Any]) -> Table:
         for key, form in (("drop_rate", "{:.2%}"), ("router_entropy", "{:.3f}"), ("dead_experts", "{:.0f}")):
             value = moe.get(key, [None] * (n + 1))[n]
             cells.append("-" if value is None else form.format(value))
-        table.add_row(str(name), bars(np.nan_to_num(load_E)[:96]), *cells)
+        table.add_row(str(name), load_bars(np.nan_to_num(load_E)[:96]), *cells)
     return table

@@ -27,7 +27,7 @@ def check_language_model(model: Any) -> None:
 
 
 class LayerTrace(NamedTuple):
-    """What N MoE layers saw and decided of T real tokens, in the order of the data."""
+    """Inputs and decisions of N MoE layers on T real tokens, in the order of the data."""
 
     input_NTD: Float[np.ndarray, "N T D"]  # what router and experts are given
     logits_NTE: Float[np.ndarray, "N T E"]

@@ -1,4 +1,4 @@
-"""What choices have to do with each other: of one token in one layer, and from layer to layer."""
+"""Dependence of choices: of one token within a layer, and from layer to layer."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from moe_jax.inspect.recording import Recording
 CHUNK = 1 << 16  # tokens at once
 
 
-def visits(rec: Recording) -> Iterator[Float[np.ndarray, "N T E"]]:
+def assignments(rec: Recording) -> Iterator[Float[np.ndarray, "N T E"]]:
     """1 where a token chose an expert, some tokens at a time."""
     for start in range(0, rec.tokens, CHUNK):
         expert_NTK = np.moveaxis(rec.expert_TNK[start : start + CHUNK], 0, 1).astype(int)
@@ -27,7 +27,7 @@ def coactivation(rec: Recording) -> Float[np.ndarray, "N E E"]:
     The diagonal is 1; NaN for an expert that is never chosen.
     """
     both_NEE = np.zeros((rec.layers, rec.E, rec.E))
-    for visit_NTE in visits(rec):
+    for visit_NTE in assignments(rec):
         both_NEE += visit_NTE.swapaxes(1, 2) @ visit_NTE
     return divide(both_NEE, np.diagonal(both_NEE, axis1=1, axis2=2)[..., None])
 
@@ -35,7 +35,7 @@ def coactivation(rec: Recording) -> Float[np.ndarray, "N E E"]:
 def transitions(rec: Recording) -> Float[np.ndarray, "M E E"]:
     """[n, i, j] = n_ij / n_i: of the tokens of expert i in layer n, those of expert j in layer n + 1; M = N - 1."""
     both_MEE, own_ME = np.zeros((rec.layers - 1, rec.E, rec.E)), np.zeros((rec.layers - 1, rec.E))
-    for visit_NTE in visits(rec):
+    for visit_NTE in assignments(rec):
         both_MEE += visit_NTE[:-1].swapaxes(1, 2) @ visit_NTE[1:]
         own_ME += visit_NTE[:-1].sum(1)
     return divide(both_MEE, own_ME[..., None])
@@ -50,7 +50,7 @@ class Paths(NamedTuple):
 
 
 def path_statistics(rec: Recording, top: int = 10) -> Paths:
-    """How many paths there are, and which are taken most."""
+    """Number of distinct paths through the layers, and the most frequent ones."""
     path_AN, count_A = np.unique(rec.expert_TNK[:, :, 0], axis=0, return_counts=True)
     order_A = np.argsort(-count_A, kind="stable")[:top]
     most = tuple((tuple(int(e) for e in path_AN[a]), int(count_A[a])) for a in order_A)
@@ -80,6 +80,6 @@ def layer_dependence(rec: Recording) -> Dependence:
 
 
 def _entropy(count: Int[np.ndarray, "..."]) -> float:
-    """Of a table of counts, nats."""
+    """Entropy of a table of counts, in nats."""
     p = count[count > 0] / max(count.sum(), 1)
     return float(-(p * np.log(p)).sum())

@@ -1,4 +1,4 @@
-"""How easily can a token be steered to an expert by changing the tokens before it? An adversarial search.
+"""Adversarial search: steers a token to an expert by changing the tokens before it.
 
 The guided search is HotFlip's (arXiv:1712.06751): the gradient of the goal by the embedding at a position says, to
 first order, what every substitution there would do; the best few are tried, the best of these is made, and so on. Its
@@ -22,7 +22,7 @@ from moe_jax.moe import MoEConfig
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What may be changed, and how long it is tried.
+    """Limits of a search: what may be changed, and how many attempts are made.
 
     window: positions before the token, of its own document, whose tokens may be changed. itself: the token too.
     budget: substitutions at most. tries: candidates looked at for each.
@@ -53,7 +53,7 @@ class Target(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """What came of a search: the tokens it ended with, and how many of them it has changed."""
+    """Result of a search: the tokens it ended with, and the number of substitutions."""
 
     target: Target
     succeeded: bool
@@ -63,7 +63,7 @@ class Attempt(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Of several attempts: how many succeeded, and with how many substitutions on average (NaN: none did)."""
+    """Summary of several attempts: success rate, and mean number of substitutions (NaN: none succeeded)."""
 
     attempts: tuple[Attempt, ...]
 
@@ -89,7 +89,7 @@ def targets(
 ) -> list[Target]:
     """n random tokens with at least `least` tokens of their document before them, each with a random expert that it
     does not choose; ValueError where there is no such token."""
-    check(model, layer, 0)
+    check_probed_model(model, layer, 0)
     rng = np.random.default_rng(seed)
     traced, _ = jax.device_get(_trace_batch(model, params, dict(router or {}), batch))
     may_BL = (np.asarray(batch.segment_BL) > 0) & (np.asarray(batch.position_BL) >= least)
@@ -117,14 +117,14 @@ def probe(
 ) -> Report:
     """Tries to steer every target, one after another, in evaluation on one device with nothing dropped."""
     for goal in goals:
-        check(model, goal.layer, goal.expert)
+        check_probed_model(model, goal.layer, goal.expert)
     if not goals:
         raise ValueError("There is no target to steer; `targets` finds some.")
     free, state, rng = model.dropless(), dict(router or {}), np.random.default_rng(seed)
     return Report(tuple(_attempt(free, params, state, batch, goal, search, rng) for goal in goals))
 
 
-def check(model: Any, layer: int, expert: int) -> None:
+def check_probed_model(model: Any, layer: int, expert: int) -> None:
     """Refuses a model whose routing does not follow from embeddings."""
     check_language_model(model)
     check_expert(model, layer, expert)
@@ -134,7 +134,7 @@ def check(model: Any, layer: int, expert: int) -> None:
 
 def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.random.Generator) -> Attempt:
     one = jax.tree.map(lambda a: np.asarray(a)[goal.row : goal.row + 1], batch)
-    tokens_L, places = one.tokens_BL[0].copy(), positions(one, goal, search)
+    tokens_L, places = one.tokens_BL[0].copy(), editable_positions(one, goal, search)
     value = partial(_values, model, params, state, one, goal)
     (margin,), (done,) = value(tokens_L[None])
     original_L, changed = tokens_L, 0
@@ -152,15 +152,15 @@ def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.
     return Attempt(goal, bool(done), int((tokens_L != original_L).sum()), float(margin), tokens_L)
 
 
-def positions(one: Any, goal: Target, search: Search) -> Int[np.ndarray, "W"]:
-    """Where tokens may be changed: before the target, in its document."""
+def editable_positions(one: Any, goal: Target, search: Search) -> Int[np.ndarray, "W"]:
+    """Positions whose tokens may be changed: before the target, in its document."""
     at, segment_L = goal.position, one.segment_BL[0]
     place_W = np.arange(max(0, at - search.window), at + int(search.itself))
     return place_W[segment_L[place_W] == segment_L[at]]
 
 
 def _random(model, params, state, one, goal, tokens_L, places, tries, rng) -> Int[np.ndarray, "C L"]:
-    """As many substitutions, each of another token at one place."""
+    """Draws random substitutions, each of one token."""
     candidates_CL = np.repeat(tokens_L[None], tries, axis=0)
     where_C = rng.choice(places, tries)
     shift_C = rng.integers(1, model.V, tries)  # never the same token
@@ -169,7 +169,7 @@ def _random(model, params, state, one, goal, tokens_L, places, tries, rng) -> In
 
 
 def _guided(model, params, state, one, goal, tokens_L, places, tries, rng) -> Int[np.ndarray, "C L"]:
-    """Those with the largest first-order gain, gradient . (new embedding - old embedding)."""
+    """Chooses the substitutions with the largest first-order gain, gradient . (new embedding - old embedding)."""
     slope_LD = np.asarray(_slopes(model, goal.layer, params, state, one, tokens_L, goal.position, goal.expert))
     embed_VD = np.asarray(params["embed_VD"], np.float64)
     gain_WV = slope_LD[places] @ embed_VD.T
@@ -202,7 +202,7 @@ def _values(model, params, state, one, goal, tokens_CL) -> tuple[Float[np.ndarra
 def _margins(model, layer, params, state, batch, position, expert) -> tuple[Array, Array]:
     traced, _ = trace_batch(model, params, state, batch)
     chosen_BK = traced["expert"][layer, :, position]
-    return margins(traced["logits"][layer, :, position], expert, model.moe), (chosen_BK == expert).any(-1)
+    return target_margins(traced["logits"][layer, :, position], expert, model.moe), (chosen_BK == expert).any(-1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -222,12 +222,12 @@ def _slopes(model, layer, params, state, one, tokens_L, position, expert) -> Flo
     def margin(own_LD):
         table = jnp.concatenate([params["embed_VD"], own_LD])
         traced, _ = trace_batch(wide, {**rest, "embed_VD": table}, state, batch)
-        return margins(traced["logits"][layer, :, position], expert, model.moe)[0]
+        return target_margins(traced["logits"][layer, :, position], expert, model.moe)[0]
 
     return jax.grad(margin)(params["embed_VD"][tokens_L])
 
 
-def margins(logits_BE: Float[Array, "B E"], expert: Int[Array, ""] | int, moe: MoEConfig) -> Float[Array, "B"]:
+def target_margins(logits_BE: Float[Array, "B E"], expert: Int[Array, ""] | int, moe: MoEConfig) -> Float[Array, "B"]:
     """The expert's logit less the K-th largest of the others: above zero, it is among the K largest."""
     others_BE = jnp.where(jnp.arange(moe.E)[None] == expert, -jnp.inf, logits_BE)
     if moe.router.K >= moe.E:  # everybody is chosen

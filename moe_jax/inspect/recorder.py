@@ -18,7 +18,7 @@ from moe_jax.core import shard
 from moe_jax.core.stats import entropy
 from moe_jax.data import AnyBatch, Images, Pairs
 from moe_jax.data.windows import positions
-from moe_jax.inspect.recording import Recording, save
+from moe_jax.inspect.recording import Recording, save_recording
 from moe_jax.inspect.run import examples, open_run
 from moe_jax.models import Call, Model
 from moe_jax.moe import RECORDED, LayerState
@@ -29,7 +29,7 @@ RECORD = ("weight", "kept", "slot", "probs")
 
 
 class Routed(NamedTuple):
-    """What the MoE layers of a stack have decided about a batch."""
+    """Decisions of a stack's MoE layers on a batch."""
 
     expert_NBLK: Int[Array, "N B L K"]
     weight_NBLK: Float[Array, "N B L K"]
@@ -42,7 +42,7 @@ class Routed(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a stack is given of a batch."""
+    """Tokens of a batch as a stack gets them."""
 
     token_BL: Int[np.ndarray, "B L"]
     position_BL: Int[np.ndarray, "B L"]
@@ -63,7 +63,7 @@ def record(
     """
     kept = {"config": exp.to_json(), "dropless": False, "stack": "decoder"}
     kept |= {name: options[name] for name in ("dropless", "stack") if name in options}
-    return save(recordings(exp, params, batches, **options), folder, {**kept, **(about or {})})
+    return save_recording(recordings(exp, params, batches, **options), folder, {**kept, **(about or {})})
 
 
 def record_run(
@@ -105,9 +105,9 @@ def recordings(
     dropless: without the limit of slots. keep_probs: all probabilities, not the largest ones alone. stack: which one
     of an encoder and a decoder. key: as in training, with its noise; without, as in evaluation.
     """
-    check(exp, stack)
+    check_recordable(exp, stack)
     model, program = exp.model.dropless() if dropless else exp.model, Program(exp, max(len(domains), 1))
-    look = compiled(program, exp, partial(routed, model, exp.data.objective, stack, keep_probs))
+    look = compile_recorder(program, exp, partial(routed, model, exp.data.objective, stack, keep_probs))
     params = jax.device_put(params, program.shardings.params)
     state = dict(exp.model.init_router() if router is None else router)
     rows = documents = 0
@@ -120,7 +120,7 @@ def recordings(
         rows, documents = rows + len(batch.domain_B), documents + part.document_T.max(initial=-1) + 1
 
 
-def check(exp: Experiment, stack: str) -> None:
+def check_recordable(exp: Experiment, stack: str) -> None:
     """Refuses what cannot be recorded."""
     if not exp.model.n_moe_layers:
         raise ValueError("The model has no MoE layer to record; set config.model.moe, and a layout with sparse layers.")
@@ -130,7 +130,7 @@ def check(exp: Experiment, stack: str) -> None:
         raise ValueError(f"{jax.process_count()} processes cannot write one recording; record in a single process.")
 
 
-def compiled(program: Program, exp: Experiment, look: Callable) -> Callable:
+def compile_recorder(program: Program, exp: Experiment, look: Callable) -> Callable:
     """(params, router, key, batch) -> what `look` says of it, spread over the program's mesh."""
     with jax.set_mesh(program.mesh):
         tokens = shard.token_spec(here := shard.from_mesh(exp.exchange))
@@ -148,7 +148,7 @@ def routed(
     key: Key[Array, ""] | None,
     batch: AnyBatch,
 ) -> tuple[Routed, Float[Array, "B L"]]:
-    """What the layers of a stack decide of one shard's rows, and nats per target, NaN where there is none."""
+    """Decisions of a stack's layers on one shard's rows, and nats per target, NaN where there is none."""
     logits_BLV, aux = model.apply(params, batch, Call(key, router, record=RECORD))
     predicts_BL = objective.targets(batch) & (model.STACKS == 1 or stack == "decoder")
     nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.local()).nats_BL, jnp.nan)
@@ -163,7 +163,7 @@ def routed(
 
 
 def layers_of(model: Any, stack: str) -> range:
-    """Which of the model's MoE layers, counted from 0, are this stack's."""
+    """Numbers of this stack's MoE layers among the model's, from 0."""
     N = model.n_moe_layers // model.STACKS
     first = N if model.STACKS > 1 and stack == "decoder" else 0
     return range(first, first + N)

@@ -1,4 +1,4 @@
-"""What routing a model does, as columns with a row for each token; kept in a folder of files with checksums.
+"""Recordings of routing: columns with a row for each token, in a folder of files with checksums.
 
 <folder>/part-00000.npz, ...    the columns of one batch each
 <folder>/manifest.json          E, N, K, domains, config, sha256 and tokens of every part; written last
@@ -63,7 +63,7 @@ class Recording(NamedTuple):
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """By name, those that there are."""
+        """Columns by name, those that are present."""
         return {name: a for name, a in self._asdict().items() if isinstance(a, np.ndarray)}
 
     def where(self, chosen_T: Any) -> "Recording":
@@ -83,7 +83,7 @@ def joined(parts: Iterable[Recording]) -> Recording:
 
 
 def choices(part: Recording, real_BL: Bool[np.ndarray, "B L"]) -> Int[np.ndarray, "N B L K"]:
-    """What was chosen in a batch whose real tokens these are, as a model takes it for `replay`."""
+    """Choices of a batch with these real tokens, in the form that `replay` takes."""
     if real_BL.sum() != part.tokens:
         raise ValueError(
             f"The recording has {part.tokens} tokens, but the batch {real_BL.sum()}; give the part of this batch."
@@ -96,7 +96,7 @@ def choices(part: Recording, real_BL: Bool[np.ndarray, "B L"]) -> Int[np.ndarray
 # ---------------------------------------------------------------- files
 
 
-def save(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
+def save_recording(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
     """Writes parts as they come, one file each, and in the end the manifest, without which there is no recording.
 
     about: JSON that is kept with it, the config for instance. ValueError where there is a recording already, or no
@@ -123,7 +123,7 @@ def save(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any
 
 
 def manifest(folder: str | Path) -> dict[str, Any]:
-    """What a recording says of itself; ValueError where there is none, or it has been changed."""
+    """Manifest of a recording; ValueError where there is none, or it has been changed."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"There is no recording in {folder}: it has no {MANIFEST}; record again, to the end.")
@@ -133,7 +133,7 @@ def manifest(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def parts(folder: str | Path) -> Iterator[Recording]:
+def column_files(folder: str | Path) -> Iterator[Recording]:
     """The recording batch by batch, each checked when it is read; ValueError where a byte has been changed."""
     facts = manifest(folder)
     for file in facts["parts"]:
@@ -146,6 +146,6 @@ def parts(folder: str | Path) -> Iterator[Recording]:
             yield Recording(**columns, E=facts["E"], domains=tuple(facts["domains"]))
 
 
-def load(folder: str | Path) -> Recording:
+def load_recording(folder: str | Path) -> Recording:
     """The whole recording in a folder."""
-    return joined(parts(folder))
+    return joined(column_files(folder))

@@ -1,4 +1,4 @@
-"""What an inspection found, as one static HTML page."""
+"""Results of an inspection as one static HTML page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,7 +80,7 @@ class Section(NamedTuple):
 
 
 def sections(found: Mapping[str, Any]) -> list[Section]:
-    """Those that there are numbers for."""
+    """Sections that have numbers."""
     made = [choice(found)]
     made += [purpose(found)] if found["specialisation"] else []
     made += [tokens(found)] if found["favourites"] else []
@@ -94,17 +94,19 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
 
 def choice(found: Mapping[str, Any]) -> Section:
     names, margin = found["layers"], found["margin"]
-    drawn: list[Plot | str] = [figures.load(found["load"], names)]
-    drawn += [figures.margin(margin["edges"], margin["share"], names)] if margin else []
+    drawn: list[Plot | str] = [figures.draw_load(found["load"], names)]
+    drawn += [figures.draw_margin(margin["edges"], margin["share"], names)] if margin else []
     return Section("Load and choice", "", drawn)
 
 
 def purpose(found: Mapping[str, Any]) -> Section:
     names, spec, information = found["layers"], found["specialisation"], found["information"]
     domains = [found["domains"][z] for z in found["by_domain"]["domain"]]
-    drawn: list[Plot | str] = [figures.specialisation(spec["lift_NEA"], names, domains)]
+    drawn: list[Plot | str] = [figures.draw_specialisation(spec["lift_NEA"], names, domains)]
     if information:
-        drawn.append(figures.information(information["nats_N"], information["chance_N"], information["p_N"], names))
+        drawn.append(
+            figures.draw_information(information["nats_N"], information["chance_N"], information["p_N"], names)
+        )
     return Section("What experts are for", specialised(found, domains), drawn)
 
 
@@ -116,26 +118,28 @@ def tokens(found: Mapping[str, Any]) -> Section:
 def breaks(found: Mapping[str, Any]) -> Section:
     effects = found["knock_out"]
     domains = found["domains"][: np.shape(effects["rise_by_domain"])[1]]
-    return Section("What breaks without them", missed(found), [figures.knock_out(effects, found["layers"], domains)])
+    return Section(
+        "What breaks without them", missed(found), [figures.draw_knock_out(effects, found["layers"], domains)]
+    )
 
 
 def among_themselves(found: Mapping[str, Any]) -> Section:
     names, drawn = found["layers"], list[Plot | str]()
     if found["K"] > 1:
-        drawn.append(figures.coactivation(found["coactivation"], names))
+        drawn.append(figures.draw_coactivation(found["coactivation"], names))
     if len(names) > 1:
-        drawn.append(figures.transitions(found["transitions"], names))
+        drawn.append(figures.draw_transitions(found["transitions"], names))
     if weights := found.get("weights"):
-        drawn.append(figures.similarity(weights["similarity"], names))
+        drawn.append(figures.draw_similarity(weights["similarity"], names))
     return Section("Experts among themselves", paths(found), drawn)
 
 
 def where(found: Mapping[str, Any]) -> Section:
     names, by, at = found["layers"], found["by_position"], found["by_position"]["position"]
     even = float(np.log(found["E"]))
-    drawn: list[Plot | str] = [figures.by_position(at, by["entropy"], names, "nats", "Entropy by position", even)]
+    drawn: list[Plot | str] = [figures.draw_by_position(at, by["entropy"], names, "nats", "Entropy by position", even)]
     if np.max(found["drop_rate"]) > 0:
-        drawn.append(figures.by_position(at, by["drop_rate"], names, "share dropped", "Drops by position"))
+        drawn.append(figures.draw_by_position(at, by["drop_rate"], names, "share dropped", "Drops by position"))
     return Section("Where", drops_again(found), drawn)
 
 
@@ -143,7 +147,7 @@ def alike(found: Mapping[str, Any]) -> Section:
     fair = found["fairness"]
     groups = [found["domains"][z] for z in fair["domain"]]
     return Section(
-        "Alike for all?", unfair(fair, found["domains"]), [figures.gaps(fair["value"], fair["interval"], groups)]
+        "Alike for all?", unfair(fair, found["domains"]), [figures.draw_gaps(fair["value"], fair["interval"], groups)]
     )
 
 
@@ -190,7 +194,7 @@ def paths(found: Mapping[str, Any]) -> str:
 
 
 def drops_again(found: Mapping[str, Any]) -> str:
-    """Whether the same tokens are dropped in several layers."""
+    """Section on tokens that are dropped in several layers."""
     share_NN, chance_N = (np.asarray(found["drops_again"][key], float) for key in ("share_NN", "chance_N"))
     if len(chance_N) < 2 or not np.nan_to_num(chance_N).any():
         return ""
@@ -233,5 +237,5 @@ def beside_other(found: Mapping[str, Any], other: Mapping[str, Any]) -> list[Any
     rows = [[head, a, b] for head, a, b in zip(heads, column(found), column(other), strict=True)]
     parts: list[Any] = [page.table(["", "this", other["name"]], rows)]
     if same := other.get("same"):
-        parts.append(figures.saturation(same["saturation"], same["chance"], found["layers"], other["name"]))
+        parts.append(figures.draw_saturation(same["saturation"], same["chance"], found["layers"], other["name"]))
     return parts

@@ -33,7 +33,7 @@ def bootstrap(sums_QAM2: Float[np.ndarray, "Q A M 2"], resamples: int, seed: int
 
 
 def _counts(sums_QAM2: np.ndarray, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R Q"]]:
-    """How often each sequence is in each sample, some samples at a time."""
+    """Counts of each sequence in each resample, some resamples at a time."""
     (Q, A), rng = sums_QAM2.shape[:2], np.random.default_rng(seed)
     for start in range(0, resamples, step := max(1, CHUNK // (Q + 16 * A * A))):
         yield rng.multinomial(Q, np.full(Q, 1 / Q), size=min(step, resamples - start)).astype(float)

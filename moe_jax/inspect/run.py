@@ -9,7 +9,7 @@ from moe_jax.data import AnyBatch, default_directory, evaluation_batches
 from moe_jax.moe import LayerState
 
 
-class Run(NamedTuple):
+class TrainedRun(NamedTuple):
     """An experiment and a checkpoint of it."""
 
     exp: Experiment
@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 def experiment(workdir: str | Path) -> Experiment:
-    """What was run in a workdir; ValueError where nothing was."""
+    """Experiment that was run in a workdir; ValueError where none was."""
     config = Path(workdir) / "config.json"
     if not config.is_file():
         raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
@@ -42,7 +42,7 @@ def examples(
     return split, list(evaluation_batches(split, exp.data.B // exp.data.microbatches, windows))
 
 
-def open_run(workdir: str | Path, step: int | None = None) -> Run:
+def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     """The run in a workdir at the newest valid checkpoint or that of `step`, whose bytes are checked.
 
     ValueError where there is no run, or no such checkpoint.
@@ -50,4 +50,4 @@ def open_run(workdir: str | Path, step: int | None = None) -> Run:
     exp = experiment(workdir)
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         state, _, at = checkpoints.restore(step=step)
-    return Run(exp, at, state["params"], state.get("router", {}))
+    return TrainedRun(exp, at, state["params"], state.get("router", {}))

@@ -1,4 +1,4 @@
-"""How alike experts are, by their weights, outputs and tokens; how alike two routings of the same tokens are."""
+"""Similarity of experts by weights, outputs and tokens, and of two routings of the same tokens."""
 
 from typing import Any
 

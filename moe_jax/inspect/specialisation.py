@@ -1,4 +1,4 @@
-"""What experts are for: domains and words they are given more of than others, and whether that is chance."""
+"""Specialisation of experts by domain and token, with permutation tests."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Specialisation(NamedTuple):
     lift_NEA: Float[np.ndarray, "N E A"]  # over the share of all tokens that chose it: 1 is none; NaN if never chosen
 
 
-def specialisation(rec: Recording, class_T: Int[np.ndarray, "T"], least: int = 1) -> Specialisation:
+def specialisation_by(rec: Recording, class_T: Int[np.ndarray, "T"], least: int = 1) -> Specialisation:
     """OLMoE's specialisation (arXiv:2409.02060, sec. 5.3, 5.4): share(e, a) = n_ea / n_a.
 
     Of classes with >= `least` tokens; n_ea are those of class a with e among their K choices.
@@ -33,15 +33,15 @@ def specialisation(rec: Recording, class_T: Int[np.ndarray, "T"], least: int = 1
 
 
 def domain_specialisation(rec: Recording) -> Specialisation:
-    """That of domains whose name is known."""
+    """Specialisation by domain, for domains whose name is known."""
     known = rec.where(rec.domain_T >= 0)
-    return specialisation(known, known.domain_T)
+    return specialisation_by(known, known.domain_T)
 
 
 def vocabulary_specialisation(rec: Recording, least: int = 8) -> Specialisation:
-    """That of token ids which are there at least so often."""
+    """Specialisation by token id, for ids that occur at least so often."""
     known = rec.where(rec.token_T >= 0)
-    return specialisation(known, known.token_T, least)
+    return specialisation_by(known, known.token_T, least)
 
 
 def counts(rec: Recording, class_T: Int[np.ndarray, "T"], classes: int) -> Int[np.ndarray, "N classes E"]:
@@ -80,7 +80,7 @@ def domain_information(rec: Recording, permutations: int = 199, seed: int = 0) -
     known = rec.where(rec.domain_T >= 0)
     _, first_Q, at_T = np.unique(known.sequence_T, return_index=True, return_inverse=True)
     domain_Q = known.domain_T[first_Q].astype(int)
-    check(known, domain_Q, at_T, permutations)
+    check_recorded(known, domain_Q, at_T, permutations)
     count_NQE, rng = counts(known, at_T, len(domain_Q)).astype(float), np.random.default_rng(seed)
     seen_N = _information(domain_Q, count_NQE)
     drawn_MN = np.stack([_information(rng.permutation(domain_Q), count_NQE) for _ in range(permutations)])
@@ -93,7 +93,7 @@ def _information(domain_Q: np.ndarray, count_NQE: np.ndarray) -> np.ndarray:
     return mutual_information(hot_ZQ @ count_NQE)
 
 
-def check(rec: Recording, domain_Q: np.ndarray, at_T: np.ndarray, permutations: int) -> None:
+def check_recorded(rec: Recording, domain_Q: np.ndarray, at_T: np.ndarray, permutations: int) -> None:
     """Refuses what the permutation test says nothing of."""
     if permutations < 1:
         raise ValueError(f"permutations={permutations} must be at least 1; 199 can show p < 0.01.")

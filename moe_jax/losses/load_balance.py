@@ -11,19 +11,19 @@ from moe_jax.core.traits import traits
 SCOPES = ("batch", "group", "sequence")
 
 
-class Convention(NamedTuple):
-    """Which choices are counted, and the value when balanced, for E experts and K choices."""
+class BalanceConvention(NamedTuple):
+    """Convention of a balancing loss: the choices it counts, and its value in balance, for E experts and K choices."""
 
     first: bool
     balanced: str  # "1", "K", "1/K" or "1/E^2"
 
 
-CONVENTIONS = {
-    "switch": Convention(False, "1"),  # arXiv:2101.03961, eq. 4; DeepSeekMoE
-    "first": Convention(True, "1"),  # Mesh TensorFlow, V-MoE
-    "gshard": Convention(True, "1/E^2"),  # arXiv:2006.16668, algorithm 1
-    "sum": Convention(False, "K"),  # Hugging Face transformers, MaxText, flaxformer's top-k
-    "mean": Convention(False, "1/K"),  # levanter
+BALANCE_CONVENTIONS = {
+    "switch": BalanceConvention(False, "1"),  # arXiv:2101.03961, eq. 4; DeepSeekMoE
+    "first": BalanceConvention(True, "1"),  # Mesh TensorFlow, V-MoE
+    "gshard": BalanceConvention(True, "1/E^2"),  # arXiv:2006.16668, algorithm 1
+    "sum": BalanceConvention(False, "K"),  # Hugging Face transformers, MaxText, flaxformer's top-k
+    "mean": BalanceConvention(False, "1/K"),  # levanter
 }
 
 
@@ -46,27 +46,27 @@ class LoadBalance:
 
     def __post_init__(self):
         check_weight(self)
-        if self.convention not in CONVENTIONS:
+        if self.convention not in BALANCE_CONVENTIONS:
             raise ValueError(
-                f"LoadBalance(convention={self.convention!r}) is unknown; use one of {', '.join(CONVENTIONS)}."
+                f"LoadBalance(convention={self.convention!r}) is unknown; use one of {', '.join(BALANCE_CONVENTIONS)}."
             )
         if self.scope not in SCOPES:
             raise ValueError(f"LoadBalance(scope={self.scope!r}) is unknown; use one of {', '.join(SCOPES)}.")
-        if self.scope != "batch" and CONVENTIONS[self.convention].first:
+        if self.scope != "batch" and BALANCE_CONVENTIONS[self.convention].first:
             raise ValueError(
                 f"LoadBalance(convention={self.convention!r}, scope={self.scope!r}) would need first choices of every "
                 f"{self.scope}; use scope='batch', or a convention that counts all choices."
             )
 
     def check(self, router: Any) -> None:
-        if traits(router).nulls and (self.scope != "batch" or CONVENTIONS[self.convention].first):
+        if traits(router).nulls and (self.scope != "batch" or BALANCE_CONVENTIONS[self.convention].first):
             raise ValueError(
                 f"{self} does not count null experts; with {type(router).__name__}() use scope='batch', and a "
                 "convention that counts all choices."
             )
 
     def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
-        convention, E, K = CONVENTIONS[self.convention], s.choices_E.shape[-1], traits(router).K
+        convention, E, K = BALANCE_CONVENTIONS[self.convention], s.choices_E.shape[-1], traits(router).K
         if nulls := traits(router).nulls:
             f_E, P_E = ratio(s.choices_E, K * s.tokens[..., None]), ratio(s.probs_E, s.tokens[..., None])
             rest = (1 - f_E.sum(-1)) / nulls * (1 - P_E.sum(-1))
@@ -81,8 +81,8 @@ class LoadBalance:
 
 
 def balanced_value(convention: str, E: int, K: int) -> float:
-    """What the loss of a convention is when the load is balanced."""
-    return {"1": 1.0, "K": float(K), "1/K": 1 / K, "1/E^2": 1 / E**2}[CONVENTIONS[convention].balanced]
+    """Value of a convention's loss when the load is balanced."""
+    return {"1": 1.0, "K": float(K), "1/K": 1 / K, "1/E^2": 1 / E**2}[BALANCE_CONVENTIONS[convention].balanced]
 
 
 def convert(
@@ -102,8 +102,8 @@ def convert(
     the load is balanced, and has the same gradient there.
     """
     for convention in (source, target):
-        if convention not in CONVENTIONS:
-            raise ValueError(f"Convention {convention!r} is unknown; use one of {', '.join(CONVENTIONS)}.")
+        if convention not in BALANCE_CONVENTIONS:
+            raise ValueError(f"Convention {convention!r} is unknown; use one of {', '.join(BALANCE_CONVENTIONS)}.")
     for over in (source_layers, target_layers):
         if over not in ("mean", "sum"):
             raise ValueError(f"Losses of layers are reduced by 'mean' or 'sum', not {over!r}.")

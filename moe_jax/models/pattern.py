@@ -32,7 +32,7 @@ class StackShape(NamedTuple):
     order: Order = Order.CAUSAL
 
 
-class Repeated(NamedTuple):
+class RepeatedLayers(NamedTuple):
     """Layers in a row, repeated n times: they are compiled once."""
 
     layers: tuple[tuple[Sublayer, ...], ...]
@@ -58,7 +58,7 @@ class ParamPath(NamedTuple):
     repeat: int
 
 
-class Placed(NamedTuple):
+class PlacedSublayer(NamedTuple):
     """A part of a model with the paths of its parameters and its norm's. layer: counted over all stacks."""
 
     layer: int
@@ -103,12 +103,12 @@ def repeats(layers: tuple[Layer, ...]) -> list[tuple[tuple[Layer, ...], int]]:
     return [(layers[:period], N // period)] if period <= len(runs) else runs
 
 
-def blocks(cfg: Any, stack: StackShape) -> list[Repeated]:
+def blocks(cfg: Any, stack: StackShape) -> list[RepeatedLayers]:
     """The layers of a model's stack, as they are scanned; `cfg.sublayers` says what stands in each."""
-    return [Repeated(*block) for block in repeats(tuple(cfg.sublayers(stack, i) for i in range(cfg.N)))]
+    return [RepeatedLayers(*block) for block in repeats(tuple(cfg.sublayers(stack, i) for i in range(cfg.N)))]
 
 
-def placed(cfg: Any) -> list[Placed]:
+def placed(cfg: Any) -> list[PlacedSublayer]:
     """Every part of every layer of a model, in order."""
     found, layer = [], 0
     for stack in cfg.stacks():
@@ -118,7 +118,7 @@ def placed(cfg: Any) -> list[Placed]:
                 for j, subs in enumerate(block.layers):
                     for sub in subs:
                         paths = (ParamPath(scope, f"{module}_{j}", repeat) for module in (sub.name, f"norm_{sub.name}"))
-                        found.append(Placed(layer + repeat * len(block.layers) + j, sub, *paths))
+                        found.append(PlacedSublayer(layer + repeat * len(block.layers) + j, sub, *paths))
             layer += block.n * len(block.layers)
     return found
 

@@ -18,7 +18,7 @@ from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
-from moe_jax.models.pattern import Repeated, StackShape, Sublayer, blocks, placed, sparse_layers
+from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed, sparse_layers
 from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
@@ -153,7 +153,7 @@ class TransformerConfig:
 
     @property
     def embeds_positions(self) -> bool:
-        """Whether sines and cosines of positions are added to the embeddings."""
+        """Tells whether sines and cosines of positions are added to the embeddings."""
         return any(isinstance(part.position, Sinusoidal) for part in self.attention)
 
     @property
@@ -169,7 +169,7 @@ class TransformerConfig:
         return {} if self.routed is None else self.routed.init_state(self.n_moe_layers)
 
     def dropless(self) -> Any:
-        """The same model without a limit to what an expert takes."""
+        """Returns the model with dropless layers: no capacity."""
         if not isinstance(self.moe, MoEConfig):
             return self
         return dataclasses.replace(self, moe=self.moe.dropless())
@@ -255,7 +255,7 @@ class Block(nn.Module):
     """The layers that a stack repeats: x + part(norm(x)) for every part of every layer."""
 
     cfg: TransformerConfig
-    repeated: Repeated
+    repeated: RepeatedLayers
     record: tuple[str, ...] = ()
 
     @nn.compact

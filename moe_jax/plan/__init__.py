@@ -1,1 +1,1 @@
-"""What a train step needs and takes on a slice of a TPU pod, before there is one."""
+"""Plans of train steps on slices of TPU pods: memory, time and cost, without a TPU."""

@@ -32,7 +32,7 @@ REFUSED = (
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a train step; bytes and FLOPs of one device, None where it does not say."""
+    """Compiled train step as the compiler reports it: bytes and FLOPs of one device, None where it reports none."""
 
     fits: bool
     limit: int | None  # bytes that a program may have
@@ -52,7 +52,7 @@ class Compiled(NamedTuple):
 
 
 def available() -> str | None:
-    """What is missing to compile for TPUs, in words; None if nothing is."""
+    """Names what is missing to compile for TPUs; None if nothing is."""
     if importlib.util.find_spec("libtpu") is None:
         return "the TPU compiler is not installed (Linux only): pip install .[tpu]"
     return None
@@ -60,7 +60,7 @@ def available() -> str | None:
 
 @cache
 def devices(topology: str) -> tuple[jax.Device, ...]:
-    """Of a slice like "v4:8x8x16", or several, "2*v5e:16x16"; they can be compiled for, not run on.
+    """Devices of a slice like "v4:8x8x16", or of several, "2*v5e:16x16"; for compilation only.
 
     ValueError without libtpu, and for a slice that it does not know.
     """
@@ -80,7 +80,7 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
     return tuple(found.devices)
 
 
-def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
+def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
     """The experiment's train step, as training runs it, compiled for a slice that its mesh fills.
 
     options: of the compiler, like {"xla_tpu_enable_async_all_to_all": True}. ValueError where it cannot be compiled for
@@ -94,11 +94,11 @@ def compiled(exp: Experiment, topology: str, options: Mapping[str, Any] | None =
         made = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
         return refused(error, topology, lowering, time.monotonic() - began)
-    return read(made, program.mesh, lowering, time.monotonic() - began)
+    return read_report(made, program.mesh, lowering, time.monotonic() - began)
 
 
-def read(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
-    """What a compiled step says of itself."""
+def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
+    """Reads the report of a compiled step."""
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()
     schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), by_device_kind(kind)
@@ -124,7 +124,7 @@ def read(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, co
 
 
 def refused(error: Exception, topology: str, lowering: float, compiling: float) -> Compiled:
-    """What the compiler says of a step that does not fit; ValueError if it says something else."""
+    """Reads the compiler's refusal of a step that does not fit; ValueError for any other error."""
     found = next((m for pattern in REFUSED if (m := pattern.search(str(error)))), None)
     if found is None:
         raise ValueError(f"The TPU compiler refuses this step for {topology}: {first_line(error)}") from None
@@ -145,7 +145,7 @@ def refused(error: Exception, topology: str, lowering: float, compiling: float) 
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says, without what is added for its authors."""
+    """First line of an error's message, without the compiler's internals."""
     return str(error).strip().partition("\n")[0][:300]
 
 

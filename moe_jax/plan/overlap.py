@@ -1,4 +1,4 @@
-"""What a compiled TPU program computes while it communicates."""
+"""Overlap of computation and communication in a compiled TPU program."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,20 +31,20 @@ class Overlap(NamedTuple):
 def overlaps(schedule: Schedule, clock: float | None) -> list[Overlap]:
     """Sums over the collectives of a step; seconds are 0 where the clock is not known."""
     sums: dict[tuple[str, str], list[float]] = {}
-    for one in each(schedule, clock):
+    for one in each_overlap(schedule, clock):
         total = sums.setdefault((one.op, one.how), [0, 0, 0.0])
         for k, n in enumerate(one[2:]):
             total[k] += n
     return [Overlap(op, how, int(n), int(moved), s) for (op, how), (n, moved, s) in sorted(sums.items())]
 
 
-def each(schedule: Schedule, clock: float | None) -> Iterator[Overlap]:
+def each_overlap(schedule: Schedule, clock: float | None) -> Iterator[Overlap]:
     """Every collective in the text."""
     for name, n in schedule.times.items():
         around = schedule.computations[name]
         for i in around.values():
             for c, how in begun(i, schedule.computations):
-                meanwhile = hidden(i, around) if how == "asynchronous" else cycles(i) if how == "fused" else 0
+                meanwhile = hidden_cycles(i, around) if how == "asynchronous" else cycles(i) if how == "fused" else 0
                 size = hlo.total(moved(c))
                 yield Overlap(c.op.removesuffix("-start"), how, n, n * size, n * meanwhile / clock if clock else 0.0)
 
@@ -65,12 +65,12 @@ def begun(i: Instruction, computations: dict[str, Computation]) -> list[tuple[In
 
 def moved(c: Instruction) -> int | tuple:
     """Bytes of its results; a start has operands in front of them."""
-    result = hlo.sizes(c.result)
+    result = hlo.byte_sizes(c.result)
     started = c.op.endswith("-start") and c.op != "all-reduce-start"
     return result[1] if started and isinstance(result, tuple) else result
 
 
-def hidden(start: Instruction, around: Computation) -> int:
+def hidden_cycles(start: Instruction, around: Computation) -> int:
     """Estimated cycles between a start and the instruction that waits for it."""
     between, total = False, 0
     for i in around.values():

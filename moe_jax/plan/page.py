@@ -35,14 +35,14 @@ def _section(section: Section) -> str:
 
 
 def times(plan: Plan) -> plots.Plot:
-    """What each part of a step takes."""
+    """Time of each part of a step."""
     parts = plan.roofline.parts
     note = "seconds of a device, each part alone"
     return plots.bars(list(parts), {"seconds": list(parts.values())}, "seconds", "A step", note, write="{:.3f}")
 
 
 def memory(plan: Plan) -> plots.Plot:
-    """What lies on a device in each phase, against what it has."""
+    """Bytes on a device in each phase, against its memory."""
     need, phases = plan.memory, plan.memory.phases
     state = (need.parameters + need.optimizer) / GiB
     values = {"state": np.full(len(phases), state), "phase": np.array(list(phases.values())) / GiB}

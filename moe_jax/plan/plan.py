@@ -1,10 +1,10 @@
-"""What a train step needs and takes on a slice of a TPU pod, and what a whole run costs there."""
+"""Plan of a train step on a slice of a TPU pod: memory, time, and the cost of a whole run."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_jax import costs
-from moe_jax.audit.communication import Row, compare
+from moe_jax.audit.communication import ComparedCollective, compare_collectives
 from moe_jax.config import Experiment
 from moe_jax.costs.chips import Chip
 from moe_jax.costs.communication import step
@@ -16,7 +16,7 @@ from moe_jax.plan.topology import Topology
 
 
 class Site(NamedTuple):
-    """Where a run runs; every figure with its source."""
+    """Site of a run: power, carbon and price, every figure with its source."""
 
     watts: float | None  # of a chip, on average, with its part of the host; None where nobody says
     watts_source: str
@@ -35,7 +35,7 @@ class Site(NamedTuple):
         carbon: float | None = None,
         price: float | None = None,
     ) -> "Site":
-        """What is given, and what is published where nothing is."""
+        """Builds a site from the given figures, and published ones for the rest."""
         given = "as given"
         return cls(
             *((chip.watts, chip.watts_source) if watts is None else (watts, given)),
@@ -45,7 +45,7 @@ class Site(NamedTuple):
         )
 
 
-class Run(NamedTuple):
+class RunCost(NamedTuple):
     """A whole run, at so many seconds a step."""
 
     seconds: float
@@ -65,13 +65,13 @@ class Plan(NamedTuple):
     exp: Experiment  # whose mesh fills the topology
     on: Topology
     site: Site
-    parameters: costs.Parameters
+    parameters: costs.ParameterCount
     published: Mapping[str, Any]  # of the model, by its authors; {} where its config has none
     memory: Memory
     roofline: Roofline
-    runs: dict[str, Run]  # with everything overlapped, with nothing, and as scheduled with the network after it
+    runs: dict[str, RunCost]  # with everything overlapped, with nothing, and as scheduled with the network after it
     compiled: Any  # compile.Compiled, or None
-    rows: list[Row]  # collectives, predicted and compiled
+    rows: list[ComparedCollective]  # collectives, predicted and compiled
     missing: str  # why nothing was compiled
 
     @property
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """By the compiler where it was asked, or else as predicted."""
+        """Tells whether the step fits: by the compiler where it was run, else by prediction."""
         return self.compiled.fits if self.compiled is not None else self.room >= 0
 
 
@@ -93,13 +93,13 @@ def plan(
     published: Mapping[str, Any] | None = None,
     analytic: bool = False,
 ) -> Plan:
-    """Of an experiment whose mesh fills the topology; tokens: of the whole run, if not the config's steps.
+    """Plans an experiment whose mesh fills the topology; tokens: of the whole run, if not the config's steps.
 
     Unless `analytic`, the step is compiled, where the compiler is installed. ValueError where it cannot be.
     """
     site, line = site or Site.of(on.chip), roofline(exp, on)
     missing = "not asked for" if analytic else (compiler.available() or "")
-    compiled = None if missing else compiler.compiled(exp, on.name)
+    compiled = None if missing else compiler.compile_step(exp, on.name)
     total = float(exp.run.steps * line.tokens) if tokens is None else tokens
     times = {"all overlapped": line.best, "nothing overlapped": line.worst}
     if compiled is not None and compiled.optimal_seconds is not None:
@@ -114,31 +114,31 @@ def plan(
         line,
         {name: whole(line, on, site, seconds, total) for name, seconds in times.items()},
         compiled,
-        compare(step(exp, dict(exp.mesh), "tpu"), compiled.collectives) if compiled else [],
+        compare_collectives(step(exp, dict(exp.mesh), "tpu"), compiled.collectives) if compiled else [],
         missing,
     )
 
 
-def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> Run:
+def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> RunCost:
     """A run over so many tokens whose steps take so long."""
     steps = tokens / line.tokens
     hours = steps * seconds / 3600
     spent = None if site.watts is None else energy(hours, on.chips, site.watts, site.pue, site.carbon)
     price = None if site.price is None else hours * on.chips * site.price
     per_day = line.tokens / seconds * 86400
-    return Run(seconds, line.mfu(seconds), per_day, tokens, steps, hours / 24, hours * on.chips, spent, price)
+    return RunCost(seconds, line.mfu(seconds), per_day, tokens, steps, hours / 24, hours * on.chips, spent, price)
 
 
-def plain(value: Any) -> Any:
+def plan_to_dict(value: Any) -> Any:
     """A plan, or a part of one, as what JSON can hold."""
     if isinstance(value, Experiment):
         return value.to_json()
     if hasattr(value, "_asdict"):
         extra = {"total": value.total} if hasattr(value, "total") else {}
-        extra |= {"active": value.active} if isinstance(value, costs.Parameters) else {}
-        return {name: plain(part) for name, part in value._asdict().items()} | extra
+        extra |= {"active": value.active} if isinstance(value, costs.ParameterCount) else {}
+        return {name: plan_to_dict(part) for name, part in value._asdict().items()} | extra
     if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
+        return {str(name): plan_to_dict(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [plan_to_dict(part) for part in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

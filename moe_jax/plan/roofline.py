@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moe_jax import costs
 from moe_jax.config import Experiment
 from moe_jax.core import dims
-from moe_jax.core.shard import TOKENS
+from moe_jax.core.shard import TOKEN_AXES
 from moe_jax.core.traffic import Collective
 from moe_jax.costs.communication import merged, step
 from moe_jax.dispatch import Einsum
@@ -28,7 +28,7 @@ from moe_jax.step import State, init, state_specs
 FLOAT32 = 4
 
 
-class Sent(NamedTuple):
+class Timed(NamedTuple):
     """Collectives of one kind in a step, and how long they take alone."""
 
     what: Collective
@@ -42,7 +42,7 @@ class Roofline(NamedTuple):
     flops: float  # of matrices that active parameters make: forward, and twice that backward
     executed: float  # with what is computed again, slots that stay empty, and dispatch by einsum
     memory: dict[str, float]  # bytes read and written, by what for
-    sent: list[Sent]
+    sent: list[Timed]
     compute: float
     hbm: float
     network: float
@@ -55,7 +55,7 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Names the part that takes longest."""
         return max(self.parts, key=lambda name: self.parts[name])
 
     @property
@@ -74,11 +74,11 @@ class Roofline(NamedTuple):
 
 
 def roofline(exp: Experiment, on: Topology) -> Roofline:
-    """Of an experiment whose mesh fills the topology."""
+    """Roofline of an experiment whose mesh fills the topology."""
     chip, B = on.chip, exp.data.B
     cost, peak = costs.flops(exp.model, exp.data.shapes(1)), chip.flops / chip.devices
     executed = (cost.computed(exp.model.remat) + dispatch(exp)) * B / on.devices
-    memory, sent = traffic(exp, dict(exp.mesh), cost), network(exp, on)
+    memory, sent = traffic(exp, dict(exp.mesh), cost), timed_collectives(exp, on)
     return Roofline(
         cost.training * B / on.devices,
         executed,
@@ -98,7 +98,7 @@ def dispatch(exp: Experiment) -> float:
     if not isinstance(getattr(model.moe, "dispatch", None), Einsum):
         return 0.0
     sizes, stacks = dict(exp.mesh), model.stacks(exp.data.shapes(1))
-    B = exp.data.B // exp.data.microbatches // math.prod(sizes[axis] for axis in TOKENS)
+    B = exp.data.B // exp.data.microbatches // math.prod(sizes[axis] for axis in TOKEN_AXES)
     C = [s.moe.slots(s.moe.group(B, s.L, training=True)) for s in stacks]
     slots = sum(s.L * s.moe.E * n for s, n in zip(stacks, C, strict=True))
     passes = 3 if model.remat == "none" else 4
@@ -126,7 +126,7 @@ def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[s
     found = [matrix(exp, leaf, sizes) for leaf in params if is_matrix(leaf.name, model)]
     weights = sum(m.layers * m.experts * m.D * m.other * (3 + again + (1 + again) * m.fetched) for m in found)
     rows = sum(m.layers * tokens(m.path) * (choices if m.routed else 1) * (m.D + m.other) for m in found)
-    scores, logits = costs.scores(model, exp.data.shapes(1)), cost.kinds["head"] / (2 * model.D)
+    scores, logits = costs.score_flops(model, exp.data.shapes(1)), cost.kinds["head"] / (2 * model.D)
     mine, remembered = sum(leaf.bytes for leaf in params), sum(leaf.bytes for leaf in opt_state)
     return {
         "weights": float(pieces * width * weights),
@@ -150,15 +150,15 @@ class Leaf(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def shapes(alone: Experiment) -> State:
-    """Of a train state, whatever mesh it is for."""
+def train_state_shapes(alone: Experiment) -> State:
+    """Shapes of a train state, which depend on no mesh."""
     tx, _ = alone.optim.build(alone.run.steps)
     return jax.eval_shape(partial(init, alone, tx))
 
 
 def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf]]:
     """Parameters, and what the optimizer remembers, on one device of a mesh."""
-    whole = shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
+    whole = train_state_shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
     lies = state_specs(exp, whole, sizes).state
 
     def leaves(tree: Any, layouts: Any) -> list[Leaf]:
@@ -173,7 +173,7 @@ def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf
 
 
 def is_matrix(name: str, model: Any) -> bool:
-    """Whether tokens are multiplied with a parameter of this name."""
+    """Tells whether tokens are multiplied with a parameter of this name."""
     letters = dims.dims_of(name)
     looked_up = letters == "VD" and not model.tied
     return bool(dims.fsdp_dim(letters.removeprefix("E"))) and not looked_up
@@ -206,22 +206,22 @@ def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
 # ---------------------------------------------------------------- network
 
 
-def network(exp: Experiment, on: Topology) -> list[Sent]:
-    """What `communication.step` predicts, and how long each takes on the links that its axes have."""
+def timed_collectives(exp: Experiment, on: Topology) -> list[Timed]:
+    """Collectives that `communication.step` predicts, with their times on the links of their axes."""
     sizes = dict(exp.mesh)
     found = [c for c in step(exp, sizes, "tpu") if c.axes and c.bytes]
     return sorted((timed(c, exp, on, sizes) for c in merged(found, where=True)), key=lambda s: -s.seconds)
 
 
-def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -> Sent:
+def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -> Timed:
     """One kind of collective, alone on the network."""
     wire = c.wire * expected(c, exp.exchange)
     inside = tuple(axis for axis in c.axes if axis != "slice")
     here = rings(on, sizes, inside) if inside else ()
-    took = torus.seconds(c.op, wire * on.chip.devices, here, on.chip.link)
+    took = torus.collective_seconds(c.op, wire * on.chip.devices, here, on.chip.link)
     if "slice" in c.axes:
         took += across(c, wire, on, math.prod(sizes[a] for a in inside)) / on.chip.dcn
-    return Sent(c, wire, took)
+    return Timed(c, wire, took)
 
 
 def across(c: Collective, wire: float, on: Topology, inside: int) -> float:

@@ -23,8 +23,8 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> "Schedule":
-        """From `compiled.as_text()`. Of a conditional, the branch that takes longest runs."""
-        entry, computations = hlo.parse(text)
+        """Parses `compiled.as_text()`; of a conditional, the longest branch counts."""
+        entry, computations = hlo.parse_module(text)
         times: dict[str, int] = {}
         todo = [(entry, 1)]
         while todo:
@@ -43,12 +43,12 @@ class Schedule(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        """That the compiler estimates for all of it: compute and HBM, not what is communicated."""
+        """Cycles that the compiler estimates for the program: compute and HBM, no communication."""
         return sum(n * cycles(i) for i, _, n in self.instructions)
 
     @property
     def flops(self) -> int:
-        """Of matrix multiplications, twice their multiply-adds."""
+        """FLOPs of matrix multiplications, twice their multiply-adds."""
         return sum(n * self.multiplied(i, around) for i, around, n in self.instructions)
 
     def multiplied(self, i: Instruction, around: Computation) -> int:
@@ -76,7 +76,7 @@ def runs(i: Instruction, around: Computation, computations: dict[str, Computatio
 
 
 def cycles(i: Instruction) -> int:
-    """That the compiler estimates for it; 0 where it says nothing, or that it does not know (some scatters)."""
+    """Cycles that the compiler estimates for an instruction; 0 where it gives none (some scatters)."""
     found = CYCLES.search(i.rest)
     return int(found[1]) if found and int(found[1]) < UNKNOWN else 0
 
@@ -88,22 +88,22 @@ def convolution(i: Instruction, around: Computation) -> int:
     """FLOPs. A batch of matrices is written as a dimension of space where every output sees one input."""
     labels = LABELS.search(i.rest)
     assert labels is not None
-    left, right = (shape(around[name]) for name in hlo.operands(i)[:2])
+    left, right = (result_shape(around[name]) for name in hlo.operands(i)[:2])
     given, kernel, result = (
         dict(zip(names, sizes, strict=True))
-        for names, sizes in zip(labels.groups(), (left, right, shape(i)), strict=True)
+        for names, sizes in zip(labels.groups(), (left, right, result_shape(i)), strict=True)
     )
-    taps = math.prod(seen(given[d], kernel[d], result[d], window) for d, window in windows(i) if d in kernel)
+    taps = math.prod(seen(given[d], kernel[d], result[d], window) for d, window in conv_windows(i) if d in kernel)
     return 2 * taps * result["b"] * result["f"] * kernel["i"]
 
 
-def shape(i: Instruction) -> list[int]:
-    """Of its result, an array."""
+def result_shape(i: Instruction) -> list[int]:
+    """Shape of an instruction's result, an array."""
     return hlo.numbers(i.result[i.result.index("[") : i.result.index("]")])
 
 
-def windows(i: Instruction) -> Iterator[tuple[str, dict[str, str]]]:
-    """For each dimension of space, its window as it is written."""
+def conv_windows(i: Instruction) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields each spatial dimension with its window as written."""
     found = WINDOW.search(i.rest)
     fields = dict(part.split("=") for part in found[1].split()) if found else {}
     for d in range(len(fields.get("size", "").split("x")) if fields else 0):

@@ -1,4 +1,4 @@
-"""Which mesh, exchange, rematerialisation, number of pieces and ZeRO stage a train step is fastest with, and fits.
+"""Search for the fastest mesh, exchange, rematerialisation, number of microbatches and ZeRO stage that fit.
 
 By arithmetic, best first: nothing computed again, in one piece, is the least that a mesh can take, so meshes are tried
 in that order until no other can be faster than what has been found.
@@ -27,12 +27,12 @@ class Option(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What options are ranked by: a step of which nothing overlaps."""
+        """Seconds by which options are ranked: a step without overlap."""
         return self.roofline.worst
 
     @property
     def words(self) -> dict[str, str]:
-        """What was chosen."""
+        """Choices of the option, in words."""
         exp = self.exp
         mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one device"
         spread = exp.model.routed is not None and dict(exp.mesh)["expert"] > 1
@@ -46,7 +46,7 @@ class Option(NamedTuple):
 
     @property
     def flags(self) -> str:
-        """What to say to get it."""
+        """Command-line flags that select this option."""
         exp = self.exp
         said = [f"--config.mesh.{axis}={n}" for axis, n in exp.mesh]
         said += [f"--config.model.remat={exp.model.remat}", f"--config.data.microbatches={exp.data.microbatches}"]
@@ -64,7 +64,7 @@ def short(component: Any) -> str:
 
 
 class Found(NamedTuple):
-    """What a search has seen."""
+    """Result of a search: the options that fit, and counts of those that do not."""
 
     options: list[Option]  # that fit, the fastest first; one for each mesh and exchange
     smallest: Option | None  # what needs least memory, where nothing fits
@@ -145,7 +145,7 @@ def reason(error: ValueError) -> str:
 
 
 def exchanges(exp: Experiment, mesh: dict[str, int]) -> list[Any]:
-    """Those that carry the rows of the dispatcher; the config's own as it is written there."""
+    """Exchanges that carry the rows of the dispatcher; the config's own as it is written there."""
     moe = exp.model.routed
     if moe is None:
         return [None]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.plan.plan import Plan, Run
+from moe_jax.plan.plan import Plan, RunCost
 from moe_jax.plan.search import Found
 
 Rows = list[tuple[str, ...]]
@@ -42,7 +42,7 @@ PROSE = ("source", "for", "which", "example")  # heads of columns that hold sent
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and how fast it may be, in a sentence or two."""
+    """Verdict of a plan: whether it fits, and its speed, in a sentence or two."""
     by = "compiled" if plan.compiled is not None else "predicted"
     best, worst = plan.roofline.best, plan.roofline.worst
     over = plan.compiled.over if plan.compiled is not None else -plan.room
@@ -131,7 +131,7 @@ def times(plan: Plan) -> Section:
 def run(plan: Plan) -> Section:
     runs = list(plan.runs.values())
 
-    def row(name: str, what: Callable[[Run], str]) -> tuple[str, ...]:
+    def row(name: str, what: Callable[[RunCost], str]) -> tuple[str, ...]:
         return name, *(what(r) for r in runs)
 
     def spent(what: Callable[[Any], str]) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ def run(plan: Plan) -> Section:
 
 
 def compiled(plan: Plan) -> list[Section]:
-    """What the compiler says; nothing where it was not asked."""
+    """Sections with the compiler's figures; none where it was not run."""
     c = plan.compiled
     if c is None:
         return []
@@ -190,7 +190,7 @@ def compiled(plan: Plan) -> list[Section]:
 
 
 def sources(plan: Plan) -> Section:
-    """Where every figure is from, and what is assumed."""
+    """Sources of every figure, and assumptions."""
     chip, site = plan.on.chip, plan.site
     power = "not known" if site.watts is None else f"{site.watts:g} W a chip"
     rows: Rows = [

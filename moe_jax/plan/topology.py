@@ -37,12 +37,12 @@ class Topology(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """What JAX sees of it."""
+        """Number of devices that JAX sees."""
         return self.chips * self.chip.devices
 
     @property
     def closed(self) -> tuple[bool, ...]:
-        """For each side, whether its ends are connected: of 2D slices if it is a pod's, of 3D ones from a cube on."""
+        """Tells for each side whether its ends are connected: in 2D if it is a pod's side, in 3D from a cube on."""
         if len(self.shape) == 2:
             side = math.isqrt(self.chip.largest)
             return tuple(n == side for n in self.shape)
@@ -50,16 +50,18 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """From its name; ValueError with the nearest one that exists."""
+    """Parses a topology's name; ValueError with the nearest one that exists."""
     many, star, rest = name.rpartition("*")
     kind, colon, sides = rest.partition(":")
     if not colon or (star and not (many.isdecimal() and int(many))):
         raise ValueError(f"Topology {name!r} is not a name; write CHIP:SHAPE like v4:8x8x16, or 2*v5e:16x16.")
     if kind not in TPUS:
         raise ValueError(f"Topology {name!r}: no TPU is called {kind!r}{suggestion(kind, list(TPUS))}")
-    parts, found = sides.split("x"), shapes(chip(kind))
+    parts, found = sides.split("x"), slice_shapes(chip(kind))
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"Topology {name!r}: {sides!r} is not a shape; write its sides like {written(found[-1])}.")
+        raise ValueError(
+            f"Topology {name!r}: {sides!r} is not a shape; write its sides like {format_shape(found[-1])}."
+        )
     shape, slices = tuple(map(int, parts)), int(many or 1)
     if shape not in found:
         best = min(found, key=lambda other: far(shape, other))
@@ -70,19 +72,19 @@ def topology(name: str) -> Topology:
     return Topology(chip(kind), shape, slices)
 
 
-def written(shape: tuple[int, ...]) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
 def far(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """How different two shapes are, in their number of chips and side by side."""
+    """Distance of two shapes, by number of chips and side by side."""
     sides = itertools.zip_longest(sorted(shape), sorted(other), fillvalue=1)
     chips = abs(math.log(math.prod(shape) / math.prod(other)))
     return 2 * chips + sum(abs(math.log(a / b)) for a, b in sides)
 
 
 @lru_cache
-def shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
+def slice_shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
     """All slices of a generation, the smallest first; their sides ascend."""
     small = [s for s in SMALL[of.dims] if math.prod(s) <= of.largest]
     if of.dims == 2:
@@ -100,7 +102,7 @@ def shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
 # ---------------------------------------------------------------- meshes
 
 
-def sizes(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
+def side_lengths(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
     """Devices along every axis of a mesh, -1 being the rest; ValueError with the nearest that fills the topology."""
     given = {axis: mesh.get(axis, 1) for axis in AXES}
     if given["slice"] == -1:
@@ -117,11 +119,13 @@ def sizes(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
     if not rest and known == on.devices:
         return given
     product = " x ".join(f"{axis}={n}" for axis, n in given.items() if n != 1) or "of one device"
-    near = ", ".join(f"mesh.{axis}={n}" for axis, n in nearest(given, on).items() if given[axis] not in (n, -1))
+    near = ", ".join(
+        f"mesh.{axis}={n}" for axis, n in nearest_topology(given, on).items() if given[axis] not in (n, -1)
+    )
     raise ValueError(f"Mesh {product} does not fill the {on.devices} devices of {on.name}; set {near}.")
 
 
-def nearest(given: Mapping[str, int], on: Topology) -> dict[str, int]:
+def nearest_topology(given: Mapping[str, int], on: Topology) -> dict[str, int]:
     """The mesh that fills a topology with the fewest and smallest changes; an axis of -1 may become anything."""
 
     def change(new: dict[str, int]) -> float:
@@ -148,7 +152,7 @@ def factorizations(devices: int, slices: int = 1) -> list[dict[str, int]]:
 
 
 def rings(on: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> tuple[Ring, ...]:
-    """What a group along these axes has of each side of a slice; of a mesh that fills the topology."""
+    """Part of each side of a slice that a group along these axes has, for a mesh that fills the topology."""
     inside = tuple(1 if axis == "slice" else mesh[axis] for axis in AXES)
     shape = (*on.shape, *[1] * (3 - len(on.shape)))
     closed = (*on.closed, *[False] * (3 - len(on.shape)))

@@ -1,4 +1,4 @@
-"""How long a collective takes on a torus: what its group has of each side, and what each link must carry.
+"""Time of a collective on a torus: its group's part of each side, and the bytes on each link.
 
 JAX itself lays the mesh, over stand-ins for the devices, so that this is where the program's groups really lie.
 """
@@ -14,8 +14,8 @@ from jax.experimental.mesh_utils import create_device_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """What JAX's layout of meshes asks of a device."""
+class TorusDevice:
+    """Device of a torus, with the attributes that JAX's mesh construction reads."""
 
     id: int
     device_kind: str
@@ -48,11 +48,11 @@ class Ring(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def laid(shape: tuple[int, int, int], kind: str, devices: int, mesh: tuple[int, ...]) -> np.ndarray:
+def mesh_coordinates(shape: tuple[int, int, int], kind: str, devices: int, mesh: tuple[int, ...]) -> np.ndarray:
     """The places of a slice in the shape of a mesh."""
     sides = itertools.product(*map(range, reversed(shape)))
     places = [((x, y, z), core) for z, y, x in sides for core in range(devices)]
-    given = [Place(i, kind, coords, core) for i, (coords, core) in enumerate(places)]
+    given = [TorusDevice(i, kind, coords, core) for i, (coords, core) in enumerate(places)]
     return create_device_mesh(mesh, given, allow_split_physical_axes=True)
 
 
@@ -67,7 +67,7 @@ def ring(
 ) -> tuple[Ring, ...]:
     """A ring for every side of the torus that a group along these axes of the mesh reaches along; () inside a chip."""
     corner = tuple(slice(None) if axis in axes else 0 for axis in range(len(mesh)))
-    group = [place.coords for place in laid(shape, kind, devices, mesh)[corner].flat]
+    group = [place.coords for place in mesh_coordinates(shape, kind, devices, mesh)[corner].flat]
     found = []
     for side, (n, ends) in enumerate(zip(shape, closed, strict=True)):
         seen = sorted({coords[side] for coords in group})
@@ -77,8 +77,8 @@ def ring(
     return tuple(found)
 
 
-def seconds(op: str, wire: float, rings: Iterable[Ring], link: float) -> float:
-    """Of a collective in which a chip sends `wire` bytes, over links of so many bytes a second, one way.
+def collective_seconds(op: str, wire: float, rings: Iterable[Ring], link: float) -> float:
+    """Seconds of a collective in which a chip sends `wire` bytes, over links of so many bytes a second, one way.
 
     All-to-alls are limited by the busiest link, the others by the links that a chip can use at once. 0 inside a chip.
     """

@@ -171,7 +171,7 @@ def last(records: list[dict], kind: str) -> dict:
 
 
 def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
-    """What a run came to: (words, value), without rows for what the run does not have."""
+    """Results of a run as rows (words, value), without rows that do not apply."""
     train, held_out = last(records, "train"), last(records, "eval")
     moe, energy = held_out.get("moe") or train.get("moe") or {}, last(records, "end").get("energy") or {}
     speeds = curve(records, "tokens_per_second")[1]
@@ -234,7 +234,7 @@ def _lookup(record: dict, key: str) -> Any:
 
 
 def plain(value: Any, digits: int = 17) -> Any:
-    """What strict JSON can hold: arrays as lists, numbers that are not finite as None, others to so many digits."""
+    """Converts to strict JSON: arrays to lists, numbers that are not finite to None, others to so many digits."""
     if isinstance(value, dict):
         return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):

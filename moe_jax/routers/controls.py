@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from moe_jax.core.context import Context, draw
+from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.scores import check_choices
 from moe_jax.routers.hashed import mix, unlearned
@@ -39,7 +39,7 @@ class Random:
     ) -> TokenChoice:
         G, S = mask_GS.shape
         if ctx.keys_G is not None:
-            score_GSE = draw(ctx.keys_G, jax.random.uniform, (S, ctx.E))
+            score_GSE = draw_by_group(ctx.keys_G, jax.random.uniform, (S, ctx.E))
         else:
             bits_SE = mix(jnp.arange(S * ctx.E).reshape(S, ctx.E), seed=1)
             score_GSE = jnp.broadcast_to((bits_SE >> 8).astype(jnp.float32), (G, S, ctx.E))

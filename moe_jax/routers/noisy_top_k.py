@@ -8,7 +8,7 @@ from jax import lax
 from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float
 
-from moe_jax.core.context import Context, draw
+from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.gate import gate, linear
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, softmax_at, take_experts
@@ -51,7 +51,7 @@ class NoisyTopK:
         probs_GSE, E = jax.nn.softmax(clean_GSE), clean_GSE.shape[-1]
         noisy_GSE, load_GSE = clean_GSE, None
         if ctx.keys_G is not None:
-            noise_GSE = draw(ctx.keys_G, jax.random.normal, clean_GSE.shape[1:])
+            noise_GSE = draw_by_group(ctx.keys_G, jax.random.normal, clean_GSE.shape[1:])
             std_GSE = jnp.full_like(clean_GSE, 1 / E)
             if self.learned:
                 std_GSE = jax.nn.softplus(linear(ctx.input(x_GSD), params["noise_DE"]))

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Bool, Float
 
-from moe_jax.core.context import Context, draw
+from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, softmax_at, take_experts
@@ -40,7 +40,9 @@ class Sampled:
         probs_GSE = jax.nn.softmax(logits_GSE)
         drawn_GSE = logits_GSE
         if ctx.keys_G is not None:
-            drawn_GSE = logits_GSE / self.temperature + draw(ctx.keys_G, jax.random.gumbel, logits_GSE.shape[1:])
+            drawn_GSE = logits_GSE / self.temperature + draw_by_group(
+                ctx.keys_G, jax.random.gumbel, logits_GSE.shape[1:]
+            )
         expert_GSK = ctx.top_k(drawn_GSE, self.K)
         weight_GSK = softmax_at(logits_GSE, expert_GSK) if self.normalize else take_experts(probs_GSE, expert_GSK)
         return token_choice(expert_GSK, weight_GSK, logits_GSE, probs_GSE, mask_GS)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moe_jax.core.context import Context, draw
+from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.gate import gate
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import normalize_weights, take_experts
@@ -52,7 +52,7 @@ class Top2:
             named_GSK = expert_GSK.at[..., 1].set(jnp.where(expert_GSK[..., 1] < E, expert_GSK[..., 1], other_GS))
         weight_GSK = normalize_weights(take_experts(probs_GSE, named_GSK))
         if self.random and ctx.keys_G is not None and ctx.replay_GSK is None:
-            draw_GS = draw(ctx.keys_G, jax.random.uniform, mask_GS.shape[1:])
+            draw_GS = draw_by_group(ctx.keys_G, jax.random.uniform, mask_GS.shape[1:])
             used_GS = weight_GSK[..., 1] > self.threshold * draw_GS
             used_GSK = jnp.stack([jnp.ones_like(used_GS), used_GS], axis=-1)
             expert_GSK = jnp.where(used_GSK, expert_GSK, E)

@@ -14,7 +14,7 @@ from moe_jax.core.scores import check_choices, take_experts
 
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """As many experts as together reach probability p, at most K: harder tokens get more (arXiv:2403.07652, eq. 3).
+    """Top-p routing: the fewest experts that together reach probability p, at most K (arXiv:2403.07652, eq. 3).
 
     Weights are the probabilities themselves. The paper has p = 0.4, no limit (K = E), and adds the loss
     `TokenEntropy(1e-4)`, without which tokens spread over more and more experts.

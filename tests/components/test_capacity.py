@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.core.capacity import CONVENTIONS, capacity
+from moe_jax.core.capacity import CAPACITY_CONVENTIONS, capacity
 from moe_jax.dispatch import Einsum, Scatter
 from moe_jax.experts import MLP
 from moe_jax.moe import MoE, MoEConfig
@@ -23,7 +23,7 @@ from tests import oracle_routing as oracle
     K=st.integers(1, 8),
     E=st.integers(1, 512),
     percent=st.integers(1, 800),
-    convention=st.sampled_from(list(CONVENTIONS)),
+    convention=st.sampled_from(list(CAPACITY_CONVENTIONS)),
 )
 def test_every_formula(S, K, E, percent, convention):
     """Any sizes and factors, exactly; at least one slot, never more than tokens."""
@@ -63,7 +63,7 @@ def test_conventions_give_the_published_slots(convention, S, K, E, factor, C):
 
 def test_every_convention_has_its_oracle():
     """And the default is the exact one."""
-    assert set(CONVENTIONS) == {"exact", "switch", "flaxformer", "flaxformer-large", "gshard", "vmoe"}
+    assert set(CAPACITY_CONVENTIONS) == {"exact", "switch", "flaxformer", "flaxformer-large", "gshard", "vmoe"}
     assert Einsum().convention == Scatter().convention == "exact"
     assert capacity(10, 1, 3, 2.0) == capacity(10, 1, 3, 2.0, "exact") == 7
 
@@ -110,7 +110,7 @@ def test_slots_of_a_layer():
                 dispatch=dispatch(factor, "token-major", convention),
             )
         )
-        for convention in CONVENTIONS
+        for convention in CAPACITY_CONVENTIONS
         for dispatch in (Einsum, Scatter)
     }
     gate_DE = np.zeros((D, E), np.float32)

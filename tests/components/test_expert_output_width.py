@@ -28,11 +28,11 @@ from moe_jax import (
     TopK,
     TwoLevel,
 )
-from moe_jax.audit.communication import compare
+from moe_jax.audit.communication import compare_collectives
 from moe_jax.audit.hlo import collectives
 from moe_jax.core import dims
 from moe_jax.core.routing import TokenChoice
-from moe_jax.core.shard import TOKENS, rules_for
+from moe_jax.core.shard import TOKEN_AXES, rules_for
 from moe_jax.costs.communication import layer
 from moe_jax.moe_config import output_width
 from tests.cases import close, context, mesh_of, normal, sizes_of
@@ -102,6 +102,7 @@ def test_output_is_a_sum_over_experts(dispatch, O):
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize(
     ("dispatch", "router"), [(Gather(), ExpertChoice()), (Einsum(None), ExpertChoice()), (Einsum(None), SoftMoE(C=2))]
 )
@@ -126,6 +127,7 @@ EXCHANGED = [
 ]
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("dispatch", "exchange", "mesh"), EXCHANGED, ids=str)
 def test_every_exchange_carries_the_width(dispatch, exchange, mesh):
     """Law 1: outputs, drops and gradients on a mesh are those of one device."""
@@ -135,13 +137,14 @@ def test_every_exchange_carries_the_width(dispatch, exchange, mesh):
     close(many[2:], one[2:])
 
 
+@pytest.mark.law(6)
 @pytest.mark.parametrize(("dispatch", "exchange", "mesh"), EXCHANGED[2:], ids=str)
 def test_what_travels_is_predicted(dispatch, exchange, mesh):
     """Law 6: rows go to experts D wide and come back O wide, and so do their gradients."""
     cfg = config(dispatch, exchange, shared=Projector(F=4, O=6))
     on = partial(NamedSharding, mesh_of(mesh))
     layout = jax.tree.map(on, dims.specs(parameters(cfg), rules_for(exchange)))
-    tokens = on(P(TOKENS))
+    tokens = on(P(TOKEN_AXES))
 
     def loss(params, x):
         y, aux = MoE(cfg).apply({"params": params}, x)
@@ -151,12 +154,12 @@ def test_what_travels_is_predicted(dispatch, exchange, mesh):
     step = jax.jit(gradient, in_shardings=(layout, tokens), out_shardings=outputs)
     with context(mesh):
         text = step.lower(parameters(cfg), normal(50, B, L, D)).compile().as_text()
-    rows = compare(layer(cfg, sizes_of(mesh), B, L, D), collectives(text, mesh_of(mesh)))
+    rows = compare_collectives(layer(cfg, sizes_of(mesh), B, L, D), collectives(text, mesh_of(mesh)))
     assert [row.detail for row in rows if not row.holds] == []
 
 
 def test_a_shared_expert_has_the_same_width():
-    """What is added up is refused where it cannot be."""
+    """Refuses outputs of different widths where they are added."""
     assert (output_width(MLP(F=4), 8), output_width(Projector(F=4, O=6), 8)) == (8, 6)
     for shared in (Projector(F=4, O=5), MLP(F=4)):
         with pytest.raises(ValueError, match="has another output width than experts=Projector"):

@@ -12,7 +12,7 @@ E, N, K = 8, 2, 2
 
 
 class Planted(NamedTuple):
-    """What a group (the last) gets more of than the others."""
+    """Advantage of one group (the last) over the others."""
 
     drop: float = 0.0
     nowhere: float = 0.0
@@ -144,7 +144,7 @@ def test_tokens_of_a_sequence_are_not_independent():
 
 
 def test_a_certain_difference():
-    """What is the same in every sequence of a group differs for sure, and equal constants do not differ."""
+    """Constants that differ between groups are found for sure; equal constants are not."""
     rec, group_T = recorded(4, groups=2)
     rec = rec._replace(expert_TNK=np.zeros_like(rec.expert_TNK), kept_TNK=np.ones_like(rec.kept_TNK))
     assert not fairness(rec, group_T, resamples=100).largest("active_compute").found

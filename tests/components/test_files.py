@@ -34,7 +34,7 @@ def test_who_is_interrupted_leaves_the_older_one(tmp_path, monkeypatch, problem)
 
 
 def test_nobody_sees_half_of_it(tmp_path, monkeypatch):
-    """What is under the name while the new content is written, is the old one."""
+    """A reader finds the old content while the new one is written."""
     (file := tmp_path / "a.txt").write_text("old")
     seen = []
     whole = Path.write_bytes

@@ -60,7 +60,7 @@ def params_of(router) -> dict:
 
 
 def context(key=None, gating=(), replay_GSK=None, state=None) -> Context:
-    """What a layer would give its router; without a key, in evaluation."""
+    """Context as a layer gives it to its router; without a key, in evaluation."""
     groups = jnp.arange(G)
     keys_G = None if key is None else jax.vmap(functools.partial(jax.random.fold_in, key))(groups)
     ids = (jnp.array(TOKEN_GS), jnp.array(TASK_GS), replay_GSK)
@@ -73,7 +73,7 @@ def route(router, ctx: Context, params=None):
 
 
 def transformed(gating, array_GSI, key=None, **state):
-    """What a tuple of transforms makes of logits or inputs."""
+    """Applies a tuple of transforms to logits or inputs."""
     ctx = context(key, gating, state=state)
     on_input = all(t.on == "input" for t in gating)
     return (ctx.input if on_input else ctx.transform)(jnp.asarray(array_GSI))
@@ -137,7 +137,7 @@ def test_the_tuple_is_the_order():
 
 @pytest.mark.parametrize("noise", [Jitter(0.3), Noise(0.5), Noise(0.5, on="input")], ids=str)
 def test_noise_has_its_distribution_and_differs_everywhere(noise):
-    """Its distribution; none in evaluation; other numbers for every group, step and place in the tuple."""
+    """Noise has its distribution, none in evaluation, and differs by group, step and place in the tuple."""
     a_GSI = RNG.uniform(1, 2, (G, 1000, 2)).astype(np.float32)
     got, n = transformed((noise,), a_GSI, KEY), a_GSI.size
     if isinstance(noise, Jitter):
@@ -375,7 +375,7 @@ REPLAYED = (
 
 
 def test_every_router_of_tokens_is_replayed():
-    """What names experts for tokens can be recorded."""
+    """Every router that names experts for tokens can be recorded and replayed."""
     of_tokens = {r for r in ROUTERS if traits(r).routing is TokenChoice}
     assert {type(r) for r in REPLAYED} == of_tokens
     assert {t for t in GATING if t not in DROPOUTS} == {Temperature, SoftCap, Jitter, Noise}
@@ -416,7 +416,7 @@ def test_replayed_choices_give_the_same_routing(router):
 
 
 def test_replay_in_a_layer():
-    """What a layer reports as chosen is what it takes as given: the same output, without dropout or selection."""
+    """Choices that a layer reports give the same output when replayed, without dropout or selection."""
     cfg = MoEConfig(E=E, router=Top2(), experts=MLP(F=2), dispatch=Scatter(1.0), gating=(Noise(3.0),))
     layer = MoE(cfg)
     params = jax.jit(layer.init)(KEY, X_GSD)

@@ -12,7 +12,7 @@ import pytest
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
 from moe_jax.core.groups import Ragged
 from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_gpu, triton
-from moe_jax.core.kernels.by_expert import _pieces, by_expert, ladder
+from moe_jax.core.kernels.by_expert import _row_blocks, by_expert, size_buckets
 from tests import oracle
 from tests.cases import close, normal
 
@@ -84,7 +84,7 @@ def test_under_vmap(way):
 
 
 def test_weight_gradient_of_the_tpu(monkeypatch):
-    """Its kernel, interpreted, in tiles of 8 rows: all 2^8 patterns against numpy."""
+    """Interpreted kernel in tiles of 8 rows: all 2^8 patterns against numpy."""
     monkeypatch.setattr(ragged_tpu, "ROWS", 8)
     outer = jax.jit(functools.partial(ragged_tpu.outer, interpret=True))
     for sizes in PATTERNS:
@@ -128,7 +128,7 @@ def test_kernels_of_the_gpu(widths):
 
 
 def abstract_gpu():
-    """What a program is lowered for where there is no GPU."""
+    """Abstract GPU that a program is lowered for where there is none."""
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     auto = (jax.sharding.AxisType.Auto,)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))
@@ -170,7 +170,7 @@ def test_weighted_rows_back_on_the_gpu():
     weight, of = np.where(token < T, normal(2, R), 0), np.concatenate([g, np.zeros((1, width), np.float32)])[token]
     unread = np.where((token < T)[:, None], y, np.nan).astype(np.float32)
     args = unread, g, weight.astype(np.float32), token.astype(np.int32)
-    dy, dweight = jax.jit(functools.partial(rows_gpu.weighted_back, interpret=True))(*args)
+    dy, dweight = jax.jit(functools.partial(rows_gpu.weighted_sum_grad, interpret=True))(*args)
     close(dy, weight[:, None] * of)
     close(dweight, (of * y).sum(1))
 
@@ -179,14 +179,14 @@ def test_weighted_rows_back_on_the_gpu():
 def test_very_large_experts_are_visited_in_pieces(sizes):
     """Values and gradients of experts that have more rows than the longest slice."""
     expert, sizes = MLP(F=F), np.array([*sizes, 0, 0, 0, 0])
-    assert sizes.max() > ladder(R, E, D)[-1] or sizes.max() == 11
+    assert sizes.max() > size_buckets(R, E, D)[-1] or sizes.max() == 11
     one, other = (pulled(way, expert)(weights(expert), X, sizes, G) for way in ("one after another", "at once"))
     close(one, other)
 
 
 def test_pieces_are_all_rows_once():
     """However rows are shared out: pieces lie inside of their expert's rows, none is too long, all rows are in one."""
-    pieces = jax.jit(_pieces, static_argnums=(1, 2))
+    pieces = jax.jit(_row_blocks, static_argnums=(1, 2))
     for seed in range(100):
         rng = np.random.default_rng(seed)
         most = int(rng.choice([4, 8, 16]))
@@ -202,7 +202,7 @@ def test_pieces_are_all_rows_once():
 def test_the_ladder_has_few_rungs_and_the_balanced_one():
     """The balanced number of rows costs nothing extra, others little, where most are; rungs are few."""
     for rows, experts in ((4096, 8), (8192, 64), (32768, 128), (64, 8), (3, 8), (16384, 512)):
-        rungs, small = ladder(rows, experts, 2**18), ladder(rows, experts, 1)
+        rungs, small = size_buckets(rows, experts, 2**18), size_buckets(rows, experts, 1)
         balanced = -(-rows // experts)
         assert balanced in rungs
         assert balanced in small
@@ -219,7 +219,7 @@ def test_the_ladder_has_few_rungs_and_the_balanced_one():
 def test_every_rung_of_a_long_ladder(monkeypatch):
     """As large layers have it: values and gradients, of experts on each rung, and of one that is larger than any."""
     monkeypatch.setattr("moe_jax.core.kernels.by_expert.SMALL", 0)
-    rungs, kind, params = ladder(512, E, D), MLP(F=F), weights(MLP(F=F))
+    rungs, kind, params = size_buckets(512, E, D), MLP(F=F), weights(MLP(F=F))
     assert len(rungs) == 13
     x, g = normal(2, 512, D), normal(3, 512, D)
 

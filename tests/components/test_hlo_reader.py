@@ -141,7 +141,7 @@ def test_a_loop_of_unknown_length_that_communicates(where):
 
 
 def test_a_conditional_counts_its_largest_branch():
-    """Of a switch in a loop, the branch that moves most; what decides is outside."""
+    """Counts the branch that moves most of a switch in a loop; the decision is outside."""
 
     def step(x, i):
         branches = (
@@ -370,7 +370,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_start_and_done_are_one():
-    """Of what a start returns, only the results are moved."""
+    """Only the results of a start are moved, not the operands it also returns."""
     assert collectives(START_AND_DONE, TWO) == [
         Collective("all-reduce", ("expert",), 4, 1, 48),
         Collective("all-gather", ("data",), 2, 1, 72),

@@ -1,4 +1,4 @@
-"""What is read from recordings, by loops that are written once more; what is planted is found, and chance is not."""
+"""Statistics of recordings against plain loops; planted effects are found, and chance is not."""
 
 import itertools
 import math
@@ -147,7 +147,7 @@ def test_coactivation_counts_pairs_of_choices(rec):
 
 
 def test_saturation_and_margin(rec):
-    """Of the final choices, the part that is made already; the last choice's probability less the next one's."""
+    """Saturation is the part of the final choices made already; the margin is the last choice less the next one."""
     rng = np.random.default_rng(2)
     swapped = np.where(rng.random(rec.expert_TNK.shape[:2])[..., None] < 0.5, rec.expert_TNK, 0)
     now = rec._replace(expert_TNK=swapped)
@@ -166,7 +166,7 @@ def test_saturation_and_margin(rec):
 
 
 def test_specialisation_is_a_ratio_of_shares(rec):
-    """Of domains and words: the part of a group's tokens that choose an expert, over the part of all."""
+    """Specialisation is the part of a group's tokens that choose an expert, over the part of all."""
     for found, column in (
         (i.domain_specialisation(rec), rec.domain_T),
         (i.vocabulary_specialisation(rec), rec.token_T),
@@ -251,7 +251,7 @@ def layers_of(experts) -> tuple[LMConfig, dict, dict]:
 
 
 def written_by(kind, w, x):
-    """What one expert makes of its inputs."""
+    """Output of one expert."""
     if isinstance(kind, MLP):
         return np.maximum(x @ w["up_EDF"] + w["up_EF"], 0) @ w["down_EFD"] + w["down_ED"]
     gate = x @ w["gate_EDF"]
@@ -330,7 +330,7 @@ def simulated(seed: int, planted: float = 0.0) -> Recording:
 
 
 def test_chance_is_not_specialisation():
-    """Of 200 recordings without dependence at most 9 % are rejected at 5 % (99 % of such tests are below that), though
+    """At most 9 % of 200 recordings without dependence are rejected at 5 % (99 % of such tests are below that), though
     token by token, as if sequences were not alike, most would be; planted dependence is nearly always found.
     """
     ps = np.array([i.domain_information(simulated(s), 99, seed=s).p_N[0] for s in range(200)])

@@ -29,9 +29,9 @@ from moe_jax.core.context import Context
 from moe_jax.data import Batch
 from moe_jax.gating.masked import Masked
 from moe_jax.inspect import probes
-from moe_jax.inspect.card import additions, card, text
-from moe_jax.inspect.fairness import columns
-from moe_jax.inspect.knockout import knock_out, losses, only, shut, substitute
+from moe_jax.inspect.card import additions, card, card_text
+from moe_jax.inspect.fairness import columns_of_trace
+from moe_jax.inspect.knockout import isolate_experts, knock_out, mask_experts, masked_losses, substitute
 from moe_jax.inspect.look import trace_layers
 from moe_jax.models import Call
 from moe_jax.models.lm import LM
@@ -162,10 +162,10 @@ def without_expert(tree, gone):
 def test_the_model_without_an_expert(params):
     """Shut in every layer it is as good as deleted: the losses are those of a model that never had it."""
     smaller = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, E=E - 1))
-    found = losses(MODEL, params, [BATCH], shut_NE=shut(MODEL, [(0, 2), (1, 2)]))
-    expected = losses(smaller, without_expert(params, 2), [BATCH])
+    found = masked_losses(MODEL, params, [BATCH], shut_NE=mask_experts(MODEL, [(0, 2), (1, 2)]))
+    expected = masked_losses(smaller, without_expert(params, 2), [BATCH])
     np.testing.assert_allclose(found.by_domain_Z, expected.by_domain_Z, rtol=1e-6)
-    whole = losses(MODEL, params, [BATCH])
+    whole = masked_losses(MODEL, params, [BATCH])
     assert np.abs(whole.by_domain_Z - found.by_domain_Z).min() > 1e-4
     assert found.targets_Z.sum() == BATCH.loss_mask_BL.sum()
 
@@ -188,7 +188,7 @@ def test_one_layer_alone_is_masked(params):
     logits_BLE[..., 3] = -1e9
     again = np.stack([sums["expert"][0], np.argsort(-logits_BLE, axis=-1, kind="stable")[..., :2]]).astype(np.int32)
     again[:, BATCH.segment_BL == 0] = E
-    found = losses(MODEL, params, [BATCH], shut_NE=shut(MODEL, [(1, 3)]))
+    found = masked_losses(MODEL, params, [BATCH], shut_NE=mask_experts(MODEL, [(1, 3)]))
     np.testing.assert_allclose(found.mean, replayed(params, BATCH, again).mean(), rtol=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_all_knock_outs(params):
     effects = knock_out(MODEL, strong, batches)
     assert effects.expert_P == tuple((n, e) for n in range(2) for e in range(E))
     for p, (n, e) in enumerate(effects.expert_P):
-        one = losses(MODEL, strong, batches, shut_NE=shut(MODEL, [(n, e)]))
+        one = masked_losses(MODEL, strong, batches, shut_NE=mask_experts(MODEL, [(n, e)]))
         np.testing.assert_allclose(effects.rise_P[p], one.mean - effects.base.mean, rtol=1e-9)
         np.testing.assert_allclose(effects.rise_PZ[p], one.by_domain_Z - effects.base.by_domain_Z, rtol=1e-9)
     shares = effects.base.targets_Z / effects.base.targets_Z.sum()
@@ -211,12 +211,12 @@ def test_all_knock_outs(params):
 
 def test_isolated_experts_are_the_only_ones_chosen(params):
     """In the layer nobody else is chosen, in others anybody; isolating all of them changes nothing."""
-    np.testing.assert_array_equal(only(MODEL, 1, [0, 2]), [[False] * 4, [False, True, False, True]])
-    found = losses(MODEL, params, [BATCH], shut_NE=only(MODEL, 1, [0, 2]))
-    same = losses(MODEL, params, [BATCH], shut_NE=shut(MODEL, [(1, 1), (1, 3)]))
+    np.testing.assert_array_equal(isolate_experts(MODEL, 1, [0, 2]), [[False] * 4, [False, True, False, True]])
+    found = masked_losses(MODEL, params, [BATCH], shut_NE=isolate_experts(MODEL, 1, [0, 2]))
+    same = masked_losses(MODEL, params, [BATCH], shut_NE=mask_experts(MODEL, [(1, 1), (1, 3)]))
     assert found.mean == same.mean
-    every = losses(MODEL, params, [BATCH], shut_NE=only(MODEL, 0, range(E)))
-    assert every.mean == losses(MODEL, params, [BATCH]).mean
+    every = masked_losses(MODEL, params, [BATCH], shut_NE=isolate_experts(MODEL, 0, range(E)))
+    assert every.mean == masked_losses(MODEL, params, [BATCH]).mean
 
 
 def test_a_substitute_computes_the_choices_of_an_expert(layer, params):
@@ -239,12 +239,12 @@ def test_a_substitute_computes_the_choices_of_an_expert(layer, params):
 def test_what_is_not_there(params):
     dense = dataclasses.replace(MODEL, moe=None, moe_layers="none")
     for call, words in (
-        (lambda: shut(MODEL, [(0, 9)]), "no expert 9 in layer 0; it has 4"),
-        (lambda: shut(MODEL, [(-1, 0)]), "no MoE layer -1; the model has 2"),
+        (lambda: mask_experts(MODEL, [(0, 9)]), "no expert 9 in layer 0; it has 4"),
+        (lambda: mask_experts(MODEL, [(-1, 0)]), "no MoE layer -1; the model has 2"),
         (lambda: substitute(MODEL, params, 0, 0, 4), "no expert 4"),
-        (lambda: losses(dense, params, [BATCH]), "has no MoE layers"),
-        (lambda: losses(MODEL, params, []), "no target"),
-        (lambda: losses(MODEL, params, [BATCH], domains=1), "of domain 1, but there are domains=1"),
+        (lambda: masked_losses(dense, params, [BATCH]), "has no MoE layers"),
+        (lambda: masked_losses(MODEL, params, []), "no target"),
+        (lambda: masked_losses(MODEL, params, [BATCH], domains=1), "of domain 1, but there are domains=1"),
         (lambda: trace_layers(dense, params, [BATCH]), "no language model with MoE layers"),
         (lambda: trace_layers(MODEL, params, []), "no token"),
     ):
@@ -272,7 +272,7 @@ def test_trace_layers(params, seen):
     np.testing.assert_array_equal(np.unique(seen.sequence_T), np.arange(2 * B))
     np.testing.assert_array_equal(seen.domain_T, seen.sequence_T % 2)
     np.testing.assert_allclose(seen.weight_NTK.sum(-1), 1, rtol=1e-5)
-    rows = columns(seen)
+    rows = columns_of_trace(seen)
     np.testing.assert_array_equal(rows.expert_TNK[5, 1], seen.expert_NTK[1, 5])
     both = aux.stats.entropy + other.stats.entropy
     np.testing.assert_allclose(rows.entropy_TN.sum(0), both, rtol=1e-5)
@@ -321,7 +321,7 @@ def test_a_card_equals_plain_loops(params, seen):
     logits = (np.mean(added, 0) * params["norm"]["scale_D"]) @ params["embed_VD"].T
     assert [v for v, _ in found.promotes] == sorted(range(V), key=lambda v: -logits[v])[:8]
     assert (found.rise, found.rise_by_domain) == (effects.rise_P[0], tuple(effects.rise_PZ[0]))
-    words = text(found, ("prose", "code"), decode=lambda v: f"<{v}>")
+    words = card_text(found, ("prose", "code"), decode=lambda v: f"<{v}>")
     assert f"'<{found.promotes[0][0]}>'" in words
     assert f"{found.rise:+.4f} nats; prose " in words
 
@@ -345,7 +345,7 @@ def test_a_dead_expert_has_a_card(params, seen):
     dead = seen._replace(expert_NTK=np.where(seen.expert_NTK == 3, 0, seen.expert_NTK))
     found = card(MODEL, params, dead, 0, 3)
     assert (found.choices, found.load, found.domains, found.promotes, found.writes) == (0, 0, (), (), 0)
-    assert "serves   nobody" in text(found)
+    assert "serves   nobody" in card_text(found)
 
 
 # ---------------------------------------------------------------- steering
@@ -382,7 +382,7 @@ def test_the_gradient_is_that_of_each_position(steered):
 
 
 def test_a_probe_reaches_what_it_reports(steered):
-    """What it says is so when the model is run; the gradient finds more than chance with as many tries."""
+    """Reported results hold when the model is run; the gradient finds more than chance with as many tries."""
     params, batch, goals = steered
     reports = {
         guided: probes.probe(WIDE, params, batch, goals, probes.Search(window=4, budget=3, tries=4, guided=guided))

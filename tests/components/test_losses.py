@@ -27,7 +27,7 @@ from moe_jax.losses import (
     UniformKL,
     convert,
 )
-from moe_jax.losses.load_balance import CONVENTIONS, balanced_value
+from moe_jax.losses.load_balance import BALANCE_CONVENTIONS, balanced_value
 from moe_jax.models import LMConfig, aux_loss
 from moe_jax.moe import Aux, MoEConfig
 from moe_jax.routers import NoisyTopK, NullExperts, TopK
@@ -57,7 +57,7 @@ class Tokens:
         return token_choice(*(jnp.asarray(arrays[n]) for n in names))
 
     def real(self, name: str, shape: tuple[int, int] = (1, G * S)) -> list[np.ndarray]:
-        """Of the real tokens, in float64, for each of so many parts in which all tokens are cut."""
+        """Values of the real tokens, in float64, for each of so many parts of all tokens."""
         a, mask = (v.reshape(*shape, *v.shape[2:]) for v in (getattr(self, name), self.mask_GS))
         return [part[real].astype(int if "expert" in name else np.float64) for part, real in zip(a, mask, strict=True)]
 
@@ -104,9 +104,9 @@ def by_task(loss, **options):
 
 
 SCOPES = {"batch": (1, G * S), "group": (G, S), "sequence": (B, G * S // B)}
-WIDE = [c for c in CONVENTIONS if not CONVENTIONS[c].first]
+WIDE = [c for c in BALANCE_CONVENTIONS if not BALANCE_CONVENTIONS[c].first]
 ORACLE = {
-    **{LoadBalance(convention=c): by_part(c, SCOPES["batch"]) for c in CONVENTIONS},
+    **{LoadBalance(convention=c): by_part(c, SCOPES["batch"]) for c in BALANCE_CONVENTIONS},
     **{LoadBalance(convention=c, scope=s): by_part(c, SCOPES[s]) for c in WIDE for s in ("group", "sequence")},
     RouterZ(): of(oracle.router_z, "logits_GSE"),
     Importance(): lambda t: oracle.importance(spread(t)),
@@ -140,7 +140,7 @@ def test_losses_equal_their_formulas(loss, seed):
 
 
 def test_the_examples_tell_the_losses_apart():
-    """What is compared above differs between scopes, conventions, tasks; thresholds bind and do not."""
+    """The examples above differ between scopes, conventions and tasks; thresholds bind and do not."""
     assert {type(loss) for loss in ALL} == set(LOSSES)
     values = {loss: float(value(loss, example()[1])) for loss in ORACLE}
     apart = [v for loss, v in values.items() if loss != LoadEntropy(threshold=0.5)]
@@ -173,6 +173,7 @@ def test_any_number_of_tokens(loss):
     np.testing.assert_allclose(stacked, [value(loss, one), value(loss, two)], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.law(7)
 def test_padding_alone_has_no_gradient():
     """Where all is padding, or a probability is zero, derivatives are numbers."""
     t = Tokens(0)
@@ -205,7 +206,7 @@ REACHES = {  # by class: what its gradient reaches
 
 @functools.cache
 def gradients():
-    """Of every loss, to every array of numbers that a router makes: one compiled program."""
+    """Gradients of every loss by every array that a router makes: one compiled program."""
     t = Tokens(0)
 
     def of_all(*floats):
@@ -259,20 +260,20 @@ def test_balanced_and_collapsed(K):
         loss = LoadBalance(convention=convention)
         np.testing.assert_allclose(loss(flat, {}, router), expected, rtol=1e-6)
         assert expected == balanced_value(convention, 4, K)
-        worst = 4 if CONVENTIONS[convention].first else 4 / K
+        worst = 4 if BALANCE_CONVENTIONS[convention].first else 4 / K
         np.testing.assert_allclose(loss(one, {}, router), expected * worst, rtol=1e-6)
     for scope in SCOPES:
         np.testing.assert_allclose(LoadBalance(scope=scope)(flat, {}, router), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("source", "target"), [(a, b) for a in CONVENTIONS for b in CONVENTIONS])
+@pytest.mark.parametrize(("source", "target"), [(a, b) for a in BALANCE_CONVENTIONS for b in BALANCE_CONVENTIONS])
 def test_a_converted_coefficient(source, target):
-    """It is the same weighted loss where the same choices are counted, and always where the load is balanced."""
+    """A converted coefficient gives the same weighted loss where the same choices count, and always in balance."""
     c = convert(0.01, source, target, E, K)
     a, b = LoadBalance(0.01, source), LoadBalance(c, target)
     np.testing.assert_allclose(convert(c, target, source, E, K), 0.01, rtol=1e-12)
     tried = [even(False, K, E)]
-    if CONVENTIONS[source].first == CONVENTIONS[target].first:
+    if BALANCE_CONVENTIONS[source].first == BALANCE_CONVENTIONS[target].first:
         tried += [example(0)[1], example(1)[1]]
     for s in tried:
         np.testing.assert_allclose(a.weight * value(a, s), b.weight * value(b, s), rtol=1e-5)
@@ -372,7 +373,7 @@ def test_load_of_noise(router):
 
 
 def test_adaptive_weight():
-    """It grows while over capacity, shrinks while not, within its limits; every layer its own, through the config."""
+    """The weight grows while over capacity, shrinks while not, within its limits; each layer has its own."""
     adaptive = Adaptive(LoadBalance(0.5), target=0.1, capacity=1.25, rate=0.25, most=3.0)
     cfg = MoEConfig(E=E, router=ROUTER, experts=MLP(F=1), dispatch=Sort(), losses=(RouterZ(), adaptive))
     state = cfg.init_state(3)

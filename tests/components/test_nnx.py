@@ -96,7 +96,7 @@ def test_nnx_is_linen(name, mesh):
 
 
 def test_state_is_a_variable():
-    """It is read by calls, and written by `update` as Linen's users do with `update_state`; others can be given."""
+    """Calls read the state, `update` writes it as `update_state` does for Linen; another can be given."""
     cfg, (module, _) = CONFIGS["state"], layer("state")
     module = nnx.clone(module)
     before = {n: v[...] for n, v in module.router_state.items()}
@@ -122,7 +122,7 @@ def test_state_is_a_variable():
 
 
 def test_parameters_are_drawn_as_linens_are():
-    """Of the same deviations, zeros where Linen has zeros; other seeds draw others."""
+    """Parameters have Linen's deviations, zeros where Linen has zeros; other seeds draw others."""
     cfg = MoEConfig(E=4, router=TopK(K=2), experts=MLP(F=64, bias=True), init_scale=0.1)
     one, other = (nnx.to_pure_dict(nnx.state(MoE(cfg, 64, rngs=nnx.Rngs(seed)), nnx.Param)) for seed in (0, 1))
     true = jax.jit(moe_jax.MoE(cfg).init)(KEY, jnp.zeros((1, 2, 64)))["params"]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.attention import MHA
 from moe_jax.audit import meshes, samples
@@ -45,13 +46,14 @@ def experiment(objective: Any, mesh: dict[str, int], **data: Any) -> Experiment:
     return Experiment(MODEL, whole, OptimConfig(schedule=Constant(0.01)), run, tuple(mesh.items()))
 
 
+@pytest.mark.law(1)
 def test_rows_are_compared_across_shards():
     """Loss, gradients, evaluation and further numbers of a loss that sees the whole batch are one device's."""
     exp = experiment(Apart(), {"data": 2, "fsdp": 2, "tensor": 2})
     state, batch = meshes.start(exp), samples.sample(exp)
-    one, many = (meshes.run_on(e, state, batch, jax.devices()) for e in (meshes.alone(exp), exp))
-    assert {name: v.detail for name, v in meshes.same(one, many, state).items() if not v.holds} == {}
-    usual = meshes.run_on(meshes.alone(experiment(NextToken(), {})), state, batch, jax.devices())
+    one, many = (meshes.run_on(e, state, batch, jax.devices()) for e in (meshes.on_one_device(exp), exp))
+    assert {name: v.detail for name, v in meshes.compare_with_one_device(one, many, state).items() if not v.holds} == {}
+    usual = meshes.run_on(meshes.on_one_device(experiment(NextToken(), {})), state, batch, jax.devices())
     own_BV = np.asarray(one.logits_BLV, np.float64).mean(1)
     alike = np.log(np.exp(own_BV @ own_BV.T).sum(1)).sum()
     np.testing.assert_allclose(one.metrics.others["alike"], alike / one.metrics.targets, rtol=1e-5)

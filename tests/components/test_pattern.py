@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.attention import MHA, NoPE, Relative
 from moe_jax.audit import meshes, samples
-from moe_jax.audit.communication import compare
+from moe_jax.audit.communication import compare_collectives
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.costs import flops, parameters
@@ -51,12 +51,13 @@ def experiment(mesh: str, model=MODEL) -> Experiment:
     return Experiment(model, data, optim, RunConfig(steps=3), tuple(sizes_of(mesh).items()))
 
 
+@pytest.mark.law(1)
 def test_any_parts_in_any_order_are_one_model_on_every_mesh():
     """Law 1, with what is random, remembered and dropped in two MoE layers of each layer."""
     exp = experiment("f2e2t2")
     state, batch = meshes.start(exp), samples.sample(exp)
-    one, many = (meshes.run_on(e, state, batch, jax.devices()) for e in (meshes.alone(exp), exp))
-    found = {name: v.detail for name, v in meshes.same(one, many, state).items() if not v.holds}
+    one, many = (meshes.run_on(e, state, batch, jax.devices()) for e in (meshes.on_one_device(exp), exp))
+    found = {name: v.detail for name, v in meshes.compare_with_one_device(one, many, state).items() if not v.holds}
     assert found.keys() <= {"gradients"}, found  # of so many parts, they are rounded a little more
     assert meshes.worst(one.grads, many.grads, least=meshes.largest(one.grads) * meshes.SURE).error < 3e-5
     assert one.expert_NBLK.shape[0] == MODEL.n_moe_layers == 4
@@ -65,15 +66,17 @@ def test_any_parts_in_any_order_are_one_model_on_every_mesh():
     assert (one.expert_NBLK[0] != one.expert_NBLK[1]).any()
 
 
+@pytest.mark.law(6)
 def test_any_parts_are_predicted():
     """Law 6."""
     exp = experiment("f2e2t2")
     program = Program(exp)
     found = collectives(program.lower(exp.data.shapes()).compile().as_text(), program.mesh)
-    rows = compare(step(exp, dict(exp.mesh)), found)
+    rows = compare_collectives(step(exp, dict(exp.mesh)), found)
     assert [row.detail for row in rows if not row.holds] == []
 
 
+@pytest.mark.law(10)
 def test_any_parts_are_counted():
     """Law 10's arithmetic: every parameter; FLOPs kind by kind."""
     params = jax.eval_shape(MODEL.init, jax.random.key(0), DataConfig(L=8).shapes(1))

@@ -26,10 +26,10 @@ from moe_jax.data import Bytes
 from moe_jax.optim import Adafactor, Constant
 from moe_jax.plan import compile as compiler
 from moe_jax.plan import torus
-from moe_jax.plan.plan import Site, plain, plan
+from moe_jax.plan.plan import Site, plan, plan_to_dict
 from moe_jax.plan.roofline import across, expected, roofline, state
 from moe_jax.plan.search import exchanges, reason, search, variant
-from moe_jax.plan.topology import factorizations, rings, shapes, sizes, topology
+from moe_jax.plan.topology import factorizations, rings, side_lengths, slice_shapes, topology
 from moe_jax.plan.torus import Ring
 from tests import programs
 
@@ -112,11 +112,11 @@ def test_no_such_topology(name, words):
 def test_pods_have_their_shapes():
     """A pod is the largest; cubes have ascending sides."""
     for name, most in (("v3", 1024), ("v4", 4096), ("v5e", 256), ("v5p", 6144), ("v6e", 256), ("tpu7x", 9216)):
-        found = shapes(chip(name))
+        found = slice_shapes(chip(name))
         assert max(map(math.prod, found)) == most
         assert all(tuple(sorted(s)) == s for s in found if math.prod(s) > 4)
-    assert (8, 8, 16) in shapes(chip("v4"))
-    assert (12, 12, 24) in shapes(chip("v4"))
+    assert (8, 8, 16) in slice_shapes(chip("v4"))
+    assert (12, 12, 24) in slice_shapes(chip("v4"))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_pods_have_their_shapes():
     ],
 )
 def test_meshes_that_fill(mesh, filled):
-    assert sizes(mesh, V5E) == {axis: filled.get(axis, 1) for axis in AXES}
+    assert side_lengths(mesh, V5E) == {axis: filled.get(axis, 1) for axis in AXES}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_meshes_that_fill(mesh, filled):
 def test_meshes_that_do_not(mesh, words):
     """One line, with a mesh that fills the slice."""
     with pytest.raises(ValueError, match="esh") as error:
-        sizes(mesh, V5E)
+        side_lengths(mesh, V5E)
     assert words in str(error.value), error.value
 
 
@@ -163,26 +163,26 @@ def test_every_factorization_comes_once():
 
 
 def test_mesh_axes_become_rings():
-    """What JAX makes of meshes, checked once by its own devices: whole sides, parts of one, every second chip."""
+    """Rings of mesh axes, checked once by JAX's own devices: whole sides, parts of one, every second chip."""
     pod = topology("v4:8x8x16")
-    mesh = sizes({"fsdp": 4, "expert": 64, "tensor": 4}, pod)
+    mesh = side_lengths({"fsdp": 4, "expert": 64, "tensor": 4}, pod)
     assert rings(pod, mesh, ("tensor",)) == (Ring(4, 1, False),)
     assert rings(pod, mesh, ("fsdp",)) == (Ring(4, 2, True),)
     assert math.prod(r.chips for r in rings(pod, mesh, ("expert",))) == 64
     assert rings(pod, mesh, ("fsdp", "expert", "tensor")) == (Ring(8, 1, True), Ring(8, 1, True), Ring(16, 1, True))
     small = topology("v5e:4x4")
-    assert rings(small, sizes({"data": 16}, small), ("data",)) == (Ring(4, 1, False),) * 2  # does not close
+    assert rings(small, side_lengths({"data": 16}, small), ("data",)) == (Ring(4, 1, False),) * 2  # does not close
     two = topology("tpu7x:2x2x1")  # two devices a chip
-    assert rings(two, sizes({"data": 4, "tensor": 2}, two), ("tensor",)) == ()
+    assert rings(two, side_lengths({"data": 4, "tensor": 2}, two), ("tensor",)) == ()
 
 
 def test_collectives_take_the_time_of_their_links():
-    """Of one byte over one link a second, against what a simulation of the links counts."""
-    assert torus.seconds("all-gather", 6.0, [Ring(4, 1, True)], 1.0) == 3
-    assert torus.seconds("all-reduce", 6.0, [Ring(4, 1, False)], 1.0) == 6
-    assert torus.seconds("all-gather", 12.0, [Ring(4, 1, True)] * 3, 1.0) == 2
-    assert torus.seconds("all-gather", 6.0, [Ring(4, 2, True)], 1.0) == 6  # two groups share the links
-    assert torus.seconds("all-reduce", 6.0, [], 1.0) == 0
+    """Times of one byte over one link a second agree with a simulation of the links."""
+    assert torus.collective_seconds("all-gather", 6.0, [Ring(4, 1, True)], 1.0) == 3
+    assert torus.collective_seconds("all-reduce", 6.0, [Ring(4, 1, False)], 1.0) == 6
+    assert torus.collective_seconds("all-gather", 12.0, [Ring(4, 1, True)] * 3, 1.0) == 2
+    assert torus.collective_seconds("all-gather", 6.0, [Ring(4, 2, True)], 1.0) == 6  # two groups share the links
+    assert torus.collective_seconds("all-reduce", 6.0, [], 1.0) == 0
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -352,7 +352,7 @@ def test_exchanges_fit_the_dispatcher():
 
 
 def fake(exp: Experiment, name: str) -> compiler.Compiled:
-    """What a compiler would say of a step that sends what is predicted."""
+    """Report of a compiler on a step that sends exactly what is predicted."""
     sent = step(exp, dict(exp.mesh), "tpu")
     gb = 2**30
     fits = dict(exp.mesh)["fsdp"] == 1
@@ -380,7 +380,7 @@ def test_plan_and_json(compiles):
         assert run.tokens_per_day * run.days == pytest.approx(4096e6)
         assert run.energy.kwh == pytest.approx(run.chip_hours * 200 * 1.1 / 1000)
         assert run.price == pytest.approx(2 * run.chip_hours)
-    text = json.dumps(plain(found))
+    text = json.dumps(plan_to_dict(found))
     back = json.loads(text)
     assert Experiment.from_json(back["exp"]) == found.exp
     assert back["parameters"]["total"] == found.parameters.total
@@ -397,7 +397,7 @@ def test_without_power_nothing_is_said_of_energy():
 
 
 class Tags(html.parser.HTMLParser):
-    """Which tags are open at the end, and the text."""
+    """HTML reader: the tags that are open at the end, and the text."""
 
     def __init__(self):
         super().__init__()
@@ -519,7 +519,7 @@ def test_glam_against_what_was_published():
     """574 hours and 213 MWh lie above what overlaps and close to what does not."""
     pod = topology("v4:8x8x16")
     exp = build(cli.load("configs/papers/glam_64b_64e.py"))
-    mesh = sizes({"fsdp": 16, "expert": 16, "tensor": 4}, pod)
+    mesh = side_lengths({"fsdp": 16, "expert": 16, "tensor": 4}, pod)
     exp = variant(exp, "full", mesh=tuple(mesh.items()), zero1=True)
     best, worst = plan(exp, pod, tokens=280e9, analytic=True).runs.values()
     said = [f"{24 * run.days:.0f} h, {run.energy.mwh:.0f} MWh" for run in (best, worst)]

@@ -1,4 +1,4 @@
-"""What is read out of the TPU compiler: its refusals, its schedules; with libtpu (`make tpu`), what it compiles."""
+"""Reading the TPU compiler: its refusals, its schedules; with libtpu (`make tpu`), its programs."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax import GLU, MLP, AllToAll, LMConfig, LoadBalance, MoEConfig, RaggedAllToAll, Scatter, Sort, Top2
 from moe_jax.attention import MHA
-from moe_jax.audit.communication import compare
+from moe_jax.audit.communication import compare_collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.costs.communication import step
 from moe_jax.costs.memory import memory
@@ -234,11 +234,11 @@ GLAM = dataclasses.replace(  # as its table of communication has it, on a mesh w
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("exp", "topology"), [(SMALL, "v5e:2x4"), (GLAM, "v4:8x8x16")], ids=["small", "GLaM 64B"])
 def test_the_compiled_step_fits_and_sends_what_is_predicted(exp, topology):
-    found = compiler.compiled(exp, topology)
+    found = compiler.compile_step(exp, topology)
     assert (found.fits, found.over) == (True, 0)
     assert found.peak <= found.limit
     assert found.arguments >= memory(exp, dict(exp.mesh)).parameters
-    rows = compare(step(exp, dict(exp.mesh), "tpu"), found.collectives)
+    rows = compare_collectives(step(exp, dict(exp.mesh), "tpu"), found.collectives)
     exact = ("all-to-all", "all-gather") if exp is SMALL else ("all-to-all", "all-gather", "reduce-scatter")
     assert {r.compiled.op: r.detail for r in rows if r.compiled.op in exact} == dict.fromkeys(exact, "")
     if exp is GLAM:  # small gradients are not scattered; here only sums of squares are made otherwise than predicted
@@ -256,11 +256,11 @@ def with_layer(**fields) -> Experiment:
 @pytest.mark.tpu
 @pytest.mark.usefixtures("optimized")
 def test_one_chunk_travels_while_another_is_computed():
-    """Of two chunks, more of the exchange lies behind computation than of one; none where nothing is asynchronous."""
+    """Two chunks hide more of the exchange behind computation than one; none where nothing is asynchronous."""
     hidden = {}
     for chunks, asynchronous in ((1, True), (2, True), (2, False)):
         options = {"xla_tpu_enable_async_all_to_all": asynchronous}
-        found = compiler.compiled(with_layer(exchange=AllToAll(chunks=chunks)), "v5e:2x4", options)
+        found = compiler.compile_step(with_layer(exchange=AllToAll(chunks=chunks)), "v5e:2x4", options)
         exchanges = [o for o in found.overlaps if o.op == "all-to-all"]
         assert sum(o.count for o in exchanges) == 8 * chunks  # two layers of four
         hidden[chunks, asynchronous] = sum(o.seconds for o in exchanges)
@@ -272,9 +272,9 @@ def test_one_chunk_travels_while_another_is_computed():
 @pytest.mark.usefixtures("optimized")
 def test_dropless_is_grouped_matmuls_on_a_tpu():
     """All of a dropless layer's products are kernels over groups; XLA's own gradient of weights is E times the work."""
-    found = compiler.compiled(with_layer(dispatch=Sort(), exchange=RaggedAllToAll()), "v5e:2x4")
+    found = compiler.compile_step(with_layer(dispatch=Sort(), exchange=RaggedAllToAll()), "v5e:2x4")
     dense = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, moe=None, moe_layers="none"))
-    assert found.flops <= compiler.compiled(dense, "v5e:2x4").flops
+    assert found.flops <= compiler.compile_step(dense, "v5e:2x4").flops
 
 
 @pytest.mark.tpu

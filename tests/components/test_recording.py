@@ -198,6 +198,7 @@ def says_what_happened(aux):
     assert inputs[real].any(-1).all()
 
 
+@pytest.mark.law(8)
 def test_drops_are_those_of_a_queue():
     """Token after token, choice after choice, until an expert has its slots; experts are counted for each sequence."""
     params, batch = parameters(MODEL, text()), text()
@@ -252,7 +253,7 @@ def test_what_is_not_recorded():
 
 @pytest.mark.parametrize(("router", "names"), [(TopK(K=K), ("probs",)), (ExpertChoice(), ("assignments", "input"))])
 def test_details_of_two_stacks(router, names):
-    """Those asked for and no others; of the shorter sequence, nothing beyond its end."""
+    """Records hold the details asked for and no others; nothing beyond the end of the shorter sequence."""
     moe = MoEConfig(E=E, router=router, experts=MLP(F=4), dispatch=Einsum(None), losses=())
     model, batch = dataclasses.replace(PAIRS, moe=moe, causal=False), pairs()
     params = parameters(model, batch)
@@ -285,7 +286,7 @@ def folder(params, tmp_path_factory):
 
 def test_a_recording_is_what_the_model_does(folder, params):
     """A row for each real token in order, from eight devices as from one, batch by batch."""
-    rec = recording.load(folder)
+    rec = recording.load_recording(folder)
     seen, row, documents = [], 0, set()
     for batch in BATCHES:
         logits, aux = jax.device_get(APPLY(params, batch, record=ALL))
@@ -330,7 +331,7 @@ def test_a_recording_is_what_the_model_does(folder, params):
 
 def test_a_recording_of_a_folder_is_replayed(folder, params):
     """Each part is a batch; its choices, made again, give the logits that are given without, bit for bit."""
-    for part, batch in zip(recording.parts(folder), BATCHES, strict=True):
+    for part, batch in zip(recording.column_files(folder), BATCHES, strict=True):
         expert_NBLK = recording.choices(part, batch.segment_BL > 0)
         (one, aux), (two, _) = APPLY(params, batch), APPLY(params, batch, replay=expert_NBLK)
         np.testing.assert_array_equal(expert_NBLK, aux.expert_BLK)
@@ -395,36 +396,36 @@ def test_parts_are_written_as_they_come(tmp_path):
             seen.append(sorted(p.name for p in folder.glob("*")))
             yield small(first=5 * i)
 
-    recording.save(come(), folder, {"note": 1})
+    recording.save_recording(come(), folder, {"note": 1})
     assert seen == [[f"part-0000{j}.npz" for j in range(i)] for i in range(3)]
     assert recording.manifest(folder)["note"] == 1
-    np.testing.assert_array_equal(recording.load(folder).token_T, np.arange(15))
+    np.testing.assert_array_equal(recording.load_recording(folder).token_T, np.arange(15))
     with pytest.raises(ValueError, match="already"):
-        recording.save([small()], folder)
+        recording.save_recording([small()], folder)
     with pytest.raises(ValueError, match="no token"):
-        recording.save([], tmp_path / "b")
+        recording.save_recording([], tmp_path / "b")
 
 
 def test_an_interrupted_recording_is_none(tmp_path):
-    """It says so, and the next one leaves nothing of it."""
+    """An interrupted recording is refused, and the next one leaves nothing of it."""
 
     def breaks():
         yield from (small(), small(), small())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recording.save(breaks(), tmp_path)
+        recording.save_recording(breaks(), tmp_path)
     with pytest.raises(ValueError, match="no manifest"):
-        recording.load(tmp_path)
-    recording.save([small(7)], tmp_path)
+        recording.load_recording(tmp_path)
+    recording.save_recording([small(7)], tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*")) == ["manifest.json", "part-00000.npz"]
-    assert recording.load(tmp_path).tokens == 7
+    assert recording.load_recording(tmp_path).tokens == 7
 
 
 @pytest.mark.parametrize("name", ["part-00001.npz", "manifest.json"])
 def test_a_changed_byte_is_seen(tmp_path, name):
     """Any byte of any file, and a missing file, by name, in one sentence."""
-    recording.save([small(), small()], tmp_path)
+    recording.save_recording([small(), small()], tmp_path)
     path = tmp_path / name
     data = path.read_bytes()
     for at in np.linspace(0, len(data) - 1, 40).astype(int):
@@ -432,10 +433,10 @@ def test_a_changed_byte_is_seen(tmp_path, name):
         changed[at] ^= 1
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=name):
-            recording.load(tmp_path)
+            recording.load_recording(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=name):
-        recording.load(tmp_path)
+        recording.load_recording(tmp_path)
 
 
 def test_a_run_is_recorded_from_its_checkpoint(tmp_path):
@@ -453,12 +454,12 @@ def test_a_run_is_recorded_from_its_checkpoint(tmp_path):
         checkpoints.save(3, {"params": parameters(model, text()), "step": np.int32(3)}, {"seconds": 0.0})
     call = partial(recorder.record_run, run, data_dir=tmp_path / "data", windows=20)
     folder = call(tmp_path / "rec", dropless=True)
-    rec, facts = recording.load(folder), recording.manifest(folder)
+    rec, facts = recording.load_recording(folder), recording.manifest(folder)
     assert (facts["step"], facts["dropless"]) == (3, True)
     assert Experiment.from_json(facts["config"]) == exp
     assert len(np.unique(rec.sequence_T)) == 20
     assert rec.kept_TNK.all()
-    other = recording.load(call(tmp_path / "more", mesh={"data": 8}))
+    other = recording.load_recording(call(tmp_path / "more", mesh={"data": 8}))
     np.testing.assert_array_equal(rec.token_T, other.token_T)
     np.testing.assert_array_equal(rec.expert_TNK[:, 0], other.expert_TNK[:, 0])
     assert not other.kept_TNK.all()

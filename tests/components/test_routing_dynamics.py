@@ -1,4 +1,4 @@
-"""What routing does while it trains: one MoE layer on clustered tokens, where one knows what should happen.
+"""Routing while it trains: one MoE layer on clustered tokens, where the outcome is known.
 
 A token belongs to one of eight Gaussian clusters, which are not equally frequent; its target is a random linear map
 of its cluster and a ReLU. All clusters share a mean, as hidden states do: it lets the expert that starts ahead win all
@@ -55,7 +55,7 @@ class Run(NamedTuple):
         return self.curves[name][:, :LATE].mean(1)
 
     def moved(self, name):
-        """What every step [seed, step, ...] has added to the state."""
+        """Change of the state by every step, [seed, step, ...]."""
         return np.diff(np.concatenate([self.curves[name], self.state[name][:, None]], axis=1), axis=1)
 
     @property
@@ -202,7 +202,7 @@ def test_loss_free_balances_by_its_bias():
 
 
 def test_no_weight_sees_the_bias():
-    """It makes choices; given them, the output is that without bias, and weights are the plain scores."""
+    """The bias changes choices only: given them, the output and the weights are those without bias."""
     run, layer = train(loss_free(rate=0.02)), MoE(loss_free(rate=0.02))
     params, state, x_BLD = jax.tree.map(lambda a: a[0], (run.params, run.state, run.batches.held_out().x))
 
@@ -266,7 +266,7 @@ def test_expert_dropout_keeps_experts_alive():
 
 
 def useful(run):
-    """How many experts [seed] halve the error of predicting nothing when every token goes to them alone."""
+    """Number of experts [seed] that halve the error of predicting nothing when every token goes to them alone."""
 
     @jax.jit
     @partial(jax.vmap, in_axes=(0, 0, 0, None))

@@ -20,7 +20,7 @@ from moe_jax import (
     Sort,
     TopK,
 )
-from moe_jax.core.capacity import CONVENTIONS
+from moe_jax.core.capacity import CAPACITY_CONVENTIONS
 from moe_jax.core.context import Context
 from moe_jax.core.routing import SlotChoice, token_choice
 from moe_jax.core.traits import traits
@@ -33,10 +33,10 @@ def identity(params, x, groups):
     return x
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention", CAPACITY_CONVENTIONS)
 @pytest.mark.parametrize("dispatch", [Einsum, Scatter])
 def test_slots_are_what_an_expert_keeps(dispatch, convention):
-    """Of a group that all goes to one expert, so many tokens reach it."""
+    """The slots are the tokens that reach an expert when a whole group goes to it."""
     for factor in (0.5, 1.25, None):
         d, E = dispatch(factor, convention=convention), 6
         mask, zeros = jnp.ones((1, S), bool), jnp.zeros((1, S, E))
@@ -85,7 +85,7 @@ def test_routing_groups_divide_the_tokens_of_a_shard(layer, training, irrelevant
 
 
 def test_traits_have_defaults():
-    """What is not declared is the most usual; groups matter to what is not causal."""
+    """Undeclared traits have the usual defaults; groups matter to routers that are not causal."""
     assert traits(None) == traits(object())
     plain, base = traits(TopK(K=3)), traits(BASELayer())
     assert (plain.causal, plain.random, plain.grouped, plain.K, plain.params) == (True, False, False, 3, ("gate_DE",))

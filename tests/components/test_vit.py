@@ -68,7 +68,7 @@ def norm(x, p):
 
 
 def attention(p, x):
-    """Of every token to every token, [B, L, D]."""
+    """Attention of every token to every token, [B, L, D]."""
     q, k, v = (
         np.einsum("bld,dha->bhla", x, p[f"{n}_DHA"]) + p[f"{n}_HA"][None, :, None] for n in ("query", "key", "value")
     )
@@ -166,6 +166,7 @@ def test_who_keeps_its_slot_depends_on_the_order_of_images_only_where_tokens_que
 # ---------------------------------------------------------------- published sizes
 
 
+@pytest.mark.law(10)
 @pytest.mark.parametrize(
     ("D", "N", "F", "H", "patch", "total"),
     [(768, 12, 3072, 12, 16, 978_974_835), (1280, 32, 5120, 16, 14, 7_160_836_211)],
@@ -209,6 +210,7 @@ def one(trial, start):
     return jax.device_get(trial(start, DIGITS))
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(
     "mesh", [{"data": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=["d8", "d2e4", "f2e2t2"]
 )
@@ -217,11 +219,12 @@ def test_one_model_every_mesh(mesh, start, one, monkeypatch):
     monkeypatch.setattr(meshes, "CLOSE", 2e-5)  # positions have gradients of all images, which nearly cancel
     exp = dataclasses.replace(EXP, mesh=tuple(mesh.items()))
     many = meshes.run_on(exp, start, DIGITS, jax.devices())
-    found = meshes.same(one, many, start)
+    found = meshes.compare_with_one_device(one, many, start)
     assert [f"{name} {verdict.detail}" for name, verdict in found.items() if not verdict.holds] == []
     assert one.metrics.stats.kept.sum() < one.metrics.stats.choices_E.sum()
 
 
+@pytest.mark.law(7)
 def test_padding_images_are_nowhere(trial, start, one):
     """Law 7: what they hold changes no loss, count, gradient or parameter, bit for bit."""
     real_B = DIGITS.loss_mask_BL[:, 0]

@@ -14,10 +14,10 @@ from jax import lax
 
 from moe_jax import step as steps
 from moe_jax.attention import MHA, MLA, NoPE, Relative, Rotary
-from moe_jax.audit.communication import audit, compare
+from moe_jax.audit.communication import audit, compare_collectives
 from moe_jax.audit.hlo import collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
-from moe_jax.core.shard import TOKENS
+from moe_jax.core.shard import TOKEN_AXES
 from moe_jax.core.traffic import Collective, scheduled
 from moe_jax.costs.communication import layer, merged, passes, step
 from moe_jax.data import Classification, Digits, SpanCorruption, cross_entropy, terms
@@ -31,12 +31,14 @@ from moe_jax.routers import ExpertChoice, RoundRobin, Top2
 from tests import cases
 from tests.cases import LAYERS, context, mesh_of, shapes_of, sizes_of
 
+pytestmark = pytest.mark.law(6)
+
 # ---------------------------------------------------------------- a layer alone
 
 
 def wrong(predicted, compiled) -> list[str]:
-    """What differs: bytes, and the number of collectives where XLA does not combine them."""
-    rows = compare(predicted, compiled)
+    """Lists differences: bytes, and the number of collectives where XLA does not combine them."""
+    rows = compare_collectives(predicted, compiled)
     counts = [(r.predicted, r.compiled) for r in rows if r.predicted.op != "all-reduce"]
     return [r.detail for r in rows if not r.holds] + [str(pair) for pair in counts if pair[0].count != pair[1].count]
 
@@ -58,7 +60,7 @@ def wrong(predicted, compiled) -> list[str]:
 def test_a_layer_sends_what_is_predicted(name, mesh):
     """A training step of every dispatcher and every exchange; outside of the layer the task's loss is added up."""
     text, sizes = cases.compiled(name, mesh)[1], sizes_of(mesh)
-    tokens = tuple(a for a in TOKENS if a in sizes)
+    tokens = tuple(a for a in TOKEN_AXES if a in sizes)
     task = Collective("all-reduce", tokens, math.prod(sizes[a] for a in tokens), 1, 4, "task")
     predicted = layer(LAYERS[name], sizes, cases.B, cases.L, cases.D)
     assert wrong([*predicted, task], collectives(text, mesh_of(mesh))) == []
@@ -234,7 +236,7 @@ def test_all_to_alls(name, each):
 
 
 def test_tensor_parallelism_is_one_all_reduce_each_way():
-    """Of [B, L, D] in every attention, dense and MoE layer; the MoE layers' weights [B, L, K] come with the second."""
+    """Every attention, dense and MoE layer all-reduces [B, L, D]; the MoE weights [B, L, K] come with the second."""
     sums = [c for c in compiled("biases") if c.axes == ("tensor",) and not c.where.startswith("reduce_sum")]
     x, weights, biases = (
         4 * B // 4 * L * 8,
@@ -300,7 +302,7 @@ def test_a_wrong_collective_is_found(monkeypatch):
         return honest(logits_BLV + 0 * everybody.sum(), target_BL)
 
     monkeypatch.setattr(terms, "cross_entropy", gathers)
-    details = [r.detail for r in compare(predicted("data"), sent(EXPERIMENTS["data"])) if not r.holds]
+    details = [r.detail for r in compare_collectives(predicted("data"), sent(EXPERIMENTS["data"])) if not r.holds]
     assert any(d.startswith(f"all-gather over data: {4 * B * L * 257} bytes that nothing predicts") for d in details)
 
 
@@ -321,7 +323,7 @@ def collective(op="all-reduce", bytes=8, where="here", axes=("data",)) -> Collec
     ],
 )
 def test_a_difference_is_named(predicted, compiled, detail):
-    rows = compare(predicted, compiled)
+    rows = compare_collectives(predicted, compiled)
     details = [r.detail for r in rows if not r.holds]
     assert len(details) == bool(detail)
     assert all(detail in d for d in details)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_jax.attention import MHA, MLA, NoPE, Relative, Rotary, Sinusoidal
 from moe_jax.config import DataConfig, Experiment, build
-from moe_jax.costs import KINDS, flops, parameters
+from moe_jax.costs import PARAMETER_KINDS, flops, parameters
 from moe_jax.data import Classification, Digits, SpanCorruption, ToyTranslation, Translation
 from moe_jax.data.tokenizers import SentencePiece
 from moe_jax.dispatch import Einsum, Scatter
@@ -21,6 +21,8 @@ from moe_jax.experts import GLU, MLP
 from moe_jax.models import EncoderDecoderConfig, LMConfig, TransformerConfig, ViTConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import Hierarchical, LossFree, NoisyTopK, Switch, TaskTopK, TopK
+
+pytestmark = pytest.mark.law(10)
 
 PAPERS = {p.stem: p for p in sorted(pathlib.Path("configs/papers").glob("[!_]*.py"))}
 UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
@@ -213,7 +215,7 @@ def test_any_model_is_counted(kind, data, forms):
     model = kind(**forms)
     count = parameters(model)
     assert count.total == made(model, DATA[kind])
-    assert set(count.kinds) == set(KINDS)
+    assert set(count.kinds) == set(PARAMETER_KINDS)
     assert count.active <= count.total
 
 
@@ -292,7 +294,7 @@ def of_slots(L: int) -> int:
 
 
 def test_flops_are_those_that_xla_counts():
-    """Of a model whose loops have one turn, since XLA counts the body of a loop once."""
+    """FLOPs of a model whose loops have one turn, since XLA counts the body of a loop once."""
     moe = MoEConfig(E=4, router=TopK(K=2), experts=MLP(F=128), dispatch=Einsum(None))
     model = LMConfig(V=64, D=64, N=1, attention=MHA(4, 16), moe=moe, moe_layers="all", remat="none")
     data = DataConfig(L=32)
@@ -311,7 +313,7 @@ def test_flops_are_those_that_xla_counts():
 
 
 def row(name: str) -> str:
-    """Of the table of published models."""
+    """Row of the table of published models."""
     published, model = module(name)["PUBLISHED"], experiment(name).model
     count, cost = parameters(model), flops(model, experiment(name).data.shapes(1))
     differs = published.get("differs", {})

@@ -91,7 +91,7 @@ class Case(NamedTuple):
 
     @property
     def stands(self) -> bool:
-        """Whether its choices go together, and none of them is idle."""
+        """Tells whether the choices of a case go together, and none of them is idle."""
         exchange, sizes = EXCHANGE[self.exchange], sizes_of(self.mesh)
         if self.zero1 and not sizes.keys() & {"data", "expert"}:
             return False
@@ -129,6 +129,7 @@ def covering(cases: list[Case]) -> list[Case]:
 CASES = covering(all_cases())
 
 
+@pytest.mark.law(1)
 def test_cases_cover_all_pairs():
     """Every pair of choices that can stand together is tried, and every mesh, dispatcher and exchange."""
     stands, tried = (set().union(*(case.covers for case in cases)) for cases in (all_cases(), CASES))
@@ -146,7 +147,7 @@ def test_cases_cover_all_pairs():
 
 
 class Steps(NamedTuple):
-    """What is seen of one training step, and of the third."""
+    """Traces of the first training step and of the third."""
 
     metrics: NamedTuple
     logits: np.ndarray
@@ -212,7 +213,7 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
 
 @functools.cache
 def truth(limited: bool, choose: bool, pieces: int, dtype: str) -> Steps:
-    """Of the same model on one device, its dispatcher the definition."""
+    """Reference values of the same model on one device, with the dispatcher of the definition."""
     exp = experiment(Case("1", "gather" if choose else "scatter", pieces=pieces), dtype)
     moe = dataclasses.replace(exp.model.moe, dispatch=Einsum(1.0 if limited else None))
     return run(dataclasses.replace(exp, model=dataclasses.replace(exp.model, moe=moe)))[0]
@@ -223,7 +224,7 @@ def truth_of(case: Case, dtype: str = "float32") -> Steps:
 
 
 def copies_of(tree) -> int:
-    """How many copies devices hold of each other's parts, which must be equal bit for bit."""
+    """Number of copies that devices hold of each other's parts, which must be equal bit for bit."""
     copies = 0
     for leaf in jax.tree.leaves(tree):
         parts = {}
@@ -234,6 +235,7 @@ def copies_of(tree) -> int:
     return copies
 
 
+@pytest.mark.law(1, 5)
 @matrix
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_model_every_mesh(case):
@@ -269,6 +271,7 @@ HALF = (
 )
 
 
+@pytest.mark.law(1)
 @matrix
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_one_model_every_mesh_in_half_precision(case):
@@ -295,7 +298,7 @@ def apart(tree, expected) -> float:
 
 
 def bounded(asked_XXe: np.ndarray, rows: int) -> np.ndarray:
-    """What `fitting` keeps, in exact arithmetic: at most one row of a slice less."""
+    """Rows that `fit_to_buffer` keeps, in exact arithmetic: at most one row of a slice less."""
     total = asked_XXe.sum((0, 2))
     part = [Fraction(min(rows, n), max(n, 1)) for n in total.tolist()]
     return np.array([[[int(n * part[to]) for n in s] for to, s in enumerate(source)] for source in asked_XXe.tolist()])
@@ -357,7 +360,7 @@ def layer(exchange: RaggedAllToAll, mesh: str | None = None, expert_BLK=None):
 
 
 def reached(chosen_BLK: np.ndarray, mesh: str, exchange: RaggedAllToAll) -> np.ndarray:
-    """Which choices a buffer has room for: of every slice from one shard to one expert, the first ones."""
+    """Choices that fit into a buffer: the first ones of every slice from one shard to one expert."""
     sizes = sizes_of(mesh)
     X, there = math.prod(sizes[a] for a in exchange.over), np.zeros(chosen_BLK.size, bool)
     shards = chosen_BLK.reshape(8, -1)
@@ -372,6 +375,7 @@ def reached(chosen_BLK: np.ndarray, mesh: str, exchange: RaggedAllToAll) -> np.n
     return there.reshape(chosen_BLK.shape)
 
 
+@pytest.mark.law(1, 8)
 @matrix
 @pytest.mark.parametrize(("mesh", "over", "buffer"), [("d2e4", ("expert",), 0.7), ("s2e4", EVERYWHERE, 1.2)])
 def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
@@ -387,6 +391,7 @@ def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
     close((y, gradients), (true_y, true_gradients))
 
 
+@pytest.mark.law(1)
 @matrix
 def test_a_large_buffer_is_none():
     """Law 1: with room for every row of every shard, a bound changes nothing."""

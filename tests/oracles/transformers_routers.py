@@ -232,7 +232,7 @@ def losses():
 
 
 def plain(value):
-    """What JSON can hold, floats rounded to 8 significant digits."""
+    """Converts to JSON values, floats rounded to 8 significant digits."""
     if isinstance(value, torch.Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):

@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 def call(program: ModuleType, *argv: object) -> Outcome:
-    """What the program says, and its exit code."""
+    """Runs a program; returns its exit code and output."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
         patch.setattr(sys, "argv", [f"{program.__name__.replace('.', '/')}.py", *map(str, argv)])

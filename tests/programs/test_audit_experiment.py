@@ -1,6 +1,7 @@
 """The audit of a whole experiment: what it finds, what it names when something is broken, what it shrinks."""
 
 import dataclasses
+import json
 import math
 import re
 from functools import partial
@@ -15,7 +16,7 @@ from experiments import cli
 from moe_jax import GLU, MLP, Einsum, LMConfig, MoEConfig, Scatter, Sort, Top2, TopK, make_mesh
 from moe_jax.attention import MHA
 from moe_jax.audit import meshes
-from moe_jax.audit.dispatchers import dispatchers, fitting
+from moe_jax.audit.dispatchers import dispatchers, fitting_dispatchers
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import fold, kinds, narrow, shrink
 from moe_jax.config import DataConfig, Experiment, OptimConfig
@@ -52,9 +53,9 @@ def config(tmp_path):
 def test_an_experiment_holds(config, monkeypatch, tmp_path):
     """Every law has its line and its figure, a step's communication is predicted, and the page says the same."""
     monkeypatch.setattr(meshes, "MESHES", ({"fsdp": 2, "expert": 2},))
-    monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
-    code, out, err = call(config, f"--report={tmp_path / 'audit.html'}")
-    assert (code, err) == (0, ""), out
+    monkeypatch.setattr("moe_jax.audit.experiment.TRIAL_TOKENS", 1)
+    code, out, err = call(config, f"--report={tmp_path / 'audit.html'}", f"--json={tmp_path / 'audit.json'}")
+    assert (code, err) == (0, f"written: {tmp_path / 'audit.json'}\n"), out
     said = dict(re.findall(r"^(\S.*?)  +(yes|no|NO) ", out, re.MULTILINE))
     assert not [law for law, held in said.items() if held == "NO"]
     for law in (
@@ -70,6 +71,12 @@ def test_an_experiment_holds(config, monkeypatch, tmp_path):
     ):
         assert said[law] == "yes", law
     assert re.search(r"drops [1-9]\d* of \d+", out), "something was dropped, and the same everywhere"
+    record = json.loads((tmp_path / "audit.json").read_text())
+    assert record["broken"] == 0
+    assert {f"{f['law']}, {f['subject']}": f["holds"] for f in record["findings"]} == {
+        law: held == "yes" for law, held in said.items() if not law.startswith("communication, ")
+    }
+    assert any(row["compiled"]["op"] == "all-to-all" and row["holds"] for row in record["communication"])
     page = (tmp_path / "audit.html").read_text()
     assert "0 of" in page
     assert page.count("<table>") == 3
@@ -79,10 +86,10 @@ def test_an_experiment_holds(config, monkeypatch, tmp_path):
 def test_what_is_broken_is_named(config, monkeypatch):
     """A bias that every shard of hidden units adds: exit code 1, the mesh, the quantity, and how far off."""
     monkeypatch.setattr(meshes, "MESHES", ())
-    monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
-    monkeypatch.setattr(Shard, "once", lambda self, name, w: w)
+    monkeypatch.setattr("moe_jax.audit.experiment.TRIAL_TOKENS", 1)
+    monkeypatch.setattr(Shard, "bias_once", lambda self, name, w: w)
     monkeypatch.setattr(
-        meshes, "uneven", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
+        meshes, "sharpen_routers", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
     )
     code, out, _ = call(config, "--stop")
     assert code == 1
@@ -98,7 +105,7 @@ def test_what_is_broken_is_named(config, monkeypatch):
         ([], "No experiment was given"),
         (["--config=nothing.py"], "no config file"),
         (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
-        (["--config=configs/glam_nano.py", "--simulated=0"], "--simulated=0 must be at least 1"),
+        (["--config=configs/glam_nano.py", "--devices=0"], "devices=0: Expected a positive integer"),
     ],
 )
 def test_mistakes_are_one_line(argv, words):
@@ -120,8 +127,8 @@ def test_the_worst_difference_is_named():
     np.testing.assert_allclose(found.error, 0.05)
     for bad in (np.nan, np.inf):
         assert meshes.worst(one, {**one, "a": np.array([bad, 100.0])}).error > 1e300
-    assert not meshes.within(1e-5, meshes.Worst(math.inf, "b/c")).holds
-    assert "in b/c" in meshes.within(1e-5, meshes.Worst(1.0, "b/c")).detail
+    assert not meshes.at_most(1e-5, meshes.Worst(math.inf, "b/c")).holds
+    assert "in b/c" in meshes.at_most(1e-5, meshes.Worst(1.0, "b/c")).detail
 
 
 class Forgetful(Scatter):
@@ -155,9 +162,9 @@ def test_a_dispatcher_that_differs_is_named(monkeypatch, other, words):
 
 def test_all_dispatchers_that_fit_are_compared():
     cfg = MoEConfig(E=4, router=Top2(), dispatch=Sort())
-    assert [type(d).__name__ for d in fitting(cfg)] == ["Einsum", "Scatter", "Sort"]
+    assert [type(d).__name__ for d in fitting_dispatchers(cfg)] == ["Einsum", "Scatter", "Sort"]
     limited = dataclasses.replace(cfg, dispatch=Scatter(2.0, "probability", "vmoe"))
-    assert fitting(limited) == [Einsum(2.0, "probability", "vmoe"), Scatter(2.0, "probability", "vmoe")]
+    assert fitting_dispatchers(limited) == [Einsum(2.0, "probability", "vmoe"), Scatter(2.0, "probability", "vmoe")]
 
 
 # ---- shrinking, placing

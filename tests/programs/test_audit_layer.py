@@ -1,6 +1,7 @@
-"""What the audit says of layers whose laws are known, broken ones too; that the documented table is what it says."""
+"""Audits of layers whose laws are known, broken ones too; the documented table is the audit's."""
 
 import dataclasses
+import json
 import pathlib
 import re
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 
 from experiments import laws
 from moe_jax import audit
-from moe_jax.core.capacity import CONVENTIONS, capacity
+from moe_jax.core.capacity import CAPACITY_CONVENTIONS, capacity
 from moe_jax.core.routing import token_choice
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.experts import MLP
@@ -56,6 +57,7 @@ def short(value: Any) -> str | None:
 # ---- known cases
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(
     ("cfg", "training", "through"),
     [
@@ -102,6 +104,7 @@ def test_batch_independent(dispatch, S, holds):
     assert ("(a drop in" in verdict.detail) != holds
 
 
+@pytest.mark.law(3)
 def test_the_audit_names_untrained_parameters():
     """Law 3: every parameter is named; what is declared untrained is not a violation."""
     assert audit.trainable(layer(TopK())) == (True, "all of gate_DE")
@@ -153,6 +156,7 @@ class Mixing:
         return groups.matmul(h - h.mean(-2, keepdims=True), params["down_EFD"])
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(
     ("router", "experts", "training", "through"),
     [
@@ -173,6 +177,7 @@ def test_leaks_are_caught(router, experts, training, through):
     assert (through or "in 0 of 60") in verdict.detail
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize(
     ("mistake", "verdict"),
     [
@@ -195,7 +200,7 @@ def rows() -> list[list[str]]:
 
 
 def test_the_table_is_complete():
-    """It has a row for every registered router, and the columns that are made."""
+    """The table has a row for every registered router, and the columns that are made."""
     title, _, *body = rows()
     assert title == ["router", *(column.title for column in laws.COLUMNS)]
     assert [row[0] for row in body] == [f"`{name}`" for name in laws.ROUTERS]
@@ -233,9 +238,9 @@ def test_the_examples_run():
 def test_the_conventions_are_those_of_the_code():
     """Slots at S=512, E=64, K=2, factor 1.25, and the balanced values."""
     slots = dict(re.findall(r"\| `([\w-]+)` .* \| (\d+) \|\n", PAGE.read_text()))
-    assert slots == {c: str(capacity(512, 2, 64, 1.25, c)) for c in CONVENTIONS}
+    assert slots == {c: str(capacity(512, 2, 64, 1.25, c)) for c in CAPACITY_CONVENTIONS}
     said = re.findall(r"\| `(\w+)` \| (all|first) choices \| (\S+) \|", PAGE.read_text())
-    code = load_balance.CONVENTIONS.items()
+    code = load_balance.BALANCE_CONVENTIONS.items()
     assert said == [(name, "first" if c.first else "all", c.balanced) for name, c in code]
 
 
@@ -248,8 +253,8 @@ call = partial(programs.call, laws)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--write=nowhere.md"], "nowhere.md is not a file"),
-        (["--write=CONTRIBUTING.md"], "no place for the table"),
+        (["--out=nowhere.md"], "nowhere.md is not a file"),
+        (["--out=CONTRIBUTING.md"], "no place for the table"),
         (["write"], "'write' is not a flag"),
     ],
 )
@@ -268,7 +273,8 @@ def test_the_table_is_written_between_its_marks(monkeypatch, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{laws.BEGIN} old {laws.END}\nafter\n")
     for _ in range(2):
-        assert call(f"--write={page}").code == 0
+        made = call(f"--out={page}", "--json=-")
+        assert (made.code, json.loads(made.out)) == (0, [{"router": "`Hash(K=1)`", "trainable": "no parameters"}])
         assert page.read_text() == (
             f"before\n{laws.BEGIN}\n\n| router | trainable |\n| --- | --- |\n| `Hash(K=1)` | no parameters |\n\n"
             f"{laws.END}\nafter\n"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import experiments.bench.__main__ as bench
+from experiments import cli
 from experiments.bench import huggingface, peers, record, stages, steps, timing, watch, work
 from experiments.bench.layers import Place, batched_passes, drawn, layer_inputs, layer_passes, twin_inputs
 from experiments.bench.shapes import QUICK, QUICK_GLU, SHAPES, masks_bytes
@@ -20,7 +21,7 @@ from experiments.bench.tokens import ROUTINGS
 from experiments.cli import load
 from moe_jax.config import build
 from moe_jax.core.groups import Dense
-from moe_jax.core.kernels.by_expert import ladder
+from moe_jax.core.kernels.by_expert import size_buckets
 from moe_jax.core.routing import position_in_expert
 from moe_jax.dispatch import Einsum, Scatter, Sort
 from moe_jax.moe import MoEConfig
@@ -130,14 +131,14 @@ def test_computed_rows_follow_the_dispatcher():
     assert done(Einsum(1.25), "cpu") == done(Scatter(1.25), "gpu") == done(Scatter(1.25), "cpu", True) == 4 * 2 * 5
     assert done(Scatter(None), "gpu") == 4 * 2 * 8
     assert done(Sort(), "gpu") == 32
-    rung = lambda n: min(C for C in ladder(32, 4, D) if C >= n)  # noqa: E731
-    most = ladder(32, 4, D)[-1]
+    rung = lambda n: min(C for C in size_buckets(32, 4, D) if C >= n)  # noqa: E731
+    most = size_buckets(32, 4, D)[-1]
     assert 16 <= most
     assert done(Sort(), "cpu") == rung(16) + rung(4) + rung(1) + rung(11)
     assert done(Scatter(1.25), "cpu") == rung(10) + rung(4) + rung(1) + rung(9)
     all_to_one = np.array([[8, 0, 0, 0]] * 2 * most)  # more rows than the largest rung, as ladders go up to 2 R / E
     some = work.rows_done(MoEConfig(E=4, dispatch=Sort()), all_to_one, S, D, "cpu")
-    assert 16 * most <= some < 16 * most + ladder(32 * most, 4, D)[-1]
+    assert 16 * most <= some < 16 * most + size_buckets(32 * most, 4, D)[-1]
     many_GE = 25 * count_GE
     parts = [work.rows_done(layer(Sort()), part, 25 * S, D, "cpu") for part in np.split(many_GE, 2)]
     two_shards = work.rows_done(layer(Sort()), many_GE, 25 * S, D, "cpu", False, 2)
@@ -172,13 +173,13 @@ def measured(tmp_path_factory):
     """A table of one tiny layer, by two dispatchers, with its stages."""
     folder = tmp_path_factory.mktemp("bench")
     flags = ["--quick", "--routing=real,skewed", "--dispatch=Einsum(1.25),Sort()", "--stages"]
-    outcome = programs.call(bench, *flags, f"--json={folder / 'a.json'}", f"--plot={folder / 'a.svg'}")
+    outcome = programs.call(bench, *flags, f"--json={folder / 'a.json'}", f"--out={folder / 'a.svg'}")
     assert outcome.code == 0, outcome
     return folder, outcome
 
 
 def cells_of(text):
-    """Of Markdown tables."""
+    """Cells of Markdown tables."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
 
 
@@ -209,9 +210,9 @@ def test_the_record_has_every_measurement(measured):
         assert min(row["temp_bytes"].values()) > 0
         assert len(row["compile_seconds"]["layer"]) == 2
         assert set(row["batched"]) == set(record.PASSES)
-    record.save(folder / "again.json", saved["rows"])
+    cli.write_json(folder / "again.json", record.facts(saved["rows"]))
     assert record.load(folder / "again.json") == saved
-    record.save(folder / "nan.json", [{**saved["rows"][0], "load": float("nan")}])
+    cli.write_json(folder / "nan.json", record.facts([{**saved["rows"][0], "load": float("nan")}]))
     assert record.load(folder / "nan.json")["rows"][0]["load"] is None
 
 
@@ -226,7 +227,7 @@ def test_a_record_is_compared_with(measured):
     """In the program; the layer that ran is the one that is looked for."""
     path = measured[0] / "a.json"
     flags = ["--quick", "--routing=real,balanced", "--dispatch=Einsum(1.25)"]
-    outcome = programs.call(bench, *flags, f"--compare={path}")
+    outcome = programs.call(bench, *flags, f"--against={path}")
     assert outcome.code == 0, outcome
     assert f"1 of 2 rows are in {path}" in outcome.out.splitlines()[-1]
     assert "another" not in outcome.out
@@ -297,10 +298,10 @@ def bad_records(folder):
         (["--mesh=data=8", "--dispatch=Sort()", "--quick", "--shapes=fine,"], ["names ''"]),
         (["--json={folder}/none/a.json"], ["there is no folder"]),
         (["--json={folder}"], ["is a folder; give a file"]),
-        (["--plot={folder}/a.gif"], ["end it in .png or .svg"]),
-        (["--compare={folder}/none.json"], ["There is no record", "--json has written"]),
-        (["--compare={folder}/text.json"], ["text.json is not a record"]),
-        (["--compare={folder}/other.json"], ["other.json is not a record"]),
+        (["--out={folder}/a.gif"], ["end it in .png or .svg"]),
+        (["--against={folder}/none.json"], ["There is no record", "--json has written"]),
+        (["--against={folder}/text.json"], ["text.json is not a record"]),
+        (["--against={folder}/other.json"], ["other.json is not a record"]),
     ],
 )
 def test_a_mistake_is_one_line(flags, words, tmp_path):
@@ -326,14 +327,17 @@ def tiny(tmp_path_factory):
     return [f"--config={root / 'tiny.py'}", f"--data_dir={root / 'data'}"]
 
 
-def test_steps_of_a_config_and_its_twin(tiny):
+def test_steps_of_a_config_and_its_twin(tiny, tmp_path):
     flags = ["--bursts=2", "--burst=1", "--train_steps=0", "--config.model.moe.E=8"]
-    outcome = programs.call(steps, *tiny, *flags)
+    outcome = programs.call(steps, *tiny, *flags, f"--json={tmp_path / 'steps.json'}")
     assert outcome.code == 0, outcome
     cells = cells_of(outcome.out)
     assert [row[0] for row in cells] == ["", "---", "config", "twin"]
     assert cells[3][4] == "1.00"
     assert all(float(row[1].replace(",", "")) > 0 for row in cells[2:])
+    found = json.loads((tmp_path / "steps.json").read_text())
+    rates = [f"{1e3 * one['tokens'] / one['step_ms'][1]:,.0f}" for one in (found["config"], found["twin"])]
+    assert rates == [row[1] for row in cells[2:]]
 
 
 def test_a_run_is_watched(tiny, tmp_path):

@@ -39,7 +39,7 @@ def key(request):
 
 
 def test_it_holds(key):
-    """Of the same weights, wherever they lie, and the same config, however it is written; through JSON too."""
+    """A certificate holds of the same weights on any devices, and the same config in any format; through JSON too."""
     made = json.loads(json.dumps(certify(CHECKS, weights(), CONFIG, key, {"step": 3})))
     assert verify(made, weights(), CONFIG, key) == []
     assert verify(made, jax.tree.map(jnp.asarray, weights()), json.dumps(json.loads(CONFIG), indent=3), key) == []
@@ -66,7 +66,7 @@ def test_every_bit_of_every_weight(key):
     names = list(fingerprints(weights()))
     for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         changed = list(bits(leaf))
-        marks = {certificate.fingerprint(other)["sha256"] for other in changed}
+        marks = {certificate.array_fingerprint(other)["sha256"] for other in changed}
         assert len(marks) == len(changed) == 8 * np.asarray(leaf).nbytes
         assert made["weights"][name]["sha256"] not in marks
         tree = jax.tree.unflatten(jax.tree.structure(weights()), [*leaves[:i], changed[-1], *leaves[i + 1 :]])
@@ -74,7 +74,7 @@ def test_every_bit_of_every_weight(key):
 
 
 def test_a_changed_weight_is_named(key):
-    """Of another shape or type with the same bytes, too many, too few: a line for each."""
+    """A changed shape or type, a missing or an additional weight are named, a line for each."""
     made = certify(CHECKS, weights(), CONFIG, key)
     for change, lines in (
         (lambda w: w["params"].update(embed_VD=w["params"]["embed_VD"].reshape(3, 5)), ["embed_VD has another shape"]),
@@ -194,14 +194,19 @@ def test_the_program_measures_writes_and_verifies(run):
     said = json.loads(out.read_text())
     assert {c["name"] for c in said["checks"]} == set(certificate.LIMITS) - set(said["about"]["not measured"])
     assert "router/bias_E" in said["weights"]
-    assert call(*flags, f"--verify={out}").code == 0
+    holds = call(*flags, f"--verify={out}", "--json=-")
+    assert (holds.code, json.loads(holds.out)) == (0, {"holds": True, "wrong": []})
+    assert "holds: its signature" in holds.err
     (folder / "other").write_bytes(OTHER)
     assert "signature does not match" in call(*flags[:2], f"--key={folder / 'other'}", f"--verify={out}").error
     said["checks"][0]["limit"] += 1
     out.write_text(json.dumps(said))
     assert "signature does not match" in call(*flags, f"--verify={out}").error
+    flags.append(f"--json={folder / 'strict.json'}")
     strict = call(*flags, f"--out={out}", "--windows=8", "--limit=worst_knock_out=-9")
     assert strict.code == 1
+    above = [c["name"] for c in json.loads((folder / "strict.json").read_text())["checks"] if not c["pass"]]
+    assert above == ["worst_knock_out"]
     assert "worst_knock_out" in call(*flags, f"--verify={out}").out
 
 

@@ -92,7 +92,7 @@ def test_a_config_says_what_it_is_for(name):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_published_model_says_where_it_is_from(name):
-    """How to plan it, how to train its nano shape, the table."""
+    """A published model's docstring tells how to plan it, how to train its nano shape, and its table."""
     text, path = runpy.run_path(str(PAPERS[name]))["__doc__"], PAPERS[name]
     question, commands, rest = text.strip().split("\n\n")
     assert question.endswith("?")

@@ -22,8 +22,8 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import build
 from moe_jax.data import evaluation_batches
 from moe_jax.inspect import live, report
-from moe_jax.inspect.analysis import analyse, compared, effects_of, layer_names
-from moe_jax.inspect.knockout import Effects, Losses
+from moe_jax.inspect.analysis import analyse, compare_recordings, effects_of, layer_names
+from moe_jax.inspect.knockout import DomainLosses, Effects
 from moe_jax.inspect.recorder import layers_of
 from moe_jax.models.pattern import moe_paths
 from moe_jax.reporting.metrics import FILE, plain
@@ -36,7 +36,7 @@ VOID = {"meta", "link", "br", "path", "use", "rect", "image", "line"}
 
 
 class Page(html.parser.HTMLParser):
-    """Whether tags are closed in their order, and what is fetched from outside."""
+    """HTML reader: checks that tags are closed in order, and lists what is fetched from outside."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -100,7 +100,7 @@ def rec():
 
 @pytest.fixture(scope="module")
 def found(rec):
-    base = Losses(np.array([2.0, 2.0]), np.array([1.0, 1.0]))
+    base = DomainLosses(np.array([2.0, 2.0]), np.array([1.0, 1.0]))
     rise = np.arange(N * E) / 10
     effects = Effects(tuple(np.ndindex(N, E)), base, rise, np.stack([rise, -rise], 1))
     return analyse(rec, ["layer 1", "layer 3"], lambda t: f"<t{t}>") | {
@@ -167,15 +167,15 @@ def test_little_is_told_of_little(rec):
 
 def test_a_recording_compared_with_itself_is_the_same(rec):
     """With itself all is the same; with experts exchanged nothing but chance."""
-    np.testing.assert_array_equal(compared(rec, rec)["saturation"], 1)
+    np.testing.assert_array_equal(compare_recordings(rec, rec)["saturation"], 1)
     other = rec._replace(expert_TNK=np.where(rec.expert_TNK < E, (rec.expert_TNK + 1) % E, E).astype(np.int16))
     same = [
         np.mean([len({*a} & {*b}) / K for a, b in zip(rec.expert_TNK[:, n], other.expert_TNK[:, n], strict=True)])
         for n in range(N)
     ]
-    np.testing.assert_allclose(compared(rec, other)["saturation"], same)
+    np.testing.assert_allclose(compare_recordings(rec, other)["saturation"], same)
     shuffled = rec._replace(expert_TNK=rec.expert_TNK[np.random.default_rng(1).permutation(rec.tokens)])
-    by_chance = compared(rec, shuffled)
+    by_chance = compare_recordings(rec, shuffled)
     np.testing.assert_allclose(by_chance["saturation"], by_chance["chance"], atol=0.06)
 
 
@@ -217,7 +217,7 @@ def run(tmp_path_factory):
 def test_a_run_is_inspected(run):
     """Page, JSON and figures; the numbers are those of a recording and of a knock-out made by hand."""
     said = call(
-        *(f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=16", f"--figures={run / 'figures'}"),
+        *(f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=16", f"--out={run / 'figures'}"),
         *(f"--compare={run / 'run'}@1", f"--compare={run / 'run'}", "--figure_kind=png"),
     )
     assert said.code == 0, said.err[-2000:]
@@ -245,11 +245,13 @@ def test_a_run_is_inspected(run):
 
 def test_without_a_knock_out(run):
     """As a program of its own, which has to ask for the devices of the run's mesh."""
-    flags = (f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=8", f"--out={run / 'other'}")
-    command = [sys.executable, "-m", "experiments.inspect", *flags, "--noknock_out", "--step=1"]
+    flags = (f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", "--windows=8")
+    files = (f"--report={run / 'other.html'}", f"--json={run / 'other.json'}")
+    command = [sys.executable, "-m", "experiments.inspect", *flags, *files, "--noknock_out", "--step=1"]
     subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    found = json.loads((run / "other" / "report.json").read_text())
+    found = json.loads((run / "other.json").read_text())
     assert found["step"] == 1
+    assert "step 1" in (run / "other.html").read_text()
     assert "knock_out" not in found
 
 
@@ -265,6 +267,7 @@ def test_without_a_knock_out(run):
         (["--workdir={dense}"], "The model has no MoE layer to record"),
         (["--workdir={run}", "--compare={dense}"], "it has no MoE layer; compare with a run that has some"),
         (["--workdir={run}", "--out={run}/config.json"], "is a file; give a folder"),
+        (["--workdir={run}", "--json=no/where.json"], "there is no folder no"),
         (["--workdir={run}", "--live"], "there is no metrics.jsonl"),
     ],
 )
@@ -281,7 +284,7 @@ def test_a_curve_in_one_line():
     assert live.sparkline([1, 1, np.nan, 1]) == "▁▁ ▁"
     assert live.sparkline([]) == ""
     assert live.sparkline(np.arange(100), width=4) == "▁▃▆█"
-    assert live.bars([0.5, 0.25, 0.25, 0]) == "█▅▅·"
+    assert live.load_bars([0.5, 0.25, 0.25, 0]) == "█▅▅·"
 
 
 def records(steps: int) -> list[dict]:
@@ -362,7 +365,7 @@ def test_layers_have_the_numbers_of_the_model():
 
 
 def test_each_stack_has_its_layers():
-    """Of an encoder and a decoder each its own, counted as knock-outs count them; a single stack has them all."""
+    """Encoder and decoder have their own layers, counted as knock-outs count them; a single stack has them all."""
     moe = {"E": 2, "router": "Switch()", "experts": "MLP(F=4)"}
     sizes = {"D": 8, "N": 4, "attention": "MHA(2, 4, position=NoPE())", "moe": moe}
     data = {"source": "ToyTranslation()", "objective": "Translation()"}

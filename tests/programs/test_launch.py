@@ -95,7 +95,7 @@ def names(found: list[dict]) -> list[str]:
 
 
 def wait(condition, seconds=LONG):
-    """What a condition gives once it gives something."""
+    """Waits until a condition returns something, and returns it."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -178,7 +178,7 @@ def test_a_mistake_is_not_tried_again(worker, tmp_path, who, heard):
 
 
 def test_a_kill_is_no_mistake(worker, tmp_path):
-    """What the others say after it does not count."""
+    """The outcome of the killed process counts, not the others' errors after it."""
     act = (
         "while not pathlib.Path(workdir, 'go').exists(): time.sleep(0.01)\n"
         "tries == 1 and (os.kill(os.getpid(), signal.SIGKILL) if i == 1 else sys.exit(2))"
@@ -206,7 +206,7 @@ def test_a_kill_is_no_mistake(worker, tmp_path):
     ],
 )
 def test_whose_end_it_was(monkeypatch, looks, blamed):
-    """Of several that have ended between two looks, the one that cannot have ended because of another."""
+    """The process to blame, of several that ended between two looks, is one that did not end because of another."""
     group = object.__new__(Group)
     group.processes = [types.SimpleNamespace(poll=iter(codes).__next__) for codes in zip(*looks, strict=True)]
     monkeypatch.setattr(group, "_last_words", lambda i: None)
@@ -307,7 +307,7 @@ def flag():
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """How many devices were asked for."""
+    """Number of devices that were asked for."""
     asked = []
     monkeypatch.setattr(cli.jax.config, "update", lambda _, n: asked.append(n))
     return asked
@@ -412,6 +412,7 @@ def test_a_mistake_of_one_ends_both_in_one_line(tiny, tmp_path, bad, words):
     assert line in said[0]
 
 
+@pytest.mark.law(9)
 def test_two_processes_train_as_one_through_a_kill_and_a_stop(tiny, tmp_path, monkeypatch):
     """The losses are those of one process with all devices, every step is there once."""
     one, run = tmp_path / "one", tmp_path / "run"

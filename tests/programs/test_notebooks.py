@@ -18,7 +18,7 @@ def quick(monkeypatch):
 
 
 def executed(name: str, pictures: int = 4) -> str:
-    """What a notebook prints; a failed cell raises, and so does a notebook with fewer pictures."""
+    """Output of a notebook; a failed cell raises, and so does a notebook with fewer pictures."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     client = NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(NOTEBOOKS)}})
     client.execute()
@@ -57,7 +57,7 @@ def test_the_routing_notebook_trains_eight_routers(monkeypatch):
 
 
 def test_the_dispatch_notebook_finds_the_causal_priorities():
-    """Which priorities are causal, and that dispatchers agree to rounding and to every drop."""
+    """The notebook names the causal priorities; its dispatchers agree to rounding and to every drop."""
     printed = executed("02_dispatch.ipynb", pictures=12)
     causal = re.findall(r"^K=(\d) ([\w-]+) +causal: (\w+)$", printed, re.M)
     assert {(int(K), priority) for K, priority, holds in causal if holds == "True"} == {

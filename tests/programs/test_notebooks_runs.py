@@ -46,7 +46,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(runs, monkeypatch) -> Path:
-    """Those runs, as the notebooks are told of them."""
+    """Finished runs, as the notebooks get them."""
     for name in ("RUN", "TWIN"):
         monkeypatch.setenv(f"MOE_JAX_{name}", str(runs / name))
     monkeypatch.setenv("MOE_JAX_DATA", str(runs / "data"))
@@ -64,7 +64,7 @@ def test_training_results(finished):
 
 
 def test_the_specialisation_notebook_shows_the_run(finished):
-    """What is recorded is the run's layers; the expert of the card is one of theirs, and its knock-out is on it."""
+    """The recording has the run's layers; the expert of the card is one of theirs, and its knock-out is on it."""
     printed = executed("05_specialisation.ipynb", pictures=12)
     assert "step 6: " in printed
     assert f"tokens, 1 MoE layer(s) of {E} experts, 2 for each token" in printed

@@ -1,4 +1,4 @@
-"""What docs/parallelism.md says that GLaM 64B/64E costs on 1,024 chips is what the predictions say."""
+"""The costs of GLaM 64B/64E on 1,024 chips in docs/parallelism.md are those that are predicted."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ GLAM = Experiment(  # arXiv:2112.06905, table 4, with one sequence a chip
 
 
 def experiment(mesh: str, changed: str) -> Experiment:
-    """What a row of the table is about: `fsdp=16 x expert=64`, and fields that are set besides."""
+    """Experiment of a row of the table: `fsdp=16 x expert=64`, and fields that are set besides."""
     model, optim = GLAM.model, GLAM.optim
     for name, text in re.findall(r"`(\w+)=([^`]+)`", changed):
         if name in ("dispatch", "exchange"):
@@ -47,7 +47,7 @@ def experiment(mesh: str, changed: str) -> Experiment:
 
 
 def row(mesh: str, changed: str) -> list[str]:
-    """Its GiB: what a device holds, and sends in a step."""
+    """Row of GiB: what a device holds, and sends in a step."""
     exp = experiment(mesh, changed)
     placed, sent = placement(exp), dict.fromkeys(("weights", "gradients", "exchange", "tensor", "in all"), 0.0)
     for c in step(exp, dict(exp.mesh), "tpu"):

@@ -51,7 +51,7 @@ def test_colours_are_told_apart_by_every_eye(eye):
 
 
 def test_red_and_green_would_not_be():
-    """Those of a common palette."""
+    """Colours of a common palette would fail."""
     red, green = (lab(np.array(MACHADO["deuteranopia"]) @ linear(c)) for c in ("#d62728", "#2ca02c"))
     assert np.linalg.norm(red - green) < 6 * 2.3
 

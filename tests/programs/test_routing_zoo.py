@@ -26,7 +26,7 @@ ROUTED = [c for c in zoo.CONTESTANTS if c.router]
 
 
 def test_every_causal_router_is_a_contestant_and_no_other():
-    """What looks at later tokens would win by a leak."""
+    """Routers that look at later tokens would win by a leak."""
     causal = {cls for cls in ROUTERS if traits(cls).causal}
     assert {type(build(zoo.configure(c, BASE)).model.moe.router) for c in ROUTED} == causal
     assert len(BY_NAME) == len(zoo.CONTESTANTS), "names are different"
@@ -187,9 +187,11 @@ def test_a_wrong_command_line(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_costs_of_every_router():
-    outcome = program("experiments.routing_zoo.cost", "--quick")
+def test_costs_of_every_router(tmp_path):
+    outcome = program("experiments.routing_zoo.cost", "--quick", f"--json={tmp_path / 'cost.json'}")
     assert outcome.returncode == 0, outcome.stderr
     rows = [line.split("|")[1:-1] for line in outcome.stdout.splitlines()[2:]]
     assert [row[0].strip().strip("`").partition("(")[0] for row in rows] == [cls.__name__ for cls in ROUTERS]
     assert all(float(row[-1]) > 0 for row in rows)
+    record = json.loads((tmp_path / "cost.json").read_text())
+    assert [row["routing, E=8"] for row in record] == [row[-1].strip() for row in rows]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-SMALL = 2**18  # numbers of all rows
+SMALLEST_BUCKET = 2**18  # numbers of all rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -28,14 +28,14 @@ def by_expert(
     return _forward(expert, params, x_RD, sizes_E, [])[0]
 
 
-def ladder(R: int, E: int, D: int) -> tuple[int, ...]:
+def size_buckets(R: int, E: int, D: int) -> tuple[int, ...]:
     """Static row counts around R / E rows, up to twice as many: a sixteenth of it apart where most experts are.
 
     Every rung is a loop that has to be compiled. Small layers, whose rows take no time, have few.
     """
     balanced = -(-R // E)
     most = min(R, 2 * balanced)
-    sixteenths = (8,) if R * D < SMALL else (2, 4, 6, 8, *range(10, 21), 22, 24, 28)
+    sixteenths = (8,) if R * D < SMALLEST_BUCKET else (2, 4, 6, 8, *range(10, 21), 22, 24, 28)
     rungs = {-(-balanced * n // 128) * 8 for n in sixteenths}
     return tuple(sorted({balanced, most, *(C for C in rungs if 16 <= C < most)}))
 
@@ -51,7 +51,7 @@ def _by_expert_bwd(expert, residuals, g_RO):
 
     def visit(e, rows, carry):
         dparams, dx_RD = carry
-        alone = _Alone([rows.read(h_RF) for h_RF in saved])
+        alone = _SingleExpert([rows.read(h_RF) for h_RF in saved])
         _, pull = jax.vjp(lambda p, x_CD: expert(p, x_CD, alone), _of(e, params), rows.mine(x_RD))
         dp, dx_CD = pull(rows.mine(g_RO))
         total = lambda d, new: d[e] + new if rows.may_be_more else new  # noqa: E731
@@ -69,7 +69,7 @@ def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
     """The output, and what comes out of the first matmuls, which are so wide."""
 
     def visit(e, rows, carry):
-        (y_RO, saved), alone = carry, _Alone()
+        (y_RO, saved), alone = carry, _SingleExpert()
         y_RO = rows.write(y_RO, expert(_of(e, params), rows.mine(x_RD), alone))
         return y_RO, [rows.write(h_RF, made) for h_RF, made in zip(saved, alone.made, strict=False)]
 
@@ -81,8 +81,8 @@ def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
 def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, int], carry: Any) -> Any:
     """Folds visit(e, rows, carry) over all rows, an expert's at once; those of very large ones in several pieces."""
     R, D = shape
-    rungs = ladder(R, len(sizes_E), D)
-    expert_P, start_P, size_P = _pieces(sizes_E, R, rungs[-1])
+    rungs = size_buckets(R, len(sizes_E), D)
+    expert_P, start_P, size_P = _row_blocks(sizes_E, R, rungs[-1])
     rung_P = (size_P[:, None] > jnp.array([[0, *rungs[:-1]]])).sum(1)  # 0: no rows
     piece_P = jnp.argsort(rung_P)
     until = (rung_P[None] <= jnp.arange(len(rungs) + 1)[:, None]).sum(1)
@@ -96,7 +96,9 @@ def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, in
     return carry
 
 
-def _pieces(sizes_E: Int[Array, "E"], R: int, most: int) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]]:
+def _row_blocks(
+    sizes_E: Int[Array, "E"], R: int, most: int
+) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]]:
     """Expert, first row and rows of every piece, R // most + E at most; of an expert, all but the first are full."""
     E, piece_P = len(sizes_E), jnp.arange(R // most + len(sizes_E))
     pieces_E = -(-sizes_E // most)
@@ -133,7 +135,7 @@ class _Rows:
         return lax.dynamic_update_slice_in_dim(x_RI, jnp.where(self.mine_C1, new_CI, self.read(x_RI)), self.first, 0)
 
 
-class _Alone:
+class _SingleExpert:
     """One expert's rows x[C, I]. Remembers what its matmuls make; the first of them may be `known` already."""
 
     def __init__(self, known: list[Array] | None = None):
@@ -168,7 +170,7 @@ def _widths(expert: Callable, params: Any, x_RD: Array) -> tuple[int, list[int]]
     """Width of the expert's output, and those of what its matmuls make."""
 
     def made(params, x_CD):
-        alone = _Alone()
+        alone = _SingleExpert()
         return expert(params, x_CD, alone), alone.made
 
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), params)

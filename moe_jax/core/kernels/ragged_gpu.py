@@ -14,12 +14,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.kernels.triton import Span, Tile, dot, launch, load, place, some_rows, store, tokens_of
+from moe_jax.core.kernels.triton import (
+    Span,
+    Tile,
+    dot,
+    launch,
+    load_block,
+    program_ids,
+    row_slice,
+    store_block,
+    token_slice,
+)
 
 # The fastest of a dozen, each, on an H100 (docs/speed.md).
 WIDE, NARROW = Tile(128, 256), Tile(128, 128, step=64, warps=4)  # of matmuls that sum over much, and over little
 OUTER, FETCHING = Tile(128, 256), Tile(128, 128, warps=4, most=3)  # of gradients of weights, whose rows may be fetched
-LITTLE = 512  # bytes of a row
+LEAST_ROWS = 512  # bytes of a row
 
 
 @partial(jax.jit, static_argnames=("transposed", "tile", "interpret"))
@@ -37,27 +47,27 @@ def matmul(
     x: the rows, or tokens, of which row r has the token_R[r]-th.
     """
     R, I, O = len(x if token_R is None else token_R), x.shape[1], w.shape[1 if transposed else 2]
-    tile = tile or (NARROW if I * x.dtype.itemsize <= LITTLE else WIDE)
+    tile = tile or (NARROW if I * x.dtype.itemsize <= LEAST_ROWS else WIDE)
     walk, columns = Span.of(I, tile.step // x.dtype.itemsize), Span.of(O, tile.columns)
     visits, token = _visits(sizes_E, R, tile.rows), () if token_R is None else (token_R,)
 
     def kernel(expert_V, first_V, end_V, *refs):
         *token, x, w, out = refs
-        visit, column = place(len(visits[0]), columns.blocks)
+        visit, column = program_ids(len(visits[0]), columns.blocks)
         e, first, end = expert_V[visit], first_V[visit], end_V[visit]
 
         @pl.when(first < end)
         def _():
-            mine, o = some_rows(first, end, tile.rows), columns.at(column)
-            source = tokens_of(mine, *token) if token else mine
+            mine, o = row_slice(first, end, tile.rows), columns.at(column)
+            source = token_slice(mine, *token) if token else mine
 
             def step(i, total):
                 i = walk.at(i)
-                w_IO = load(w, o, i, e).T if transposed else load(w, i, o, e)
-                return total + dot(load(x, source, i), w_IO)
+                w_IO = load_block(w, o, i, e).T if transposed else load_block(w, i, o, e)
+                return total + dot(load_block(x, source, i), w_IO)
 
             total = lax.fori_loop(0, walk.blocks, step, jnp.zeros((tile.rows, columns.size), jnp.float32))
-            store(out, mine, o, total)
+            store_block(out, mine, o, total)
 
     programs, out = len(visits[0]) * columns.blocks, ((R, O), x.dtype)
     return launch(kernel, programs, out, tile, interpret, *visits, *token, x, w)
@@ -80,16 +90,16 @@ def outer(
 
     def kernel(start_E, end_E, *refs):
         *token, x, g, out = refs
-        e, row, column = place(E, across.blocks, columns.blocks)
+        e, row, column = program_ids(E, across.blocks, columns.blocks)
         i, o, start, end = across.at(row), columns.at(column), start_E[e], end_E[e]
 
         def step(n, total):
-            mine = some_rows(start + n * rows, end, rows)
-            source = tokens_of(mine, *token) if token else mine
-            return total + dot(load(x, source, i).T, load(g, mine, o))
+            mine = row_slice(start + n * rows, end, rows)
+            source = token_slice(mine, *token) if token else mine
+            return total + dot(load_block(x, source, i).T, load_block(g, mine, o))
 
         total = lax.fori_loop(0, pl.cdiv(end - start, rows), step, jnp.zeros((across.size, columns.size), jnp.float32))
-        store(out, i, o, total, e)
+        store_block(out, i, o, total, e)
 
     programs, out = E * across.blocks * columns.blocks, ((E, I, O), x.dtype)
     bounds = end_E - sizes_E.astype(jnp.int32), end_E

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.kernels.triton import varying
+from moe_jax.core.kernels.triton import varying_axes
 
 ROWS = 512  # of a tile
 
@@ -23,7 +23,7 @@ def outer(
     (R, I), O, E = x_RI.shape, g_RO.shape[1], len(sizes_E)
     rows, tile_I, tile_O = min(ROWS, R), _tile(I), _tile(O)
     visits = _visits(sizes_E, R, rows)
-    shape = jax.ShapeDtypeStruct((E, I, O), x_RI.dtype, manual_axis_type=varying(x_RI, g_RO, sizes_E))
+    shape = jax.ShapeDtypeStruct((E, I, O), x_RI.dtype, manual_axis_type=varying_axes(x_RI, g_RO, sizes_E))
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(visits),
         grid=(pl.cdiv(I, tile_I), pl.cdiv(O, tile_O), len(visits[0])),
@@ -75,5 +75,5 @@ def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"
 
 
 def _tile(n: int) -> int:
-    """Of a width: a few lanes' worth that divide it, or all of it."""
+    """Tile of a width: a multiple of the lanes that divides it, or all of it."""
     return next((t for t in (512, 256, 128) if n % t == 0), n)

@@ -8,13 +8,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.kernels.triton import Span, Tile, launch, load, place, some_rows, store, tokens_of, triton
+from moe_jax.core.kernels.triton import (
+    Span,
+    Tile,
+    launch,
+    load_block,
+    program_ids,
+    row_slice,
+    store_block,
+    token_slice,
+    triton,
+)
 
 TILE = Tile(16, 512)
 
 
 @partial(jax.jit, static_argnames=("tile", "interpret"))
-def weighted_back(
+def weighted_sum_grad(
     y_RD: Float[Array, "R D"],
     g_TD: Float[Array, "T D"],
     weight_R: Float[Array, "R"],
@@ -22,7 +32,7 @@ def weighted_back(
     tile: Tile = TILE,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R D"], Float[Array, "R"]]:
-    """Of rows that were multiplied with weights and added to their tokens: their gradient, and that of the weights.
+    """Gradients of rows and of combine weights, for outputs that are weighted sums of rows.
 
     token_R: T for rows that are nobody's, whose gradients are 0 whatever they hold.
     """
@@ -30,18 +40,18 @@ def weighted_back(
     columns = Span.of(D, tile.columns)
 
     def kernel(weight, token, y, g, dy, dweight):
-        (n,) = place(pl.cdiv(R, tile.rows))
-        there = some_rows(n * tile.rows, R, tile.rows)
-        of = tokens_of(there, token)
+        (n,) = program_ids(pl.cdiv(R, tile.rows))
+        there = row_slice(n * tile.rows, R, tile.rows)
+        of = token_slice(there, token)
         mine = there.inside & (of.at < T)
         weight_C1 = triton.load(weight.at[there.at], mask=mine, other=0)[:, None]
         rows, of = there._replace(inside=mine), of._replace(inside=mine)
 
         def step(column, total):
             d = columns.at(column)
-            g_CD = load(g, of, d).astype(jnp.float32)
-            store(dy, there, d, weight_C1 * g_CD)
-            return total + (g_CD * load(y, rows, d).astype(jnp.float32)).sum(1)
+            g_CD = load_block(g, of, d).astype(jnp.float32)
+            store_block(dy, there, d, weight_C1 * g_CD)
+            return total + (g_CD * load_block(y, rows, d).astype(jnp.float32)).sum(1)
 
         total = lax.fori_loop(0, columns.blocks, step, jnp.zeros((tile.rows,), jnp.float32))
         triton.store(dweight.at[there.at], total, mask=there.inside)

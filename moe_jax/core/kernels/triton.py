@@ -1,4 +1,4 @@
-"""What our kernels for GPUs are written with: parts of arrays, some of which may be beyond their end."""
+"""Masked block loads and stores for Pallas-Triton kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ TYPES = (jnp.bfloat16, jnp.float16, jnp.float32) if triton else ()  # of others,
 KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
 
 
-def known(x: Array) -> bool:
-    """Whether kernels know its type."""
+def supported(x: Array) -> bool:
+    """Tells whether the kernels support the type of x."""
     return x.dtype in TYPES
 
 
 def on_gpu(x: Array, kernel: Callable) -> dict[str, Callable]:
     """The kernel as a branch of `lax.platform_dependent`, if it knows the type of x."""
-    return {"cuda": kernel} if known(x) else {}
+    return {"cuda": kernel} if supported(x) else {}
 
 
 def shared_memory() -> int:
@@ -37,7 +37,7 @@ def shared_memory() -> int:
 
 
 class Tile(NamedTuple):
-    """What one program makes, and how it walks through what is summed over."""
+    """Tile of a kernel: rows and columns that one program computes, and its step along the contraction."""
 
     rows: int  # of the result
     columns: int
@@ -50,7 +50,7 @@ class Tile(NamedTuple):
         return max(1, min(self.most, shared_memory() // (self.step * (self.rows + self.columns))))
 
 
-class Block(NamedTuple):
+class BlockSlice(NamedTuple):
     """A part of a dimension, and which of it there is: None where it is all of it."""
 
     at: Any  # a slice, or numbers
@@ -74,20 +74,20 @@ class Span(NamedTuple):
         size = min(most, even if even >= min(most, 64) else max(16, pl.next_power_of_2(width)))
         return cls(width, size, pl.cdiv(width, size))
 
-    def at(self, n: Any) -> Block:
+    def at(self, n: Any) -> BlockSlice:
         first = n * self.size
         inside = first + jnp.arange(self.size) < self.width if self.width % self.size else None
-        return Block(pl.ds(first, self.size), inside)
+        return BlockSlice(pl.ds(first, self.size), inside)
 
 
-def varying(*args: Array) -> Any:
-    """Of what is made of all of these: the mesh axes that it differs along."""
+def varying_axes(*args: Array) -> Any:
+    """Mesh axes along which a result of all these arrays varies."""
     types = [jax.typeof(a).manual_axis_type for a in args]
     return type(types[0])(varying=frozenset().union(*(t.varying for t in types)))
 
 
-def place(*counts: int) -> list[Any]:
-    """Of this program, among so many along each dimension, the last one fastest."""
+def program_ids(*counts: int) -> list[Any]:
+    """Indices of this program in a grid of these sizes, the last dimension fastest."""
     left, place = pl.program_id(0), []
     for count in reversed(counts):
         place.append(left % count)
@@ -95,17 +95,17 @@ def place(*counts: int) -> list[Any]:
     return place[::-1]
 
 
-def some_rows(first: Any, end: Any, n: int) -> Block:
+def row_slice(first: Any, end: Any, n: int) -> BlockSlice:
     """n rows, of which those before the end are there."""
-    return Block(pl.ds(first, n), first + jnp.arange(n) < end)
+    return BlockSlice(pl.ds(first, n), first + jnp.arange(n) < end)
 
 
-def tokens_of(rows: Block, token: Any) -> Block:
-    """Where the tokens are that rows have: token is a reference to their numbers."""
-    return Block(triton.load(token.at[rows.at], mask=rows.inside, other=0), rows.inside)
+def token_slice(rows: BlockSlice, token: Any) -> BlockSlice:
+    """Block of the tokens that a block of rows holds; `token` is a reference to their numbers."""
+    return BlockSlice(triton.load(token.at[rows.at], mask=rows.inside, other=0), rows.inside)
 
 
-def load(ref: Any, down: Block, across: Block, *of: Any) -> Array:
+def load_block(ref: Any, down: BlockSlice, across: BlockSlice, *of: Any) -> Array:
     """0 where there is nothing: what lies there may be anything, NaN too. `of`: the indices before these two."""
     mask, places = _mask(down, across), [down.at, across.at]
     if isinstance(down.at, jax.Array):
@@ -114,11 +114,11 @@ def load(ref: Any, down: Block, across: Block, *of: Any) -> Array:
     return triton.load(ref.at[*of, *places], mask=mask, other=None if mask is None else 0)
 
 
-def store(ref: Any, down: Block, across: Block, total: Array, *of: Any) -> None:
+def store_block(ref: Any, down: BlockSlice, across: BlockSlice, total: Array, *of: Any) -> None:
     triton.store(ref.at[*of, down.at, across.at], total.astype(ref.dtype), mask=_mask(down, across))
 
 
-def _mask(down: Block, across: Block) -> Array | None:
+def _mask(down: BlockSlice, across: BlockSlice) -> Array | None:
     parts = [jnp.expand_dims(b.inside, axis) for axis, b in ((1, down), (0, across)) if b.inside is not None]
     return jnp.broadcast_to(parts[0] & parts[-1], (down.size, across.size)) if parts else None
 
@@ -129,7 +129,7 @@ def dot(a: Array, b: Array) -> Array:
 
 def launch(kernel: Any, programs: int, outs: Any, tile: Tile, interpret: bool, *args: Array) -> Any:
     """Runs so many programs of a kernel. outs: (shape, type) of a result, or a tuple of them."""
-    varies = varying(*args)
+    varies = varying_axes(*args)
     shape = lambda out: jax.ShapeDtypeStruct(*out, manual_axis_type=varies)  # noqa: E731
     shapes = tuple(map(shape, outs)) if isinstance(outs[0][0], tuple) else shape(outs)
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)

@@ -188,7 +188,7 @@ def histogram(
     bins: int = 40,
     size: Size = NARROW,
 ) -> Plot:
-    """How often values are how large, as outlines over one another; each adds up to 1."""
+    """Draws histograms as outlines over one another; each adds up to 1."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()

@@ -74,7 +74,7 @@ def layers(records: list[dict], key: str, title: str, note: str = "", unit: str 
 
 
 def auxiliary(records: list[dict]) -> Plot:
-    """What auxiliary losses add to the loss."""
+    """Draws the auxiliary losses' part of the loss."""
     steps, values = curve(records, "aux_loss")
     note = "with coefficients, mean over layers, as added to the loss"
     return lines([Curve(steps, smooth(values), width=1.2)], "step", "nats per token", "Auxiliary loss", note)
