@@ -32,7 +32,8 @@ def patched(lines: list[str], diff: list[str]) -> list[str]:
             at += 1
         else:
             found = [n for n, text in enumerate(after) if text == line[1:] and n >= (at or 0)]
-            assert found and (len(found) == 1 or at is not None), f"{line!r} is not there once"
+            assert found, f"{line!r} is not there once"
+            assert len(found) == 1 or at is not None, f"{line!r} is not there once"
             at = found[0] + line.startswith(" ")
             if line.startswith("-"):
                 del after[found[0]]
