@@ -115,7 +115,7 @@ class YaRN:
 def check_factor(scaling: Any) -> None:
     """Refuses a scaling that speeds rotations up."""
     if scaling.factor < 1:
-        raise ValueError(f"{scaling}: factor must be 1 or more; it says how many times longer contexts become.")
+        raise ValueError(f"{scaling}: factor must be 1 or more; it is how many times longer contexts become.")
 
 
 def check_original(scaling: Any) -> None:

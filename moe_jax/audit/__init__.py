@@ -4,9 +4,9 @@ experiment     every law, of an experiment: what `python -m experiments.audit` p
 shrink         the experiment at small widths, and what was changed
 routing        trainable, causal, batch-independent: of a layer
 dispatchers    the same numbers from all of them: of a layer
-alone, meshes  of a training step: what one device can tell, and what several can
+alone, meshes  of a training step: on one device, and on several
 communication  predicted and compiled collectives, which hlo reads
-placement      which parameter lies where
+placement      shardings of the parameters
 page           the findings as HTML
 """
 

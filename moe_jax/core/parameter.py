@@ -12,10 +12,10 @@ from moe_jax.core import dims, shard
 def parameter(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable) -> jax.Array:
     """The parameter `name` of a Linen module, in float32; the name's suffix is its shape.
 
-    In a model that is spread over a mesh it is this shard's part, and smaller than `sizes` say.
+    In a model that is sharded over a mesh it is the local part, smaller than `sizes`.
     """
     if shard.in_shard_map():
-        return module.get_variable("params", name)  # Linen would compare it with the whole
+        return module.get_variable("params", name)  # Linen would compare its shape with the global one
     return module.param(name, init, dims.shape_of(dims.dims_of(name), sizes))
 
 

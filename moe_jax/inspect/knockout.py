@@ -15,7 +15,7 @@ from moe_jax.evaluate import evaluation_step
 from moe_jax.gating.masked import Masked
 from moe_jax.models.pattern import check_expert, moe_path
 
-MASK = "shut_E"  # in the state of a layer: see `Masked`
+MASK = "masked_E"  # in the state of a layer: see `Masked`
 
 
 class DomainLosses(NamedTuple):
@@ -51,23 +51,23 @@ class Effects(NamedTuple):
 
 def mask_experts(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
     """Mask that removes these experts (layer, expert) from every choice."""
-    shut_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
+    masked_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
     for layer, expert in experts:
         check_expert(model, layer, expert)
-        shut_NE[layer, expert] = True
-    return shut_NE
+        masked_NE[layer, expert] = True
+    return masked_NE
 
 
 def isolate_experts(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
     """Mask that isolates experts: in this layer no other may be chosen, other layers stay as they are."""
     moe_path(model, layer)
-    shut_NE = mask_experts(model, [(layer, e) for e in experts])
-    shut_NE[layer] = ~shut_NE[layer]
-    return shut_NE
+    masked_NE = mask_experts(model, [(layer, e) for e in experts])
+    masked_NE[layer] = ~masked_NE[layer]
+    return masked_NE
 
 
 def masked(model: Any) -> Any:
-    """The model, whose routers never choose what the state's `shut_E` [N, E] says, with nothing dropped."""
+    """The model, whose routers never choose what the state's `masked_E` [N, E] says, with nothing dropped."""
     if model.routed is None:
         raise ValueError(f"{type(model).__name__} has no MoE layers to take experts from; give a model that has some.")
     free = model.dropless()
@@ -85,7 +85,7 @@ def masked_losses(
     params: Any,
     batches: Sequence[Any],
     router: Mapping[str, Any] | None = None,
-    shut_NE: Bool[np.ndarray, "N E"] | None = None,
+    masked_NE: Bool[np.ndarray, "N E"] | None = None,
     domains: int | None = None,
 ) -> DomainLosses:
     """Held-out losses with these experts out of reach (`shut`, `only`), nothing dropped, on one device.
@@ -95,7 +95,7 @@ def masked_losses(
     None: as many as the batches name. ValueError without a target, or for a batch of other domains.
     """
     Z = count_domains(batches, domains)
-    mask_NE = mask_experts(model, []) if shut_NE is None else shut_NE
+    mask_NE = mask_experts(model, []) if masked_NE is None else masked_NE
     state = {**(router or {}), MASK: jnp.asarray(mask_NE)}
     total = DomainLosses(np.zeros(Z), np.zeros(Z))
     for batch in batches:

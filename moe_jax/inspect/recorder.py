@@ -134,7 +134,7 @@ def compile_recorder(program: Program, exp: Experiment, look: Callable) -> Calla
     """(params, router, key, batch) -> what `look` says of it, spread over the program's mesh."""
     with jax.set_mesh(program.mesh):
         tokens = shard.token_spec(here := shard.from_mesh(exp.exchange))
-        specs = (program.layouts.params, P(), P(), tokens)
+        specs = (program.specs.params, P(), P(), tokens)
         return jax.jit(shard.per_shard(look, here, specs, (P(None, *tokens), tokens)))
 
 

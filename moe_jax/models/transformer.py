@@ -18,7 +18,7 @@ from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
-from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed, sparse_layers
+from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed_sublayers, sparse_layers
 from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
@@ -33,8 +33,8 @@ class Call(NamedTuple):
     """The arguments of a model's call besides its batch.
 
     key: of what is random in training; None makes nothing random (evaluation). router: state of the MoE layers
-    (`init_router`). replay: choices of the MoE layers to be made again, as `Aux.expert_BLK` has them.
-    record: what the MoE layers report of each token besides, see `moe.Recorded`.
+    (`init_router`). replay: recorded choices of the MoE layers, as `Aux.expert_BLK` has them.
+    record: details of each token's routing to report, see `moe.Recorded`.
     """
 
     key: Key[Array, ""] | None = None
@@ -43,7 +43,7 @@ class Call(NamedTuple):
     record: tuple[str, ...] = ()
 
     def part(self, i: int, layers: slice, L: int) -> "Call":
-        """The arguments of stack number i, with these of all MoE layers, on sequences of L tokens."""
+        """The arguments of stack number i, whose MoE layers are `layers`, on sequences of L tokens."""
         return Call(
             None if self.key is None else jax.random.fold_in(self.key, i),
             jax.tree.map(lambda a: a[layers], self.router or {}),
@@ -63,8 +63,8 @@ class TransformerConfig:
     dense_after_moe: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE,
         arXiv:2202.08906, appendix C).
     causal: with False, routing that depends on later tokens is allowed (attention stays as it is).
-    remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers but for what came from
-        other devices ("save_collectives": 4 instead of 6 all-to-alls per MoE layer).
+    remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers except results of
+        collectives ("save_collectives": 4 instead of 6 all-to-alls per MoE layer).
     aux_over_layers: whether the MoE layers' auxiliary losses are averaged ("mean") or added up ("sum").
     """
 
@@ -122,7 +122,7 @@ class TransformerConfig:
         raise NotImplementedError
 
     def sublayers(self, stack: StackShape, i: int) -> tuple[Sublayer, ...]:
-        """The parts of layer i of a stack, in order: the one place that says what stands in a layer."""
+        """The parts of layer i of a stack, in order: the only definition of what a layer contains."""
         attention = self.attention[i % len(self.attention)]
         found = [Sublayer("attention", "attention", attention)]
         if stack.M:
@@ -138,8 +138,8 @@ class TransformerConfig:
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
-        """The number of the layer, over all stacks, that every MoE layer stands in."""
-        return tuple(part.layer for part in placed(self) if part.sub.kind == "moe")
+        """The layer number, over all stacks, of every MoE layer."""
+        return tuple(part.layer for part in placed_sublayers(self) if part.sub.kind == "moe")
 
     @property
     def n_moe_layers(self) -> int:
@@ -183,13 +183,15 @@ class TransformerConfig:
         if not isinstance(moe, MoEConfig):
             return self
         if moe.shared is not None and dataclasses.replace(moe.shared, F=1) != dataclasses.replace(moe.experts, F=1):
-            raise ValueError(f"The shared expert {moe.shared} is of another kind than {moe.experts}; no single twin.")
+            raise ValueError(
+                f"The shared expert {moe.shared} is of another kind than {moe.experts}; no single dense baseline."
+            )
         F = moe.router.K * moe.experts.F + (moe.shared.F if moe.shared is not None else 0)
         return dataclasses.replace(self, moe=dataclasses.replace(moe.experts, F=F))
 
 
 def not_causal(moe: MoEConfig) -> str:
-    """Says why a layer's routing depends on later tokens, and what to do."""
+    """Explains why a layer's routing depends on later tokens, and what to do."""
     if not moe.traits.causal:
         return (
             f"{type(moe.router).__name__}() decides about a token by later ones; in a language model use "
@@ -211,14 +213,14 @@ class StackInputs(NamedTuple):
 
     sees: Sees
     ids: Ids
-    memory_BMD: Float[Array, "B M D"] | None = None  # what every layer attends to besides
-    memory_sees: Sees | None = None  # who sees whom of it
+    memory_BMD: Float[Array, "B M D"] | None = None  # what every layer also attends to
+    memory_sees: Sees | None = None  # visibility of the memory
 
 
 def stack(
     cfg: TransformerConfig, shape: StackShape, x_BLD: Float[Array, "B L D"], inputs: StackInputs, call: Call
 ) -> tuple[Float[Array, "B L D"], list[Aux]]:
-    """The layers of a stack, as modules of the one that calls this; and reports of its MoE layers, block by block.
+    """Applies the layers of a stack, as submodules of the calling module; returns reports of MoE layers by block.
 
     call: router state and replay of the MoE layers of this stack alone.
     """
@@ -242,7 +244,7 @@ def stack(
 
 
 def share_params(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
-    """Who sees whom, with the parameters that all layers of a stack share, and what they add to scores, made once."""
+    """Visibility, with the parameters that all layers of a stack share and their bias of scores, computed once."""
     shared = {
         name: parameter(module, prefix + name, sizes, nn.initializers.zeros) for name, sizes in cfg.stack_params.items()
     }
