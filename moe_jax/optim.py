@@ -124,7 +124,7 @@ OPTIMIZERS = (AdamW, Adafactor)
 class OptimConfig:
     """clip: largest norm of all gradients together, None for no limit.
 
-    zero1: every shard of `data` and `expert` keeps state for its part and updates that (ZeRO stage 1, arXiv:1910.02054).
+    zero1: every shard of `data` and `expert` keeps state for its part and updates it (ZeRO stage 1, arXiv:1910.02054).
     no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions,
         sinks.
     """

@@ -71,9 +71,9 @@ def causal(
 ) -> Verdict:
     """Law 4: what comes later changes nothing before it, in training mode (with the same key) or in evaluation.
 
-    In every trial one sequence changes from a random position on: it has other tokens and ids, and in every fourth
-    trial it ends earlier. A violation is any difference before that position in an assignment, a weight or a drop, bit for
-    bit, or in y_BLD by more than rounding.
+    In every trial one sequence has other tokens and ids from a random position on, and in every fourth trial it ends
+    earlier. A violation is any difference before that position in an assignment, a weight or a drop, bit for bit, or
+    in y_BLD by more than rounding.
     """
     rng = np.random.default_rng(seed)
     given = draw_trials(cfg, rng, trials, B, L, D)

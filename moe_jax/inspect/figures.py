@@ -1,4 +1,4 @@
-"""Figures of what recordings and experiments on experts say; each takes what the function of its name returns."""
+"""Figures of recordings and of experiments on experts; each draws the result of the function it is named after."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def draw_load(load_NE: Any, names: Sequence[str]) -> Plot:
 
 
 def shown(names: Sequence[str], most: int = PANELS) -> list[int]:
-    """Chooses the layers to draw: all, or so many of them, the first and the last included."""
+    """Chooses the layers to draw: all, or `most` of them, the first and the last included."""
     return sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), most))})
 
 

@@ -15,7 +15,7 @@ from moe_jax.evaluate import evaluation_step
 from moe_jax.gating.masked import Masked
 from moe_jax.models.pattern import check_expert, moe_path
 
-MASK = "masked_E"  # in the state of a layer: see `Masked`
+MASK = "masked_E"  # key in the state of a layer, see `Masked`
 
 
 class DomainLosses(NamedTuple):
@@ -59,7 +59,7 @@ def mask_experts(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndar
 
 
 def isolate_experts(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
-    """Mask that isolates experts: in this layer no other may be chosen, other layers stay as they are."""
+    """Mask that isolates experts: in this layer no other expert may be chosen; other layers are unchanged."""
     moe_path(model, layer)
     masked_NE = mask_experts(model, [(layer, e) for e in experts])
     masked_NE[layer] = ~masked_NE[layer]
@@ -67,7 +67,7 @@ def isolate_experts(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.n
 
 
 def masked(model: Any) -> Any:
-    """The model, whose routers never choose what the state's `masked_E` [N, E] says, with nothing dropped."""
+    """The model, whose routers never choose the experts in the state's `masked_E` [N, E], with nothing dropped."""
     if model.routed is None:
         raise ValueError(f"{type(model).__name__} has no MoE layers to take experts from; give a model that has some.")
     free = model.dropless()
@@ -88,11 +88,11 @@ def masked_losses(
     masked_NE: Bool[np.ndarray, "N E"] | None = None,
     domains: int | None = None,
 ) -> DomainLosses:
-    """Held-out losses with these experts out of reach (`shut`, `only`), nothing dropped, on one device.
+    """Held-out losses with these experts masked (`mask_experts`, `isolate_experts`), nothing dropped, on one device.
 
-    A token chooses among those that are left, its weights are theirs (of a softmax: renormalised over them); it goes
-    nowhere where fewer are left than it chooses. router: what the routers remember. domains: how many the data has;
-    None: as many as the batches name. ValueError without a target, or for a batch of other domains.
+    A token chooses among the other experts, with their weights (of a softmax: renormalised over them); choices beyond
+    their number get the padding id. router: state of the routers. domains: number of domains in the data; None infers
+    it from the batches. ValueError without a target, or for a batch of other domains.
     """
     Z = count_domains(batches, domains)
     mask_NE = mask_experts(model, []) if masked_NE is None else masked_NE
@@ -134,7 +134,7 @@ def knock_out(
 def substitute(model: Any, params: Any, layer: int, old: int, new: int) -> Any:
     """The parameters with which every choice of expert `old` is computed by expert `new`, at the same weight.
 
-    It is `new`'s weights in `old`'s place; where nothing is dropped, that is what sending the rows there gives.
+    Replaces the weights of `old` by those of `new`; without drops this equals sending the rows to `new`.
     """
     check_expert(model, layer, old)
     check_expert(model, layer, new)
