@@ -28,7 +28,7 @@ def llama(
 ) -> ConfigDict:
     """A model of these sizes; `moe` has E, router, experts, losses and what else differs.
 
-    B sequences of 4,096 tokens a step, in `microbatches` pieces.
+    B sequences of 4,096 tokens a step, in `microbatches` microbatches.
     """
     config = ConfigDict()
     config.seed = 0

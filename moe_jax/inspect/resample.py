@@ -40,9 +40,9 @@ def _counts(sums_QAM2: np.ndarray, resamples: int, seed: int) -> Iterator[Float[
 
 
 def _drawn(count_RQ: Float[np.ndarray, "R Q"], sums_QAM2: Float[np.ndarray, "Q A M 2"]) -> Drawn:
-    """Ratios and standard errors of resamples. A ratio r = n / d has the error of the sum of (n_q - r d_q) / d over
-    sequences q (linearisation).
+    """Ratios and standard errors of resamples.
 
+    A ratio r = n / d has the error of the sum of (n_q - r d_q) / d over sequences q (linearisation).
     The error of a difference includes the covariance, as a sequence may have tokens of both groups.
     """
     (R, Q), (_, A, M, _) = count_RQ.shape, sums_QAM2.shape

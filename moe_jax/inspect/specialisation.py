@@ -15,9 +15,7 @@ class Specialisation(NamedTuple):
     class_A: Int[np.ndarray, "A"]
     tokens_A: Int[np.ndarray, "A"]
     share_NEA: Float[np.ndarray, "N E A"]  # fraction of the class's tokens that chose the expert
-    lift_NEA: Float[
-        np.ndarray, "N E A"
-    ]  # share_NEA over the share of all tokens: 1 is no preference; NaN if never chosen
+    lift_NEA: Float[np.ndarray, "N E A"]  # share_NEA over the share of all tokens; 1: no preference; NaN: never chosen
 
 
 def specialisation_by(rec: Recording, class_T: Int[np.ndarray, "T"], least: int = 1) -> Specialisation:
