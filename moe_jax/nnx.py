@@ -55,15 +55,15 @@ class MoE(nnx.Module):
         """
         check_width(x_BLD, self.D)
         params = moe.make_params(self.cfg, self.D, partial(created, self))
-        state = self._remembered() if state is None else state
+        state = self._state() if state is None else state
         return moe.apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
 
     def update(self, aux: moe.Aux) -> None:
         """Updates the state after a step whose calls returned `aux`; once a step, as `MoEConfig.update_state`."""
-        for name, value in self.cfg.update_state(self._remembered(), aux.stats).items():
+        for name, value in self.cfg.update_state(self._state(), aux.stats).items():
             self.router_state[name][...] = value
 
-    def _remembered(self) -> LayerState:
+    def _state(self) -> LayerState:
         return {name: variable[...] for name, variable in self.router_state.items()}
 
 

@@ -1,4 +1,4 @@
-"""Law 6 of a whole experiment: its compiled train step sends what its config predicts, byte for byte."""
+"""Law 6 of an experiment: its compiled train step sends what its config predicts, byte for byte."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial

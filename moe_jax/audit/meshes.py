@@ -1,4 +1,4 @@
-"""Laws 1 and 5 of a whole experiment: one model on every mesh, replicas that are replicas.
+"""Laws 1 and 5 of an experiment: one model on every mesh, replicas that are replicas.
 
 A training step is compiled once per mesh; its trace is compared with that of a single device.
 """

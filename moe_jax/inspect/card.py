@@ -120,7 +120,7 @@ def card_text(
     lines = [
         f"expert {card.expert} of {layer or f'MoE layer {card.layer}'}: {card.choices} choices, "
         f"{card.load:.2f}x the mean load, {card.drop_rate:.1%} dropped, mean weight {card.weight:.3f}",
-        f"  serves   {of_domains or 'nobody'}",
+        f"  serves   {of_domains or 'no token'}",
         f"  tokens   {of_tokens or 'none'}",
         f"  writes   {card.writes:.3g} per token; promotes {', '.join(repr(decode(v)) for v, _ in card.promotes)}",
     ]

@@ -114,7 +114,7 @@ def draw_knock_out(effects: Mapping[str, Any], names: Sequence[str], classes: Se
     title, note = "What is lost without an expert", "nats per target; experts as layer:number, the most missed first"
     return matrices(
         {"": every_AZ},
-        "expert that nobody may choose",
+        "masked expert",
         "",
         "rise of the loss",
         "signed",

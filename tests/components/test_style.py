@@ -30,7 +30,11 @@ def test_docstrings_can_be_read_without_the_name():
 
 def test_dangling_docstrings_are_found():
     good = ['"""Returns it."""', 'def f():\n    """What does it cost?\n\n    Much.\n    """', "class A:\n    pass"]
-    bad = ['"""What it costs."""', 'class A:\n    """Of a layer."""', 'def f():\n    """Which layer.\n\n    Why?\n    """']
+    bad = [
+        '"""What it costs."""',
+        'class A:\n    """Of a layer."""',
+        'def f():\n    """Which layer.\n\n    Why?\n    """',
+    ]
     assert [len(dangling(text)) for text in (*good, *bad)] == [0, 0, 0, 1, 1, 1]
 
 

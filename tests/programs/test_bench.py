@@ -98,7 +98,7 @@ def test_dense_baseline_parameters():
 
 
 def test_matmuls_alone_are_the_experts():
-    """As many rows for each expert, all of the dense baseline's work; each has its own matrices, and a gradient of them."""
+    """Equally many rows for each expert, all of the dense layer's work; each has its own matrices, with gradients."""
     passes, (params, x_ECD) = batched_passes(QUICK_GLU)
     assert x_ECD.shape == (QUICK_GLU.E, QUICK_GLU.T * QUICK_GLU.K // QUICK_GLU.E, QUICK_GLU.D)
     y_ECD = passes.forward.run(params, x_ECD)
