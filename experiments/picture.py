@@ -4,10 +4,7 @@ python -m experiments.picture --out=docs/parts.svg
 """
 
 import html
-import pathlib
 from collections.abc import Iterable
-
-from absl import flags
 
 from experiments import cli
 from moe_jax.dispatch import DISPATCHERS
@@ -17,7 +14,7 @@ from moe_jax.files import write_file
 from moe_jax.gating import GATING
 from moe_jax.routers import ROUTERS
 
-OUT = cli.flag(flags.DEFINE_string, "out", "docs/parts.svg", "The SVG file to write.")
+OUT = cli.out("The SVG file to write; without it the SVG is printed.")
 
 WIDTH, HEIGHT = 880, 236
 TOP, TALL = 56, 150  # of the boxes
@@ -88,9 +85,11 @@ def picture() -> str:
 
 
 def main() -> None:
-    if not OUT.value.endswith(".svg"):
-        raise ValueError(f"--out={OUT.value} is no SVG file; end it in .svg.")
-    write_file(pathlib.Path(OUT.value), picture())
+    path = cli.file("out", OUT.value, (".svg",))
+    if path is None:
+        print(picture(), end="")
+    else:
+        write_file(path, picture())
 
 
 if __name__ == "__main__":

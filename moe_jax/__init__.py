@@ -14,6 +14,7 @@ from moe_jax import attention, dispatch, exchanges, experts, gating, losses, rou
 from moe_jax.attention import *
 from moe_jax.core.context import Ids
 from moe_jax.core.shard import make_mesh
+from moe_jax.core.shardings import batch_sharding, shardings
 from moe_jax.dispatch import *
 from moe_jax.exchanges import *
 from moe_jax.experts import *
@@ -24,6 +25,6 @@ from moe_jax.moe import Aux, MoE, MoEConfig
 from moe_jax.routers import *
 
 __all__ = ["LM", "Aux", "EncoderDecoder", "EncoderDecoderConfig", "Ids", "LMConfig", "MoE", "MoEConfig"]
-__all__ += ["ViT", "ViTConfig", "make_mesh"]
+__all__ += ["ViT", "ViTConfig", "batch_sharding", "make_mesh", "shardings"]
 for _package in (attention, routers, gating, experts, dispatch, exchanges, losses):
     __all__ += _package.__all__

@@ -195,7 +195,7 @@ class MoE(nn.Module):
         selection; weights and gradients are computed).
         record: names of `RECORDED` to report, like ("weight", "kept"); it changes nothing else.
         """
-        params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self))
+        params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self, exchange=self.cfg.exchange))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
         # The batch may be of any size, whatever the mesh.
@@ -244,9 +244,9 @@ def gather_params(here: Shard, params: Mapping[str, Array], dtype: Any, experts:
     return {n: here.bias_once(names[n], here.unshard(names[n], w, dtype)) for n, w in params.items()}
 
 
-def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: float, exchange: Any = None) -> Array:
     """A parameter of a Linen module."""
-    return parameter(module, name, sizes, initializer(name, scale))
+    return parameter(module, name, sizes, initializer(name, scale), exchange)
 
 
 def initializer(name: str, scale: float) -> Callable:

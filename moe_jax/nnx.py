@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax import moe
-from moe_jax.core import dims, shard
+from moe_jax.core import shard
 from moe_jax.core.context import Ids
 from moe_jax.core.groups import Dense
+from moe_jax.core.parameter import draw
 from moe_jax.moe_config import LayerState, MoEConfig
 
 
@@ -32,7 +32,7 @@ class MoE(nnx.Module):
 
     def __init__(self, cfg: MoEConfig, D: int, *, rngs: nnx.Rngs):
         self.cfg, self.D = cfg, D
-        moe.make_params(cfg, D, partial(create, self, rngs))
+        moe.make_params(cfg, D, partial(create, self, rngs, exchange=cfg.exchange))
         self.router_state = nnx.Dict({name: RouterState(value) for name, value in cfg.init_state().items()})
 
     @classmethod
@@ -86,10 +86,11 @@ class FeedForward(nnx.Module):
         )
 
 
-def create(module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float) -> Array:
+def create(
+    module: nnx.Module, rngs: nnx.Rngs, name: str, sizes: Mapping[str, int], scale: float, exchange: Any = None
+) -> Array:
     """A new parameter of a module, in float32; the name's suffix is its shape."""
-    init, shape = moe.initializer(name, scale), dims.shape_of(dims.dims_of(name), sizes)
-    setattr(module, name, nnx.Param(init(rngs.params(), shape, jnp.float32)))
+    setattr(module, name, nnx.Param(draw(rngs.params(), name, sizes, moe.initializer(name, scale), exchange)))
     return getattr(module, name)[...]
 
 

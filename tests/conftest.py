@@ -11,6 +11,7 @@ if version("jaxlib") < "0.11":  # tests compile more than they compute: this hal
 import jax
 import pytest
 
+from moe_jax.audit.laws import LAWS
 from moe_jax.core.shard import make_mesh
 
 gc.freeze()
@@ -19,6 +20,24 @@ gc.set_threshold(20_000, 20, 50)  # programs are traced all the time: an eighth 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", PLATFORMS == "cpu")
+
+
+def pytest_addoption(parser):
+    about = "run the tests of law N alone (docs/laws.md); may be repeated"
+    parser.addoption("--law", type=int, action="append", default=[], metavar="N", help=about)
+
+
+def pytest_configure(config):
+    if unknown := set(config.getoption("law")) - {law.number for law in LAWS}:
+        raise pytest.UsageError(f"--law {min(unknown)} is no law; the laws are 1 to {len(LAWS)} (docs/laws.md).")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the tests of the laws that --law names."""
+    if asked := set(config.getoption("law")):
+        kept = [i for i in items if asked & {n for mark in i.iter_markers("law") for n in mark.args}]
+        config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")

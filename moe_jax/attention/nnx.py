@@ -7,7 +7,8 @@ from jaxtyping import Array, Float
 
 from moe_jax.attention.layer import initializer, over_mesh
 from moe_jax.attention.sees import Sees
-from moe_jax.core import dims, shard
+from moe_jax.core import shard
+from moe_jax.core.parameter import draw
 
 
 class Attention(nnx.Module):
@@ -22,8 +23,7 @@ class Attention(nnx.Module):
         self.part = part
         sizes = {**part.sizes, "D": D}
         for name in part.params:
-            drawn = initializer(name, init_scale)(rngs.params(), dims.shape_of(dims.dims_of(name), sizes))
-            setattr(self, name, nnx.Param(drawn))
+            setattr(self, name, nnx.Param(draw(rngs.params(), name, sizes, initializer(name, init_scale))))
 
     def __call__(
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None

@@ -1,10 +1,12 @@
 """Checks of the laws on a user's own config.
 
-experiment     every law, of an experiment: what `python -m experiments.audit` prints
+laws           their sentences, and the checks of each
+experiment     every law, of an experiment: the findings that `python -m experiments.audit` prints
 shrink         the experiment at small widths, and what was changed
 routing        trainable, causal, batch-independent: of a layer
 dispatchers    the same numbers from all of them: of a layer
-alone, meshes  of a training step: on one device, and on several
+single_device  checks of a training step on one device
+meshes         checks of a training step on several devices
 communication  predicted and compiled collectives, which hlo reads
 placement      shardings of the parameters
 page           the findings as HTML

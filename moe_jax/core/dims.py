@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, tuple[str, ...]]  # dimension letter -> mesh axes
@@ -26,10 +25,15 @@ WIDTHS = "DQW"  # widths of token representations; fsdp shards a matrix along th
 
 def dims_of(name: str) -> str:
     """The dimensions of a named array: `up_EDF` -> `EDF`."""
-    suffix = name.rpartition("_")[2]
-    if not name.endswith("_") and not (suffix.isalpha() and suffix.isupper()):
+    if not (letters := suffix(name)) and not name.endswith("_"):
         raise ValueError(f"Parameter {name!r} does not say its dimensions; name it like 'up_EDF'.")
-    return suffix
+    return letters
+
+
+def suffix(name: str) -> str:
+    """The letters that a name ends with, `up_EDF` -> `EDF`; "" where it says no dimensions."""
+    end = name.rpartition("_")[2]
+    return end if end.isalpha() and end.isupper() else ""
 
 
 def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -93,11 +97,6 @@ def specs(tree: Any, rules: Rules) -> Any:
         return P() if replicated else spec(letters, rules, x.ndim)
 
     return jax.tree.map_with_path(leaf, tree)
-
-
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """NamedShardings of a tree of parameters on a mesh, by their names."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(tree, rules))
 
 
 def axes(spec: P, rank: int) -> list[tuple[str, ...]]:

@@ -7,16 +7,26 @@ import jax
 from flax import linen as nn
 
 from moe_jax.core import dims, shard
+from moe_jax.core.shardings import constrain
 
 
-def parameter(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable) -> jax.Array:
+def parameter(
+    module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, exchange: Any = None
+) -> jax.Array:
     """The parameter `name` of a Linen module, in float32; the name's suffix is its shape.
+
+    exchange: how experts are sharded, where the parameter is one of theirs.
 
     In a model that is sharded over a mesh it is the local part, smaller than `sizes`.
     """
     if shard.in_shard_map():
         return module.get_variable("params", name)  # Linen would compare its shape with the global one
-    return module.param(name, init, dims.shape_of(dims.dims_of(name), sizes))
+    return module.param(name, lambda key: draw(key, name, sizes, init, exchange))
+
+
+def draw(key: jax.Array, name: str, sizes: Mapping[str, int], init: Callable, exchange: Any = None) -> jax.Array:
+    """A new parameter, sharded over the current mesh."""
+    return constrain(name, init(key, dims.shape_of(dims.dims_of(name), sizes)), exchange)
 
 
 def weight(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, dtype: Any = None) -> jax.Array:

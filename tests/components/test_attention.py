@@ -118,6 +118,7 @@ def test_attends_to_a_memory(part):
     close(np.asarray(y)[used], right[used], rel=2e-5)
 
 
+@pytest.mark.law(4)
 @every
 def test_later_tokens_change_nothing_before(part):
     """Law 4; where keys after a query are seen they change it."""
@@ -146,6 +147,7 @@ def test_documents_in_a_row_are_alone(part, order):
         close(together[i, n : n + m], alone[2 * i + 1, :m])
 
 
+@pytest.mark.law(7)
 @every
 def test_padding_is_nowhere(part):
     """Law 7: before tokens and after them, with any content."""
@@ -206,6 +208,7 @@ def training(part, mesh: str | None):
 ON_MESHES = [(part, mesh) for i, part in enumerate(ATTENTIONS) for mesh in (MESHES[1], MESHES[2 * (i % 2)])]
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("part", "mesh"), ON_MESHES, ids=[f"{short(part)}-{mesh}" for part, mesh in ON_MESHES])
 def test_mesh_is_invisible(part, mesh):
     """Law 1: outputs and all gradients; or one line that says why heads cannot be spread."""
@@ -277,7 +280,7 @@ def pieces():
 
 @every
 def test_a_cache_changes_nothing(part):
-    """Law 11: sequences of several lengths in uneven pieces give what they give as a whole."""
+    """Sequences of several lengths in uneven pieces give what they give as a whole."""
     params, shared = numbers(part)
     x, lengths = tokens()[:4], np.sum([counts for _, counts in PIECES], axis=0)
     whole = run(part, x, *layout(tuple((n,) for n in lengths)))

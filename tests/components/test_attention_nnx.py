@@ -84,6 +84,7 @@ def test_parameters_are_drawn_from_rngs(part):
         np.testing.assert_allclose(one[name].std(), w.std(), rtol=0.3, err_msg=name)
 
 
+@pytest.mark.law(4)
 def test_without_sees_it_is_causal():
     module = Attention(mha(), D, rngs=nnx.Rngs(0))
     whole = Sees(jnp.ones((2, L), int), jnp.tile(jnp.arange(L), (2, 1)))

@@ -79,6 +79,7 @@ def copied(two_steps, tmp_path) -> Path:
     return Path(shutil.copytree(two_steps, tmp_path / "copied"))
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2), (8, 1), (1, 1)])
 def test_a_state_saved_on_one_mesh_is_restored_on_another(two_steps, shape):
     wanted = abstract(a_state(0, a_mesh(*shape)))
@@ -308,6 +309,7 @@ for step in range(1, 10_000):
 """
 
 
+@pytest.mark.law(9)
 def test_sigkill_during_a_save_leaves_a_whole_older_step(tmp_path):
     step = 4
     saver = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

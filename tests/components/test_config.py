@@ -335,6 +335,7 @@ def test_the_twin_of_a_config_is_a_config():
     assert twin.model.moe == MLP(F=2 * 192)
 
 
+@pytest.mark.law(10)
 def test_the_parameters_of_glam_at_scale():
     """GLaM 0.1B/64E (arXiv:2112.06905, table 4: 1.9B in all, 145M active) with a vocabulary of 32,000."""
     count = parameters(experiment("glam_pod").model)
@@ -469,6 +470,7 @@ def test_the_mesh_of_a_config_counts_its_devices():
     assert dataclasses.replace(exp, mesh=(("data", 4),)).devices == 4
 
 
+@pytest.mark.law(3)
 def test_a_router_without_choices_to_make_is_refused():
     config = values("switch_nano")
     assert isinstance(build(config).model.moe.router, Switch)

@@ -96,6 +96,7 @@ def routed(router):
     return jax.tree.map(np.asarray, f.lower(params, X, KEYS).compile()(params, X, KEYS))
 
 
+@pytest.mark.law(7)
 @pytest.mark.parametrize("router", cases.ROUTERS, ids=str)
 def test_routings_are_valid(router):
     """Ids in range and distinct, weights positive, of a bounded sum; padding nowhere, weightless (law 7)."""
@@ -117,6 +118,7 @@ def test_routings_are_valid(router):
         np.testing.assert_array_equal(routing.mask_GS, MASK)
 
 
+@pytest.mark.law(7)
 @pytest.mark.parametrize("router", cases.SLOT_ROUTERS, ids=str)
 def test_slots_are_valid(router):
     """A slot takes a real token once per expert or nobody, without weight; padding is in none (law 7)."""
@@ -166,6 +168,7 @@ def test_router_uses_keys_if_it_says_so(router):
     assert same != traits(router).random
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize("router", EVERY_ROUTER, ids=str)
 def test_router_is_trained_by_the_task(router):
     """Law 3: the task loss alone moves every number of every router parameter, but those that it says it does not.
@@ -251,6 +254,7 @@ def two_choices(router):
     )
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize("router", cases.ROUTERS, ids=str)
 @pytest.mark.parametrize("dispatch", cases.DISPATCHERS, ids=str)
 def test_dispatcher_is_the_definition(dispatch, router):
@@ -270,6 +274,7 @@ def test_dispatcher_is_the_definition(dispatch, router):
     np.testing.assert_array_equal(kept, kept_einsum)
 
 
+@pytest.mark.law(2)
 def test_something_is_dropped():
     """Law 2 is tried where a limit bites: each limited dispatcher drops something of some router."""
     for dispatch in cases.DISPATCHERS:
@@ -278,6 +283,7 @@ def test_something_is_dropped():
         assert (sum(named) > sum(kept)) == (dispatch.capacity_factor is not None)
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize("router", [r for r in cases.SLOT_ROUTERS if r.routing is SlotChoice], ids=str)
 def test_gather_is_the_definition(router):
     """Law 2, where experts choose: values, slots and gradients of Gather are Einsum's and the oracle's."""

@@ -452,6 +452,7 @@ def take(n: int, *arguments, **options) -> list[Batch]:
     return list(itertools.islice(batches(*arguments, **options), n))
 
 
+@pytest.mark.law(9)
 def test_batch_n_is_the_same_from_any_start_and_only_for_its_seed(windows):
     train, _ = windows
     n = 2 * len(train) // 64 + 3  # into a third epoch
@@ -462,6 +463,7 @@ def test_batch_n_is_the_same_from_any_start_and_only_for_its_seed(windows):
     assert not same(straight[0], straight[1])
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_same_global_batches(windows, processes):
     alone = take(5, windows[0], 8, seed=3, start=2)
@@ -490,6 +492,7 @@ def test_batches_have_their_types(windows):
     assert [array.dtype for array in one] == [np.int32] * 4 + [np.bool_, np.int32]
 
 
+@pytest.mark.law(7)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_evaluation_goes_through_all_windows_and_pads_the_last_batch(windows, processes):
     _, held = windows

@@ -80,6 +80,7 @@ def dropless(params):
 # ---------------------------------------------------------------- who sees whom
 
 
+@pytest.mark.law(4)
 def test_the_decoder_is_causal_and_the_encoder_is_not(apply):
     """Law 4, with drops: a suffix of the target changes no prefix; the last token of the source changes everything."""
     logits, aux, memory = apply(SOURCE, TOKENS)
@@ -94,6 +95,7 @@ def test_the_decoder_is_causal_and_the_encoder_is_not(apply):
     assert not np.isclose(logits, changed).all(-1).any()
 
 
+@pytest.mark.law(7)
 def test_padding_is_nowhere(apply):
     """Law 7: in no layer's count, and without effect, in the source and in the target."""
     source_segment, segment = (np.arange(M) < 6).astype(int)[None], (np.arange(L) < 4).astype(int)[None]
@@ -263,6 +265,7 @@ def run(exp, state, batch):
         return jax.device_get(jax.jit(partial(gradients, exp, program.specs))(*given))
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(
     "mesh", [{"data": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str
 )
@@ -277,6 +280,7 @@ def test_one_model_every_mesh(step, mesh):
     assert meshes.worst(grads, others, least=1e-3 * meshes.largest(grads)).error < 1e-5
 
 
+@pytest.mark.law(9)
 def test_it_learns_and_goes_on_where_it_was(tmp_path):
     """Law 9, with spans that are drawn anew: an interrupted run has the same losses; and they fall."""
     data = DataConfig(Corpus(0.02), objective=SpanCorruption(sentinels=4), L=16, B=16)

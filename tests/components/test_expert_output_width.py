@@ -102,6 +102,7 @@ def test_output_is_a_sum_over_experts(dispatch, O):
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.law(2)
 @pytest.mark.parametrize(
     ("dispatch", "router"), [(Gather(), ExpertChoice()), (Einsum(None), ExpertChoice()), (Einsum(None), SoftMoE(C=2))]
 )
@@ -126,6 +127,7 @@ EXCHANGED = [
 ]
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("dispatch", "exchange", "mesh"), EXCHANGED, ids=str)
 def test_every_exchange_carries_the_width(dispatch, exchange, mesh):
     """Law 1: outputs, drops and gradients on a mesh are those of one device."""
@@ -135,6 +137,7 @@ def test_every_exchange_carries_the_width(dispatch, exchange, mesh):
     close(many[2:], one[2:])
 
 
+@pytest.mark.law(6)
 @pytest.mark.parametrize(("dispatch", "exchange", "mesh"), EXCHANGED[2:], ids=str)
 def test_what_travels_is_predicted(dispatch, exchange, mesh):
     """Law 6: rows go to experts D wide and come back O wide, and so do their gradients."""

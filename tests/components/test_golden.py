@@ -157,6 +157,7 @@ def test_losses_of_vmoe():
     np.testing.assert_allclose(Importance(of="probs")(s, {}, None), 0.03875, rtol=1e-5)
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(("priority", "leaks"), [("token-major", False), ("choice-major", True), ("probability", True)])
 def test_which_priorities_let_the_future_in(priority, leaks):
     """The last 4 of 12 tokens drawn again change what the first 8 keep, in most of 200 draws, or in none."""

@@ -91,6 +91,7 @@ def layer(expert, dispatch):
     return MoE.of(E=E, router=TopK(K=2), experts=expert, dispatch=dispatch)
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize("dispatch", [Sort(), Scatter(1.0), Scatter(None)], ids=str)
 @pytest.mark.parametrize("expert", [MLP(F=48, bias=True), GLU(F=48)], ids=str)
 def test_layers_are_those_of_the_cpu(expert, dispatch):

@@ -73,6 +73,7 @@ def test_a_table_that_is_not_known_is_refused(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- batches
 
 
+@pytest.mark.law(7)
 def test_batches_are_scaled_pixels_and_say_what_is_padding(digits):
     _, held_out = digits
     parts = list(evaluation_batches(held_out, 64))
@@ -109,6 +110,7 @@ def test_training_images_move_and_held_out_ones_do_not(tmp_path, digits):
     assert all(np.array_equal(a, b) for pair in zip(*kept, strict=True) for a, b in zip(*pair, strict=True))
 
 
+@pytest.mark.law(9)
 def test_moved_images_do_not_depend_on_processes_or_on_resuming(tmp_path):
     train, _ = Classification(shift=1).prepare(Digits(), Bytes(), 1, tmp_path)
     take = lambda n, **options: list(itertools.islice(batches(train, 32, 5, **options), n))  # noqa: E731

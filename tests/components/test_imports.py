@@ -30,6 +30,7 @@ COLLECTIVES = {
     *("psum", "pmean", "pmax", "pmin", "psum_scatter", "all_gather", "all_to_all", "ragged_all_to_all"),
     *("ppermute", "pshuffle", "pbroadcast", "pcast", "pvary", "axis_index", "axis_size", "shard_map"),
 }
+JAX = ("jax", "lax", "jax.lax")  # no other name is given to them
 
 
 def unit(file: Path) -> str:
@@ -64,7 +65,8 @@ def wrong(unit: str, tree: ast.AST) -> list[str]:
 
 
 def uses_collectives(tree: ast.AST) -> set[str]:
-    attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    """Collectives of JAX that a file calls or imports; methods of `Shard` have some of their names."""
+    attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in JAX}
     return COLLECTIVES & (attributes | {name.rpartition(".")[2] for name in imported(tree)})
 
 

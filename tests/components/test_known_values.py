@@ -71,6 +71,7 @@ def test_masks_by_hand():
     np.testing.assert_allclose(combine[0, :, :, 0], [[0.6, 0.4], [0, 0]])
 
 
+@pytest.mark.law(7)
 def test_padding_takes_no_slot():
     """Law 7: with the first token padded the second has the first slots; the padded one is nowhere."""
     r = routing([[0.6, 0.4], [0.4, 0.6]], 2, mask=[False, True])
@@ -119,6 +120,7 @@ def test_balanced_and_collapsed(K):
 LOGITS = jnp.log(jnp.array([[[1.0, 2.0, 5.0]]]))  # probabilities 1/8, 2/8, 5/8
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize(
     ("router", "expert", "weight"),
     [

@@ -12,6 +12,7 @@ from moe_jax.attention import MHA, Relative
 from moe_jax.attention.positions import BUCKETS, buckets
 from moe_jax.core import dims
 from moe_jax.core.shard import RULES
+from moe_jax.core.shardings import shardings
 from moe_jax.data import cross_entropy
 from moe_jax.dispatch import Scatter, Sort
 from moe_jax.experts import GLU, MLP
@@ -34,6 +35,7 @@ def params():
     return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), tree)
 
 
+@pytest.mark.law(4)
 def test_a_suffix_changes_no_prefix(params):
     """Law 4, through attention and routing, with drops (capacity factor 1)."""
     apply = jax.jit(lambda tokens: LM(CFG).apply({"params": params}, tokens))
@@ -73,6 +75,7 @@ def objective(cfg, params, tokens):
     return cross_entropy(logits, tokens[:, 1:]).mean() + aux.loss.mean(), (logits, aux)
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("shape", "remat"), [("d2e4", "none"), ("d8", "full"), ("d2e4", "save_collectives")], ids=str)
 def test_one_model_every_mesh(params, shape, remat):
     """Law 1 for a whole model: loss, logits, statistics, all gradients; scanned, with and without remat."""
@@ -81,14 +84,14 @@ def test_one_model_every_mesh(params, shape, remat):
     alone = jax.jit(jax.value_and_grad(partial(objective, CFG), has_aux=True))(params, TOKENS)
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        spread = f(jax.device_put(params, dims.shardings(params, mesh, RULES)), TOKENS)
+        spread = f(jax.device_put(params, shardings(params, mesh)), TOKENS)
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
 
 def test_parameters_lie_where_their_names_say(params, mesh):
     """Experts are spread along E, matrices along D, hidden units and heads, routers nowhere, nor stacked layers."""
-    laid = dims.shardings(params, mesh, RULES)
+    laid = shardings(params, mesh)
     spread = {str(path[-1].key) for path, s in jax.tree.leaves_with_path(laid) if not s.is_fully_replicated}
     assert spread == {"up_EDF", "down_EFD"}
     layer = dims.specs(params, RULES)["stack_0"]

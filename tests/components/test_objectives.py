@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.attention import MHA
 from moe_jax.audit import meshes, samples
@@ -45,6 +46,7 @@ def experiment(objective: Any, mesh: dict[str, int], **data: Any) -> Experiment:
     return Experiment(MODEL, whole, OptimConfig(schedule=Constant(0.01)), run, tuple(mesh.items()))
 
 
+@pytest.mark.law(1)
 def test_rows_are_compared_across_shards():
     """Loss, gradients, evaluation and further numbers of a loss that sees the whole batch are one device's."""
     exp = experiment(Apart(), {"data": 2, "fsdp": 2, "tensor": 2})

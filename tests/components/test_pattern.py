@@ -51,6 +51,7 @@ def experiment(mesh: str, model=MODEL) -> Experiment:
     return Experiment(model, data, optim, RunConfig(steps=3), tuple(sizes_of(mesh).items()))
 
 
+@pytest.mark.law(1)
 def test_any_parts_in_any_order_are_one_model_on_every_mesh():
     """Law 1, with what is random, remembered and dropped in two MoE layers of each layer."""
     exp = experiment("f2e2t2")
@@ -65,6 +66,7 @@ def test_any_parts_in_any_order_are_one_model_on_every_mesh():
     assert (one.expert_NBLK[0] != one.expert_NBLK[1]).any()
 
 
+@pytest.mark.law(6)
 def test_any_parts_are_predicted():
     """Law 6."""
     exp = experiment("f2e2t2")
@@ -74,6 +76,7 @@ def test_any_parts_are_predicted():
     assert [row.detail for row in rows if not row.holds] == []
 
 
+@pytest.mark.law(10)
 def test_any_parts_are_counted():
     """Law 10's arithmetic: every parameter; FLOPs kind by kind."""
     params = jax.eval_shape(MODEL.init, jax.random.key(0), DataConfig(L=8).shapes(1))

@@ -198,6 +198,7 @@ def says_what_happened(aux):
     assert inputs[real].any(-1).all()
 
 
+@pytest.mark.law(8)
 def test_drops_are_those_of_a_queue():
     """Token after token, choice after choice, until an expert has its slots; experts are counted for each sequence."""
     params, batch = parameters(MODEL, text()), text()

@@ -74,6 +74,7 @@ def test_a_step_moves_the_bias_by_the_global_counts():
     assert len(np.unique(bias_NE.round(6))) > 1
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(
     "change",
     [
@@ -91,6 +92,7 @@ def test_the_same_whatever_the_program(change):
         np.testing.assert_allclose(one[name], other[name], atol=1e-6, err_msg=name)
 
 
+@pytest.mark.law(5)
 @pytest.mark.parametrize("router", [LossFree(K=2), Sinkhorn(K=2)], ids=str)
 def test_replicas_are_replicas(router):
     """Law 5: what routers remember is bit-identical on every device after steps."""
@@ -121,6 +123,7 @@ def test_a_step_that_is_not_finite_is_not_remembered():
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after.router))
 
 
+@pytest.mark.law(9)
 def test_what_is_remembered_is_saved(tmp_path):
     """Law 9: a run that was interrupted goes on with its biases, schedules and weights, bit for bit."""
     for i in range(60):
@@ -183,6 +186,7 @@ def test_domains_and_tokens_reach_the_routers():
         assert len(np.unique(expert_BL)) > 1
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(
     ("moe", "message"),
     [

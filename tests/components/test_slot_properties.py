@@ -57,6 +57,7 @@ def test_slots_are_the_oracles_without_gaps(priority, chosen, first):
     np.testing.assert_allclose(combine.sum(axis=(2, 3)), (weight * kept).sum(-1), atol=1e-6)
 
 
+@pytest.mark.law(4)
 @given(chosen=tokens, other=tokens, first=first_weights, cut=st.integers(0, S))
 def test_token_major_is_prefix_stable(chosen, other, first, cut):
     """Law 4: what comes after a token never changes its slots."""

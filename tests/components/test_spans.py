@@ -100,6 +100,7 @@ def test_batches_are_windows_with_gaps(splits):
     assert len({train.fingerprint, held_out.fingerprint, train.windows.fingerprint}) == 3
 
 
+@pytest.mark.law(9)
 def test_an_example_depends_on_its_place_in_the_stream_only(splits):
     """Law 9: other gaps in every epoch; the same ones for any number of processes, from any start."""
     train, _ = splits

@@ -38,6 +38,7 @@ def mesh_of(*names, types=None):
 MIXED = (AxisType.Auto, AxisType.Explicit)
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(
     ("mesh", "spec"),
     [

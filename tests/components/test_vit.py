@@ -166,6 +166,7 @@ def test_who_keeps_its_slot_depends_on_the_order_of_images_only_where_tokens_que
 # ---------------------------------------------------------------- published sizes
 
 
+@pytest.mark.law(10)
 @pytest.mark.parametrize(
     ("D", "N", "F", "H", "patch", "total"),
     [(768, 12, 3072, 12, 16, 978_974_835), (1280, 32, 5120, 16, 14, 7_160_836_211)],
@@ -209,6 +210,7 @@ def one(trial, start):
     return jax.device_get(trial(start, DIGITS))
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(
     "mesh", [{"data": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=["d8", "d2e4", "f2e2t2"]
 )
@@ -222,6 +224,7 @@ def test_one_model_every_mesh(mesh, start, one, monkeypatch):
     assert one.metrics.stats.kept.sum() < one.metrics.stats.choices_E.sum()
 
 
+@pytest.mark.law(7)
 def test_padding_images_are_nowhere(trial, start, one):
     """Law 7: what they hold changes no loss, count, gradient or parameter, bit for bit."""
     real_B = DIGITS.loss_mask_BL[:, 0]

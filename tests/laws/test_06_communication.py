@@ -31,6 +31,8 @@ from moe_jax.routers import ExpertChoice, RoundRobin, Top2
 from tests import cases
 from tests.cases import LAYERS, context, mesh_of, shapes_of, sizes_of
 
+pytestmark = pytest.mark.law(6)
+
 # ---------------------------------------------------------------- a layer alone
 
 

@@ -135,6 +135,7 @@ def run(tmp_path_factory) -> Callable[[str, str], Run]:
     return run
 
 
+@pytest.mark.law(9)
 @compiled_once
 @pytest.mark.parametrize(
     ("optimizer", "old", "new"), [pytest.param(*pair, marks=() if pair == QUICK else matrix) for pair in PAIRS]
@@ -157,6 +158,7 @@ def test_a_run_goes_on_elsewhere(run, optimizer, old, new):
             np.testing.assert_allclose(x, named(whole.end.router)[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.law(9)
 @compiled_once
 @matrix
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -298,6 +300,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
     assert [process.returncode for process in processes] == [0] * len(processes), said
 
 
+@pytest.mark.law(9)
 @matrix
 def test_a_run_goes_on_with_other_processes(start, tmp_path):
     """One with half of the devices, two, one, and back again: the log is that of one process that was left alone."""
@@ -315,6 +318,7 @@ def test_a_run_goes_on_with_other_processes(start, tmp_path):
     np.testing.assert_allclose(*ends, rtol=1e-5)
 
 
+@pytest.mark.law(9)
 @pytest.mark.parametrize("answer", [0, 1])
 def test_process_0_says_whether_there_is_a_checkpoint(tmp_path, monkeypatch, answer):
     """A process that does not see it yet must not begin anew beside the others."""

@@ -22,6 +22,8 @@ from moe_jax.models import EncoderDecoderConfig, LMConfig, TransformerConfig, Vi
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import Hierarchical, LossFree, NoisyTopK, Switch, TaskTopK, TopK
 
+pytestmark = pytest.mark.law(10)
+
 PAPERS = {p.stem: p for p in sorted(pathlib.Path("configs/papers").glob("[!_]*.py"))}
 UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
 

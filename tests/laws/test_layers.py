@@ -58,6 +58,7 @@ def truth(name, what) -> oracle.Result:
     return oracle.layer(LAYERS[name], doubles(params), doubles(batch.x), batch.mask, given(name, batch))
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize("name", USUAL)
 def test_scenarios_force_what_they_say(name):
     """Law 1 is only tried where something is dropped, tied, empty, crowded or padded."""
@@ -73,6 +74,7 @@ def test_scenarios_force_what_they_say(name):
     np.testing.assert_array_equal(gate[:, 1::2], gate[:, ::2])
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("name", "what"), [(n, w) for n, w in TRIED if n not in WITHOUT_ORACLE])
 def test_single_device_equals_oracle(name, what):
     """Law 1: output, losses, statistics, metrics, every gradient and an SGD step are the oracle's."""
@@ -101,6 +103,7 @@ def test_single_device_equals_oracle(name, what):
     close(one.params, {n: params[n] - RATE * one.grads[n] for n in params})
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(("name", "mesh", "what"), [(*m, w) for m in ON_MESH for n, w in TRIED if n == m[0]], ids=ids)
 def test_one_model_every_mesh(name, mesh, what):
     """Law 1: on every mesh everything is what a single device computes, noise and what is remembered included."""
@@ -114,6 +117,7 @@ def test_one_model_every_mesh(name, mesh, what):
         close(many.y, truth(name, what).y)
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize(
     ("cfg", "mesh", "batch", "message"),
     [
@@ -143,6 +147,7 @@ def test_what_does_not_spread_is_refused(cfg, mesh, batch, message):
             jax.eval_shape(lambda p, x: MoE(cfg).apply(p, x, state=cfg.init_state()), params, x)
 
 
+@pytest.mark.law(1)
 @pytest.mark.parametrize("router", [NoisyTopK(), TopK()], ids=str)
 def test_grouping_is_irrelevant_where_nothing_goes_by_it(router):
     """Law 1: without a limit S need not divide a shard's tokens, but noise is drawn by groups, and then it must."""
@@ -157,6 +162,7 @@ def test_grouping_is_irrelevant_where_nothing_goes_by_it(router):
         layer(key)
 
 
+@pytest.mark.law(4)
 def test_suffix_changes_no_prefix():
     """Law 4: at a tight capacity, token-major slots leave everything before a change bit for bit alone."""
     f, cut = compiled("einsum", None)[0], 5
@@ -171,6 +177,7 @@ def test_suffix_changes_no_prefix():
         assert not (after[:, cut:] == before[:, cut:]).all()
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(("priority", "changes"), [("token-major", 0), ("choice-major", 1), ("probability", 1)])
 def test_only_token_major_is_causal(priority, changes):
     """Law 4, told: changing the last token moves the first one's second choice, unless token-major."""
@@ -184,6 +191,7 @@ def test_only_token_major_is_causal(priority, changes):
     assert moved == [0, changes]
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize("dispatch", [Einsum, Scatter])
 def test_config_says_whether_it_is_causal(dispatch):
     """Law 4: a config is causal with token-major slots, without a limit, or choice-major with one choice."""
@@ -197,6 +205,7 @@ def test_config_says_whether_it_is_causal(dispatch):
     assert MoEConfig(E=4, router=two, dispatch=Sort()).causal
 
 
+@pytest.mark.law(5)
 @pytest.mark.parametrize(("name", "mesh"), [c for c in ON_MESH if c[1] in ("d2e4", "d8", "f2e2t2")], ids=ids)
 def test_replicas_are_replicas(name, mesh):
     """Law 5: after three steps, what several devices hold copies of is bit-identical on all of them."""
@@ -218,6 +227,7 @@ def test_replicas_are_replicas(name, mesh):
     assert copies > 10
 
 
+@pytest.mark.law(7)
 @pytest.mark.parametrize(
     ("name", "mesh"), [(n, None) for n in LAYERS] + [c for c in ON_MESH if c[1] in ("d2e4", "f2e2t2")], ids=ids
 )
@@ -237,6 +247,7 @@ def test_padding_is_nowhere(name, mesh):
     assert one.stats["tokens"] == batch.mask.sum()
 
 
+@pytest.mark.law(7)
 def test_everything_padded():
     """Law 7: a batch of nothing but padding has finite losses and metrics, and no gradient from the task."""
     params, batch = scenario("einsum", "padding")
@@ -246,6 +257,7 @@ def test_everything_padded():
     assert step.stats["tokens"] == step.stats["kept"] == step.loss == 0
 
 
+@pytest.mark.law(8)
 @pytest.mark.parametrize("mesh", [None, *MESHES], ids=str)
 @pytest.mark.parametrize("name", ["einsum", "scatter"])
 def test_drop_rate_is_the_oracles(name, mesh):

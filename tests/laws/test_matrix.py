@@ -129,6 +129,7 @@ def covering(cases: list[Case]) -> list[Case]:
 CASES = covering(all_cases())
 
 
+@pytest.mark.law(1)
 def test_cases_cover_all_pairs():
     """Every pair of choices that can stand together is tried, and every mesh, dispatcher and exchange."""
     stands, tried = (set().union(*(case.covers for case in cases)) for cases in (all_cases(), CASES))
@@ -234,6 +235,7 @@ def copies_of(tree) -> int:
     return copies
 
 
+@pytest.mark.law(1, 5)
 @matrix
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_model_every_mesh(case):
@@ -269,6 +271,7 @@ HALF = (
 )
 
 
+@pytest.mark.law(1)
 @matrix
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_one_model_every_mesh_in_half_precision(case):
@@ -372,6 +375,7 @@ def reached(chosen_BLK: np.ndarray, mesh: str, exchange: RaggedAllToAll) -> np.n
     return there.reshape(chosen_BLK.shape)
 
 
+@pytest.mark.law(1, 8)
 @matrix
 @pytest.mark.parametrize(("mesh", "over", "buffer"), [("d2e4", ("expert",), 0.7), ("s2e4", EVERYWHERE, 1.2)])
 def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
@@ -387,6 +391,7 @@ def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
     close((y, gradients), (true_y, true_gradients))
 
 
+@pytest.mark.law(1)
 @matrix
 def test_a_large_buffer_is_none():
     """Law 1: with room for every row of every shard, a bound changes nothing."""

@@ -32,6 +32,7 @@ def losses(records):
     return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
 
 
+@pytest.mark.law(9)
 def test_resume_is_exact(text, tmp_path):
     """Law 9: interrupted = uninterrupted, bit for bit on the same mesh, and to rounding on another."""
     exp, data = experiment(text), tmp_path / "data"
@@ -65,6 +66,7 @@ def test_divergence_stops_with_the_last_good_parameters(text, tmp_path):
     again.close()
 
 
+@pytest.mark.law(8)
 def test_records_say_everything(text, tmp_path, monkeypatch):
     """Law 8: drop rate per layer in every record; evaluation dropless, the limited loss beside it; by domain."""
     monkeypatch.setattr(chips, "peak", lambda kind: 1e6 if kind == "cpu" else None)

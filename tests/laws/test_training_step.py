@@ -62,6 +62,7 @@ def two_steps():
     return steps(EXP)
 
 
+@pytest.mark.law(5)
 def test_replicas_are_replicas(two_steps):
     """Law 5: after steps, what claims to be replicated is bit-identical on every device."""
     program = two_steps[0]
@@ -80,6 +81,7 @@ def test_replicas_are_replicas(two_steps):
     assert checked > 100
 
 
+@pytest.mark.law(1)
 def test_one_step_every_mesh(two_steps):
     """Law 1 for training, with GShard's random second expert: two steps of AdamW on one device and on 2 x 4."""
     alone = Experiment(**{**vars(EXP), "mesh": (("data", 8), ("expert", 1))})
@@ -88,6 +90,7 @@ def test_one_step_every_mesh(two_steps):
     close(state.params, two_steps[1].params, 2e-4)  # Adam's first steps are signs: rounding is amplified
 
 
+@pytest.mark.law(1)
 def test_pieces_add_up():
     """Accumulated gradients are the whole batch's, targets counted over all pieces (uneven by padding)."""
     moe = dataclasses.replace(MOE, router=Top2("always"), losses=())
@@ -115,6 +118,7 @@ def flat(tree):
     return {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in jax.tree.leaves_with_path(tree)}
 
 
+@pytest.mark.law(1)
 def test_golden_step():
     """One step of AdamW on 8 devices is that of a numpy model, and its loss a told number.
 

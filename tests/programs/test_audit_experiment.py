@@ -53,7 +53,7 @@ def config(tmp_path):
 def test_an_experiment_holds(config, monkeypatch, tmp_path):
     """Every law has its line and its figure, a step's communication is predicted, and the page says the same."""
     monkeypatch.setattr(meshes, "MESHES", ({"fsdp": 2, "expert": 2},))
-    monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
+    monkeypatch.setattr("moe_jax.audit.experiment.TRIAL_TOKENS", 1)
     code, out, err = call(config, f"--report={tmp_path / 'audit.html'}", f"--json={tmp_path / 'audit.json'}")
     assert (code, err) == (0, f"written: {tmp_path / 'audit.json'}\n"), out
     said = dict(re.findall(r"^(\S.*?)  +(yes|no|NO) ", out, re.MULTILINE))
@@ -86,10 +86,10 @@ def test_an_experiment_holds(config, monkeypatch, tmp_path):
 def test_what_is_broken_is_named(config, monkeypatch):
     """A bias that every shard of hidden units adds: exit code 1, the mesh, the quantity, and how far off."""
     monkeypatch.setattr(meshes, "MESHES", ())
-    monkeypatch.setattr("moe_jax.audit.experiment.TOKENS", 1)
-    monkeypatch.setattr(Shard, "once", lambda self, name, w: w)
+    monkeypatch.setattr("moe_jax.audit.experiment.TRIAL_TOKENS", 1)
+    monkeypatch.setattr(Shard, "bias_once", lambda self, name, w: w)
     monkeypatch.setattr(
-        meshes, "uneven", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
+        meshes, "sharpen_routers", lambda state: jax.tree.map(lambda x: np.asarray(x) + 0.1, jax.device_get(state))
     )
     code, out, _ = call(config, "--stop")
     assert code == 1

@@ -57,6 +57,7 @@ def short(value: Any) -> str | None:
 # ---- known cases
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(
     ("cfg", "training", "through"),
     [
@@ -103,6 +104,7 @@ def test_batch_independent(dispatch, S, holds):
     assert ("(a drop in" in verdict.detail) != holds
 
 
+@pytest.mark.law(3)
 def test_the_audit_names_untrained_parameters():
     """Law 3: every parameter is named; what is declared untrained is not a violation."""
     assert audit.trainable(layer(TopK())) == (True, "all of gate_DE")
@@ -154,6 +156,7 @@ class Mixing:
         return groups.matmul(h - h.mean(-2, keepdims=True), params["down_EFD"])
 
 
+@pytest.mark.law(4)
 @pytest.mark.parametrize(
     ("router", "experts", "training", "through"),
     [
@@ -174,6 +177,7 @@ def test_leaks_are_caught(router, experts, training, through):
     assert (through or "in 0 of 60") in verdict.detail
 
 
+@pytest.mark.law(3)
 @pytest.mark.parametrize(
     ("mistake", "verdict"),
     [

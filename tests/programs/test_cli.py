@@ -278,6 +278,7 @@ def test_another_run_is_left_alone(tiny, copied):
     assert snapshot(copied) == before
 
 
+@pytest.mark.law(9)
 def test_a_run_goes_on_for_longer_and_on_another_mesh(tiny, copied):
     longer = ["--config.run.log_every=7", "--config.mesh.expert=2", "--config.mesh.data=4"]
     outcome = call(*tiny, f"--workdir={copied}", *longer)

@@ -412,6 +412,7 @@ def test_a_mistake_of_one_ends_both_in_one_line(tiny, tmp_path, bad, words):
     assert line in said[0]
 
 
+@pytest.mark.law(9)
 def test_two_processes_train_as_one_through_a_kill_and_a_stop(tiny, tmp_path, monkeypatch):
     """The losses are those of one process with all devices, every step is there once."""
     one, run = tmp_path / "one", tmp_path / "run"

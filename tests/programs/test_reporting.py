@@ -127,6 +127,7 @@ def test_no_log_is_one_clear_sentence(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.law(9)
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     run(tmp_path)
     path = tmp_path / metrics.FILE
