@@ -1,4 +1,4 @@
-"""Evaluation on the held-out split: dropless, with the capacity-limited loss beside it."""
+"""Evaluation on the held-out split: dropless, with the capacity-limited loss for comparison."""
 
 import math
 from collections.abc import Callable, Iterable

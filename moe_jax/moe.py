@@ -44,7 +44,7 @@ RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fi
 
 
 class Aux(NamedTuple):
-    """Report of a layer besides its output. Layers may be stacked in front."""
+    """Report of a layer, in addition to its output. Layers may be stacked in front."""
 
     loss: Float[Array, "*N"]  # weighted sum of auxiliary losses, equal on all shards
     stats: Stats  # sums over all tokens of all shards
@@ -198,7 +198,7 @@ class MoE(nn.Module):
         params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self, exchange=self.cfg.exchange))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
-        # The batch may be of any size, whatever the mesh.
+        # The batch may have any size, on any mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
         ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
         return apply(cfg, params, shard.replicate(x_BLD), None, key, state, ids, record, here=Shard())

@@ -29,7 +29,7 @@ class MoEConfig:
     S: tokens per routing group, in which capacity is counted; None is one sequence. It does not
        depend on the shard, so that drops do not depend on the mesh.
     exchange: brings rows and experts that are sharded over a mesh together.
-    shared: an expert that every token visits beside its routed ones (n shared experts of width F are one of
+    shared: an expert that every token visits in addition to its routed ones (n shared experts of width F are one of
        width n*F; DeepSeekMoE, arXiv:2401.06066).
     losses: auxiliary losses, each with its coefficient.
     tasks: number of task ids that losses by task distinguish; larger ids count as none.

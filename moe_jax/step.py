@@ -45,7 +45,7 @@ class Metrics(NamedTuple):
     targets: Float[Array, ""]
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
-    others: dict[str, Float[Array, ""]]  # what else the objective reports
+    others: dict[str, Float[Array, ""]]  # further means of the objective
     stats: Stats | None  # of the routing, by layer
 
 
@@ -74,7 +74,7 @@ class Losses(NamedTuple):
     loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
     targets: Float[Array, ""]
-    others: dict[str, Float[Array, ""]]  # what else the objective reports, see `data.Terms`
+    others: dict[str, Float[Array, ""]]  # further means of the objective, see `data.Terms`
     stats: Stats | None
 
 

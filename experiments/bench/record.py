@@ -1,4 +1,4 @@
-"""A file of all figures, and what has become slower since another one."""
+"""Records of all figures, and comparison with an older record."""
 
 import json
 import os

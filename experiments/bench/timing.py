@@ -25,7 +25,7 @@ class Program(NamedTuple):
 
 
 def compiled(f: Any, *args: Any) -> Program:
-    """Compiles a function, or what has a `lower`, with these arrays as arguments: constants would be folded."""
+    """Compiles a function, or an object with `lower`, with these arrays as arguments: constants would be folded."""
     jitted, began = f if hasattr(f, "lower") else jax.jit(f), time.perf_counter()
     program = jitted.lower(*args).compile()
     seconds, memory = time.perf_counter() - began, program.memory_analysis()

@@ -119,7 +119,7 @@ def check_factor(scaling: Any) -> None:
 
 
 def check_original(scaling: Any) -> None:
-    """Refuses a scaling that does not say from which length it starts."""
+    """Refuses a scaling without an original length."""
     if not scaling.original or scaling.original <= 0:
         name = type(scaling).__name__
         raise ValueError(

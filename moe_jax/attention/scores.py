@@ -52,7 +52,7 @@ def xla(s: Scores) -> Float[Array, "B L H O"]:
 
 
 class Backend(NamedTuple):
-    """One way to compute scores, and what it can do."""
+    """Function that computes scores, and a test of the scores that it supports."""
 
     run: Callable[[Scores], Array]
     supports: Callable[[Scores], bool]

@@ -69,7 +69,7 @@ def trainable(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, trials: int =
 def causal(
     cfg: MoEConfig, training: bool, B: int = 4, L: int = 16, D: int = 8, trials: int = 200, seed: int = 0
 ) -> Verdict:
-    """Law 4: what comes later changes nothing before it, in training mode (with the same key) or in evaluation.
+    """Law 4: later tokens change nothing at earlier positions, in training mode (with the same key) or in evaluation.
 
     In every trial one sequence has other tokens and ids from a random position on, and in every fourth trial it ends
     earlier. A violation is any difference before that position in an assignment, a weight or a drop, bit for bit, or

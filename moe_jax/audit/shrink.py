@@ -1,4 +1,4 @@
-"""A user's experiment, as small as simulated devices need it, and what was changed."""
+"""Shrinks a user's experiment for simulated devices, and lists the changes."""
 
 import dataclasses
 import math

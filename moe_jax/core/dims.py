@@ -31,7 +31,7 @@ def dims_of(name: str) -> str:
 
 
 def suffix(name: str) -> str:
-    """The letters that a name ends with, `up_EDF` -> `EDF`; "" where it says no dimensions."""
+    """The letters that a name ends with, `up_EDF` -> `EDF`; "" for a name without dimensions."""
     end = name.rpartition("_")[2]
     return end if end.isalpha() and end.isupper() else ""
 

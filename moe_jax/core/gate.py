@@ -7,7 +7,7 @@ from moe_jax.core.context import Context
 
 
 def linear(x_GSD: Float[Array, "G S I"], gate_DE: Float[Array, "I O"]) -> Float[Array, "G S O"]:
-    """Logits, in full float32 whatever the compute type is (arXiv:2101.03961, sec. 2.4).
+    """Logits, in full float32 for any compute type (arXiv:2101.03961, sec. 2.4).
 
     By default, an accelerator multiplies float32 matrices at a lower precision.
     """

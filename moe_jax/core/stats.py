@@ -30,7 +30,7 @@ class Stats(NamedTuple):
     probs_ME: Float[Array, "*N M E"]
     entropy_M: Float[Array, "*N M"]
     agreed: Float[Array, "*N"]  # choices that the MoE layer before has made for the same token
-    sums: dict[str, Array] | None = None  # what the router's state is updated from
+    sums: dict[str, Array] | None = None  # sums that the router's state is updated from
 
 
 def stats(

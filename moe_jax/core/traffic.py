@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # a shard's part of the parameters of a 
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind over the same axes: how many run, and what they move, on one device."""
+    """Collectives of one kind over the same axes: their number and bytes on one device."""
 
     op: str  # HLO's opcode: all-to-all, all-reduce, all-gather, reduce-scatter, collective-permute, ragged-all-to-all
     axes: tuple[str, ...]  # mesh axes that the groups span, in mesh order; () if none

@@ -1,4 +1,4 @@
-"""Traits of a router: what it declares about itself, with the defaults for what it leaves out."""
+"""Traits of a router: its declarations, with defaults for those it leaves out."""
 
 from typing import Any, NamedTuple
 

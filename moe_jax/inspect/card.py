@@ -24,10 +24,10 @@ class Share(NamedTuple):
 
 
 class Card(NamedTuple):
-    """Card of one expert: load, drops, domains, tokens, and what it writes.
+    """Card of one expert: load, drops, domains, tokens, and additions to the residual stream.
 
     load: its choices over the mean of its layer's experts. drop_rate: of its choices. weight: mean of those kept.
-    writes: mean length of what it adds to the residual stream of a token that it serves, its output times its weight.
+    writes: mean length of its addition (output times weight) to the residual stream of a token that it serves.
     promotes: the vocabulary entries with the largest logits of its mean addition, read through the final norm's scale
         and the unembedding (the logit lens, nostalgebraist 2020; arXiv:2303.08112), without the norm's division.
     rise: of the loss without it, nats per target, over all and by domain; None where no knock-out was done.

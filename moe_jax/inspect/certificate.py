@@ -71,7 +71,7 @@ def certify(
 
 
 def verify(certificate: Any, params: Any, config: str, key: bytes | None = None) -> list[str]:
-    """Lists what does not hold of a certificate, a line each; [] where all does.
+    """Lists the problems of a certificate, a line each; [] if it verifies.
 
     Checks the seal of the contents, the checksums of weights and config, and the result of every statistic. A signed
     certificate does not verify without the key, nor an unsigned one with a key.

@@ -144,7 +144,7 @@ def draw_gaps(value: Mapping[str, Any], interval: Mapping[str, Any], classes: Se
 
 
 def draw_saturation(share_N: Any, chance_N: Any, names: Sequence[str], other: str) -> Plot:
-    """Draws `router_saturation`, beside that of independent choices with the same loads."""
+    """Draws `router_saturation`, and that of independent choices with the same loads."""
     values = {"the same choice": share_N, "by chance": chance_N}
     note = f"choices that are the same in {other}"
     return bars(list(names), values, "share", "Router saturation", note, write="{:.2f}", xlim=(0, 1.15))

@@ -122,7 +122,7 @@ def knock_out(
     domains: int | None = None,
     experts: Iterable[tuple[int, int]] | None = None,
 ) -> Effects:
-    """The rise of the loss without each expert alone, all of them if none are named: one pass for each."""
+    """The rise of the loss without each expert, one at a time; by default of all experts."""
     every = [(n, e) for n in range(model.n_moe_layers) for e in range(model.moe.E)] if experts is None else [*experts]
     Z = count_domains(batches, domains)
     measure = partial(masked_losses, model, params, batches, router, domains=Z)

@@ -12,7 +12,7 @@ from moe_jax.losses.router_z import RouterZ
 from moe_jax.losses.variation import Importance, Load
 
 LOSSES = (LoadBalance, RouterZ, Importance, Load, TokenEntropy, LoadEntropy, UniformKL, Adaptive)
-# Losses logged in every run, whatever its own losses, so that runs can be compared.
+# Losses logged in every run, with any losses of its own, so that runs can be compared.
 LOGGED: dict[str, Any] = {
     "load_balance": LoadBalance(),
     "router_z": RouterZ(),

@@ -30,9 +30,9 @@ REMAT: dict[str, Callable] = {
 
 
 class Call(NamedTuple):
-    """The arguments of a model's call besides its batch.
+    """The arguments of a model's call, other than its batch.
 
-    key: of what is random in training; None makes nothing random (evaluation). router: state of the MoE layers
+    key: of random draws in training; None draws nothing (evaluation). router: state of the MoE layers
     (`init_router`). replay: recorded choices of the MoE layers, as `Aux.expert_BLK` has them.
     record: details of each token's routing to report, see `moe.Recorded`.
     """
@@ -59,7 +59,7 @@ class TransformerConfig:
     V, D, N: vocabulary or classes, width, layers (of each stack).
     attention: an attention, or several that layers take in turn (a window in every second layer, ...).
     ffn: the feed-forward part of dense layers.
-    moe: what the layers chosen by `moe_layers` hold: a MoEConfig, or one expert in a dense baseline.
+    moe: feed-forward part of the layers chosen by `moe_layers`: a MoEConfig, or one expert in a dense baseline.
     dense_after_moe: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE,
         arXiv:2202.08906, appendix C).
     causal: with False, routing that depends on later tokens is allowed (attention stays as it is).
@@ -209,7 +209,7 @@ def not_causal(moe: MoEConfig) -> str:
 
 
 class StackInputs(NamedTuple):
-    """The inputs of all layers of a stack besides x."""
+    """The inputs of all layers of a stack, other than x."""
 
     sees: Sees
     ids: Ids
@@ -222,7 +222,7 @@ def stack(
 ) -> tuple[Float[Array, "B L D"], list[Aux]]:
     """Applies the layers of a stack, as submodules of the calling module; returns reports of MoE layers by block.
 
-    call: router state and replay of the MoE layers of this stack alone.
+    call: router state and replay of the MoE layers of this stack only.
     """
     reports, first = [], 0
     for i, block in enumerate(blocks(cfg, shape)):
@@ -310,7 +310,7 @@ def count_agreement(aux: Aux) -> Aux:
 
 
 def aux_loss(cfg: TransformerConfig, aux: Aux | None) -> Float[Array, ""]:
-    """The auxiliary loss of the whole model."""
+    """The auxiliary loss of the model, over all MoE layers."""
     if aux is None:
         return jnp.zeros(())
     return aux.loss.sum() if cfg.aux_over_layers == "sum" else aux.loss.mean()

@@ -52,7 +52,7 @@ class Schedule(NamedTuple):
         return sum(n * self.multiplied(i, around) for i, around, n in self.instructions)
 
     def multiplied(self, i: Instruction, around: Computation) -> int:
-        """FLOPs of one instruction, and of what it fuses."""
+        """FLOPs of one instruction, fused computations included."""
         if i.op == "convolution":
             return convolution(i, around)
         if i.op != "fusion":
