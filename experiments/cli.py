@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import dataclasses
 import difflib
 import inspect
 import json
@@ -18,13 +17,16 @@ from typing import Any, TextIO
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from experiments.launch import join, pulse
-from moe_jax.config import SECTIONS, Experiment, build, editable, suggestion
+from moe_jax.config import SECTIONS, Experiment, build, typed
 from moe_jax.files import write_file
+from moe_jax.overrides import known_fields, override
 from moe_jax.reporting.metrics import plain
 from moe_jax.train import TrainingDiverged
+from moe_jax.transfer import RunCheckpoint
+from moe_jax.words import meant
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
@@ -34,6 +36,13 @@ PROCESSES = ("coordinator", "processes", "process", "peer_timeout", "heartbeat")
 PREFIX = "config."
 OVERRIDE = re.compile(r"--?config\.")
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+EXAMPLES = (
+    "model.moe.router.K=4",
+    "model.moe.losses.LoadBalance.weight=0.05",
+    "model.attention.position.base=500000",
+    "optim.schedule.peak=0.001",
+    'model.moe.experts="GLU(F=256)"',
+)
 ROOT = pathlib.Path(__file__).parents[1]  # where the packages are: the repository, or site-packages
 OWN = tuple(str(ROOT / package) for package in ("moe_jax", "experiments"))
 STDOUT: contextvars.ContextVar[TextIO] = contextvars.ContextVar("STDOUT")  # for JSON, where text goes to stderr
@@ -89,7 +98,14 @@ def parse(argv: list[str], main: Callable[..., None]) -> list[str]:
     for known in own_flags(main):
         own[known.name] = known
     own.set_gnu_getopt()  # flags may follow words
-    words = own(split(argv)[0])[1:]
+    try:
+        words = own(split(argv)[0])[1:]
+    except flags.UnrecognizedFlagError as error:
+        target = meant(error.flagname) if "config" in own else ""
+        if not target:
+            raise
+        value = str(error.flagvalue).partition("=")[2] or "VALUE"
+        raise ValueError(f"There is no flag --{error.flagname}; {typed(target, value)}.") from None
     FLAGS.mark_as_parsed()
     return words
 
@@ -166,6 +182,16 @@ def folder(flag: str, value: str) -> pathlib.Path:
     if pathlib.Path(value).exists() and not pathlib.Path(value).is_dir():
         raise ValueError(f"--{flag}={value} is a file; give a folder.")
     return pathlib.Path(value)
+
+
+def checkpoint(flag: str, value: str) -> RunCheckpoint:
+    """RUN or RUN@STEP that a flag names: a run's folder, and a step of its checkpoints (None: the newest)."""
+    path, at, step = value.rpartition("@")
+    if not at or pathlib.Path(value).is_dir():
+        return RunCheckpoint(folder(flag, value))
+    if not step.isdecimal():
+        raise ValueError(f"--{flag}={value}: {step!r} is no step; write --{flag}={path}@600, say.")
+    return RunCheckpoint(folder(flag, path), int(step))
 
 
 def file(flag: str, value: str | None, kinds: tuple[str, ...] = ()) -> pathlib.Path | None:
@@ -292,37 +318,20 @@ def stdout_for_json() -> Iterator[None]:
 # ---------------------------------------------------------------- configs
 
 
-def experiment() -> Experiment:
-    """The experiment of --config, with every --config.a.b=VALUE set in it, in any order."""
-    if not FLAGS["config"].value:
+def experiment(default: str | None = None, *more: str) -> Experiment:
+    """The experiment of --config, with every --config.a.b=VALUE set in it, in any order; built once, after all of them.
+
+    default: the file without --config. more: overrides of the program's own, which win over those of the command line.
+    """
+    if not (file := FLAGS["config"].value or default):
         raise ValueError("No experiment was given; say --config=configs/glam_nano.py, for instance.")
-    config, overrides = load(FLAGS["config"].value), split(sys.argv)[1]
-    return build(overridden(config, overrides) if overrides else config)
+    return build(overridden(load(file), [*split(sys.argv)[1], *more]))
 
 
 def overridden(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A config's values after --config.a.b=VALUE flags, by ml_collections' `config_flags`."""
-    whole = editable(config)
-    for word in overrides:
-        check_field(whole, word.lstrip("-").removeprefix(PREFIX).partition("=")[0])
-    values, argv = flags.FlagValues(), ["", *overrides]
-    config_flags.DEFINE_config_dict("config", whole, flag_values=values, sys_argv=argv)
-    values(argv)
-    return values["config"].value.to_dict()
-
-
-def check_field(config: ConfigDict, path: str) -> None:
-    """ValueError where a config has no such field, with the one that was probably meant."""
-    node, names = config, path.split(".")
-    for i, name in enumerate(names):
-        at = ".".join(["config", *names[:i]])
-        if not isinstance(node, ConfigDict):
-            raise ValueError(f"{at}={node!r} has no fields; set it as a whole.")
-        if name not in node:
-            raise ValueError(f"{at} has no field {name!r}{suggestion(name, list(node))}")
-        node = node[name]
-    if isinstance(node, ConfigDict):
-        raise ValueError(f"config.{path} has the fields {', '.join(node)}; set them one by one.")
+    """A config's values after --config.a.b=VALUE flags."""
+    pairs = [word.lstrip("-").removeprefix(PREFIX).partition("=") for word in overrides]
+    return override(config, [(path, text) for path, _, text in pairs])
 
 
 def config_file(name: str) -> pathlib.Path:
@@ -412,8 +421,9 @@ def described(flag: flags.Flag) -> list[str]:
 def fields() -> list[str]:
     """A line for each section of a config, with the names of its fields."""
     lines = []
-    for path, section in SECTIONS.items():
+    for path in (*SECTIONS, "mesh"):
         start = "--" + PREFIX + (path + "." if path else "")
-        names = [f.name for f in dataclasses.fields(section) if f.name != "V"]
+        names = [name for name in known_fields(start.strip("-.")) if name not in ("V", "mesh")]
         lines.append(f"  {start}{{{','.join(n for n in names if f'{path}.{n}'.strip('.') not in SECTIONS)}}}")
-    return lines
+    lines += ["", "A path goes on into a component, or an entry of a tuple; docs/config.md lists all:"]
+    return [*lines, *(f"  --{PREFIX}{example}" for example in EXAMPLES)]

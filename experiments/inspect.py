@@ -82,10 +82,7 @@ def main() -> None:
 
 def opened(name: str) -> TrainedRun:
     """RUN or RUN@STEP."""
-    path, _, step = name.partition("@")
-    if step and not step.isdecimal():
-        raise ValueError(f"--compare={name}: {step!r} is no step; write --compare={path}@600, say.")
-    return open_run(cli.folder("compare", path), int(step) if step else None)
+    return open_run(*cli.checkpoint("compare", name))
 
 
 # ---------------------------------------------------------------- a checkpoint

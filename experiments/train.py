@@ -3,6 +3,11 @@
     python -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano
     python -m experiments.train --config=configs/glam_nano.py --config.model.moe.E=32 --print_config
 
+--init_from=RUN or RUN@STEP begins a new run with the parameters of another one's checkpoint, the newest or that of a
+step: all that have the same place and shape in the model, on any mesh. Optimizer and routers begin anew. Which
+parameters were taken is said, and recorded in the first record of the log and in the checkpoints; to continue the run,
+the other one is not needed any more.
+
 In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, report.html. For several processes see
 experiments/launch.
 """
@@ -12,6 +17,7 @@ import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +26,8 @@ from absl import flags
 
 from experiments import cli
 from experiments.launch import join
+from moe_jax import transfer
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment, check_version
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
@@ -36,6 +44,7 @@ DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
 COMPARE = cli.compare()
+INIT_FROM = flags.DEFINE_string("init_from", None, "RUN or RUN@STEP whose parameters a new run begins with.")
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
@@ -57,7 +66,8 @@ def main() -> None:
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
     others = compared(COMPARE.value)
     exp = on_devices(exp)
-    run(exp, workdir, data_dir, others, OVERWRITE.value)
+    source = cli.checkpoint("init_from", INIT_FROM.value) if INIT_FROM.value else None
+    run(exp, workdir, data_dir, others, OVERWRITE.value, source)
 
 
 def on_devices(exp: Experiment) -> Experiment:
@@ -70,10 +80,13 @@ def run(
     exp: Experiment,
     workdir: pathlib.Path,
     data_dir: pathlib.Path | None = None,
-    others: dict[str, Any] | None = None,
+    others: Sequence[str] = (),
     overwrite: bool = False,
+    init_from: transfer.RunCheckpoint | None = None,
 ) -> None:
     """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
+    if init_from is not None:
+        check_source(exp, workdir, overwrite, init_from)
     join.agree("config", exp.to_json())
     if jax.process_index() == 0:
         claim(workdir, exp, overwrite)
@@ -81,9 +94,11 @@ def run(
             exp.data.prepare(data_dir or default_directory())
     join.meet("claimed")
     say(describe(exp))
-    records = train(exp, workdir, data_dir)
+    records = train(exp, workdir, data_dir, init_from)
     first = next(records)
     join.agree("data", first["data"])
+    if first["step"] == 0 and "origin" in first:
+        say(transfer.describe_origin(first["origin"]))
     say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
     with Logger(workdir, exp.run.steps, first["step"] or None) as log:
         log.write(first)
@@ -91,7 +106,19 @@ def run(
             log.write(record)
     if jax.process_index() == 0:
         rich.console.Console(stderr=True).print(summary(read(workdir)))
-        say(f"report: {write_report(workdir, exp.to_json(), others or {})}")
+        say(f"report: {write_report(workdir, exp.to_json(), others)}")
+
+
+def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_from: transfer.RunCheckpoint) -> None:
+    """Refuses parameters that a new run cannot begin with, before anything is written or deleted."""
+    if init_from.workdir.resolve() == workdir.resolve():
+        raise ValueError(
+            f"--init_from={init_from} is the --workdir itself; a run goes on from its checkpoints by itself."
+        )
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        begun = not checkpoints.empty()
+    if overwrite or not begun:
+        transfer.check_fit(exp, init_from)
 
 
 def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
@@ -149,11 +176,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path or 'config'} was {old!r}, is {new!r}"]
 
 
-def compared(workdirs: list[str]) -> dict[str, str]:
-    """Runs to compare with, by the names of their folders."""
+def compared(workdirs: list[str]) -> list[str]:
+    """Runs to compare with; ValueError where one of them has no log, before anything is trained."""
     for workdir in workdirs:
-        read(workdir)  # says what is wrong before anything is trained
-    return {pathlib.Path(workdir).name: workdir for workdir in workdirs}
+        read(workdir)
+    return workdirs
 
 
 def describe(exp: Experiment) -> str:

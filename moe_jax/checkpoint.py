@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,29 @@ class Checkpoints:
             wanted = _leaves(abstract_state)
             _check_leaves(self.directory / str(step), manifest["leaves"], wanted)
             restore_args = {name: _restore_args(leaf) for name, leaf in wanted.items()}
-        with ocp.PyTreeCheckpointer() as reader:
-            request = ocp.args.PyTreeRestore(_nest(wanted), restore_args=_nest(restore_args))
-            state = reader.restore(self.directory / str(step) / "state", args=request)
+        state = self._read(step, wanted, restore_args)
         if abstract_state is not None:
             found = _leaves(state)
             treedef = jax.tree.structure(abstract_state)
             state = jax.tree.unflatten(treedef, [found[name] for name in wanted])
         return state, manifest["meta"], step
+
+    def leaves(self, step: int | None = None) -> tuple[dict[str, list], int, str]:
+        """The name, [shape, dtype] of each leaf of a step, by default the newest valid one; its number and checksum."""
+        step = self._choose(step)
+        manifest = self.directory / str(step) / MANIFEST
+        return read_sealed(manifest)["leaves"], step, sha256(manifest)
+
+    def restore_leaves(self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int) -> dict[str, jax.Array]:
+        """Some leaves of a step by their names, of the shardings and dtypes that are wanted; the shapes must agree."""
+        step = self._choose(step)
+        return _leaves(self._read(step, wanted, {name: _restore_args(leaf) for name, leaf in wanted.items()}))
+
+    def _read(self, step: int, wanted: Mapping[str, Any], restore_args: Mapping[str, ocp.RestoreArgs]) -> Any:
+        """These leaves of a step, in nested dicts."""
+        request = ocp.args.PyTreeRestore(_nest(wanted), restore_args=_nest(restore_args), partial_restore=True)
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(self.directory / str(step) / "state", args=request)
 
     def close(self) -> None:
         """Finishes the save under way and releases orbax's threads."""
@@ -285,7 +300,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
 
-def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
+def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts, as orbax stores them: {"a/b": x} becomes {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():

@@ -28,6 +28,7 @@ from moe_jax.models import MODELS, LMConfig, Model
 from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
+from moe_jax.words import meant, meant_field
 
 LAYERS = (ATTENTION, POSITIONS, SCALINGS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
@@ -59,11 +60,14 @@ NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """source and tokenizer: where tokens come from. L: tokens per sequence. B: sequences per step.
+    """The data of an experiment: where it comes from, what is to be predicted, and how much a step takes.
 
-    B counts the sequences of all devices.
+    source: where documents, pairs or images come from. tokenizer: turns text into token ids, and says how many there
+        are.
+    L: tokens per sequence.
+    B: sequences per step, of all devices together.
     microbatches: a step goes through its batch in this many microbatches, one after another.
-    objective: what is to be predicted, which says what a window is where it is not text.
+    objective: what is to be predicted, which says what a sequence is where it is not text.
     """
 
     source: Any = Corpus()
@@ -91,10 +95,13 @@ class DataConfig:
 class RunConfig:
     """Run: number of steps, intervals in steps, and the checkpoints that are kept.
 
-    eval_sequences: held-out windows looked at each time.
+    steps: training steps.
+    log_every: steps between log records. eval_every: steps between evaluations. save_every: steps between checkpoints.
+    eval_sequences: held-out sequences of each evaluation.
+    keep_last: newest checkpoints that are kept. keep_best: checkpoints of the lowest held-out loss that are kept.
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
-    watts, pue, carbon: for the energy that the run's last record estimates (`costs.energy`): W of a chip or a CPU core
-        (None: what is published), power usage effectiveness, kg of CO2e per kWh.
+    watts: power of a chip or a CPU core in W, for the energy in the run's last record (`costs.energy`); None takes what
+        is published. pue: power usage effectiveness of the data centre. carbon: kg of CO2e per kWh.
     """
 
     steps: int = 1000
@@ -122,7 +129,12 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One experiment, checked: it can be built, and fits the mesh."""
+    """One experiment, checked: it can be built, and fits the mesh.
+
+    model: the network. data: what it is trained on. optim: how. run: for how long. mesh: sizes of the device mesh's
+        axes, 1 where left out; one may be -1, the rest of the devices.
+    seed: of parameters, of the order of the data, and of all that is drawn in training.
+    """
 
     model: Model
     data: DataConfig = DataConfig()
@@ -194,21 +206,6 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     )
 
 
-def editable(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The whole config of a file's values, with every default written out, for `config_flags` to override.
-
-    Strings and booleans keep their type. Other fields take any Python value, None too, and `build` checks it.
-    """
-
-    def opened(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: opened(v) for k, v in value.items()}
-        typed = isinstance(value, (str, bool))
-        return value if typed else ml_collections.FieldReference(value, field_type=object)
-
-    return ml_collections.ConfigDict(opened(plain(build(config))))
-
-
 def plain(value: Any) -> Any:
     """A typed config as the plain values it can be built from."""
     if isinstance(value, tuple(COMPONENTS.values())):
@@ -239,10 +236,33 @@ SECTIONS: dict[str, type] = {
     "optim": OptimConfig,
     "run": RunConfig,
 }
+# Fields that are in one section alone, and their paths.
+_PATHS = {
+    f"{path}.{f.name}".lstrip("."): f.name
+    for path, cls in (*SECTIONS.items(), *(("model", cls) for cls in MODELS.values()))
+    for f in dataclasses.fields(cls)
+}
+ELSEWHERE = {name: path for path, name in _PATHS.items() if list(_PATHS.values()).count(name) == 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentCall:
+    """A component as data: its class, and the arguments that are given."""
+
+    cls: type
+    arguments: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{self.cls.__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
 
 
 def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
     """A component from its constructor call: a registered name with literal arguments."""
+    return _made(read_call(text, known))
+
+
+def read_call(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> ComponentCall:
+    """A constructor call as data: its names are checked, its values are not."""
     names = {c.__name__: c for c in known if c.__name__ in COMPONENTS}
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -260,20 +280,54 @@ def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
     if len(node.args) > len(fields):
         raise ValueError(f"{text!r} has {len(node.args)} arguments; {name} takes {', '.join(fields) or 'none'}.")
     pairs = [*zip(fields, node.args, strict=False), *((k.arg or "**", k.value) for k in node.keywords)]
-    _check_names(name, [argument for argument, _ in pairs], fields, "argument")
+    for argument, _ in pairs:
+        check_argument(cls, argument)
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"{text!r} gives an argument twice; give it once.")
-    return _construct(name, cls, {argument: _argument(text, value) for argument, value in pairs})
+    return ComponentCall(cls, {argument: _argument(text, value) for argument, value in pairs})
 
 
 def _argument(text: str, node: ast.expr) -> Any:
     """A literal, or a component's constructor call; `text` is where it stands."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPONENTS:
-        return parse(ast.unparse(node))
+        return read_call(ast.unparse(node))
     try:
         return ast.literal_eval(node)
     except NOT_LITERAL:
         raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
+
+
+def _made(call: ComponentCall) -> Any:
+    """The component that a call constructs, those inside of it first."""
+    values = {
+        name: _made(value) if isinstance(value, ComponentCall) else value for name, value in call.arguments.items()
+    }
+    return _construct(call.cls.__name__, call.cls, values)
+
+
+def check_argument(cls: type, name: str, what: str = "", value: str = "VALUE", rest: str = "") -> None:
+    """ValueError where a component has no such field: what was probably meant, and the fields it has.
+
+    what: the path of the component, where it is known. value, rest: as of `unknown`.
+    """
+    fields = _field_names(cls)
+    if name in fields:
+        return
+    kind = next(kind for kind in REGISTERED if cls in kind)
+    wanted = next((n for n in (name, meant_field(name)) if any(n in _field_names(c) for c in kind)), None)
+    if wanted is None or wanted in fields:
+        ending = advice(what, name, fields, value, rest)
+    else:
+        others = [c.__name__ for c in kind if wanted in _field_names(c)]
+        ending = f"; {wanted!r} is a field of {', '.join(others[:4])}{' and others' if len(others) > 4 else ''}."
+    takes = "" if "there are" in ending else f" {cls.__name__} takes {', '.join(fields) or 'no arguments'}."
+    given = f"{what}={cls.__name__}({'...' if fields else ''})"
+    here = f"{given} has no field" if what else f"{cls.__name__} has no argument"
+    raise ValueError(f"{here} {name!r}{ending}{takes}")
+
+
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def kind_of(model: Model) -> str:
@@ -321,9 +375,9 @@ def _component(path: str, value: Any, known: tuple[type, ...]) -> Any:
 def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             given = f"{what}.{name}={value!r}" if what.startswith("config") else f"{what}({name}={value!r}): it"
-            raise ValueError(f"{given} must be {_words(hints[name])}.")
+            raise ValueError(f"{given} must be {in_words(hints[name])}.")
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise ValueError(f"{what} needs {', '.join(missing)}.")
@@ -333,12 +387,12 @@ def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
         raise ValueError(f"{what}: {error}" if what.startswith("config") else str(error)) from None
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Tells whether a plain value has the annotated type; containers are not looked into."""
     if hint is Any:
         return True
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, h) for h in typing.get_args(hint))
+        return any(fits(value, h) for h in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
     if kind in (int, float) and (isinstance(value, bool) or not _finite(value)):
         return False
@@ -356,18 +410,49 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
     """A type, in words."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_words(h) for h in typing.get_args(hint))
+        return " or ".join(in_words(h) for h in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
     return "None" if kind is types.NoneType else WORDS.get(kind, f"a {kind.__name__.lower()}")
 
 
-def _check_names(what: str, given: Iterable[str], known: Collection[str], field: str = "field") -> None:
+def _check_names(what: str, given: Iterable[str], known: Collection[str]) -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"{what} has no {field} {name!r}{suggestion(str(name), known)}")
+            raise unknown(what, str(name), known)
+
+
+def unknown(what: str, name: str, known: Collection[str], value: str = "VALUE", rest: str = "") -> ValueError:
+    """The error about a field that a section, as `config.model`, does not have.
+
+    value: what it was to be set to. rest: how the path went on after it, ".router.K", for instance.
+    """
+    if (new := RENAMED.get(f"{what}.{name}".removeprefix("config."))) is not None:
+        flag = typed(f"{what}.{new}{rest}".removeprefix("config."), value)
+        return ValueError(f"{what}.{name} is {what}.{new} since moe_jax 0.3; {flag}.")
+    return ValueError(f"{what} has no field {name!r}{advice(what, name, known, value, rest)}")
+
+
+def advice(what: str, name: str, known: Collection[str], value: str, rest: str) -> str:
+    """The end of a sentence about an unknown field: the one that its name means here, or in another section."""
+    if any(k.lower() == name.lower() for k in known):
+        return suggestion(name, known)
+    if (here := meant_field(name)) in known:
+        path = f"{what}.{here}{rest}".removeprefix("config.")
+        return f"; {typed(path, value)}." if what else f"; did you mean {here!r}?"
+    target = meant(name) or ELSEWHERE.get(name, "")
+    if not target or f"config.{target}" == f"{what}.{name}":
+        return suggestion(name, known)
+    return f"; {typed(target if '=' in target else target + rest, value)}."
+
+
+def typed(target: str, value: str) -> str:
+    """The flag to type for a path, or for path=text, where {} in the text stands for the value."""
+    path, _, form = target.partition("=")
+    text = (form or "{}").replace("{}", value)
+    return f'say --config.{path}="{text}"' if set(text) & set(" ()'") else f"say --config.{path}={text}"
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
@@ -384,14 +469,14 @@ def _check_positive(section: Any, path: str, zero_is_fine: tuple[str, ...] = ())
 
 
 def _check_seed(seed: Any) -> None:
-    if not _fits(seed, int) or not 0 <= seed < 2**32:
+    if not fits(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"config.seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
 
 
 def _check_mesh(mesh: Mapping[str, Any]) -> None:
     _check_names("config.mesh", mesh, AXES)
     for axis, n in mesh.items():
-        if not _fits(n, int) or (n < 1 and n != -1):
+        if not fits(n, int) or (n < 1 and n != -1):
             raise ValueError(f"config.mesh.{axis}={n!r} must be a number of devices, or -1 for the rest.")
     if list(mesh.values()).count(-1) > 1:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")

@@ -25,6 +25,9 @@ LayerState = dict[str, Array]  # state of a layer; stacked layers are a leading 
 class MoEConfig:
     """One MoE layer, as independent choices.
 
+    E: number of experts.
+    router: decides which experts a token goes to. experts: their computation.
+    dispatch: brings tokens to their experts and outputs back, and limits how many an expert takes.
     gating: transforms of the router's input, its logits, or the experts that may be chosen, in order.
     S: tokens per routing group, in which capacity is counted; None is one sequence. It does not
        depend on the shard, so that drops do not depend on the mesh.

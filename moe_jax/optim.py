@@ -16,8 +16,8 @@ from moe_jax.core import dims
 class Constant:
     """Linear warm-up over `warmup` steps to `peak`, then constant."""
 
-    peak: float
-    warmup: int = 0
+    peak: float  # largest learning rate
+    warmup: int = 0  # steps in which the rate rises to its peak
 
     def __call__(self, steps: int) -> optax.Schedule:
         return _warm(self, optax.constant_schedule(self.peak))
@@ -82,10 +82,10 @@ def _warm(schedule: Any, after: optax.Schedule) -> optax.Schedule:
 class AdamW:
     """arXiv:1711.05101."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of that mean
+    weight_decay: float = 0.1  # of matrices, in multiples of the learning rate
 
     def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
         return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed)
@@ -98,10 +98,10 @@ class Adafactor:
     Updates are scaled by their parameter's size where `relative`; decay is the exponent of 1 - t^-decay.
     """
 
-    decay: float = 0.8
-    momentum: float | None = None
-    relative: bool = True
-    weight_decay: float = 0.0
+    decay: float = 0.8  # exponent of the decay of second moments, 1 - t^-decay
+    momentum: float | None = None  # decay of the mean of updates; None keeps none
+    relative: bool = True  # whether updates are scaled by their parameter's size
+    weight_decay: float = 0.0  # of matrices, in each step
     smallest: int = 128  # matrices with a smaller side are not factored
 
     def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
@@ -122,8 +122,10 @@ OPTIMIZERS = (AdamW, Adafactor)
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """clip: largest norm of all gradients together, None for no limit.
+    """Updates of parameters: optimizer, learning rate, limits.
 
+    optimizer: computes updates from gradients. schedule: the learning rate, by step.
+    clip: largest norm of all gradients together, None for no limit.
     zero1: every shard of `data` and `expert` keeps state for its part and updates it (ZeRO stage 1, arXiv:1910.02054).
     no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions,
         sinks.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import costs
+from moe_jax import costs, transfer
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.core.stats import Stats
@@ -27,18 +27,23 @@ class TrainingDiverged(RuntimeError):
 
 
 def train(
-    exp: Experiment, workdir: pathlib.Path | None = None, data_dir: pathlib.Path | None = None
+    exp: Experiment,
+    workdir: pathlib.Path | None = None,
+    data_dir: pathlib.Path | None = None,
+    init_from: transfer.RunCheckpoint | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains, and yields a record when it starts, every `log_every` steps, at every evaluation, and at the end.
 
     With a workdir, checkpoints are kept there, and training goes on from the newest valid one.
+    init_from: a new run begins with those parameters of this checkpoint that fit, see `transfer.begin_from`. They are
+        saved as its step 0, so that a continuation does not need that checkpoint.
     TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient.
     """
     run, data = exp.run, exp.data
     windows, held_out = data.prepare(data_dir or default_directory())
     program = Program(exp, len(windows.domains))
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
-    state, seconds = restore(checkpoints, program)
+    state, seconds, origin = restore(checkpoints, program, init_from)
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
 
     def evaluation() -> dict[str, Any]:
@@ -55,10 +60,15 @@ def train(
 
     def save(loss: float | None = None) -> None:
         if checkpoints is not None and step not in checkpoints.steps():
-            checkpoints.save(step, state, {"seconds": tally.seconds(), "experiment": exp.to_json()}, loss)
+            meta = {"seconds": tally.seconds(), "experiment": exp.to_json()} | ({"origin": origin} if origin else {})
+            checkpoints.save(step, state, meta, loss)
 
     try:
-        yield {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
+        if origin and step == 0 and checkpoints is not None:
+            save()
+            checkpoints.wait()
+        start = {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
+        yield start | ({"origin": origin} if origin else {})
         pending: Metrics | None = None  # fetched while the next step runs
         for batch in batches(windows, data.B, exp.seed, step, **program.share):
             if step >= run.steps:
@@ -103,12 +113,22 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
     return dict(run_energy(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
 
-def restore(checkpoints: Checkpoints | None, program: Program) -> tuple[State, float]:
-    """The newest valid state and the seconds it took; the initial one where there is none."""
-    if checkpoints is None or checkpoints.empty():
-        return program.init(), 0.0
-    state, meta, _ = checkpoints.restore(program.abstract_state())
-    return state, meta["seconds"]
+def restore(
+    checkpoints: Checkpoints | None, program: Program, init_from: transfer.RunCheckpoint | None = None
+) -> tuple[State, float, dict[str, Any] | None]:
+    """The newest valid state, the seconds it took, and the record of `transfer.begin_from`, None without it.
+
+    Where there is no checkpoint, the initial state, with parameters of `init_from` if it is given.
+    """
+    if checkpoints is not None and not checkpoints.empty():
+        state, meta, _ = checkpoints.restore(program.abstract_state())
+        if init_from is not None:
+            transfer.check_origin(meta.get("origin"), init_from)
+        return state, meta["seconds"], meta.get("origin")
+    if init_from is None:
+        return program.init(), 0.0, None
+    state, origin = transfer.begin_from(program, init_from)
+    return state, 0.0, origin
 
 
 class Tally:

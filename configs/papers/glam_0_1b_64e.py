@@ -18,7 +18,7 @@ PUBLISHED = {
     "active": "145M",
     "source": "GLaM (arXiv:2112.06905), table 4",
     "differs": {
-        "active": "the shape gives 5% more with any vocabulary that makes the total right; unexplained",
+        "active": "the shape gives 5% more with any vocabulary that matches the total; unexplained",
     },
 }
 

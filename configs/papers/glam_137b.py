@@ -17,7 +17,7 @@ PUBLISHED = {
     "active": "137B",
     "source": "GLaM (arXiv:2112.06905), table 4",
     "differs": {
-        "total": "the shape gives 137.7B, lingvo's 137,702,416,384 to the unit; the paper cuts",
+        "total": "the shape gives 137.7B, lingvo's 137,702,416,384 to the unit; the paper truncates",
         "active": "as the total",
     },
 }

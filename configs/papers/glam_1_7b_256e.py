@@ -18,8 +18,8 @@ PUBLISHED = {
     "active": "1.886B",
     "source": "GLaM (arXiv:2112.06905), table 4",
     "differs": {
-        "total": "the shape gives 104.2B; the paper's row does not follow from its others",
-        "active": "the shape gives 1.884B; likewise",
+        "total": "the shape gives 104.2B; inconsistent with the other rows of the table",
+        "active": "the shape gives 1.884B; inconsistent as the total is",
     },
 }
 

@@ -18,7 +18,7 @@ PUBLISHED = {
     "active": "1.878B",
     "source": "GLaM (arXiv:2112.06905), table 4",
     "differs": {
-        "total": "the paper's error: 32 experts in 12 layers are 12.9B, 14.0B with the rest",
+        "total": "an error of the paper: 32 experts in 12 layers are 12.9B, 14.0B with the rest",
     },
 }
 

@@ -18,7 +18,7 @@ PUBLISHED = {
     "tokens": 1000000000000,
     "source": "GShard (arXiv:2006.16668), table 1",
     "differs": {
-        "total": "a nominal size, of a grid of such; the shape gives 619.4B, as in arXiv:2104.10350, table 4",
+        "total": "a nominal size from a grid of sizes; the shape gives 619.4B, as in arXiv:2104.10350, table 4",
     },
 }
 

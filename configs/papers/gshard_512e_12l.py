@@ -17,7 +17,7 @@ PUBLISHED = {
     "total": "50B",
     "source": "GShard (arXiv:2006.16668), table 1",
     "differs": {
-        "total": "a nominal size, of a grid of such; the shape gives 51.9B",
+        "total": "a nominal size from a grid of sizes; the shape gives 51.9B",
     },
 }
 

@@ -18,7 +18,7 @@ PUBLISHED = {
     "active": "3.3B",
     "source": "Qwen3 technical report (arXiv:2505.09388), table 2, and model card",
     "differs": {
-        "active": "the shape gives 3.35B with embedding and head, which the card cuts to 3.3",
+        "active": "the shape gives 3.35B with embedding and head, which the model card truncates to 3.3",
     },
 }
 

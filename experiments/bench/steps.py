@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import sys
 import tempfile
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from experiments.bench.timing import compiled, in_turn, quartiles
 from experiments.bench.watch import Outside, watched
 from experiments.routing_zoo.present import lines
 from moe_jax.config import Experiment, build
-from moe_jax.core.shard import make_mesh
+from moe_jax.core.shard import AXES, make_mesh
 from moe_jax.data import batches, default_directory
 from moe_jax.step import Program
 
@@ -73,11 +72,11 @@ def as_json(speeds: dict[str, "Speed"], found: dict[str, Outside]) -> dict[str, 
 
 def experiments() -> list[Experiment]:
     """The experiment of --config, with its overrides, and its dense baseline."""
-    given = flags.FLAGS["config"].value or CONFIG
-    values, overrides = cli.load(given), cli.split(sys.argv)[1]
-    exp = build(cli.overridden(values, overrides) if overrides else values)
+    sizes = sizes_of(MESH.value) if MESH.value else {}
+    overrides = [f"--config.mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES if sizes]
+    exp = cli.experiment(CONFIG, *overrides)
     if BASELINE.value:
-        return [exp, build(cli.load(BASELINE.value))]
+        return [exp, build(cli.overridden(cli.load(BASELINE.value), overrides))]
     return [exp, dataclasses.replace(exp, model=exp.model.dense_baseline())]
 
 

@@ -9,6 +9,7 @@ interrupted sweep; an unfinished run starts from its beginning.
 """
 
 import sys
+from functools import partial
 
 import rich.console
 from absl import flags
@@ -21,7 +22,7 @@ from moe_jax.files import write_file
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 STEPS = flags.DEFINE_integer("steps", zoo.STEPS, "Training steps of each run.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of every contestant.", lower_bound=1)
+SEEDS = cli.flag(partial(flags.DEFINE_integer, lower_bound=1), "seeds", 1, "How many seeds.")
 LEADERS = flags.DEFINE_integer("leaders", 4, "How many of the best are trained on more seeds.", lower_bound=0)
 LEADER_SEEDS = flags.DEFINE_integer("leader_seeds", 3, "Seeds of these, the first ones included.", lower_bound=1)
 ONLY = flags.DEFINE_list("only", None, "Names of contestants; by default all.")

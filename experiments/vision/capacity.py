@@ -29,7 +29,7 @@ DATA_DIR = cli.data_dir()
 JSON = cli.as_json()
 
 FACTORS = (2.0, 1.0, 0.5, 0.25)  # slots over choices, of all experts together
-PRIORITIES = {"probability": "surest first", "choice-major": "first choices first", "token-major": "in order"}
+PRIORITIES = {"probability": "largest gates first", "choice-major": "first choices first", "token-major": "in order"}
 
 
 class Seen(NamedTuple):

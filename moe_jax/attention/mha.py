@@ -20,7 +20,7 @@ GATES = ("none", "head", "element")
 class MHA:
     """Multi-head attention (arXiv:1706.03762), with grouped queries, windows, positions, norms, sinks and gates.
 
-    H, A: heads and their width. J: heads of keys and values, each for H / J heads of queries (GQA, arXiv:2305.13245);
+    H: heads. A: width of a head. J: heads of keys and values, each for H / J heads of queries (GQA, arXiv:2305.13245);
         None is one for each head.
     position: encoding of positions: Rotary(), Relative(), Sinusoidal() or NoPE().
     qk_norm: queries and keys divided by their root mean square by "head" (Qwen3), over "all" heads (OLMoE), or "none".

@@ -34,7 +34,7 @@ class Llama3:
         is `factor` times slower, one which turns more than `high` times is unchanged.
     """
 
-    factor: float
+    factor: float  # how many times longer contexts become
     low: float = 1.0
     high: float = 4.0
     original: int = 0
@@ -66,11 +66,11 @@ class YaRN:
         multiplied with m(mscale) / m(mscale_all_dim); with the latter, the scores of `MLA` with m(mscale_all_dim)^2.
     """
 
-    factor: float
+    factor: float  # how many times longer contexts become
     original: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    truncate: bool = True
+    truncate: bool = True  # whether slowing begins and ends at whole pairs
     attention: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None

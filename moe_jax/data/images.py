@@ -118,7 +118,7 @@ class TfdsImages:
     name: str
     V: int
     side: int = 224
-    channels: int = 3
+    channels: int = 3  # of an image
     held_out: str = "validation"  # where there is no such split, images of `train` are chosen by their number
     data_dir: str | None = None  # of TFDS; None is its own default
     largest: ClassVar[int] = 255

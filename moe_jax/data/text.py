@@ -25,7 +25,7 @@ LONGEST = 2**16  # characters of a document
 class Folder:
     """The UTF-8 text files below a folder; its subfolders are the domains, and it is one itself."""
 
-    path: str
+    path: str  # the folder
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ class Folder:
 class Tfds:
     """A data set of TensorFlow Datasets, by name: one domain, its feature `text`, its split `held_out`."""
 
-    name: str
+    name: str  # of the data set, as TensorFlow Datasets has it
     text: str = "text"
     held_out: str = "validation"  # where there is no such split, documents of `train` are chosen by digest
     data_dir: str | None = None  # of TFDS; None is its own default

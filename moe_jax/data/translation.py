@@ -115,9 +115,9 @@ class ToyTranslation:
     begin it with word 2, 3, ... and go round. No held-out sentence is trained on, in any language.
     """
 
-    languages: int = 4
+    languages: int = 4  # number of languages, each a domain
     words: int = 40
-    sentences: int = 20000
+    sentences: int = 20000  # number of pairs
     shortest: ClassVar = 3
     longest: ClassVar = 6
 

@@ -20,7 +20,7 @@ class Einsum:
     """
 
     capacity_factor: float | None = 1.25
-    priority: str = "token-major"
+    priority: str = "token-major"  # who gets a slot first where there are too few
     convention: str = "exact"
     layout: ClassVar = Padded
 

@@ -19,7 +19,7 @@ class AllToAll:
     """
 
     chunks: int = 1
-    over: tuple[str, ...] = ("expert",)
+    over: tuple[str, ...] = ("expert",)  # mesh axes that experts lie over
     layouts: ClassVar = (Padded,)
 
     def __post_init__(self):

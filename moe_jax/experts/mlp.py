@@ -11,9 +11,9 @@ from moe_jax.core.groups import Groups
 class MLP:
     """Two matrices with an activation between them, with or without biases."""
 
-    F: int
+    F: int  # hidden width
     activation: str = "gelu"
-    bias: bool = False
+    bias: bool = False  # whether both matrices have biases
 
     def __post_init__(self):
         activation(self.activation)

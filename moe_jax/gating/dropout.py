@@ -15,7 +15,7 @@ class ExpertDropout:
     One draw holds for all tokens on all devices, so that others learn to replace a popular expert.
     """
 
-    rate: float = 0.1
+    rate: float = 0.1  # probability that an expert is out of reach
     on: ClassVar[str] = "experts"
     random: ClassVar[bool] = True
 
@@ -37,8 +37,8 @@ class GatingDropout:
     paper, where an island is a device; here it is a number, so that a model does not depend on its mesh).
     """
 
-    rate: float = 0.2
-    islands: int = 0
+    rate: float = 0.2  # probability that tokens do not travel in a step
+    islands: int = 0  # equal islands of experts; 0 skips the experts
     on: ClassVar[str] = "experts"
     random: ClassVar[bool] = True
 

@@ -32,8 +32,8 @@ class Jitter:
 class Noise:
     """Adds Gaussian noise of this standard deviation to the router's "logits" or "input" while training."""
 
-    std: float = 0.1
-    on: str = "logits"
+    std: float = 0.1  # standard deviation
+    on: str = "logits"  # "logits", or the router\'s "input"
     random: ClassVar[bool] = True
 
     def __post_init__(self):

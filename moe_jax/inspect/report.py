@@ -1,6 +1,7 @@
 """Results of an inspection as one static HTML page."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,13 @@ def inspection_page(title: str, found: Mapping[str, Any], config: str, cards: Se
 
 
 def named_figures(found: Mapping[str, Any]) -> dict[str, Plot]:
-    """The figures alone, by names for files."""
-    drawn = [part for _, _, parts in sections(found) for part in parts if isinstance(part, Plot)]
-    return {"_".join("".join(c if c.isalnum() else " " for c in plot.title).lower().split()): plot for plot in drawn}
+    """The figures alone, by names for files; a title that comes again is numbered."""
+    drawn: dict[str, Plot] = {}
+    for plot in (part for _, _, parts in sections(found) for part in parts if isinstance(part, Plot)):
+        title = "_".join("".join(c if c.isalnum() else " " for c in plot.title).lower().split())
+        names = (f"{title}_{i}" if i > 1 else title for i in count(1))
+        drawn[next(name for name in names if name not in drawn)] = plot
+    return drawn
 
 
 def summary(found: Mapping[str, Any]) -> str:

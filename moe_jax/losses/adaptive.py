@@ -18,10 +18,10 @@ class Adaptive:
     """
 
     loss: Any
-    target: float = 0.01
-    capacity: float = 1.25
-    rate: float = 0.05
-    most: float = 100.0
+    target: float = 0.01  # fraction of choices over capacity that leaves the weight as it is
+    capacity: float = 1.25  # in multiples of the mean load
+    rate: float = 0.05  # of the weight, in each step
+    most: float = 100.0  # largest factor of the weight, up and down
     state: ClassVar = ("log_weight_",)
 
     def __post_init__(self):

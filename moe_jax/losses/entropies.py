@@ -64,7 +64,7 @@ class UniformKL:
     """
 
     weight: float = 0.01
-    direction: str = "reverse"
+    direction: str = "reverse"  # "forward" or "reverse"
 
     def __post_init__(self):
         check_weight(self)

@@ -40,7 +40,7 @@ class LoadBalance:
     A router's null experts, all alike, count with the mean of their loads (AdaMoE, arXiv:2406.13233, sec. 3.3).
     """
 
-    weight: float = 0.01
+    weight: float = 0.01  # coefficient in the total loss
     convention: str = "switch"
     scope: str = "batch"
 

@@ -56,12 +56,17 @@ class Call(NamedTuple):
 class TransformerConfig:
     """The fields that all models have.
 
-    V, D, N: vocabulary or classes, width, layers (of each stack).
+    V: vocabulary or classes, as the data says. D: width. N: layers, of each stack.
     attention: an attention, or several that layers take in turn (a window in every second layer, ...).
     ffn: the feed-forward part of dense layers.
     moe: feed-forward part of the layers chosen by `moe_layers`: a MoEConfig, or one expert in a dense baseline.
+    moe_layers: which layers are MoE layers: "every 2" (the last of each two, GLaM's), "all", "none", "first 3",
+        "last 3", or indices "0,4,5".
     dense_after_moe: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE,
         arXiv:2202.08906, appendix C).
+    tied: logits by the embedding; with False by a matrix of their own.
+    dtype: "float32" or "bfloat16", of activations and matrix multiplications; parameters are float32.
+    init_scale: attentions and dense parts start with std sqrt(init_scale / fan_in).
     causal: with False, routing that depends on later tokens is allowed (attention stays as it is).
     remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers except results of
         collectives ("save_collectives": 4 instead of 6 all-to-alls per MoE layer).

@@ -170,11 +170,21 @@ def last(records: list[dict], kind: str) -> dict:
     return next((record for record in reversed(records) if record["kind"] == kind), {})
 
 
+def median_speed(records: list[dict]) -> float | None:
+    """Median of the tokens per second in training; None without one."""
+    speeds = curve(records, "tokens_per_second")[1]
+    return float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
+
+
+def wall_time(records: list[dict]) -> float | None:
+    """Seconds of a run until its last record, without its interruptions; None where none are recorded."""
+    return max((r["seconds"] for r in records if r.get("seconds") is not None), default=None)
+
+
 def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
     """Results of a run as rows (words, value), without rows that do not apply."""
     train, held_out = last(records, "train"), last(records, "eval")
     moe, energy = held_out.get("moe") or train.get("moe") or {}, last(records, "end").get("energy") or {}
-    speeds = curve(records, "tokens_per_second")[1]
     values = [
         ("steps", "{:,}", max((r["step"] for r in records), default=None)),
         ("train loss, nats per token", "{:.4f}", train.get("loss")),
@@ -192,11 +202,11 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
             np.sum(moe["dead_experts"]) if "dead_experts" in moe else None,
         ),
         ("updates skipped", "{:.0f}", train.get("skipped") or None),
-        ("tokens per second, median", "{:,.0f}", np.nanmedian(speeds) if np.isfinite(speeds).any() else None),
+        ("tokens per second, median", "{:,.0f}", median_speed(records)),
         ("model FLOPs utilisation", "{:.1%}", train.get("mfu")),
     ]
     rows = [(words, form.format(value)) for words, form, value in values if value is not None]
-    wall = max((r["seconds"] for r in records if r.get("seconds") is not None), default=None)
+    wall = wall_time(records)
     rows += [] if wall is None else [("wall time", duration(wall))]
     if energy.get("kwh") is not None:
         rows.append(("energy", f"{energy['kwh']:.3g} kWh, {energy['kg_co2e']:.3g} kg CO2e"))

@@ -1,11 +1,12 @@
 """The report of a run: one static HTML page, everything inside it, written from `metrics.jsonl` alone."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_jax.files import write_file
 from moe_jax.reporting import page, plots
 from moe_jax.reporting.metrics import curve, last, read, summary_rows
+from moe_jax.reporting.names import run_names
 
 FILE = "report.html"
 # What is drawn of MoE layers, a line for each: key, title, what it is, unit.
@@ -20,19 +21,17 @@ PANELS = (
 def write_report(
     workdir: str | Path,
     config_text: str,
-    others: Mapping[str, str | Path] | None = None,
+    others: Sequence[str | Path] = (),
     file: str = FILE,
     reload: int | None = None,
 ) -> Path:
-    """Writes and returns `workdir`/report.html; `others` (name -> workdir) are laid over the loss curves.
+    """Writes and returns `workdir`/report.html; `others` are workdirs whose losses are shown beside its own.
 
     reload: seconds after which a browser reads it again, for a run in progress. ValueError where a run has no log.
     """
     workdir = Path(workdir)
-    name = workdir.resolve().name
-    runs: dict[str, list[dict]] = {name: read(workdir)}
-    for other, directory in (others or {}).items():
-        runs[other if other != name else f"{other} (other)"] = read(directory)
+    runs = {name: read(path) for name, path in run_names([workdir, *others]).items()}
+    name = next(iter(runs))
     parts = [summary(runs), *figures(runs), page.folded("Resolved config", config_text)]
     return write_file(workdir / file, page.page(name, parts if runs[name] else [page.text("no records yet")], reload))
 

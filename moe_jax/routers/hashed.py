@@ -18,7 +18,7 @@ class Hash:
     """
 
     K: int = 1
-    seed: int = 0
+    seed: int = 0  # of the hash
     params: ClassVar = ()
     needs: ClassVar = ("token",)
     random: ClassVar[bool] = False

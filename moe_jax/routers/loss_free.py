@@ -29,7 +29,7 @@ class LossFree:
     score: str = "sigmoid"
     normalize: bool = True
     scale: float = 1.0
-    rate: float = 0.001
+    rate: float = 0.001  # of the bias, in each step
     groups: int = 1
     limit: int = 1
     best: int = 2

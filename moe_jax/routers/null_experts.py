@@ -23,7 +23,7 @@ class NullExperts:
 
     K: int = 4
     M: int = 8
-    normalize: bool = False
+    normalize: bool = False  # weights are shares of the true experts alone
     params: ClassVar = ("gate_DE", "null_DM")
     random: ClassVar[bool] = False
 

@@ -25,7 +25,7 @@ class Sinkhorn:
     """
 
     K: int = 1
-    iterations: int = 8
+    iterations: int = 8  # of Sinkhorn's algorithm
     params: ClassVar = ("gate_DE",)
     state: ClassVar = ("potential_E",)
     random: ClassVar[bool] = True

@@ -21,7 +21,7 @@ class TaskTopK:
 
     K: int = 2
     M: int = 8
-    token: bool = True
+    token: bool = True  # whether the token is seen besides its task
     normalize: bool = True
     needs: ClassVar = ("task",)
     random: ClassVar[bool] = False

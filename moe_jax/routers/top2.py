@@ -21,7 +21,7 @@ class Top2:
     threshold: 0.5 is GShard's; Mesh TensorFlow's and ST-MoE's is 0.2 (arXiv:2202.08906, appendix C).
     """
 
-    second: str = "random"
+    second: str = "random"  # "random" or "always"
     threshold: float = 0.5
     K: ClassVar[int] = 2
     params: ClassVar = ("gate_DE",)

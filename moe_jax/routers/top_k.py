@@ -21,7 +21,7 @@ class TopK:
     sec. 2.1: a softmax over the K selected logits is the same). Without, they sum to less (V-MoE, OLMoE).
     """
 
-    K: int = 2
+    K: int = 2  # experts per token, at most
     score: str = "softmax"
     normalize: bool = True
     params: ClassVar = ("gate_DE",)

@@ -11,16 +11,18 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("core", "files"),
+    ("core", "files", "words"),
     ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges"),
     ("moe_config",),
     ("moe",),
     ("models", "nnx"),
     ("data", "optim", "reporting", "checkpoint"),
     ("config",),
+    ("overrides",),
     ("costs",),
     ("evaluate",),
     ("step",),
+    ("transfer",),
     ("train",),
     ("audit",),
     ("plan", "inspect"),

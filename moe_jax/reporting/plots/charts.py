@@ -30,6 +30,7 @@ class Curve:
     colour: int | str = 0  # a number of COLOURS, or any colour of matplotlib
     band: Any = None
     width: Number = 1.4
+    mark: int | None = None  # a number of MARKS; by default that of the curve's place
 
 
 def lines(
@@ -40,6 +41,7 @@ def lines(
     note: str = "",
     size: Size = NARROW,
     level: Number | None = None,  # a dashed line across, at this height
+    outside: bool = False,  # the legend beside the axes
     **axes_settings: Any,  # xscale="log", ylim=(0, 1), ...
 ) -> Plot:
     """Curves over one another."""
@@ -48,7 +50,7 @@ def lines(
         axes = figure.subplots()
         for number, curve in enumerate(curves):
             ink = curve.colour if isinstance(curve.colour, str) else colour(curve.colour)
-            mark = MARKS[number % len(MARKS)]
+            mark = MARKS[(number if curve.mark is None else curve.mark) % len(MARKS)]
             looks: dict[str, dict[str, Any]] = {
                 "line": {},
                 "points": {"ls": "", "marker": mark, "ms": 3.5},
@@ -61,7 +63,9 @@ def lines(
         if level is not None:
             axes.axhline(level, color=axes.xaxis.label.get_color(), lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel=x, ylabel=y, **axes_settings)
-        if any(curve.label for curve in curves):
+        if any(curve.label for curve in curves) and outside:
+            figure.legend(loc="outside right upper")
+        elif any(curve.label for curve in curves):
             axes.legend()
 
     return Plot(draw, title, note, size)

@@ -1,42 +1,75 @@
 """Figures of a run, from the records of its `metrics.jsonl`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_jax.reporting.metrics import curve, last
 from moe_jax.reporting.plots.charts import Curve, bars, lines, matrices
-from moe_jax.reporting.plots.style import WIDE, Plot
+from moe_jax.reporting.plots.style import COLOURS, WIDE, Plot
 
 Runs = Mapping[str, list[dict]]  # records by name of the run, the reported one first
 
 
 def losses(runs: Runs, over: str = "step") -> Plot:
     """Train, held-out and capacity-limited loss of every run; `over` is "step" or "seconds"."""
-    longest = max((r.get("seconds") or 0.0 for records in runs.values() for r in records), default=0.0)
-    scale, unit = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
-    drawn = []
+    unit, drawn = _Time(runs.values()), list[Curve]()
     for number, (name, records) in enumerate(runs.items()):
         for kind, key, look in (
             ("train", "loss", {"width": 0.8}),
             ("eval", "loss", {"width": 1.6, "look": "both", "label": name if len(runs) > 1 else None}),
             ("eval", "loss_capacity", {"width": 1.2, "look": "dashed"}),
         ):
-            x, y = _line(records, key, kind, over)
-            x = x / scale if over == "seconds" else x
-            drawn.append(Curve(x, smooth(y) if kind == "train" else y, colour=number, **look))
-    values = np.concatenate([curve.y for curve in drawn])
-    values, limits = values[np.isfinite(values)], dict[str, Any]()
-    if values.size > 50:  # the first steps would flatten the rest
-        limits = {"ylim": (values.min() - 0.03 * np.ptp(values), np.percentile(values, 97) * 1.02)}
-    if over == "seconds":
-        words = f"wall time, {unit}", "loss, nats per token", "Loss by wall time", "the same, by what they cost"
-        return lines(drawn, *words, **limits)
+            drawn.append(Curve(*_loss(records, key, kind, over, unit), colour=number, **look))
     note = "thin: train, marks: held-out"
     if any("loss_capacity" in last(records, "eval") for records in runs.values()):
         note += ", dashed: held-out with capacity"
-    return lines(drawn, "step", "loss, nats per token", "Loss", note, **limits)
+    return _losses(drawn, over, unit, note)
+
+
+def compared_losses(groups: Mapping[str, Sequence[list[dict]]], over: str = "step") -> Plot:
+    """Train and held-out loss of groups of runs, a colour for each group; `over` is "step" or "seconds"."""
+    import matplotlib
+
+    unit, drawn = _Time(records for group in groups.values() for records in group), list[Curve]()
+    shades = matplotlib.colormaps["plasma"](np.linspace(0.25, 0.85, len(groups)))
+    for number, (name, group) in enumerate(groups.items()):
+        colour = number if len(groups) <= len(COLOURS) else matplotlib.colors.to_hex(shades[number])
+        for i, records in enumerate(group):
+            label = name if i == 0 else None
+            drawn.append(Curve(*_loss(records, "loss", "train", over, unit), width=0.7, colour=colour))
+            held_out = _loss(records, "loss", "eval", over, unit)
+            drawn.append(Curve(*held_out, label, "both", colour, width=1.6, mark=number))
+    size = (WIDE[0], max(4.2, 0.6 + 0.2 * len(groups)))  # room for the legend
+    return _losses(drawn, over, unit, "thin: train, marks: held-out", size=size, outside=True)
+
+
+class _Time:
+    """The unit in which the longest of some runs is read best."""
+
+    def __init__(self, runs: Iterable[list[dict]]):
+        longest = max((r.get("seconds") or 0.0 for records in runs for r in records), default=0.0)
+        self.seconds, self.name = (
+            (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
+        )
+
+
+def _loss(records: list[dict], key: str, kind: str, over: str, unit: _Time) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of a loss, that of training smoothed."""
+    x, y = _line(records, key, kind, over)
+    return x / unit.seconds if over == "seconds" else x, smooth(y) if kind == "train" else y
+
+
+def _losses(drawn: Sequence[Curve], over: str, unit: _Time, note: str, **look: Any) -> Plot:
+    values = np.concatenate([curve.y for curve in drawn])
+    values = values[np.isfinite(values)]
+    if values.size > 50:  # the first steps would flatten the rest
+        look |= {"ylim": (values.min() - 0.03 * np.ptp(values), np.percentile(values, 97) * 1.02)}
+    if over == "seconds":
+        words = f"wall time, {unit.name}", "loss, nats per token", "Loss by wall time", "the same, by what they cost"
+        return lines(drawn, *words, **look)
+    return lines(drawn, "step", "loss, nats per token", "Loss", note, **look)
 
 
 def loads(records: list[dict]) -> Plot:
