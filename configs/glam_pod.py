@@ -1,13 +1,16 @@
 """GLaM 0.1B/64E (arXiv:2112.06905, table 4) on a Cloud TPU slice.
 
-    python -m experiments.train --config=configs/glam_pod.py --workdir=/mnt/bucket/glam_pod \\
-        --config.data.source="Tfds(name='c4')"
+    python -m experiments.plan --config=configs/glam_pod.py --topology=v5e:4x4
+    python -m experiments.prepare --config=configs/glam_pod.py --data_dir=/mnt/data
+    python -m experiments.train --config=configs/glam_pod.py --data_dir=/mnt/data --workdir=/mnt/bucket/glam_pod
 
-1.9B parameters, 145M of them active: 12 layers, every second one with 64 experts of the dense layer's width.
-Experts are spread over the expert axis, the batch over both; -1 takes what devices there are.
-Hardware: a slice of at least 16 TPU devices (v4-32, v5e-16), bfloat16. 100,000 steps of 256 windows of 1,024 tokens,
-their time not measured.
+1,907,612,928 parameters, 152,296,704 of them active, embeddings included (the paper: 1.9B and 145M). 12 layers, every
+second one with 64 experts of the dense layer's width. Experts are sharded over the expert axis, the batch over both
+axes; -1 takes the rest of the devices.
+Hardware: a slice of at least 16 TPU devices (v5e-16, v4-32), bfloat16. 100,000 steps of 256 sequences of 1,024 tokens,
+26.2B tokens. By the plan, 9.0 of 15.8 GiB on a device of v5e:4x4, and at least 0.21 s a step: 92 chip-hours or more.
 Expect nothing of the loss from here: this config has not been run on a TPU by its authors.
+C4 takes a cluster to make: experiments/launch/README.md has data that one machine can prepare.
 """
 
 from ml_collections import ConfigDict

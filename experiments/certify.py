@@ -91,7 +91,7 @@ def certified(
         words = f"{check.name:<20} {check.value:>10.4f}  at most {check.limit:<8g}"
         print(f"{words} {'yes' if check.passes else 'NO'}")
     if missing := about["not measured"]:
-        print(f"not measured: {', '.join(missing)} (fewer than two domains of {LEAST} windows)")
+        print(f"not measured: {', '.join(missing)} (fewer than two domains of {LEAST} windows, or no assignment)")
     print(f"{len(written['weights'])} weights of step {run.step}; {written[certificate.SEAL]['algorithm']}: {out}")
     cli.write_json(table, {name: written[name] for name in ("passes", "checks", "about")})
     return int(not written["passes"])
@@ -105,9 +105,10 @@ def statistics(seen: LayerTrace, effects: Effects, differences: Fairness | None)
     found = {
         "load_max_over_mean": float((choices_NE.max(1) / np.maximum(choices_NE.mean(1), 1e-9)).max()),
         "dead_experts": float((choices_NE == 0).sum()),
-        "drop_rate": float(1 - (taken & seen.kept_NTK).sum() / max(taken.sum(), 1)),
         "worst_knock_out": effects.worst[1],
     }
+    if taken.any():
+        found["drop_rate"] = float(1 - (taken & seen.kept_NTK).sum() / taken.sum())
     if differences is not None:
         found |= {f"{name}_gap": abs(differences.largest(name).difference) for name in differences.value}
     return found

@@ -1,5 +1,6 @@
 """Command line of all programs: flags, the experiment they mean, and one line for a user's mistake."""
 
+import ast
 import contextlib
 import contextvars
 import difflib
@@ -8,6 +9,7 @@ import json
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 import textwrap
 import traceback
@@ -374,6 +376,25 @@ def load(file: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise ValueError(f"{name} is not a config file: get_config() gave {config!r}, not a ConfigDict.")
     return dict(config)
+
+
+def told() -> dict[str, str]:
+    """The question of the config file and the command that runs, for the log; without what is not known."""
+    file = FLAGS["config"].value if "config" in FLAGS else None
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    known = {
+        "question": question(config_file(file.partition(":")[0])) if file else "",
+        "command": shlex.join(["python", "-m", name, *sys.argv[1:]]) if name.startswith("experiments.") else "",
+    }
+    return {key: words for key, words in known.items() if words}
+
+
+def question(file: pathlib.Path) -> str:
+    """The first line of a config file's docstring; "" where it has none, or cannot be read."""
+    try:
+        return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0].strip()
+    except (OSError, SyntaxError, ValueError):
+        return ""
 
 
 # ---------------------------------------------------------------- what is said

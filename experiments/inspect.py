@@ -22,6 +22,7 @@ from rich.live import Live
 
 from experiments import cli
 from moe_jax.config import Experiment
+from moe_jax.costs.headline import headline
 from moe_jax.files import write_file
 from moe_jax.inspect import live, report
 from moe_jax.inspect.analysis import analyse, compare_recordings, effects_of, layer_names, weights_of
@@ -176,10 +177,11 @@ def watch(workdir: pathlib.Path) -> None:
     saved = workdir / "config.json"
     exp = Experiment.from_json(saved.read_text()) if saved.is_file() else None
     config, total = (exp.to_json(), exp.run.steps) if exp else ("", None)
+    about = headline(exp) if exp else {}
     say(f"also as a page: {workdir / 'live.html'}")
     with Live(console=Console(stderr=True), auto_refresh=False) as shown, suppress(KeyboardInterrupt):
         for now in live.follow(workdir, SECONDS):
-            write_report(workdir, config, file="live.html", reload=5)
+            write_report(workdir, config, file="live.html", reload=5, about=about, steps=total)
             shown.update(live.view(now, total), refresh=True)
 
 

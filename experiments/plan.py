@@ -25,7 +25,8 @@ from moe_jax.plan import compile as compiler
 from moe_jax.plan import sections
 from moe_jax.plan.page import found_page, plan_page
 from moe_jax.plan.plan import Site, plan, plan_to_dict
-from moe_jax.plan.search import search
+from moe_jax.plan.search import Option, option, search
+from moe_jax.plan.sections import Search
 from moe_jax.plan.topology import Topology, side_lengths, topology
 
 cli.define_config()
@@ -51,7 +52,7 @@ def main() -> None:
     check_numbers()
     site = Site.of(on.chip, POWER.value, PUE.value, CARBON.value, PRICE.value)
     if SEARCH.value:
-        searched(exp, on, *files)
+        searched(exp, on, site, *files)
     else:
         planned(on_mesh(exp, on), on, site, *files)
 
@@ -81,14 +82,15 @@ def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | Non
     if not ANALYTIC.value and compiler.available() is None:
         say(f"compiling the train step for {on.name}: seconds to minutes")
     said = published()
-    tokens = TOKENS.value or (float(said["tokens"]) if said.get("tokens") else None)
-    found = plan(exp, on, site, tokens, said, ANALYTIC.value)
+    found = plan(exp, on, site, tokens_of(said), said, ANALYTIC.value)
     print(sections.text(sections.sections(found)), sections.verdict(found), sep="\n\n")
     cli.write_json(table, plan_to_dict(found))
     write(report, lambda: plan_page(found))
 
 
-def searched(exp: Experiment, on: Topology, table: pathlib.Path | None, report: pathlib.Path | None) -> None:
+def searched(
+    exp: Experiment, on: Topology, site: Site, table: pathlib.Path | None, report: pathlib.Path | None
+) -> None:
     """The options that fit, the first of them compiled."""
     found, missing = search(exp, on, max(10, BEST.value), say), compiler.available()
     compiled: dict[int, str] = {}
@@ -98,13 +100,26 @@ def searched(exp: Experiment, on: Topology, table: pathlib.Path | None, report: 
         for i, option in enumerate(found.options[: BEST.value]):
             say(f"compiling option {i + 1} of {min(BEST.value, len(found.options))}")
             compiled[i] = outcome(option.exp, on)
-    shown = sections.found_sections(found, compiled)
-    print(sections.text(shown), sections.found_verdict(found, on.name), sep="\n\n")
+    done = Search(found, on, site, tokens_of(published()), own(exp, on), compiled)
+    print(sections.text(sections.found_sections(done)), sections.found_verdict(found, on.name), sep="\n\n")
     if found.options:
         fitting = [i for i in range(len(found.options)) if not compiled.get(i, "").startswith("no")]
         print(f"The first{' that compiles' if compiled else ''}: {found.options[fitting[0]].flags}" if fitting else "")
     cli.write_json(table, {"topology": on.name, **plan_to_dict(found), "compiled": plan_to_dict(compiled)})
-    write(report, lambda: found_page(found, on.name, shown))
+    write(report, lambda: found_page(done))
+
+
+def tokens_of(said: Mapping[str, Any]) -> float | None:
+    """Tokens of the whole run, as given or as its authors say; None where nobody does."""
+    return TOKENS.value or (float(said["tokens"]) if said.get("tokens") else None)
+
+
+def own(exp: Experiment, on: Topology) -> Option | None:
+    """The config as it is, on its own mesh; None where that does not fill the topology."""
+    try:
+        return option(on_mesh(exp, on), on)
+    except ValueError:
+        return None
 
 
 def outcome(exp: Experiment, on: Topology) -> str:

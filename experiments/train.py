@@ -31,11 +31,12 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment, check_version
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
+from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data import default_directory
 from moe_jax.files import write_file
 from moe_jax.reporting.metrics import FILE, Logger, read, summary
 from moe_jax.reporting.report import write_report
-from moe_jax.train import train
+from moe_jax.train import TrainingDiverged, train
 
 cli.define_config()
 cli.define_processes()
@@ -84,7 +85,10 @@ def run(
     overwrite: bool = False,
     init_from: transfer.RunCheckpoint | None = None,
 ) -> None:
-    """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there."""
+    """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there.
+
+    TrainingDiverged of `train`, after the report.
+    """
     if init_from is not None:
         check_source(exp, workdir, overwrite, init_from)
     join.agree("config", exp.to_json())
@@ -100,13 +104,20 @@ def run(
     if first["step"] == 0 and "origin" in first:
         say(transfer.describe_origin(first["origin"]))
     say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
+    diverged: TrainingDiverged | None = None
     with Logger(workdir, exp.run.steps, first["step"] or None) as log:
-        log.write(first)
-        for record in records:
-            log.write(record)
+        log.write(first | cli.told())
+        try:
+            for record in records:
+                log.write(record)
+        except TrainingDiverged as error:
+            diverged = error
     if jax.process_index() == 0:
         rich.console.Console(stderr=True).print(summary(read(workdir)))
-        say(f"report: {write_report(workdir, exp.to_json(), others)}")
+        path = write_report(workdir, exp.to_json(), others, about=headline(exp), steps=exp.run.steps)
+        say(f"report: {path}")
+    if diverged is not None:
+        raise diverged
 
 
 def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_from: transfer.RunCheckpoint) -> None:
@@ -186,11 +197,10 @@ def compared(workdirs: list[str]) -> list[str]:
 def describe(exp: Experiment) -> str:
     """Describes the experiment in a line."""
     count, cost = parameters(exp.model), flops(exp.model, exp.data.shapes(1))
-    mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one shard"
     flop = f"{cost.training / cost.tokens / 1e6:.2f} MFLOP per trained token"
     return (
         f"{count.total:,} parameters, {count.active:,} active, {flop}"
-        f"; {mesh} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"; {mesh_words(exp.mesh)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
 
 

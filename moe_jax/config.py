@@ -18,7 +18,17 @@ import ml_collections
 
 from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
 from moe_jax.core.shard import AXES, RULES, TOKEN_AXES
-from moe_jax.data import OBJECTIVES, SOURCES, TOKENIZERS, Bytes, Corpus, NextToken
+from moe_jax.data import (
+    OBJECTIVES,
+    SERIAL,
+    SOURCES,
+    TOKENIZERS,
+    Bytes,
+    Corpus,
+    Limited,
+    NextToken,
+    Preparation,
+)
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES, AllToAll
 from moe_jax.experts import EXPERTS
@@ -68,6 +78,7 @@ class DataConfig:
     B: sequences per step, of all devices together.
     microbatches: a step goes through its batch in this many microbatches, one after another.
     objective: what is to be predicted, which says what a sequence is where it is not text.
+    documents: at most so many training documents (or pairs) of the source, and a twentieth of it held out; None: all.
     """
 
     source: Any = Corpus()
@@ -76,6 +87,11 @@ class DataConfig:
     B: int = 32
     microbatches: int = 1
     objective: Any = NextToken()
+    documents: int | None = None
+
+    def __post_init__(self):
+        if self.documents is not None and not {"documents", "pairs"} & set(dir(type(self.source))):
+            raise ValueError(f"documents={self.documents} limits text, and {self.source} has none; set it to None.")
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -86,9 +102,10 @@ class DataConfig:
         """Shapes of a batch of B rows, as arrays without values."""
         return self.objective.shapes(self.source, self.B if B is None else B, self.L)
 
-    def prepare(self, directory: pathlib.Path) -> tuple[Any, Any]:
+    def prepare(self, directory: pathlib.Path, how: Preparation = SERIAL) -> tuple[Any, Any]:
         """The training and the held-out examples, made once and kept under `directory`."""
-        return self.objective.prepare(self.source, self.tokenizer, self.L, directory)
+        source = self.source if self.documents is None else Limited(self.source, self.documents)
+        return self.objective.prepare(source, self.tokenizer, self.L, directory, how)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Evaluation on the held-out split: dropless, with the capacity-limited loss for comparison."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,13 +67,20 @@ def evaluate(
         name: float(nats / n) for name, nats, n in zip(domains, total.nats_Z, total.targets_Z, strict=True) if n
     }
     if total.stats is not None:
-        record["moe"] = jax.tree.map(lambda a: np.asarray(a).tolist(), describe(total.stats))
+        record["moe"] = per_layer(describe(total.stats))
     return record
 
 
+def per_layer(metrics: Mapping[str, Any]) -> dict[str, list]:
+    """Metrics as lists over MoE layers, without those that no layer has measured."""
+    arrays = {name: np.asarray(value) for name, value in metrics.items()}
+    return {name: a.tolist() for name, a in arrays.items() if not np.isnan(a).all()}
+
+
 def drop_rate(stats: Stats) -> float:
-    """Dropped choices as a fraction of all, over all layers."""
-    return float(1 - np.sum(stats.kept) / max(np.sum(stats.choices_E), 1))
+    """Dropped assignments as a fraction of all, over all layers; NaN where there are none."""
+    assignments = float(np.sum(stats.choices_E))
+    return 1 - float(np.sum(stats.kept)) / assignments if assignments else math.nan
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -17,7 +17,7 @@ from moe_jax.core.stats import Stats
 from moe_jax.costs import chips
 from moe_jax.costs.energy import run_energy
 from moe_jax.data import batches, default_directory, evaluation_batches
-from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate
+from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, per_layer
 from moe_jax.moe import Aux
 from moe_jax.step import Metrics, Program, State
 
@@ -37,7 +37,8 @@ def train(
     With a workdir, checkpoints are kept there, and training goes on from the newest valid one.
     init_from: a new run begins with those parameters of this checkpoint that fit, see `transfer.begin_from`. They are
         saved as its step 0, so that a continuation does not need that checkpoint.
-    TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient.
+    TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient; the last record says
+    so too, with `diverged`.
     """
     run, data = exp.run, exp.data
     windows, held_out = data.prepare(data_dir or default_directory())
@@ -91,6 +92,7 @@ def train(
             if tally.skipped_in_a_row >= run.max_bad_steps:
                 state = state._replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))
                 save()
+                yield {"kind": "end", "step": step, "seconds": tally.seconds(), "diverged": True}
                 raise TrainingDiverged(
                     f"{tally.skipped_in_a_row} steps in a row had no finite loss or gradient; stopped at step {step}, "
                     f"its parameters are the last good ones{f' and saved in {workdir}' if workdir else ''}: go on "
@@ -142,6 +144,7 @@ class Tally:
         self.start = time.monotonic() - seconds
         self.skipped_in_a_row = 0
         self.layers = list(exp.model.routed_layers)
+        self.auxiliary = exp.model.routed is not None and bool(exp.model.routed.losses)
         self.clear()
 
     def clear(self) -> None:
@@ -179,13 +182,14 @@ class Tally:
             "step": step,
             "seconds": self.seconds(),
             "loss": loss,
-            "aux_loss": float(self.last.aux_loss),
             "grad_norm": float(self.last.grad_norm),
             "learning_rate": float(self.last.learning_rate),
             "tokens_per_second": self.targets / elapsed,
             "flops_per_second": rate,
             "skipped": int(self.last.skipped),
         }
+        if self.auxiliary:
+            record["aux_loss"] = float(self.last.aux_loss)
         if self.others:
             record["terms"] = {name: total / self.targets for name, total in self.others.items()}
         if self.bytes_per_token:
@@ -193,7 +197,7 @@ class Tally:
         if self.peak:
             record["mfu"] = rate / self.peak
         if self.stats is not None:
-            moe = jax.tree.map(lambda a: np.asarray(a).tolist(), Aux(self.last.aux_loss, self.stats).metrics)
+            moe = per_layer(Aux(self.last.aux_loss, self.stats).metrics)
             record |= {
                 "drop_rate": drop_rate(self.stats),
                 "load_max_over_mean": float(np.mean(moe["load_max_over_mean"])),

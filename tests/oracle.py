@@ -218,7 +218,7 @@ def count(choice, mask, taken, B=1, task=None, tasks=1):
         "tokens_M": np.array([(task == m).sum() for m in range(tasks)]),
         "probs_ME": np.stack([probs[task == m].sum(0) for m in range(tasks)]),
         "entropy_M": np.array([entropies[task == m].sum() for m in range(tasks)]),
-        "agreed": 0.0,
+        "agreed": np.nan,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from experiments.bench.record import PASSES, Row
 from experiments.bench.stages import STAGES
 from experiments.routing_zoo.present import lines
-from moe_jax.reporting.plots.style import BLACK, HATCHES, Plot, colour
+from moe_jax.reporting.plots.style import BLACK, HATCHES, Legend, Plot, colour
 
 MiB = 2**20
 HEADS = (
@@ -72,7 +72,8 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
                 bars(panels[i, j], [row for row in rows if row["routing"] == routing], what, shapes)
                 panels[i, j].set_title(f"{routing}, {words}", loc="left")
             panels[i, 0].set_ylabel("time / dense baseline's")
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+        artists, labels = panels[0, 0].get_legend_handles_labels()
+        Legend(labels, size[0]).draw(figure, artists)
 
     size = max(7.5, 2 + 1.1 * len(shapes) * len(PASSES)), 1 + 2.3 * len(routings)
     Plot(draw, size=size).save(path)

@@ -9,7 +9,7 @@ import rich.table
 
 from experiments.routing_zoo.sweep import ranked, summaries
 from experiments.routing_zoo.zoo import DENSE
-from moe_jax.reporting.plots.style import BLACK, COLOURS, Plot
+from moe_jax.reporting.plots.style import BLACK, COLOURS, Legend, Plot
 
 # A colour and a marker for each, so that colour is not the only distinction.
 LOOKS = {
@@ -86,8 +86,10 @@ def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1), sharex=True)
         draw_losses(left, names, results)
         draw_times(right, names, results)
+        artists, labels = left.get_legend_handles_labels()
+        Legend(labels, 11).draw(figure, artists)
 
-    Plot(draw, size=(11, 1.6 + 0.21 * len(names))).save(path)
+    Plot(draw, size=(11, 1.8 + 0.21 * len(names))).save(path)
 
 
 def draw_losses(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
@@ -108,7 +110,6 @@ def draw_losses(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set(xlabel="held-out loss, nats per byte, nothing dropped")
     axes.set_title("by router: points are seeds, strokes their means", loc="left")
-    axes.legend(loc="lower left" if len(names) < 4 else "upper right")
 
 
 def draw_times(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any]]) -> None:

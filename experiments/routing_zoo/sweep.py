@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,9 @@ class Sweep:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_file(run.folder / "config.json", run.exp.to_json())
         with Logger(run.folder, run.exp.run.steps, quiet=True) as log:
-            record: dict[str, Any] = {"step": 0, "seconds": 0.0}
-            try:
+            with suppress(TrainingDiverged):  # its last record says so
                 for record in train(run.exp, data_dir=self.data_dir):
                     log.write(record if record["kind"] != "end" else {**record, "wall": time.monotonic() - began})
-            except TrainingDiverged:
-                log.write({**record, "kind": "end", "diverged": True, "wall": time.monotonic() - began})
         jax.clear_caches()  # programs of other contestants are not reused
         return time.monotonic() - began
 

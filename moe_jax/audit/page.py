@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.experiment import Finding
 from moe_jax.audit.placement import ParamPlacement
+from moe_jax.audit.sentences import COMMUNICATION, broken, by_law, sentence
 from moe_jax.config import Experiment
+from moe_jax.costs.headline import headline
 from moe_jax.reporting import page, plots
 
 
@@ -16,31 +18,41 @@ def findings_page(
     rows: Sequence[ComparedCollective],
     placed: Sequence[ParamPlacement],
 ) -> str:
-    """Everything inside one page: laws, communication (drawn too), placement of the real experiment, its config."""
-    broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
+    """Everything inside one page: a sentence for each law, open where it is broken; placement, and the config."""
+    wrong = sum(map(broken, found)) + sum(map(broken, rows))
+    placement = page.table(
+        ("parameter", "shape", "spread over", "bytes on a device", "optimizer"),
+        [_placed(p) for p in placed] + [_total(placed)],
+    )
     parts = [
-        page.text(
-            f"{broken} of {len(found) + len(rows)} findings break a law that the config claims. "
-            f"Shrunk: {'; '.join(shrunk) or 'nothing'}."
-        ),
-        page.table(("law", "tried on", "holds", "figure"), [_law(f) for f in found]),
-        *([page.figure(drawn(step), wide=True)] if (step := _of_step(rows)) else []),
-        page.table(
-            ("pass", "collective", "over", "count", "bytes", "on the wire", "predicted", "holds", "predicted for"),
-            [_row(row) for row in rows],
-        ),
-        page.table(
-            ("parameter", "shape", "spread over", "bytes on a device", "optimizer"),
-            [_placed(p) for p in placed] + [_total(placed)],
-        ),
-        page.folded("config", exp.to_json()),
+        page.text(f"{wrong} of {len(found) + len(rows)} findings break a law that the config claims."),
+        page.facts({**headline(exp), "shrunk": "; ".join(shrunk) or "nothing"}),
+        *(_law(law, rows if law == COMMUNICATION else its) for law, its in by_law(found).items()),
+        page.details("Placement: which parameter lies where, and the bytes on a device, as configured", [placement]),
+        page.folded("Config", exp.to_json()),
     ]
     return page.page("Audit", parts)
 
 
-def _law(f: Finding) -> tuple[str, ...]:
+def _law(law: str, found: Sequence[Finding | ComparedCollective]) -> str:
+    """The sentence of a law; its details are open where it is broken."""
+    if not found:
+        return page.text(sentence(law, found))
+    findings = [f for f in found if isinstance(f, Finding)]
+    rows = [r for r in found if isinstance(r, ComparedCollective)]
+    inside = []
+    if findings:
+        inside.append(page.table(("tried on", "holds", "figure"), [_finding(f) for f in findings], words=True))
+    if rows:
+        head = ("pass", "collective", "over", "count", "bytes", "on the wire", "predicted", "holds", "predicted for")
+        inside += [page.figure(drawn(step), wide=True)] if (step := _of_step(rows)) else []
+        inside.append(page.table(head, [_row(row) for row in rows], words=True))
+    return page.details(sentence(law, found), inside, shown=any(map(broken, found)))
+
+
+def _finding(f: Finding) -> tuple[str, ...]:
     held = "yes" if f.verdict.holds else "NO" if f.claimed else "no, nor claimed"
-    return f.law, f.subject, held, f.verdict.detail
+    return f.subject, held, f.verdict.detail
 
 
 def _row(row: ComparedCollective) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from moe_jax.data.documents import Document, Source
 from moe_jax.data.images import Classification, Digits, Images, TfdsImages
 from moe_jax.data.objectives import NextToken
 from moe_jax.data.pairs import Pairs, Translation
+from moe_jax.data.preparation import SERIAL, Limited, Preparation, Progress
 from moe_jax.data.spans import SpanCorruption
 from moe_jax.data.terms import Terms, cross_entropy, predictions
 from moe_jax.data.text import Folder, Tfds
@@ -22,6 +23,7 @@ AnyBatch = Batch | Pairs | Images
 
 __all__ = [
     "OBJECTIVES",
+    "SERIAL",
     "SOURCES",
     "TOKENIZERS",
     "AnyBatch",
@@ -33,9 +35,12 @@ __all__ = [
     "Document",
     "Folder",
     "Images",
+    "Limited",
     "NextToken",
     "Pairs",
     "Parallel",
+    "Preparation",
+    "Progress",
     "SentencePiece",
     "Source",
     "SpanCorruption",

@@ -18,6 +18,7 @@ from PIL import Image
 
 from moe_jax.data import records
 from moe_jax.data.documents import Split, digest, fingerprint, is_held_out
+from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.terms import loss_mask, predictions
 
 VERSION = "1"  # raise it when the same source gives other splits
@@ -212,8 +213,10 @@ class Classification:
         image, one = of(jnp.float32, B, *source.image), of(jnp.int32, B, 1)
         return Images(image, one, of(jnp.bool, B, 1), of(jnp.int32, B))  # type: ignore[arg-type]
 
-    def prepare(self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path) -> tuple[ImageSplit, ImageSplit]:
-        """The training and the held-out images, which are not moved."""
+    def prepare(
+        self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path, how: Preparation = SERIAL
+    ) -> tuple[ImageSplit, ImageSplit]:
+        """The training and the held-out images, which are not moved; nothing is kept under `directory`."""
 
         def split(which: Split, shift: int) -> ImageSplit:
             images = source.images(which)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.windows import Batch, Windows, prepare
 
@@ -30,9 +31,11 @@ class NextToken:
         tokens = of(jnp.int32, B, L)
         return Batch(tokens, tokens, tokens, tokens, of(jnp.bool, B, L), of(jnp.int32, B))  # type: ignore[arg-type]
 
-    def prepare(self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path) -> tuple[Windows, Windows]:
+    def prepare(
+        self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path, how: Preparation = SERIAL
+    ) -> tuple[Windows, Windows]:
         """The training and the held-out examples."""
-        return prepare(source, tokenizer, L, directory)
+        return prepare(source, tokenizer, L, directory, how)
 
 
 def check_source(objective: Any, source: Any, gives: str) -> None:

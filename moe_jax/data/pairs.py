@@ -1,20 +1,22 @@
 """Pairs of a source and a target, for an encoder and a decoder; and those of parallel texts."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Integer
 
 from moe_jax.data import cache
 from moe_jax.data.documents import Split, fingerprint
 from moe_jax.data.objectives import check_source
 from moe_jax.data.packing import RowFile
+from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig
 from moe_jax.data.translation import Pair
@@ -89,7 +91,12 @@ class Translation:
         return shapes(B, L, L)
 
     def prepare(
-        self, source: Any, tokenizer: TokenizerConfig, L: int, directory: pathlib.Path
+        self,
+        source: Any,
+        tokenizer: TokenizerConfig,
+        L: int,
+        directory: pathlib.Path,
+        how: Preparation = SERIAL,
     ) -> tuple["ParallelText", "ParallelText"]:
         """The training and the held-out pairs, made once and kept under `directory`."""
         text = source.fingerprint(directory)
@@ -105,7 +112,8 @@ class Translation:
 
         def made(split: Split) -> ParallelText:
             def make(new: pathlib.Path) -> dict[str, Any]:
-                facts = write(source.pairs(split, directory), of_source, fitted, L, new)
+                sizes = {"source": of_source.V, "target": fitted.V}
+                facts = write(encoded(source, "pairs", split, directory), sizes, L, new)
                 left_out = f"{facts['left_out']} of {facts['left_out'] + facts['pairs']} {split} pairs"
                 if not facts["pairs"]:
                     raise ValueError(f"{source}: {left_out} fit into L={L} tokens; give more pairs, or a larger L")
@@ -117,7 +125,8 @@ class Translation:
             cache.ensure(folder, make)
             return ParallelText(folder, fitted)
 
-        return made("train"), made("held_out")
+        with how.encoder(functools.partial(encode, of_source, fitted)) as encoded:
+            return made("train"), made("held_out")
 
 
 class ParallelText:
@@ -152,23 +161,31 @@ class ParallelText:
         return batch(examples, self.tokenizer.bod)
 
 
+def encode(
+    of_source: Tokenizer, tokenizer: Tokenizer, pair: Pair
+) -> tuple[Integer[np.ndarray, "m"], Integer[np.ndarray, "l"], int, int]:
+    """Tokens of a pair's source and of its target with the end, the number of the target's bytes, and the domain."""
+    target = np.append(tokenizer.encode(pair.target), np.int32(tokenizer.bod))
+    return of_source.encode(pair.source), target, len(pair.target), pair.domain
+
+
 def write(
-    pairs: Iterable[Pair], of_source: Tokenizer, tokenizer: Tokenizer, L: int, folder: pathlib.Path
+    pairs: Iterable[tuple[Integer[np.ndarray, "m"], Integer[np.ndarray, "l"], int, int]],
+    sizes: Mapping[str, int],
+    L: int,
+    folder: pathlib.Path,
 ) -> dict[str, int]:
-    """The pairs that fit into source.npy, target.npy, domains.npy; returns facts."""
-    sizes = {"source": of_source.V, "target": tokenizer.V}
+    """The encoded pairs that fit into source.npy, target.npy, domains.npy; returns facts. sizes: of vocabularies."""
     files = {name: RowFile(folder / f"{name}.npy", _smallest(V), (L,)) for name, V in sizes.items()}
     files["domain"] = RowFile(folder / "domains.npy", np.dtype(np.int32), ())
     total = {"pairs": 0, "left_out": 0, "bytes": 0, "targets": 0}
-    for pair in pairs:
-        source, target = of_source.encode(pair.source), tokenizer.encode(pair.target)
-        target = np.append(target, np.int32(tokenizer.bod))
+    for source, target, size, domain in pairs:
         if max(len(source), len(target)) > L:
             total["left_out"] += 1
             continue
-        for name, row in example(source, target, pair.domain, L, L).items():
+        for name, row in example(source, target, domain, L, L).items():
             files[name].append(row[None])
-        more = {"pairs": 1, "bytes": len(pair.target), "targets": len(target)}
+        more = {"pairs": 1, "bytes": size, "targets": len(target)}
         total |= {name: total[name] + n for name, n in more.items()}
     for file in files.values():
         file.close()

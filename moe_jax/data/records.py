@@ -1,9 +1,14 @@
 """Data sets of TensorFlow Datasets: prepared if need be, and read by number."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
+
+from moe_jax.data.documents import Split
+from moe_jax.data.preparation import SIZE
 
 
 def builder(source: Any) -> tfds.core.DatasetBuilder:
@@ -26,7 +31,7 @@ def builder(source: Any) -> tfds.core.DatasetBuilder:
     return found
 
 
-def records(source: Any, found: tfds.core.DatasetBuilder, split: str) -> Sequence[dict[str, Any]]:
+def records(source: Any, found: tfds.core.DatasetBuilder, split: str) -> Any:
     """A split's records; ValueError where they cannot be read by number, or some are missing."""
     try:
         opened = found.as_data_source(split=split)
@@ -37,6 +42,41 @@ def records(source: Any, found: tfds.core.DatasetBuilder, split: str) -> Sequenc
     if len(opened) != declared:
         raise ValueError(f"{source} holds {len(opened)} of {declared} records in {split}: prepare it again")
     return opened
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The records `start` to `stop` of a source, as its `read` makes documents of them; read where it is iterated."""
+
+    source: Any
+    split: Split
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Any]:
+        opened, shared = _opened(self.source, self.split)
+        found = opened.__getitems__(range(self.start, self.stop))  # all at once: ten times as fast as one by one
+        return self.source.read(found, self.split if shared else None)
+
+
+def parts(source: Any, split: Split) -> list[Part]:
+    """A split of a source in parts of about `SIZE` bytes, or one record."""
+    info = source.found().info
+    name = "train" if split == "train" or source.held_out not in info.splits else source.held_out
+    n, size = info.splits[name].num_examples, info.splits[name].num_bytes
+    step = max(1, min(SIZE * n // max(size, 1), 4096))
+    return [Part(source, split, start, min(start + step, n)) for start in range(0, n, step)]
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(source: Any, split: Split) -> tuple[Any, bool]:
+    """The records that a split is chosen from, and whether the other split is chosen from them too."""
+    found = source.found()
+    shared = source.held_out not in found.info.splits
+    return records(source, found, source.held_out if split == "held_out" and not shared else "train"), shared
 
 
 def facts(source: Any, found: tfds.core.DatasetBuilder) -> list[str]:

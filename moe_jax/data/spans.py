@@ -11,6 +11,7 @@ from jaxtyping import Int, Int32
 from moe_jax.data.documents import fingerprint
 from moe_jax.data.objectives import check_source
 from moe_jax.data.pairs import Pairs, batch, example, shapes
+from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.windows import Windows, prepare
 
@@ -65,9 +66,11 @@ class SpanCorruption:
         """Shapes of a batch, as arrays without values."""
         return shapes(B, L, self.lengths(L)[1])
 
-    def prepare(self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path) -> tuple["Gapped", "Gapped"]:
+    def prepare(
+        self, source: Any, tokenizer: Any, L: int, directory: pathlib.Path, how: Preparation = SERIAL
+    ) -> tuple["Gapped", "Gapped"]:
         """The training and the held-out examples: windows of text kept under `directory`, and gaps made on the way."""
-        train, held_out = prepare(source, tokenizer, self.lengths(L)[0] - 1, directory)
+        train, held_out = prepare(source, tokenizer, self.lengths(L)[0] - 1, directory, how)
         return Gapped(train, self, L), Gapped(held_out, self, L)
 
     def _source(self, n: int) -> int:

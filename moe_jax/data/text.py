@@ -1,8 +1,10 @@
 """Text of one's own: a folder of files, or any text data set of TensorFlow Datasets."""
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -82,19 +84,23 @@ class Tfds:
 
     def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]:
         """The examples that have text, in the order of the data set."""
-        builder = self._builder()
-        shared = self.held_out not in builder.info.splits
-        opened = records.records(self, builder, self.held_out if split == "held_out" and not shared else "train")
-        for i in range(len(opened)):
-            text = opened[i][self.text]
-            if text and (not shared or is_held_out(digest(text)) == (split == "held_out")):
+        return itertools.chain.from_iterable(self.parts(split))
+
+    def parts(self, split: Split) -> list[records.Part]:
+        """The same documents in parts, each of which any process can read."""
+        return records.parts(self, split)
+
+    def read(self, examples: Iterable[Mapping[str, Any]], chosen: Split | None) -> Iterator[Document]:
+        """The documents of some records; `chosen`: only those whose digest is of this split."""
+        for text in (example[self.text] for example in examples):
+            if text and (chosen is None or is_held_out(digest(text)) == (chosen == "held_out")):
                 yield Document(text, 0)
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of what TFDS knows about the data set: version, features, and the size of every shard."""
-        return fingerprint(records.facts(self, self._builder()))
+        return fingerprint(records.facts(self, self.found()))
 
-    def _builder(self) -> tfds.core.DatasetBuilder:
+    def found(self) -> tfds.core.DatasetBuilder:
         """The prepared data set; ValueError if it has no such text."""
         builder = records.builder(self)
         features = builder.info.features

@@ -1,9 +1,10 @@
 """Parallel texts: folders of one's own, data sets of TensorFlow Datasets, and toy languages that need no network."""
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -86,19 +87,24 @@ class TfdsPairs:
 
     def pairs(self, split: Split, directory: pathlib.Path) -> Iterator[Pair]:
         """The examples that have both texts, in the order of the data set."""
-        found = self._found()
-        shared = self.held_out not in found.info.splits
-        opened = records.records(self, found, self.held_out if split == "held_out" and not shared else "train")
-        for i in range(len(opened)):
-            source, target = opened[i][self.source], opened[i][self.target]
-            if source and target and (not shared or is_held_out(digest(source)) == (split == "held_out")):
+        return itertools.chain.from_iterable(self.parts(split))
+
+    def parts(self, split: Split) -> list[records.Part]:
+        """The same pairs in parts, each of which any process can read."""
+        return records.parts(self, split)
+
+    def read(self, examples: Iterable[Mapping[str, Any]], chosen: Split | None) -> Iterator[Pair]:
+        """The pairs of some records; `chosen`: only those whose source's digest is of this split."""
+        for source, target in ((example[self.source], example[self.target]) for example in examples):
+            if source and target and (chosen is None or is_held_out(digest(source)) == (chosen == "held_out")):
                 yield Pair(source, target, 0)
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of what TFDS knows about the data set."""
-        return fingerprint(records.facts(self, self._found()))
+        return fingerprint(records.facts(self, self.found()))
 
-    def _found(self) -> tfds.core.DatasetBuilder:
+    def found(self) -> tfds.core.DatasetBuilder:
+        """The prepared data set; ValueError if it has no such texts."""
         found = records.builder(self)
         features = found.info.features
         texts = sorted(name for name in features if isinstance(features[name], tfds.features.Text))

@@ -1,15 +1,17 @@
 """Documents as fixed windows of tokens, kept in memory-mapped files with their checksums."""
 
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Integer
 
 from moe_jax.data import cache
 from moe_jax.data.documents import Document, Source, Split, fingerprint
 from moe_jax.data.packing import Packer, RowFile
+from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig
 
 VERSION = "1"  # raise it when the same documents and tokenizer give other windows
@@ -82,7 +84,9 @@ class Windows:
         return {"tokens": nothing, "segments": nothing, "domain": np.array(0, np.int32)}
 
 
-def prepare(source: Source, tokenizer: TokenizerConfig, L: int, directory: pathlib.Path) -> tuple[Windows, Windows]:
+def prepare(
+    source: Source, tokenizer: TokenizerConfig, L: int, directory: pathlib.Path, how: Preparation = SERIAL
+) -> tuple[Windows, Windows]:
     """The training and the held-out windows of L inputs, made once and kept under `directory`."""
     if L < 1:
         raise ValueError(f"windows of L={L} tokens were asked for: give L >= 1")
@@ -93,7 +97,8 @@ def prepare(source: Source, tokenizer: TokenizerConfig, L: int, directory: pathl
 
     def windows(split: Split) -> Windows:
         def make(new: pathlib.Path) -> dict[str, Any]:
-            facts = write(source.documents(split, directory), source.domains, fitted, L, new)
+            documents = encoded(source, "documents", split, directory)
+            facts = write(documents, source.domains, fitted, L, new)
             if not facts["targets"]:
                 raise ValueError(f"{source} has no text in its {split} split: give it more documents")
             return {**facts, "fingerprint": fingerprint([key, split])}
@@ -102,17 +107,23 @@ def prepare(source: Source, tokenizer: TokenizerConfig, L: int, directory: pathl
         cache.ensure(folder, make)
         return Windows(folder, fitted)
 
-    return windows("train"), windows("held_out")
+    with how.encoder(functools.partial(encode, fitted)) as encoded:
+        return windows("train"), windows("held_out")
+
+
+def encode(tokenizer: Tokenizer, document: Document) -> tuple[Integer[np.ndarray, "N"], int, int]:
+    """Tokens of a document, the number of its bytes, and its domain."""
+    return tokenizer.encode(document.text).astype(_smallest(tokenizer.V - 1)), len(document.text), document.domain
 
 
 def write(
-    documents: Iterable[Document],
+    documents: Iterable[tuple[Integer[np.ndarray, "N"], int, int]],
     domains: tuple[str, ...],
     tokenizer: Tokenizer,
     L: int,
     folder: pathlib.Path,
 ) -> dict[str, Any]:
-    """Packs the documents of each domain into tokens.npy, segments.npy, domains.npy; returns facts."""
+    """Packs the encoded documents of each domain into tokens.npy, segments.npy, domains.npy; returns facts."""
     files = [RowFile(folder / "tokens.npy", _smallest(tokenizer.V - 1), (L + 1,))]
     files += [RowFile(folder / "segments.npy", _smallest(L + 1), (L + 1,))]
     files += [RowFile(folder / "domains.npy", np.dtype(np.int32), ())]
@@ -124,10 +135,9 @@ def write(
         for file, rows in zip(files, (tokens_WM, segment_WM, np.full(len(tokens_WM), domain)), strict=True):
             file.append(rows)
 
-    for text, domain in documents:
-        tokens_N = tokenizer.encode(text)
-        total = {"bytes": total["bytes"] + len(text), "targets": total["targets"] + len(tokens_N)}
-        packers[domain].add(tokens_N)
+    for tokens_N, size, domain in documents:
+        total = {"bytes": total["bytes"] + size, "targets": total["targets"] + len(tokens_N)}
+        packers[domain].add(tokens_N.astype(np.int32))
         if packers[domain].full():
             flush(domain, last=False)
     for domain, packer in enumerate(packers):

@@ -28,6 +28,7 @@ class Card(NamedTuple):
 
     load: its choices over the mean of its layer's experts. drop_rate: of its choices. weight: mean of those kept.
     writes: mean length of its addition (output times weight) to the residual stream of a token that it serves.
+    drop_rate is None without choices, weight and writes where it serves no token.
     promotes: the vocabulary entries with the largest logits of its mean addition, read through the final norm's scale
         and the unembedding (the logit lens, nostalgebraist 2020; arXiv:2303.08112), without the norm's division.
     rise: of the loss without it, nats per target, over all and by domain; None where no knock-out was done.
@@ -37,11 +38,11 @@ class Card(NamedTuple):
     expert: int
     choices: int
     load: float
-    drop_rate: float
-    weight: float
+    drop_rate: float | None
+    weight: float | None
     domains: tuple[Share, ...]
     tokens: tuple[Share, ...]
-    writes: float
+    writes: float | None
     promotes: tuple[tuple[int, float], ...]
     rise: float | None
     rise_by_domain: tuple[float, ...] | None
@@ -57,9 +58,6 @@ def card(
     choices, E = int(chosen_TK.sum()), model.moe.E
     all_choices = max(int((trace.expert_NTK[layer] < E).sum()), 1)
     added_TD = additions(model, params, trace, layer, expert)
-    writes, mean_D = 0.0, np.zeros(trace.input_NTD.shape[-1])
-    if len(added_TD):
-        writes, mean_D = float(np.linalg.norm(added_TD, axis=1).mean()), added_TD.mean(0)
     rise, by_domain = None, None
     if effects is not None and (layer, expert) in effects.expert_P:
         p = effects.expert_P.index((layer, expert))
@@ -69,12 +67,12 @@ def card(
         expert=expert,
         choices=choices,
         load=choices * E / all_choices,
-        drop_rate=1 - int(kept_TK.sum()) / choices if choices else 0.0,
-        weight=float(trace.weight_NTK[layer][kept_TK].mean()) if kept_TK.any() else 0.0,
+        drop_rate=1 - int(kept_TK.sum()) / choices if choices else None,
+        weight=float(trace.weight_NTK[layer][kept_TK].mean()) if kept_TK.any() else None,
         domains=shares(trace.domain_T, served_T, top),
         tokens=shares(trace.token_T, served_T, top),
-        writes=writes,
-        promotes=promoted(params, mean_D, top) if len(added_TD) else (),
+        writes=float(np.linalg.norm(added_TD, axis=1).mean()) if len(added_TD) else None,
+        promotes=promoted(params, added_TD.mean(0), top) if len(added_TD) else (),
         rise=rise,
         rise_by_domain=by_domain,
     )
@@ -117,13 +115,17 @@ def card_text(
     name = lambda z: domains[z] if 0 <= z < len(domains) else str(z)  # noqa: E731
     of_domains = ", ".join(f"{name(s.what)} {s.share:.0%} ({s.lift:.1f}x)" for s in card.domains)
     of_tokens = ", ".join(f"{decode(s.what)!r} {s.share:.0%} ({s.lift:.1f}x)" for s in card.tokens)
+    dropped = "" if card.drop_rate is None else f", {card.drop_rate:.1%} dropped"
+    weight = "" if card.weight is None else f", mean weight {card.weight:.3f}"
     lines = [
         f"expert {card.expert} of {layer or f'MoE layer {card.layer}'}: {card.choices} choices, "
-        f"{card.load:.2f}x the mean load, {card.drop_rate:.1%} dropped, mean weight {card.weight:.3f}",
+        f"{card.load:.2f}x the mean load{dropped}{weight}",
         f"  serves   {of_domains or 'no token'}",
         f"  tokens   {of_tokens or 'none'}",
-        f"  writes   {card.writes:.3g} per token; promotes {', '.join(repr(decode(v)) for v, _ in card.promotes)}",
     ]
+    if card.writes is not None:
+        promoted = ", ".join(repr(decode(v)) for v, _ in card.promotes)
+        lines.append(f"  writes   {card.writes:.3g} per token; promotes {promoted}")
     if card.rise is not None and card.rise_by_domain is not None:
         parts = [f"{name(z)} {rise:+.4f}" for z, rise in enumerate(card.rise_by_domain) if np.isfinite(rise)]
         lines.append(f"  without  {card.rise:+.4f} nats; {', '.join(parts)}")

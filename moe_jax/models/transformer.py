@@ -304,13 +304,13 @@ def stack_aux(reports: list[Aux]) -> Aux | None:
 
 
 def count_agreement(aux: Aux) -> Aux:
-    """Counts the choices that each MoE layer shares with the one before it."""
+    """Counts the choices that each MoE layer of a stack shares with the one before it; NaN for the first."""
     if aux.expert_BLK is None:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
     shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
-    agreed = jnp.concatenate([jnp.zeros(1), shared])
+    agreed = jnp.concatenate([jnp.full(1, jnp.nan), shared])
     return aux._replace(stats=aux.stats._replace(agreed=agreed))
 
 

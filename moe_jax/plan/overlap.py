@@ -25,28 +25,29 @@ class Overlap(NamedTuple):
     how: str  # "synchronous"; "asynchronous", started and waited for later; "fused" with a computation
     count: int  # type: ignore[assignment] # executions
     bytes: int  # of results, all executions together
-    seconds: float  # estimated for what is computed between start and end, all executions together
+    seconds: float | None  # estimated for what is computed between start and end; None where no clock is known
 
 
 def overlaps(schedule: Schedule, clock: float | None) -> list[Overlap]:
-    """Sums over the collectives of a step; seconds are 0 where the clock is not known."""
-    sums: dict[tuple[str, str], list[float]] = {}
-    for one in each_overlap(schedule, clock):
-        total = sums.setdefault((one.op, one.how), [0, 0, 0.0])
-        for k, n in enumerate(one[2:]):
+    """Sums over the collectives of a step; seconds are None where the clock is not known."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for op, how, *numbers in each_overlap(schedule):
+        total = sums.setdefault((op, how), [0, 0, 0])
+        for k, n in enumerate(numbers):
             total[k] += n
-    return [Overlap(op, how, int(n), int(moved), s) for (op, how), (n, moved, s) in sorted(sums.items())]
+    seconds = lambda cycles: None if clock is None else cycles / clock  # noqa: E731
+    return [Overlap(op, how, n, moved, seconds(m)) for (op, how), (n, moved, m) in sorted(sums.items())]
 
 
-def each_overlap(schedule: Schedule, clock: float | None) -> Iterator[Overlap]:
-    """Every collective in the text."""
+def each_overlap(schedule: Schedule) -> Iterator[tuple[str, str, int, int, int]]:
+    """Yields every collective in the text: what, how, executions, bytes, and cycles of what is computed meanwhile."""
     for name, n in schedule.times.items():
         around = schedule.computations[name]
         for i in around.values():
             for c, how in begun(i, schedule.computations):
                 meanwhile = hidden_cycles(i, around) if how == "asynchronous" else cycles(i) if how == "fused" else 0
                 size = hlo.total(moved(c))
-                yield Overlap(c.op.removesuffix("-start"), how, n, n * size, n * meanwhile / clock if clock else 0.0)
+                yield c.op.removesuffix("-start"), how, n, n * size, n * meanwhile
 
 
 def begun(i: Instruction, computations: dict[str, Computation]) -> list[tuple[Instruction, str]]:

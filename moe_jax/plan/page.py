@@ -1,12 +1,9 @@
 """A plan, or what a search has found, as one static HTML page."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from moe_jax.plan.plan import Plan
-from moe_jax.plan.search import Found
-from moe_jax.plan.sections import Section, found_verdict, sections, verdict
+from moe_jax.plan.sections import Search, Section, found_facts, found_sections, found_verdict, sections, verdict
 from moe_jax.reporting import page, plots
 
 GiB = 2**30
@@ -24,9 +21,20 @@ def plan_page(plan: Plan) -> str:
     return page.page(f"Plan for {plan.on.name}", parts)
 
 
-def found_page(found: Found, on: str, shown: Sequence[Section]) -> str:
-    """The options of a search inside one page; `shown` as on the command line."""
-    return page.page(f"Search on {on}", [page.text(found_verdict(found, on)), *map(_section, shown)])
+def found_page(search: Search) -> str:
+    """The options of a search inside one page: as on the command line, with the flags that select each."""
+    options, *rest = found_sections(search)
+    rows = [(*row, option.flags) for row, option in zip(options.rows, search.shown, strict=True)]
+    own = [i for i, option in enumerate(search.shown) if search.is_own(option)]
+    parts = [
+        page.text(found_verdict(search.found, search.on.name)),
+        page.facts(found_facts(search)),
+        page.heading(options.title),
+        page.text(options.note),
+        page.table((*options.head, "flags"), rows, words=True, marked=own),
+        *map(_section, rest),
+    ]
+    return page.page(f"Search on {search.on.name}", parts)
 
 
 def _section(section: Section) -> str:

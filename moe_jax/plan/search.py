@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from moe_jax.config import Experiment
+from moe_jax.costs.headline import mesh_words, short
 from moe_jax.costs.memory import Memory, memory
 from moe_jax.exchanges import EXCHANGES, TwoLevel
 from moe_jax.models.transformer import REMAT
@@ -34,10 +35,9 @@ class Option(NamedTuple):
     def words(self) -> dict[str, str]:
         """Choices of the option, in words."""
         exp = self.exp
-        mesh = " x ".join(f"{axis}={n}" for axis, n in exp.mesh if n > 1) or "one device"
         spread = exp.model.routed is not None and dict(exp.mesh)["expert"] > 1
         return {
-            "mesh": mesh,
+            "mesh": mesh_words(exp.mesh),
             "exchange": short(exp.exchange) if spread else "-",
             "remat": exp.model.remat,
             "pieces": str(exp.data.microbatches),
@@ -54,13 +54,6 @@ class Option(NamedTuple):
         if exp.model.routed is not None:
             said.append(f'--config.model.moe.exchange="{short(exp.exchange)}"')
         return " ".join(said)
-
-
-def short(component: Any) -> str:
-    """A component as one would write it: without what is default."""
-    fields = {f.name: getattr(component, f.name) for f in dataclasses.fields(component)}
-    changed = [f.name for f in dataclasses.fields(component) if fields[f.name] != f.default]
-    return f"{type(component).__name__}({', '.join(f'{name}={fields[name]!r}' for name in changed)})"
 
 
 class Found(NamedTuple):

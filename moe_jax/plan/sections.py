@@ -1,10 +1,12 @@
 """A plan as sections, which are a text or part of a page; and so are the options of a search."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.plan.plan import Plan, RunCost
-from moe_jax.plan.search import Found
+from moe_jax.costs.headline import headline, mesh_words
+from moe_jax.plan.plan import Plan, RunCost, Site, whole
+from moe_jax.plan.search import Found, Option
+from moe_jax.plan.topology import Topology
 
 Rows = list[tuple[str, ...]]
 
@@ -91,8 +93,7 @@ def step(plan: Plan) -> Section:
         ("executed FLOPs", f"{line.executed * n:.3e}", f"{line.executed:.3e}"),
         *((f"HBM bytes, {name}", size(moved * n), size(moved)) for name, moved in line.memory.items()),
     ]
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.exp.mesh if size > 1) or "one device"
-    return Section("A step", mesh, ("", "in all", "a device"), rows)
+    return Section("A step", mesh_words(plan.exp.mesh), ("", "in all", "a device"), rows)
 
 
 def memory(plan: Plan) -> Section:
@@ -183,7 +184,10 @@ def compiled(plan: Plan) -> list[Section]:
     ]
     head = ("collective", "count", "compiled", "predicted", "as predicted")
     found += [Section("Collectives, compiled against predicted", "", head, sent)] * bool(sent)
-    hidden: Rows = [(f"{o.op}, {o.how}", f"{o.count:,}", size(o.bytes), seconds(o.seconds)) for o in c.overlaps]
+    hidden: Rows = [
+        (f"{o.op}, {o.how}", f"{o.count:,}", size(o.bytes), "-" if o.seconds is None else seconds(o.seconds))
+        for o in c.overlaps
+    ]
     note = "what is computed while they travel, by the compiler's estimate"
     titles = ("collective", "count", "bytes", "computed meanwhile")
     return found + [Section("Overlap", note, titles, hidden)] * bool(hidden)
@@ -219,19 +223,73 @@ def found_verdict(found: Found, on: str) -> str:
     return f"{on}: nothing fits; the least is {size(found.smallest.memory.total)} a device."
 
 
-def found_sections(found: Found, results: dict[int, str]) -> list[Section]:
-    """The options, what the compiler says of the first ones (`results`, by place), and why others are not there."""
+class Search(NamedTuple):
+    """A search and what it was for."""
+
+    found: Found
+    on: Topology
+    site: Site
+    tokens: float | None  # of the whole run, if not the config's steps
+    own: Option | None  # the config as it is, on its own mesh; None where that does not fill the topology
+    compiled: Mapping[int, str]  # what the compiler says of the first options, by place
+
+    @property
+    def shown(self) -> list[Option]:
+        """The options, or what needs least memory where nothing fits; then the config, if its mesh is not there."""
+        options = self.found.options or ([self.found.smallest] if self.found.smallest else [])
+        return [*options, *([self.own] if self.own and not any(map(self.is_own, options)) else [])]
+
+    def is_own(self, option: Option) -> bool:
+        return self.own is not None and option.exp.mesh == self.own.exp.mesh
+
+    def mark(self, option: Option) -> str:
+        """A word beside the config's own mesh."""
+        if not self.is_own(option):
+            return ""
+        return " (config)" if option.memory.total <= self.on.chip.usable else " (config, too large)"
+
+    def run(self, option: Option) -> RunCost:
+        """The whole run, with nothing overlapped."""
+        tokens = self.tokens or float(option.exp.run.steps * option.roofline.tokens)
+        return whole(option.roofline, self.on, self.site, option.seconds, tokens)
+
+
+def found_facts(search: Search) -> dict[str, str]:
+    """Facts about the run: what is placed, and what it costs on the first option; {} where no mesh can be built."""
+    exp = search.shown[0].exp if search.shown else None
+    if exp is None:
+        return {}
+    about = headline(exp)
+    facts = {name: about[name] for name in ("model", "parameters", "data")}
+    run = search.run(search.shown[0])
+    steps = f"{run.tokens:.4g} tokens in {run.steps:,.0f} steps"
+    price = f"{few(run.chip_hours)} chip-hours"
+    if run.price is not None:
+        price += f", {few(run.price)} at {search.site.price:g} a chip-hour"
+    facts |= {"run": steps, "days": f"{few(run.days)}, of the first option, nothing overlapped", "price": price}
+    if search.own is not None:
+        facts["mesh of the config"] = mesh_words(search.own.exp.mesh)
+    else:
+        facts["mesh of the config"] = "does not fill this topology"
+    return facts
+
+
+def found_sections(search: Search) -> list[Section]:
+    """The options, the config's own mesh marked, what the compiler says of the first, why others are not there."""
+    found = search.found
     rows = [
         (
-            *option.words.values(),
+            option.words["mesh"] + search.mark(option),
+            *list(option.words.values())[1:],
             size(option.memory.total),
             seconds(option.roofline.best),
             seconds(option.seconds),
             f"{option.roofline.mfu(option.seconds):.0%}",
+            few(search.run(option).days),
             option.roofline.bound,
-            results.get(i, ""),
+            search.compiled.get(i, ""),
         )
-        for i, option in enumerate(found.options or ([found.smallest] if found.smallest else []))
+        for i, option in enumerate(search.shown)
     ]
     head = (
         "mesh",
@@ -243,6 +301,7 @@ def found_sections(found: Found, results: dict[int, str]) -> list[Section]:
         "overlapped",
         "not",
         "MFU",
+        "days",
         "bound by",
         "compiled",
     )
@@ -257,6 +316,11 @@ def size(n: float | int) -> str:
     unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if n >= UNITS[u]), "B")
     value = n / UNITS[unit]
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"
+
+
+def few(n: float) -> str:
+    """A number in the digits that a reader needs."""
+    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
 
 
 def seconds(n: float | int) -> str:

@@ -1,7 +1,8 @@
 """The log of a run: `metrics.jsonl` is the truth, TensorBoard files and a line in the terminal follow it.
 
-A record is one dict per line with at least `kind` ("train", "eval" or "end"), `step` and `seconds`. Losses
-are nats per token, rates fractions; `moe` holds lists with an entry per MoE layer, `moe.layer` their numbers.
+A record is one dict per line with at least `kind` ("start", "train", "eval" or "end"), `step` and `seconds`. Losses
+are nats per token, rates fractions; `moe` holds lists with an entry per MoE layer, `moe.layer` their numbers. A start
+has the fingerprint of the data and, where they are known, the question and the command; an end may be `diverged`.
 """
 
 import json

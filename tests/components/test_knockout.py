@@ -344,8 +344,10 @@ def test_planted_expert(params, seen):
 def test_a_dead_expert_has_a_card(params, seen):
     dead = seen._replace(expert_NTK=np.where(seen.expert_NTK == 3, 0, seen.expert_NTK))
     found = card(MODEL, params, dead, 0, 3)
-    assert (found.choices, found.load, found.domains, found.promotes, found.writes) == (0, 0, (), (), 0)
+    assert (found.choices, found.load, found.domains, found.promotes) == (0, 0, (), ())
+    assert (found.drop_rate, found.weight, found.writes) == (None, None, None)  # of no choices
     assert "serves   nobody" in card_text(found)
+    assert "dropped" not in card_text(found)
 
 
 # ---------------------------------------------------------------- steering

@@ -1,7 +1,6 @@
 """Plans: topologies and how meshes lie on them, the least time of a step, the search, the program."""
 
 import dataclasses
-import html.parser
 import itertools
 import json
 import math
@@ -32,6 +31,7 @@ from moe_jax.plan.search import exchanges, reason, search, variant
 from moe_jax.plan.topology import factorizations, rings, side_lengths, slice_shapes, topology
 from moe_jax.plan.torus import Ring
 from tests import programs
+from tests.pages import stands_alone
 
 call = partial(programs.call, program)
 MOE = MoEConfig(E=8, router=TopK(K=2), experts=MLP(F=64), dispatch=Scatter(1.25), losses=(LoadBalance(0.01),))
@@ -365,7 +365,7 @@ def fake(exp: Experiment, name: str) -> compiler.Compiled:
 @pytest.fixture
 def compiles(monkeypatch):
     monkeypatch.setattr(compiler, "available", lambda: None)
-    monkeypatch.setattr(compiler, "compiled", fake)
+    monkeypatch.setattr(compiler, "compile_step", fake)
 
 
 def test_plan_and_json(compiles):
@@ -396,33 +396,8 @@ def test_without_power_nothing_is_said_of_energy():
     assert plan(on({"data": 4}), topology("v4:2x2x1"), analytic=True).runs["all overlapped"].energy.kwh > 0
 
 
-class Tags(html.parser.HTMLParser):
-    """HTML reader: the tags that are open at the end, and the text."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.words = [], ""
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "link", "br", "use", "path", "image"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_data(self, data):
-        self.words += data
-
-
 def opened(path: Path) -> str:
-    tags = Tags()
-    tags.feed(path.read_text())
-    assert tags.open == []
-    return tags.words
+    return stands_alone(path.read_text()).said
 
 
 def test_the_program_reports_the_same_everywhere(config, compiles, tmp_path):
@@ -470,7 +445,9 @@ def test_program_searches(config, compiles, tmp_path):
     assert "--config.mesh.expert=" in out.splitlines()[-1]
     assert "does not spread evenly" not in best["exp"]
     assert "3 GiB" in out or "no, 1 GiB too much" in out
-    assert "Options" in opened(tmp_path / "found.html")
+    page = opened(tmp_path / "found.html")
+    assert "mesh of the config data=1 x expert=4" in page
+    assert out.splitlines()[-1].partition(": ")[2] in page  # the flags of the first
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_overlapped_collectives_are_told_from_synchronous_ones():
         Overlap("all-to-all", "asynchronous", 6, 6 * 4 * 2 * 160 * 256 * 2, pytest.approx(6 * 30000 / 1e6)),
         Overlap("all-to-all", "synchronous", 1, 8 * 8 * 40 * 768 * 2, 0.0),
     ]
-    assert [o.seconds for o in overlaps(Schedule.of(PROGRAM), clock=None)] == [0.0] * 4
+    assert [o.seconds for o in overlaps(Schedule.of(PROGRAM), clock=None)] == [None] * 4
 
 
 def test_loops_are_counted_as_often_as_they_run():

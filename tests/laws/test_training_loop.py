@@ -59,8 +59,10 @@ def test_divergence_stops_with_the_last_good_parameters(text, tmp_path):
     exp = experiment(
         text, steps=50, eval_every=50, save_every=50, max_bad_steps=3, optim=OptimConfig(AdamW(), Constant(1e30), None)
     )
+    records = []
     with pytest.raises(TrainingDiverged, match="3 steps in a row"):
-        list(train(exp, tmp_path / "run", tmp_path / "data"))
+        records.extend(train(exp, tmp_path / "run", tmp_path / "data"))
+    assert (records[-1]["kind"], records[-1].get("diverged")) == ("end", True)
     again = train(exp, tmp_path / "run", tmp_path / "data")
     assert next(again)["step"] > 0
     again.close()

@@ -23,6 +23,7 @@ from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core.shard import Shard, hybrid_device_mesh
 from moe_jax.optim import Adafactor, Constant
 from tests import programs
+from tests.pages import stands_alone
 
 CONFIGS = sorted(p for p in Path("configs").glob("*.py") if p.stem != "__init__")
 CONFIG = """
@@ -77,10 +78,12 @@ def test_an_experiment_holds(config, monkeypatch, tmp_path):
         law: held == "yes" for law, held in said.items() if not law.startswith("communication, ")
     }
     assert any(row["compiled"]["op"] == "all-to-all" and row["holds"] for row in record["communication"])
-    page = (tmp_path / "audit.html").read_text()
-    assert "0 of" in page
-    assert page.count("<table>") == 3
-    assert all(law.partition(", ")[0] in page for law in said if "communication" not in law)
+    page = stands_alone((tmp_path / "audit.html").read_text())
+    assert "0 of" in page.said
+    assert not any(page.details.values()), "nothing is broken, so nothing is open"
+    opened = " ".join(page.details).lower()
+    assert all(law.rpartition(", ")[0] in opened for law in said if "communication" not in law)
+    assert re.search(r"6\. Communication is accounted for: holds in all \d+ trials", " ".join(page.details))
 
 
 def test_what_is_broken_is_named(config, monkeypatch):

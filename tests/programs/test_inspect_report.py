@@ -1,6 +1,5 @@
 """The inspection of a run: numbers are those of the functions, the page stands alone, mistakes are one line."""
 
-import html.parser
 import json
 import os
 import re
@@ -30,46 +29,9 @@ from moe_jax.reporting.metrics import FILE, plain
 from moe_jax.step import State
 from tests import programs
 from tests.components.test_inspect import made
+from tests.pages import stands_alone
 
 call = partial(programs.call, program)
-VOID = {"meta", "link", "br", "path", "use", "rect", "image", "line"}
-
-
-class Page(html.parser.HTMLParser):
-    """HTML reader: checks that tags are closed in order, and lists what is fetched from outside."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.outside: list[str] = []
-        self.titles: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.outside += [v for k, v in attributes if k.endswith(("href", "src")) and not v.startswith(("#", "data:"))]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.outside += [v for k, v in attributes if k.endswith(("href", "src")) and not v.startswith(("#", "data:"))]
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("figcaption", "h2") and data.strip():
-            self.titles.append(data.strip())
-
-
-def stands_alone(text: str) -> Page:
-    found = Page(text)
-    assert found.open == []
-    assert found.outside == []
-    assert "<script" not in text
-    assert not re.search(r"url\((?!#)|@import", text)
-    return found
 
 
 # ---------------------------------------------------------------- planted

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from moe_jax.files import write_file
 from moe_jax.reporting import page, plots
-from moe_jax.reporting.plots.style import BLACK, COLOURS, INK, MARKS, style
+from moe_jax.reporting.plots.style import BLACK, COLOURS, HATCHES, INK, MARKS, style
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what linear RGB becomes for who lacks one kind of cone.
 MACHADO = {
@@ -47,7 +47,7 @@ def test_colours_are_told_apart_by_every_eye(eye):
     for colour in COLOURS:
         luminance = TO_XYZ[1] @ linear(colour)
         assert min(1.05 / (luminance + 0.05), (luminance + 0.05) / 0.05) > 2, colour  # WCAG's contrast
-    assert len(set(MARKS)) == len(COLOURS)
+    assert len(set(MARKS)) == len(set(HATCHES)) == len(COLOURS) == 8
 
 
 def test_red_and_green_would_not_be():
@@ -140,6 +140,30 @@ def test_what_is_drawn_is_what_was_given():
     counts, edges, _ = drawn(EVERY["histogram"]).axes[0].patches[0].get_data()
     assert counts.sum() == pytest.approx(1)
     assert (edges[0], edges[-1]) == (0, 4)
+
+
+NAMED = [plots.Curve(X, X + i, f"a run with a name, number {i}", "both", i) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [plots.lines(NAMED, "x", "y"), EVERY["bars"], EVERY["stacked"], EVERY["histogram"]],
+    ids=["lines", "bars", "stacked", "histogram"],
+)
+def test_legends_hide_nothing(plot):
+    """Names stand below the axes and their labels, inside the figure, with the colours of what they name."""
+    with matplotlib.rc_context(style()):
+        figure = Figure(figsize=plot.size, layout="constrained")
+        plot.draw(figure)
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    names, (axes,) = legend.get_window_extent(), figure.axes
+    assert names.y1 <= axes.get_tightbbox().y0 + 1
+    assert figure.bbox.x0 <= names.x0
+    assert names.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().height > figure.bbox.height / 2
+    if len(axes.lines) == len(COLOURS):
+        assert [h.get_color() for h in legend.legend_handles] == list(COLOURS)
 
 
 def test_numbers_stand_in_their_regions():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.reporting.plots.style import COLOURS, HATCHES, MARKS, NARROW, Number, Plot, Size, colour
+from moe_jax.reporting.plots.style import COLOURS, HATCHES, MARKS, NARROW, Legend, Number, Plot, Size, colour
 
 # How a matrix is coloured: map, limits, and what its bar says where.
 SCALES: dict[str, dict[str, Any]] = {
@@ -15,7 +15,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "signed": {"cmap": "RdBu_r"},  # blue below 0, red above
     "ratio": {"cmap": "RdBu_r", "vmin": -2, "vmax": 2},  # of log2: blue less than even, red more
 }
-AREAS = [*COLOURS, "#F0E442", "#999999"]  # the rest of Okabe and Ito's colours, that are too pale for lines
+AREAS = [*COLOURS[:6], "#F0E442", "#999999"]  # all of Okabe and Ito's, on which black is read
 RATIOS = {-2: "≤ ¼", -1: "½", 0: "1", 1: "2", 2: "≥ 4"}
 
 
@@ -41,13 +41,13 @@ def lines(
     note: str = "",
     size: Size = NARROW,
     level: Number | None = None,  # a dashed line across, at this height
-    outside: bool = False,  # the legend beside the axes
     **axes_settings: Any,  # xscale="log", ylim=(0, 1), ...
 ) -> Plot:
     """Curves over one another."""
+    legend = Legend([curve.label for curve in curves if curve.label], size[0])
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots()
+        axes, named = figure.subplots(), []
         for number, curve in enumerate(curves):
             ink = curve.colour if isinstance(curve.colour, str) else colour(curve.colour)
             mark = MARKS[(number if curve.mark is None else curve.mark) % len(MARKS)]
@@ -57,18 +57,16 @@ def lines(
                 "both": {"marker": mark, "ms": 3.5},
                 "dashed": {"ls": (0, (3, 2))},
             }
-            axes.plot(curve.x, curve.y, color=ink, lw=curve.width, label=curve.label, **looks[curve.look])
+            (line,) = axes.plot(curve.x, curve.y, color=ink, lw=curve.width, **looks[curve.look])
+            named += [line] if curve.label else []
             if curve.band is not None:
                 axes.fill_between(curve.x, *curve.band, color=ink, alpha=0.18, lw=0)
         if level is not None:
             axes.axhline(level, color=axes.xaxis.label.get_color(), lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel=x, ylabel=y, **axes_settings)
-        if any(curve.label for curve in curves) and outside:
-            figure.legend(loc="outside right upper")
-        elif any(curve.label for curve in curves):
-            axes.legend()
+        legend.draw(figure, named)
 
-    return Plot(draw, title, note, size)
+    return Plot(draw, title, note, (size[0], size[1] + legend.height))
 
 
 def bars(
@@ -82,21 +80,23 @@ def bars(
     write: str | None = None,  # how to write values beside their bars, "{:.2f}"
     level: Number | None = None,  # a dashed line
     stacked: bool = False,
-    outside: bool = False,  # the legend beside the axes, where bars leave no room for it
     **axes_settings: Any,
 ) -> Plot:
     """Lying bars: a row for each name, in it a bar for each of `values`, or one bar of all, stacked."""
     rows = len(names) * (1 if stacked else len(values))
+    size = size or (NARROW[0], max(2.2, 0.9 + 0.2 * rows))
+    legend = Legend(list(values) if len(values) > 1 else [], size[0])
 
     def draw(figure: Any) -> None:
-        axes, places = figure.subplots(), np.arange(len(names))
+        axes, places, named = figure.subplots(), np.arange(len(names)), []
         height, left = 0.8 if stacked else 0.8 / len(values), np.zeros(len(names))
         ink = axes.xaxis.label.get_color()
         for number, (label, value) in enumerate(values.items()):
             value = np.asarray(value, float)
             at = places if stacked else places + (number + 0.5) * height - 0.4
-            look: dict[str, Any] = {"color": colour(number), "label": label, "hatch": HATCHES[number % len(HATCHES)]}
+            look: dict[str, Any] = {"color": colour(number), "hatch": HATCHES[number % len(HATCHES)]}
             drawn = axes.barh(at, value, height * 0.92, left=left, edgecolor=ink, linewidth=0.3, **look)
+            named.append(drawn)
             if stacked:
                 left = left + np.nan_to_num(value)
             if write and (not stacked or number == len(values) - 1):
@@ -113,12 +113,9 @@ def bars(
         if level is not None:
             axes.axvline(level, color=ink, lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel=x, **axes_settings)
-        if len(values) > 1 and outside:
-            figure.legend(loc="outside right upper")
-        elif len(values) > 1:
-            axes.legend(loc="best")
+        legend.draw(figure, named)
 
-    return Plot(draw, title, note, size or (NARROW[0], max(2.2, 0.9 + 0.2 * rows)))
+    return Plot(draw, title, note, (size[0], size[1] + legend.height))
 
 
 def matrices(
@@ -193,21 +190,21 @@ def histogram(
     size: Size = NARROW,
 ) -> Plot:
     """Draws histograms as outlines over one another; each adds up to 1."""
+    legend = Legend(list(values) if len(values) > 1 else [], size[0])
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots()
+        axes, named = figure.subplots(), []
         finite = {name: np.asarray(v, float)[np.isfinite(v)] for name, v in values.items()}
         every = np.concatenate([*finite.values(), np.zeros(0)])
         edges = np.histogram_bin_edges(every, bins) if every.size else np.linspace(0, 1, bins + 1)
-        for number, (name, own) in enumerate(finite.items()):
+        for number, own in enumerate(finite.values()):
             share = np.histogram(own, edges)[0] / max(own.size, 1)
-            axes.stairs(share, edges, color=colour(number), lw=1.4, label=name)
+            named.append(axes.stairs(share, edges, color=colour(number), lw=1.4))
             axes.stairs(share, edges, color=colour(number), alpha=0.12, fill=True)
         axes.set(xlabel=x, ylabel="share")
-        if len(values) > 1:
-            axes.legend()
+        legend.draw(figure, named)
 
-    return Plot(draw, title, note, size)
+    return Plot(draw, title, note, (size[0], size[1] + legend.height))
 
 
 def regions(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.reporting.formulas import LOSS, METRICS
 from moe_jax.reporting.metrics import curve, last
 from moe_jax.reporting.plots.charts import Curve, bars, lines, matrices
 from moe_jax.reporting.plots.style import COLOURS, WIDE, Plot
@@ -16,13 +17,17 @@ def losses(runs: Runs, over: str = "step") -> Plot:
     """Train, held-out and capacity-limited loss of every run; `over` is "step" or "seconds"."""
     unit, drawn = _Time(runs.values()), list[Curve]()
     for number, (name, records) in enumerate(runs.items()):
+        evaluated = np.isfinite(curve(records, "loss", "eval")[1]).any()
+        label = name if len(runs) > 1 else None
         for kind, key, look in (
-            ("train", "loss", {"width": 0.8}),
-            ("eval", "loss", {"width": 1.6, "look": "both", "label": name if len(runs) > 1 else None}),
+            ("train", "loss", {"width": 0.8, "label": None if evaluated else label}),
+            ("eval", "loss", {"width": 1.6, "look": "both", "label": label}),
             ("eval", "loss_capacity", {"width": 1.2, "look": "dashed"}),
         ):
-            drawn.append(Curve(*_loss(records, key, kind, over, unit), colour=number, **look))
-    note = "thin: train, marks: held-out"
+            x, y = _loss(records, key, kind, over, unit)
+            if np.isfinite(y).any():
+                drawn.append(Curve(x, y, colour=number, **look))
+    note = f"{LOSS}; thin: train, marks: held-out"
     if any("loss_capacity" in last(records, "eval") for records in runs.values()):
         note += ", dashed: held-out with capacity"
     return _losses(drawn, over, unit, note)
@@ -42,7 +47,7 @@ def compared_losses(groups: Mapping[str, Sequence[list[dict]]], over: str = "ste
             held_out = _loss(records, "loss", "eval", over, unit)
             drawn.append(Curve(*held_out, label, "both", colour, width=1.6, mark=number))
     size = (WIDE[0], max(4.2, 0.6 + 0.2 * len(groups)))  # room for the legend
-    return _losses(drawn, over, unit, "thin: train, marks: held-out", size=size, outside=True)
+    return _losses(drawn, over, unit, "thin: train, marks: held-out", size=size)
 
 
 class _Time:
@@ -62,7 +67,7 @@ def _loss(records: list[dict], key: str, kind: str, over: str, unit: _Time) -> t
 
 
 def _losses(drawn: Sequence[Curve], over: str, unit: _Time, note: str, **look: Any) -> Plot:
-    values = np.concatenate([curve.y for curve in drawn])
+    values = np.concatenate([curve.y for curve in drawn] + [np.zeros(0)])
     values = values[np.isfinite(values)]
     if values.size > 50:  # the first steps would flatten the rest
         look |= {"ylim": (values.min() - 0.03 * np.ptp(values), np.percentile(values, 97) * 1.02)}
@@ -79,7 +84,7 @@ def loads(records: list[dict]) -> Plot:
     E = load.shape[-1]
     extent = (steps[0], max(steps[-1], steps[0] + 1), E - 0.5, -0.5)
     panels = {f"layer {name}": load[:, i].T * E for i, name in enumerate(names)}
-    note = "choices per expert over the mean of its layer, blue: few, red: many"
+    note = f"{METRICS['load'].formula}; over the mean of its layer, blue: few, red: many"
     across = min(len(names), 3)
     size = (WIDE[0], 0.6 + 1.9 * -(-len(names) // across))
     return matrices(
@@ -94,23 +99,23 @@ def layers(records: list[dict], key: str, title: str, note: str = "", unit: str 
     steps, values = curve(records, f"moe.{key}")  # [n, layers]
     names = last(records, "train")["moe"]["layer"]
     shades = matplotlib.colormaps["plasma"](np.linspace(0.38, 0.8, len(names)))
+    measured = [i for i in range(len(names)) if np.isfinite(values[:, i]).any()]
     drawn = []
-    for i, name in enumerate(names):
-        label = f"layer {name}" if len(names) <= 6 or i in (0, len(names) - 1) else None
+    for i in measured:
+        label = f"layer {names[i]}" if len(measured) <= 6 or i in (measured[0], measured[-1]) else None
         drawn.append(Curve(steps, smooth(values[:, i]), label, width=1.2, colour=matplotlib.colors.to_hex(shades[i])))
     settings: dict[str, Any] = {}
     if unit == "experts":
         settings["ylim"] = (0, max(1.0, np.nanmax(values, initial=0.0)) * 1.05)
-    elif unit != "per layer":
+    elif unit not in ("per layer", "unweighted"):
         settings["ylim"] = (0, max(1e-9, np.nanmax(values, initial=0.0)) * 1.05)
     return lines(drawn, "step", unit, title, note, **settings)
 
 
-def auxiliary(records: list[dict]) -> Plot:
+def auxiliary(records: list[dict], title: str, note: str = "", unit: str = "nats") -> Plot:
     """Draws the auxiliary losses' part of the loss."""
     steps, values = curve(records, "aux_loss")
-    note = "with coefficients, mean over layers, as added to the loss"
-    return lines([Curve(steps, smooth(values), width=1.2)], "step", "nats per token", "Auxiliary loss", note)
+    return lines([Curve(steps, smooth(values), width=1.2)], "step", unit, title, note)
 
 
 def domains(runs: Runs, unit: float = 1.0, x: str = "loss, nats per token") -> Plot:
@@ -122,7 +127,7 @@ def domains(runs: Runs, unit: float = 1.0, x: str = "loss, nats per token") -> P
         for name, table in tables.items()
     }
     words = x, "Held-out loss by domain", "at the last evaluation"
-    return bars(names, values, *words, write="{:.3f}", outside=True)
+    return bars(names, values, *words, write="{:.3f}")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

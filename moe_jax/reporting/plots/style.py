@@ -15,10 +15,11 @@ from moe_jax.files import write_file
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
-# Okabe and Ito's colours, told apart by every eye and seen on white and on black; a mark for each, for print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKS = ("o", "s", "^", "D", "v", "P")
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
+# Okabe and Ito's colours, with a violet and a brown: told apart by every eye and seen on white and on black; a mark and
+# a hatch for each, for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A3FFC", "#734A12")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "p")
+HATCHES = ("", "///", "...", "\\\\\\", "xx", "++", "---", "|||")
 Number = int | float | np.number
 Size = tuple[int | float, int | float]  # inches, width and height
 INK = "#123456"  # stands for the page's text colour in a figure, so that one page serves light and dark
@@ -62,7 +63,9 @@ class Plot:
     def svg(self) -> str:
         """The figure as an <svg> whose ink is the colour of the text around it."""
         text = self._bytes("svg", INK, facecolor="none", metadata=_UNDATED).decode()
-        return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :].replace(INK, "currentColor"))  # ids repeat
+        text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :].replace(INK, "currentColor"))  # ids repeat
+        head, _, inside = text.partition(">")
+        return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + inside  # as large as the page has room
 
     def save(self, path: str | Path) -> Path:
         """Writes it to a .png, .svg or .pdf file, titles and all; ValueError for another kind."""
@@ -103,6 +106,31 @@ _UNDATED: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Legend:
+    """Names of what is drawn, below the axes, so that no curve is hidden; in as many columns as have room.
+
+    labels: in the order of the artists. width: of the figure, in inches.
+    """
+
+    labels: Sequence[str]
+    width: int | float = NARROW[0]
+
+    @property
+    def columns(self) -> int:
+        widest = max(map(len, self.labels), default=0) + 6  # the line before a name, and the space after it
+        return max(1, min(len(self.labels), int(PER_INCH * self.width / widest)))
+
+    @property
+    def height(self) -> float:
+        """Inches that a figure needs besides."""
+        return 0.19 * -(-len(self.labels) // self.columns) if self.labels else 0.0
+
+    def draw(self, figure: Any, artists: Sequence[Any]) -> None:
+        if self.labels:
+            figure.legend(artists, self.labels, loc="outside lower center", ncols=self.columns, fontsize=8.5)
 
 
 def beside(plots: Sequence[Plot], columns: int | None = None, title: str = "", note: str = "") -> Plot:
