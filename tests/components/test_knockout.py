@@ -346,7 +346,7 @@ def test_a_dead_expert_has_a_card(params, seen):
     found = card(MODEL, params, dead, 0, 3)
     assert (found.choices, found.load, found.domains, found.promotes) == (0, 0, (), ())
     assert (found.drop_rate, found.weight, found.writes) == (None, None, None)  # of no choices
-    assert "serves   nobody" in card_text(found)
+    assert "serves   no token" in card_text(found)
     assert "dropped" not in card_text(found)
 
 
