@@ -44,7 +44,7 @@ def mesh_findings(exp: Experiment, devices: list[jax.Device]) -> Iterator[Findin
     one = jax.device_get(trial(state, batch))
     yield Finding(law(7).name, "one device", True, single_device.padding(trial, exp, state, batch))
     if exp.data.objective.batch_kind != "images":  # images have no order
-        verdict = single_device.causal(trial, exp, state, batch)
+        verdict = single_device.step_is_causal(trial, exp, state, batch)
         yield Finding(law(4).name, "the whole model", exp.model.causal, verdict)
     yield Finding(law(8).name, "one device", True, single_device.drops(one))
     if (found := single_device.microbatches(exp, state, batch, devices)) is not None:

@@ -71,7 +71,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     def execute(i: Instruction, around: Computation) -> list[Collective]:
         op = i.op.removesuffix("-start")
         if op in OPCODES:
-            return [read(i, mesh)]
+            return [to_collective(i, mesh)]
         if op.endswith(("-done", "-update")):  # counted at the start
             return []
         if op == "while":
@@ -250,7 +250,7 @@ def total(tree: int | tuple) -> int:
     return tree if isinstance(tree, int) else sum(map(total, tree))
 
 
-def read(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
+def to_collective(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
     """Reads one execution of a collective."""
     op, result = i.op.removesuffix("-start"), byte_sizes(i.result)
     if op != i.op and op != "all-reduce":  # a start holds operands, results and context
