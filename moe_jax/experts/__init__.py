@@ -1,6 +1,6 @@
 """Experts: (params, x, groups) -> y, written once for every layout of rows. One line here registers one.
 
-y is as wide as x, or O where an expert has a field or property O; its parameters are then named so (`down_EFO`).
+y is as wide as x, or O where an expert has a field or property O; its parameters are then named by it (`down_EFO`).
 """
 
 from moe_jax.experts.glu import GLU
