@@ -118,11 +118,12 @@ def table(it: Losses) -> str:
 
 def sentence(it: Losses) -> str:
     """The result in words: differences by steps and by the clock, and W, with 95 % intervals over seeds."""
-    (steps, e), (time, f), (w, g) = map(interval, (it.differences(it.steps), it.differences(it.same_time), it.w()))
+    each = it.differences(it.steps), it.differences(it.same_time), it.w()
+    (steps, e), (time, f), (w, g) = map(interval, each)
     return (
         f"The MoE is better by {steps:.3f} ± {e:.3f} nats after equal steps and by {time:.3f} ± {f:.3f} after equal "
-        f"time; the baseline needs {w:.2f} ± {g:.2f} times the MoE's time for its loss (means of {len(it.seeds)} seeds, "
-        f"95 % intervals; a step of the MoE takes {it.ratio:.2f} times the baseline's)."
+        f"time; the baseline needs {w:.2f} ± {g:.2f} times the MoE's time for its loss (means of {len(it.seeds)} "
+        f"seeds, 95 % intervals; a step of the MoE takes {it.ratio:.2f} times the baseline's)."
     )
 
 

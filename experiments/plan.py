@@ -33,7 +33,7 @@ cli.define_config()
 FLAGS = flags.FLAGS
 TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE of the slice, v4:8x8x16; N*CHIP:SHAPE for N slices.")
 ANALYTIC = flags.DEFINE_bool("analytic", False, "Arithmetic only, nothing is compiled.")
-SEARCH = flags.DEFINE_bool("search", False, "Try all meshes, exchanges, rematerialisations, pieces and ZeRO-1.")
+SEARCH = flags.DEFINE_bool("search", False, "Try all meshes, exchanges, remat modes, microbatches and ZeRO-1.")
 BEST = flags.DEFINE_integer("best", 3, "How many of the options that a search finds are compiled.")
 TOKENS = flags.DEFINE_float("tokens", None, "Tokens of the run (default: its authors', or those of the steps).")
 PUE = flags.DEFINE_float("pue", None, "Power usage effectiveness of the data centre.")

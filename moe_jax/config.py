@@ -240,9 +240,8 @@ def plain(value: Any) -> Any:
 
 def dense_baseline(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of the dense model with equal active FLOPs: see `TransformerConfig.dense_baseline`."""
-    twin = build(config)
-    twin = dataclasses.replace(twin, model=twin.model.dense_baseline())
-    return ml_collections.ConfigDict(plain(twin))
+    exp = build(config)
+    return ml_collections.ConfigDict(plain(dataclasses.replace(exp, model=exp.model.dense_baseline())))
 
 
 SECTIONS: dict[str, type] = {
@@ -567,7 +566,7 @@ def _check_batch(exp: Experiment) -> None:
     if data.B % (shards * data.microbatches):
         raise ValueError(
             f"config.data.B={data.B} sequences do not spread evenly over {shards} devices in "
-            f"{data.microbatches} piece(s); make B a multiple of {shards * data.microbatches}, or change mesh."
+            f"{data.microbatches} microbatch(es); make B a multiple of {shards * data.microbatches}, or change mesh."
         )
     cuts = {"D": (model.D, list(RULES["D"]))}
     for i, part in enumerate(model.attention):
@@ -589,6 +588,6 @@ def _check_batch(exp: Experiment) -> None:
         except ValueError as error:
             raise ValueError(
                 f"config.model.moe.S={model.moe.S} does not divide the {B * stack.L} tokens that a device sees at once "
-                f"(B={data.B} x L={stack.L} over {shards} devices in {data.microbatches} piece(s)); "
+                f"(B={data.B} x L={stack.L} over {shards} devices in {data.microbatches} microbatch(es)); "
                 "make it one that does, or None for one sequence."
             ) from error

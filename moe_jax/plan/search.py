@@ -1,7 +1,7 @@
 """Search for the fastest mesh, exchange, rematerialisation, number of microbatches and ZeRO stage that fit.
 
-By arithmetic, best first: nothing computed again, in one piece, is the least that a mesh can take, so meshes are tried
-in that order until no other can be faster than what has been found.
+A step without rematerialisation and in one microbatch is the fastest that a mesh can have. Meshes are tried in the order
+of that time, until no other can be faster than what has been found.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Option(NamedTuple):
             "mesh": mesh_words(exp.mesh),
             "exchange": short(exp.exchange) if spread else "-",
             "remat": exp.model.remat,
-            "pieces": str(exp.data.microbatches),
+            "microbatches": str(exp.data.microbatches),
             "zero1": "yes" if exp.optim.zero1 else "no",
         }
 
@@ -99,7 +99,7 @@ def option(exp: Experiment, on: Topology) -> Option:
 
 
 def fastest_variant(base: Experiment, on: Topology, tried: list[tuple[int, Experiment]]) -> Option | None:
-    """A mesh at its best: for every rematerialisation the fewest pieces that fit, and the fastest of these.
+    """A mesh at its best: for every rematerialisation the fewest microbatches that fit, and the fastest of these.
 
     What was tried, and the bytes it needs, is added to `tried`.
     """
@@ -110,19 +110,19 @@ def fastest_variant(base: Experiment, on: Topology, tried: list[tuple[int, Exper
         return tried[-1][0] <= on.chip.usable
 
     for remat in REMAT:
-        pieces = variants(base, remat)
-        if best and roofline(pieces[0], on).worst >= best.seconds:
+        microbatches = variants(base, remat)
+        if best and roofline(microbatches[0], on).worst >= best.seconds:
             continue
-        if len(pieces) > 1 and not fits(pieces[0]):  # if the smallest pieces are too large, all are
-            pieces = pieces[1:] if fits(pieces[-1]) else []
-        if exp := next(filter(fits, pieces), None):
+        if len(microbatches) > 1 and not fits(microbatches[0]):  # if the smallest microbatches are too large, all are
+            microbatches = microbatches[1:] if fits(microbatches[-1]) else []
+        if exp := next(filter(fits, microbatches), None):
             new = option(exp, on)
             best = new if best is None or new.seconds < best.seconds else best
     return best
 
 
 def buildable(exp: Experiment, on: Topology, refused: Counter[str]) -> Iterator[Experiment]:
-    """Every mesh with every exchange and ZeRO stage, computing nothing again, in one piece; counts what is refused."""
+    """Every mesh with every exchange and ZeRO stage, in one microbatch, computing nothing again; counts refusals."""
     for mesh in factorizations(on.devices, on.slices):
         for exchange in exchanges(exp, mesh):
             for zero1 in (False, True) if mesh["data"] * mesh["expert"] > 1 else (False,):
@@ -162,7 +162,7 @@ def variant(exp: Experiment, remat: str = "none", microbatches: int = 1, **chang
 
 
 def variants(base: Experiment, remat: str) -> list[Experiment]:
-    """A mesh with this rematerialisation, in 1, 2, 4, ... pieces."""
+    """A mesh with this rematerialisation, in 1, 2, 4, ... microbatches."""
     found = []
     for microbatches in (1 << i for i in range(base.data.B.bit_length())):
         try:

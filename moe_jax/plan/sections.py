@@ -302,7 +302,7 @@ def found_sections(search: SearchTable) -> list[PlanSection]:
         "mesh",
         "exchange",
         "remat",
-        "pieces",
+        "microbatches",
         "zero1",
         "memory",
         "overlapped",
