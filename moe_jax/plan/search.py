@@ -1,6 +1,6 @@
 """Search for the fastest mesh, exchange, rematerialisation, number of microbatches and ZeRO stage that fit.
 
-A step without rematerialisation and in one microbatch is the fastest that a mesh can have. Meshes are tried in the order
+A step without rematerialisation and in one microbatch is the fastest of a mesh. Meshes are tried in the order
 of that time, until no other can be faster than what has been found.
 """
 
