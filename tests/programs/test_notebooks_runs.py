@@ -24,7 +24,7 @@ E = 4
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A run of a few steps in RUN and its dense twin in TWIN, on three domains of generated text in data."""
+    """A run of a few steps in RUN and its dense baseline in BASELINE, on three domains of generated text in data."""
     folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
     for domain, symbols in SYMBOLS.items():
         (folder / "text" / domain).mkdir(parents=True)
@@ -39,7 +39,7 @@ def runs(tmp_path_factory) -> Path:
         run=RunConfig(steps=6, log_every=1, eval_every=3, eval_sequences=32, save_every=6),
         mesh=(("data", 2), ("expert", 4)),
     )
-    for name, each in {"RUN": exp, "TWIN": dataclasses.replace(exp, model=model.dense_baseline())}.items():
+    for name, each in {"RUN": exp, "BASELINE": dataclasses.replace(exp, model=model.dense_baseline())}.items():
         run(each, folder / name, folder / "data")
     return folder
 
@@ -47,7 +47,7 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture
 def finished(runs, monkeypatch) -> Path:
     """Finished runs, as the notebooks get them."""
-    for name in ("RUN", "TWIN"):
+    for name in ("RUN", "BASELINE"):
         monkeypatch.setenv(f"MOE_JAX_{name}", str(runs / name))
     monkeypatch.setenv("MOE_JAX_DATA", str(runs / "data"))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -110,8 +110,8 @@ def test_audit_your_config(tmp_path, monkeypatch):
         "as configured, batch-independent",
         "first choices first, causal",
         "first choices first, batch-independent",
-        "experts choose, causal",
-        "experts choose, batch-independent",
+        "experts select, causal",
+        "experts select, batch-independent",
         "weight always 1, trainable",
         "weight always 1, batch-independent",
     }
