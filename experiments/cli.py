@@ -25,7 +25,7 @@ from experiments.launch import join, pulse
 from moe_jax.config import SECTIONS, Experiment, build, typed
 from moe_jax.files import write_file
 from moe_jax.overrides import known_fields, override
-from moe_jax.reporting.metrics import plain
+from moe_jax.reporting.metrics import to_json
 from moe_jax.train import TrainingDiverged
 from moe_jax.transfer import RunCheckpoint
 from moe_jax.words import meant
@@ -295,7 +295,7 @@ def write_json(path: pathlib.Path | None, found: Any) -> None:
     """Writes a result to the file of --json, numbers that are not finite as null; nothing where there is no file."""
     if path is None:
         return
-    text = json.dumps(plain(found), indent=1) + "\n"
+    text = json.dumps(to_json(found), indent=1) + "\n"
     if str(path) == "-":
         STDOUT.get(sys.stdout).write(text)
     else:

@@ -32,7 +32,7 @@ from moe_jax.inspect.look import trace_layers
 from moe_jax.inspect.recorder import STACKS, check_recordable, layers_of, recordings
 from moe_jax.inspect.recording import Recording, joined
 from moe_jax.inspect.run import TrainedRun, examples, experiment, open_run
-from moe_jax.reporting.metrics import plain
+from moe_jax.reporting.metrics import to_json
 from moe_jax.reporting.report import write_report
 
 WORKDIR = cli.workdir()
@@ -71,7 +71,7 @@ def main() -> None:
     if page is None or table is None:
         (workdir / "inspect").mkdir(exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    cli.write_json(table or workdir / "inspect" / "report.json", plain(found, DIGITS))
+    cli.write_json(table or workdir / "inspect" / "report.json", to_json(found, DIGITS))
     html = report.inspection_page(name, found, run.exp.to_json(), cards)
     say(f"written: {write_file(page or workdir / 'inspect' / 'report.html', html)}")
     if drawn is not None:

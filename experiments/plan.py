@@ -26,7 +26,7 @@ from moe_jax.plan import sections
 from moe_jax.plan.page import found_page, plan_page
 from moe_jax.plan.plan import Site, plan, plan_to_dict
 from moe_jax.plan.search import Option, option, search
-from moe_jax.plan.sections import Search
+from moe_jax.plan.sections import SearchTable
 from moe_jax.plan.topology import Topology, side_lengths, topology
 
 cli.define_config()
@@ -83,7 +83,7 @@ def planned(exp: Experiment, on: Topology, site: Site, table: pathlib.Path | Non
         say(f"compiling the train step for {on.name}: seconds to minutes")
     said = published()
     found = plan(exp, on, site, tokens_of(said), said, ANALYTIC.value)
-    print(sections.text(sections.sections(found)), sections.verdict(found), sep="\n\n")
+    print(sections.plan_text(sections.plan_sections(found)), sections.verdict(found), sep="\n\n")
     cli.write_json(table, plan_to_dict(found))
     write(report, lambda: plan_page(found))
 
@@ -100,8 +100,8 @@ def searched(
         for i, option in enumerate(found.options[: BEST.value]):
             say(f"compiling option {i + 1} of {min(BEST.value, len(found.options))}")
             compiled[i] = outcome(option.exp, on)
-    done = Search(found, on, site, tokens_of(published()), own(exp, on), compiled)
-    print(sections.text(sections.found_sections(done)), sections.found_verdict(found, on.name), sep="\n\n")
+    done = SearchTable(found, on, site, tokens_of(published()), own(exp, on), compiled)
+    print(sections.plan_text(sections.found_sections(done)), sections.found_verdict(found, on.name), sep="\n\n")
     if found.options:
         fitting = [i for i in range(len(found.options)) if not compiled.get(i, "").startswith("no")]
         print(f"The first{' that compiles' if compiled else ''}: {found.options[fitting[0]].flags}" if fitting else "")

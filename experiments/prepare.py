@@ -103,7 +103,7 @@ def clock(seconds: float) -> str:
 
 
 def size(split: Any) -> str:
-    """How much a prepared split holds."""
+    """Size of a prepared split."""
     text = f"{len(split):,} examples"
     return text if split.bytes_per_token is None else f"{text}, {split.bytes_per_token:.2f} bytes of text a token"
 

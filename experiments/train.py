@@ -34,7 +34,7 @@ from moe_jax.costs import flops, parameters
 from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data import default_directory
 from moe_jax.files import write_file
-from moe_jax.reporting.metrics import FILE, Logger, read, summary
+from moe_jax.reporting.metrics import FILE, Logger, read, summary_table
 from moe_jax.reporting.report import write_report
 from moe_jax.train import TrainingDiverged, train
 
@@ -113,7 +113,7 @@ def run(
         except TrainingDiverged as error:
             diverged = error
     if jax.process_index() == 0:
-        rich.console.Console(stderr=True).print(summary(read(workdir)))
+        rich.console.Console(stderr=True).print(summary_table(read(workdir)))
         path = write_report(workdir, exp.to_json(), others, about=headline(exp), steps=exp.run.steps)
         say(f"report: {path}")
     if diverged is not None:

@@ -8,7 +8,7 @@ NARROW = 500  # pixels
 
 
 class Page(html.parser.HTMLParser):
-    """What a page says and is made of; an AssertionError where its tags are not closed in their order."""
+    """Reader of a page: its text and parts; an AssertionError where its tags are not closed in order."""
 
     def __init__(self, text: str):
         super().__init__()

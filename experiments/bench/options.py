@@ -1,4 +1,4 @@
-"""What flags of several programs here mean."""
+"""Flags that several programs here share, and their meanings."""
 
 import math
 import re

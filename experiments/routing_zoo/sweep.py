@@ -19,7 +19,7 @@ from experiments.routing_zoo import zoo
 from experiments.routing_zoo.zoo import Contestant
 from moe_jax.config import Experiment, build
 from moe_jax.files import write_file
-from moe_jax.reporting.metrics import FILE, Logger, curve, duration, last, plain, read
+from moe_jax.reporting.metrics import FILE, Logger, curve, duration, last, read, to_json
 from moe_jax.train import TrainingDiverged, train
 
 
@@ -173,7 +173,7 @@ def summaries(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[fl
 def save(path: Path, base: ConfigDict, results: Sequence[dict[str, Any]]) -> None:
     """Writes results.json; a number that is not there is null."""
     head = {"steps": base.run.steps, "tokens_per_step": base.data.B * base.data.L, "width": zoo.width(base)}
-    write_file(path, json.dumps({**head, "runs": plain(list(results))}, indent=1) + "\n")
+    write_file(path, json.dumps({**head, "runs": to_json(list(results))}, indent=1) + "\n")
 
 
 def say(text: str) -> None:

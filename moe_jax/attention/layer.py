@@ -32,13 +32,15 @@ class Attention(nn.Module):
         """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
         part, here = self.part, Shard() if self.is_initializing() else shard.from_mesh()
         sizes = {**part.sizes, "D": x_BLD.shape[-1]}
-        params = {name: parameter(self, name, sizes, initializer(name, self.init_scale)) for name in part.params}
+        params = {
+            name: parameter(self, name, sizes, attention_initializer(name, self.init_scale)) for name in part.params
+        }
         return over_mesh(part, here, params, x_BLD, sees, memory_BMD)
 
 
-def initializer(name: str, scale: float) -> Any:
+def attention_initializer(name: str, scale: float) -> Any:
     """Returns how a parameter is drawn: matrices from a truncated normal, scales are one, all else is zero."""
-    if is_matrix(name):
+    if is_attention_matrix(name):
         return dims.kernel_init(dims.dims_of(name), scale)
     return nn.initializers.ones if name.startswith("scale") else nn.initializers.zeros
 
@@ -62,14 +64,14 @@ def over_mesh(
         shared=dims.specs(sees.shared, here.rules),
     )
     specs = (dims.specs(params, here.rules), tokens, layout, tokens)
-    run = shard.per_shard(partial(attend, part, here), here, specs, tokens)
+    run = shard.per_shard(partial(attend_on_shard, part, here), here, specs, tokens)
     return run(params, x_BLD, sees, memory_BMD)
 
 
 NO_MATRICES = ("HA", "JA", "PH")  # biases and scales of heads, tables of positions
 
 
-def attend(part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees, memory_BMD: Array | None) -> Array:
+def attend_on_shard(part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees, memory_BMD: Array | None) -> Array:
     """An attention on one shard's tokens, its matrices gathered over fsdp."""
     ready = {name: gather_param(here, name, w, x_BLD.dtype) for name, w in here.pvary(params).items()}
     return part(ready, x_BLD, sees, here, memory_BMD=memory_BMD)[0]
@@ -77,10 +79,10 @@ def attend(part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees, memory
 
 def gather_param(here: Shard, name: str, w: Array, dtype: Any) -> Array:
     """A parameter as it is computed with: a matrix whole over fsdp and in the type of its input."""
-    return here.unshard(name, w, dtype).astype(dtype) if is_matrix(name) else w
+    return here.unshard(name, w, dtype).astype(dtype) if is_attention_matrix(name) else w
 
 
-def is_matrix(name: str) -> bool:
+def is_attention_matrix(name: str) -> bool:
     """Tells whether tokens are multiplied with this parameter."""
     letters = dims.dims_of(name)
     return len(letters) > 1 and letters not in NO_MATRICES

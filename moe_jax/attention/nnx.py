@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moe_jax.attention.layer import initializer, over_mesh
+from moe_jax.attention.layer import attention_initializer, over_mesh
 from moe_jax.attention.sees import Sees
 from moe_jax.core import shard
 from moe_jax.core.parameter import draw
@@ -23,7 +23,7 @@ class Attention(nnx.Module):
         self.part = part
         sizes = {**part.sizes, "D": D}
         for name in part.params:
-            setattr(self, name, nnx.Param(draw(rngs.params(), name, sizes, initializer(name, init_scale))))
+            setattr(self, name, nnx.Param(draw(rngs.params(), name, sizes, attention_initializer(name, init_scale))))
 
     def __call__(
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None

@@ -15,7 +15,7 @@ from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, Images
 
 
-def causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
+def step_is_causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
     """Law 4 of the whole model: other tokens later in the last sequence of a group change nothing before them."""
     assert not isinstance(batch, Images), "an image has no order"
     rng, (B, L), n = np.random.default_rng(2), batch.tokens_BL.shape, rows_of_a_group(exp.model, batch)

@@ -44,7 +44,7 @@ def mesh_findings(exp: Experiment, devices: list[jax.Device]) -> Iterator[Findin
     one = jax.device_get(trial(state, batch))
     yield Finding(law(7).name, "one device", True, alone.padding(trial, exp, state, batch))
     if exp.data.objective.batch_kind != "images":  # which have no order
-        told = alone.causal(trial, exp, state, batch)
+        told = alone.step_is_causal(trial, exp, state, batch)
         yield Finding(law(4).name, "the whole model", exp.model.causal, told)
     yield Finding(law(8).name, "one device", True, alone.drops(one))
     if (found := alone.microbatches(exp, state, batch, devices)) is not None:

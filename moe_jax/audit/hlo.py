@@ -72,7 +72,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     def execute(i: Instruction, around: Computation) -> list[Collective]:
         op = i.op.removesuffix("-start")
         if op in OPCODES:
-            return [read(i, mesh)]
+            return [to_collective(i, mesh)]
         if op.endswith(("-done", "-update")):  # of what has been counted when it started
             return []
         if op == "while":
@@ -251,7 +251,7 @@ def total(tree: int | tuple) -> int:
     return tree if isinstance(tree, int) else sum(map(total, tree))
 
 
-def read(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
+def to_collective(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
     """One execution of a collective."""
     op, result = i.op.removesuffix("-start"), byte_sizes(i.result)
     if op != i.op and op != "all-reduce":  # operands, results and what else it takes to wait for them

@@ -64,7 +64,7 @@ LAWS = (
         4,
         "Causal means causal",
         "in a language model, no output depends on a later token.",
-        (routing.causal, alone.causal),
+        (routing.causal, alone.step_is_causal),
         (
             ("model.causal", "False states that later tokens may matter, and permits what would be refused"),
             ("model.moe.router", "routers in which experts choose tokens see the whole group"),

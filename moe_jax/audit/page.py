@@ -26,7 +26,7 @@ def findings_page(
     )
     parts = [
         page.text(f"{wrong} of {len(found) + len(rows)} findings break a law that the config claims."),
-        page.facts({**headline(exp), "shrunk": "; ".join(shrunk) or "nothing"}),
+        page.facts_list({**headline(exp), "shrunk": "; ".join(shrunk) or "nothing"}),
         *(_law(law, rows if law == COMMUNICATION else its) for law, its in by_law(found).items()),
         page.details("Placement: which parameter lies where, and the bytes on a device, as configured", [placement]),
         page.folded("Config", exp.to_json()),

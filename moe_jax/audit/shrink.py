@@ -31,7 +31,7 @@ def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
     mesh = tuple(fold(dict(exp.mesh), devices).items())
     optim = dataclasses.replace(exp.optim, schedule=Constant(RATE))
     small = dataclasses.replace(exp, model=model, data=data, optim=optim, mesh=mesh)
-    return small, changes(exp, small)
+    return small, changed_fields(exp, small)
 
 
 def narrow(model: Model, whole: Any, short: Any) -> Model:
@@ -106,7 +106,7 @@ def fold(mesh: dict[str, int], devices: int) -> dict[str, int]:
     return sizes
 
 
-def changes(exp: Experiment, small: Experiment) -> list[str]:
+def changed_fields(exp: Experiment, small: Experiment) -> list[str]:
     """Lists what was changed from the config."""
     pairs = [(name, getattr(exp, name), getattr(small, name)) for name in ("data", "optim", "model")]
     if exp.model.routed is not None:

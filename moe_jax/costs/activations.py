@@ -3,7 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from moe_jax.attention.layer import is_matrix
+from moe_jax.attention.layer import is_attention_matrix
 from moe_jax.core import dims
 from moe_jax.core.groups import Padded
 from moe_jax.exchanges import AllGather, RaggedAllToAll
@@ -75,7 +75,9 @@ def attention_residuals(sub: Sublayer, stack: StackShape, r: Residuals, on: Devi
     part, L, M = sub.part, stack.L, stack.M if sub.memory else stack.L
     sizes = {letter: n / on.tensor if letter in "HJ" else n for letter, n in part.sizes.items()}
     numbers = 0.0
-    for letters, tokens in ((dims.dims_of(n), M if n in part.of_memory else L) for n in part.params if is_matrix(n)):
+    for letters, tokens in (
+        (dims.dims_of(n), M if n in part.of_memory else L) for n in part.params if is_attention_matrix(n)
+    ):
         inner = letters[:-1] if letters.endswith("D") else letters[1:]  # outputs of heads, or of the matrix
         numbers += tokens * math.prod(sizes[c] for c in inner)
     scores = (r.logits * FLOAT + on.width) * on.B * sizes["H"] * L * M

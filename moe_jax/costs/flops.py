@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from moe_jax.attention.layer import is_matrix
+from moe_jax.attention.layer import is_attention_matrix
 from moe_jax.core import dims
 from moe_jax.costs.parameters import n_parameters
 from moe_jax.models import Model, ViTConfig
@@ -76,7 +76,7 @@ def n_keys(sub: Sublayer, stack: StackShape) -> int:
 def attention_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
     """An attention, on a sequence of its stack; matrices of keys and values are multiplied with the memory's tokens."""
     part, M, sizes = sub.part, n_keys(sub, stack), {**sub.part.sizes, "D": D}
-    tokens = {name: M if name in part.of_memory else stack.L for name in part.params if is_matrix(name)}
+    tokens = {name: M if name in part.of_memory else stack.L for name in part.params if is_attention_matrix(name)}
     matrices = sum(2 * n * n_parameters([dims.dims_of(name)], sizes) for name, n in tokens.items())
     return {"attention": matrices, "scores": part.score_flops(stack.L, M)}
 

@@ -36,7 +36,7 @@ def ensure(folder: pathlib.Path, make: Callable[[pathlib.Path], dict[str, Any]])
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read(folder: pathlib.Path) -> dict[str, Any]:
+def read_facts(folder: pathlib.Path) -> dict[str, Any]:
     """The facts of a folder made by `ensure`; ValueError if any file is not as it was written."""
     manifest = read_manifest(folder)
     for name, expected in manifest["sha256"].items():
@@ -46,7 +46,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     return manifest["facts"]
 
 
-def facts(folder: pathlib.Path) -> dict[str, Any]:
+def manifest_facts(folder: pathlib.Path) -> dict[str, Any]:
     """The facts of a folder made by `ensure`, without reading its other files."""
     return read_manifest(folder)["facts"]
 

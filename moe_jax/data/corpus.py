@@ -32,7 +32,7 @@ class Corpus:
     def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]:
         """The documents of a split, domains mixed; ValueError if they are not those that were written."""
         folder = self.prepared(directory)
-        expected = cache.read(folder)[split]
+        expected = cache.read_facts(folder)[split]
         records = list(_records(folder, split))
         if len(records) != expected["records"] or _fingerprint(records) != expected["sha256"]:
             raise ValueError(f"{folder} does not read back as it was written: delete it, and it is made anew")
@@ -41,7 +41,7 @@ class Corpus:
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of all decoded records, which depends on the versions of Python and of the packages."""
-        return cache.facts(self.prepared(directory))["fingerprint"]
+        return cache.manifest_facts(self.prepared(directory))["fingerprint"]
 
     def prepared(self, directory: pathlib.Path) -> pathlib.Path:
         """The folder of the corpus of this very environment, built if it is not there (about 10 s)."""

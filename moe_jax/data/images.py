@@ -145,7 +145,7 @@ class TfdsImages:
 
     def fingerprint(self) -> str:
         """A sha256 of what TFDS knows about the data set."""
-        return fingerprint(records.facts(self, self._builder()))
+        return fingerprint(records.tfds_facts(self, self._builder()))
 
     def _builder(self) -> tfds.core.DatasetBuilder:
         builder = records.builder(self)

@@ -52,7 +52,7 @@ def example(
     return {"source": long(source, M), "target": long(target, L), "domain": np.array(domain, np.int32)}
 
 
-def batch(examples: Sequence[dict[str, np.ndarray]], first: int) -> Pairs:
+def pair_batch(examples: Sequence[dict[str, np.ndarray]], first: int) -> Pairs:
     """Pairs side by side, one in a row; before the first target stands the token `first`."""
     source_BM, target_BL = (np.stack([one[name] for one in examples]) for name in ("source", "target"))
     real_BL = target_BL != NOTHING
@@ -113,7 +113,7 @@ class Translation:
         def made(split: Split) -> ParallelText:
             def make(new: pathlib.Path) -> dict[str, Any]:
                 sizes = {"source": of_source.V, "target": fitted.V}
-                facts = write(encoded(source, "pairs", split, directory), sizes, L, new)
+                facts = write_pairs(encoded(source, "pairs", split, directory), sizes, L, new)
                 left_out = f"{facts['left_out']} of {facts['left_out'] + facts['pairs']} {split} pairs"
                 if not facts["pairs"]:
                     raise ValueError(f"{source}: {left_out} fit into L={L} tokens; give more pairs, or a larger L")
@@ -125,7 +125,7 @@ class Translation:
             cache.ensure(folder, make)
             return ParallelText(folder, fitted)
 
-        with how.encoder(functools.partial(encode, of_source, fitted)) as encoded:
+        with how.encoder(functools.partial(encode_pairs, of_source, fitted)) as encoded:
             return made("train"), made("held_out")
 
 
@@ -133,7 +133,7 @@ class ParallelText:
     """A split of pairs, at random access; its files are checked when it is opened."""
 
     def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
-        facts = cache.read(folder)
+        facts = cache.read_facts(folder)
         self.tokenizer = tokenizer
         self.domains: tuple[str, ...] = tuple(facts["domains"])
         self.fingerprint: str = facts["fingerprint"]
@@ -158,10 +158,10 @@ class ParallelText:
         return example(nothing, nothing, 0, self.source_WM.shape[1], self.target_WL.shape[1])
 
     def batch(self, examples: Sequence[dict[str, np.ndarray]]) -> Pairs:
-        return batch(examples, self.tokenizer.bod)
+        return pair_batch(examples, self.tokenizer.bod)
 
 
-def encode(
+def encode_pairs(
     of_source: Tokenizer, tokenizer: Tokenizer, pair: Pair
 ) -> tuple[Integer[np.ndarray, "m"], Integer[np.ndarray, "l"], int, int]:
     """Tokens of a pair's source and of its target with the end, the number of the target's bytes, and the domain."""
@@ -169,7 +169,7 @@ def encode(
     return of_source.encode(pair.source), target, len(pair.target), pair.domain
 
 
-def write(
+def write_pairs(
     pairs: Iterable[tuple[Integer[np.ndarray, "m"], Integer[np.ndarray, "l"], int, int]],
     sizes: Mapping[str, int],
     L: int,

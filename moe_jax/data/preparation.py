@@ -73,7 +73,7 @@ class Limited:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How text becomes tokens: in so many processes (1: in this one), each part reported to `report`.
+    """Preparation of text: the number of processes (1: this one), and `report`, which is called for each part.
 
     A source with `parts(split)` is read by all processes; any other is read by this one, and encoded by all.
     """

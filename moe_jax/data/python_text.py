@@ -49,7 +49,7 @@ def texts(domain: str, megabytes: float) -> Iterator[Text]:
     longest = min(LONGEST, left // FEWEST)
     seen = set()
     for name, path in files()[domain]:
-        text = next(pieces(read(name, path, domain) or "", longest), "")
+        text = next(pieces(read_text(name, path, domain) or "", longest), "")
         end = re.sub(r"\s+", " ", text).strip()[-SAME_END:]
         if len(text) < SHORTEST or end in seen:
             continue
@@ -125,7 +125,7 @@ def _domain_of_python(path: pathlib.PurePosixPath) -> str:
     return "stdlib" if path.parts[0] == "stdlib" else "library"
 
 
-def read(name: str, path: str, domain: str) -> str | None:
+def read_text(name: str, path: str, domain: str) -> str | None:
     """Text that a file holds for a domain; None if there is none."""
     try:
         text = decoded(pathlib.Path(path).read_bytes())

@@ -45,7 +45,7 @@ def records(source: Any, found: tfds.core.DatasetBuilder, split: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class RecordRange:
     """The records `start` to `stop` of a source, as its `read` makes documents of them; read where it is iterated."""
 
     source: Any
@@ -62,13 +62,13 @@ class Part:
         return self.source.read(found, self.split if shared else None)
 
 
-def parts(source: Any, split: Split) -> list[Part]:
+def parts(source: Any, split: Split) -> list[RecordRange]:
     """A split of a source in parts of about `SIZE` bytes, or one record."""
     info = source.found().info
     name = "train" if split == "train" or source.held_out not in info.splits else source.held_out
     n, size = info.splits[name].num_examples, info.splits[name].num_bytes
     step = max(1, min(SIZE * n // max(size, 1), 4096))
-    return [Part(source, split, start, min(start + step, n)) for start in range(0, n, step)]
+    return [RecordRange(source, split, start, min(start + step, n)) for start in range(0, n, step)]
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,7 +79,7 @@ def _opened(source: Any, split: Split) -> tuple[Any, bool]:
     return records(source, found, source.held_out if split == "held_out" and not shared else "train"), shared
 
 
-def facts(source: Any, found: tfds.core.DatasetBuilder) -> list[str]:
+def tfds_facts(source: Any, found: tfds.core.DatasetBuilder) -> list[str]:
     """Facts that TFDS has about the data set: version, features, and the size of every shard."""
     splits = (f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(found.info.splits.items()))
     return [str(source), found.info.full_name, str(found.info.features), *splits]

@@ -10,7 +10,7 @@ from jaxtyping import Int, Int32
 
 from moe_jax.data.documents import fingerprint
 from moe_jax.data.objectives import check_source
-from moe_jax.data.pairs import Pairs, batch, example, shapes
+from moe_jax.data.pairs import Pairs, example, pair_batch, shapes
 from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.terms import loss_mask, predictions
 from moe_jax.data.windows import Windows, prepare
@@ -109,7 +109,7 @@ class Gapped:
         return example(nothing, nothing, 0, self.M, self.L)
 
     def batch(self, examples: Sequence[dict[str, np.ndarray]]) -> Pairs:
-        return batch(examples, self.tokenizer.bod)
+        return pair_batch(examples, self.tokenizer.bod)
 
 
 def corrupt(

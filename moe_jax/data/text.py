@@ -86,7 +86,7 @@ class Tfds:
         """The examples that have text, in the order of the data set."""
         return itertools.chain.from_iterable(self.parts(split))
 
-    def parts(self, split: Split) -> list[records.Part]:
+    def parts(self, split: Split) -> list[records.RecordRange]:
         """The same documents in parts, each of which any process can read."""
         return records.parts(self, split)
 
@@ -98,7 +98,7 @@ class Tfds:
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of what TFDS knows about the data set: version, features, and the size of every shard."""
-        return fingerprint(records.facts(self, self.found()))
+        return fingerprint(records.tfds_facts(self, self.found()))
 
     def found(self) -> tfds.core.DatasetBuilder:
         """The prepared data set; ValueError if it has no such text."""

@@ -80,11 +80,11 @@ class SentencePiece:
         """The tokenizer in `folder`, trained on `texts` if there is none; ValueError if they are too few."""
 
         def train(unfinished: pathlib.Path) -> dict[str, int]:
-            (unfinished / MODEL).write_bytes(_train(lines(texts, TRAINED_ON), self.V))
+            (unfinished / MODEL).write_bytes(_train(training_lines(texts, TRAINED_ON), self.V))
             return {"V": self.V}
 
         cache.ensure(folder, train)
-        cache.read(folder)
+        cache.read_facts(folder)
         return TrainedSentencePiece((folder / MODEL).read_bytes())
 
 
@@ -120,7 +120,7 @@ class TrainedSentencePiece:
         return bytes([int(piece[3:5], 16)]) if self.model.is_byte(i) else piece.replace(SPACE, " ").encode()
 
 
-def lines(texts: Iterable[bytes], limit: int) -> Iterator[str]:
+def training_lines(texts: Iterable[bytes], limit: int) -> Iterator[str]:
     """The lines of the first `limit` bytes of text, in parts that sentencepiece takes."""
     for text in texts:
         limit -= len(text)

@@ -39,7 +39,7 @@ class Parallel:
     def pairs(self, split: Split, directory: pathlib.Path) -> Iterator[Pair]:
         """Pairs without duplicates; a source is in one split, whatever its targets."""
         for domain, file in enumerate(self._files()):
-            lines = dict.fromkeys(read(file))
+            lines = dict.fromkeys(read_pairs(file))
             apart = held_out([digest(source) for source, _ in lines])
             for source, target in lines:
                 if (digest(source) in apart) == (split == "held_out"):
@@ -58,7 +58,7 @@ class Parallel:
         return files
 
 
-def read(file: pathlib.Path) -> Iterator[tuple[bytes, bytes]]:
+def read_pairs(file: pathlib.Path) -> Iterator[tuple[bytes, bytes]]:
     """The pairs of a .tsv file; ValueError names the first line that is none."""
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         sides = line.split(b"\t")
@@ -89,7 +89,7 @@ class TfdsPairs:
         """The examples that have both texts, in the order of the data set."""
         return itertools.chain.from_iterable(self.parts(split))
 
-    def parts(self, split: Split) -> list[records.Part]:
+    def parts(self, split: Split) -> list[records.RecordRange]:
         """The same pairs in parts, each of which any process can read."""
         return records.parts(self, split)
 
@@ -101,7 +101,7 @@ class TfdsPairs:
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of what TFDS knows about the data set."""
-        return fingerprint(records.facts(self, self.found()))
+        return fingerprint(records.tfds_facts(self, self.found()))
 
     def found(self) -> tfds.core.DatasetBuilder:
         """The prepared data set; ValueError if it has no such texts."""
@@ -146,7 +146,7 @@ class ToyTranslation:
             sentence = rng.permutation(self.words)[: rng.integers(self.shortest, self.longest + 1)]
             text = said(lexicon[0, sentence])
             if is_held_out(digest(text)) == (split == "held_out"):
-                yield Pair(b"%d " % z + text, said(ordered(lexicon[z, sentence], z)), z - 1)
+                yield Pair(b"%d " % z + text, said(word_order(lexicon[z, sentence], z)), z - 1)
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of all sentences."""
@@ -154,7 +154,7 @@ class ToyTranslation:
         return fingerprint(f"{source.decode()}\t{target.decode()}" for source, target, _ in both)
 
 
-def ordered(words: Integer[np.ndarray, "N"], z: int) -> Integer[np.ndarray, "N"]:
+def word_order(words: Integer[np.ndarray, "N"], z: int) -> Integer[np.ndarray, "N"]:
     """A sentence in the order of language z."""
     return words[::-1] if z % 2 else np.roll(words, -(z // 2))
 

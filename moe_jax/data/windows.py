@@ -56,7 +56,7 @@ class Windows:
     batch = staticmethod(batch)
 
     def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
-        facts = cache.read(folder)
+        facts = cache.read_facts(folder)
         self.tokenizer = tokenizer
         self.L: int = facts["L"]
         self.domains: tuple[str, ...] = tuple(facts["domains"])
@@ -98,7 +98,7 @@ def prepare(
     def windows(split: Split) -> Windows:
         def make(new: pathlib.Path) -> dict[str, Any]:
             documents = encoded(source, "documents", split, directory)
-            facts = write(documents, source.domains, fitted, L, new)
+            facts = write_windows(documents, source.domains, fitted, L, new)
             if not facts["targets"]:
                 raise ValueError(f"{source} has no text in its {split} split: give it more documents")
             return {**facts, "fingerprint": fingerprint([key, split])}
@@ -107,16 +107,16 @@ def prepare(
         cache.ensure(folder, make)
         return Windows(folder, fitted)
 
-    with how.encoder(functools.partial(encode, fitted)) as encoded:
+    with how.encoder(functools.partial(encode_documents, fitted)) as encoded:
         return windows("train"), windows("held_out")
 
 
-def encode(tokenizer: Tokenizer, document: Document) -> tuple[Integer[np.ndarray, "N"], int, int]:
+def encode_documents(tokenizer: Tokenizer, document: Document) -> tuple[Integer[np.ndarray, "N"], int, int]:
     """Tokens of a document, the number of its bytes, and its domain."""
     return tokenizer.encode(document.text).astype(_smallest(tokenizer.V - 1)), len(document.text), document.domain
 
 
-def write(
+def write_windows(
     documents: Iterable[tuple[Integer[np.ndarray, "N"], int, int]],
     domains: tuple[str, ...],
     tokenizer: Tokenizer,

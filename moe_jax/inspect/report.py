@@ -15,8 +15,8 @@ NOBODY = "-"
 
 def inspection_page(title: str, found: Mapping[str, Any], config: str, cards: Sequence[str] = ()) -> str:
     """The page of what `analyse` and its companions have found, by their names; `cards`: of experts, as text."""
-    parts = [summary(found), overview(found)]
-    for title_of, words, drawn in sections(found):
+    parts = [inspection_summary(found), overview(found)]
+    for title_of, words, drawn in report_sections(found):
         parts += [page.heading(title_of), *([page.text(words)] if words else [])]
         parts += [part if isinstance(part, str) else page.figure(part, wide=bool(part.size[0] > 7)) for part in drawn]
     if cards:
@@ -28,14 +28,14 @@ def inspection_page(title: str, found: Mapping[str, Any], config: str, cards: Se
 def named_figures(found: Mapping[str, Any]) -> dict[str, Plot]:
     """The figures alone, by names for files; a title that comes again is numbered."""
     drawn: dict[str, Plot] = {}
-    for plot in (part for _, _, parts in sections(found) for part in parts if isinstance(part, Plot)):
+    for plot in (part for _, _, parts in report_sections(found) for part in parts if isinstance(part, Plot)):
         title = "_".join("".join(c if c.isalnum() else " " for c in plot.title).lower().split())
         names = (f"{title}_{i}" if i > 1 else title for i in count(1))
         drawn[next(name for name in names if name not in drawn)] = plot
     return drawn
 
 
-def summary(found: Mapping[str, Any]) -> str:
+def inspection_summary(found: Mapping[str, Any]) -> str:
     """The first paragraph: of what, and the few numbers that matter most."""
     dead = int(np.sum(found["dead"]))
     alike = [group for groups in found.get("weights", {}).get("duplicates", []) for group in groups]
@@ -76,7 +76,7 @@ def overview(found: Mapping[str, Any]) -> str:
     return page.table(head, rows)
 
 
-class Section(NamedTuple):
+class ReportSection(NamedTuple):
     """A heading, a sentence, and figures or tables (HTML)."""
 
     title: str
@@ -84,7 +84,7 @@ class Section(NamedTuple):
     parts: list[Plot | str]
 
 
-def sections(found: Mapping[str, Any]) -> list[Section]:
+def report_sections(found: Mapping[str, Any]) -> list[ReportSection]:
     """Sections that have numbers."""
     made = [choice(found)]
     made += [purpose(found)] if found["specialisation"] else []
@@ -93,18 +93,19 @@ def sections(found: Mapping[str, Any]) -> list[Section]:
     made += [among_themselves(found), where(found)]
     made += [alike(found)] if found["fairness"] else []
     return made + [
-        Section(f"Compared with {other['name']}", "", beside_other(found, other)) for other in found.get("compare", ())
+        ReportSection(f"Compared with {other['name']}", "", beside_other(found, other))
+        for other in found.get("compare", ())
     ]
 
 
-def choice(found: Mapping[str, Any]) -> Section:
+def choice(found: Mapping[str, Any]) -> ReportSection:
     names, margin = found["layers"], found["margin"]
     drawn: list[Plot | str] = [figures.draw_load(found["load"], names)]
     drawn += [figures.draw_margin(margin["edges"], margin["share"], names)] if margin else []
-    return Section("Load and choice", "", drawn)
+    return ReportSection("Load and choice", "", drawn)
 
 
-def purpose(found: Mapping[str, Any]) -> Section:
+def purpose(found: Mapping[str, Any]) -> ReportSection:
     names, spec, information = found["layers"], found["specialisation"], found["information"]
     domains = [found["domains"][z] for z in found["by_domain"]["domain"]]
     drawn: list[Plot | str] = [figures.draw_specialisation(spec["lift_NEA"], names, domains)]
@@ -112,23 +113,23 @@ def purpose(found: Mapping[str, Any]) -> Section:
         drawn.append(
             figures.draw_information(information["nats_N"], information["chance_N"], information["p_N"], names)
         )
-    return Section("What experts are for", specialised(found, domains), drawn)
+    return ReportSection("What experts are for", specialised(found, domains), drawn)
 
 
-def tokens(found: Mapping[str, Any]) -> Section:
+def tokens(found: Mapping[str, Any]) -> ReportSection:
     note = "Frequent tokens with the largest lift, most loaded experts first."
-    return Section("Tokens of experts", note, [words_of(found, found["favourites"])])
+    return ReportSection("Tokens of experts", note, [words_of(found, found["favourites"])])
 
 
-def breaks(found: Mapping[str, Any]) -> Section:
+def breaks(found: Mapping[str, Any]) -> ReportSection:
     effects = found["knock_out"]
     domains = found["domains"][: np.shape(effects["rise_by_domain"])[1]]
-    return Section(
+    return ReportSection(
         "What breaks without them", missed(found), [figures.draw_knock_out(effects, found["layers"], domains)]
     )
 
 
-def among_themselves(found: Mapping[str, Any]) -> Section:
+def among_themselves(found: Mapping[str, Any]) -> ReportSection:
     names, drawn = found["layers"], list[Plot | str]()
     if found["K"] > 1:
         drawn.append(figures.draw_coactivation(found["coactivation"], names))
@@ -136,22 +137,22 @@ def among_themselves(found: Mapping[str, Any]) -> Section:
         drawn.append(figures.draw_transitions(found["transitions"], names))
     if weights := found.get("weights"):
         drawn.append(figures.draw_similarity(weights["similarity"], names))
-    return Section("Experts among themselves", paths(found), drawn)
+    return ReportSection("Experts among themselves", paths(found), drawn)
 
 
-def where(found: Mapping[str, Any]) -> Section:
+def where(found: Mapping[str, Any]) -> ReportSection:
     names, by, at = found["layers"], found["by_position"], found["by_position"]["position"]
     even = float(np.log(found["E"]))
     drawn: list[Plot | str] = [figures.draw_by_position(at, by["entropy"], names, "nats", "Entropy by position", even)]
     if np.max(found["drop_rate"]) > 0:
         drawn.append(figures.draw_by_position(at, by["drop_rate"], names, "share dropped", "Drops by position"))
-    return Section("Where", drops_again(found), drawn)
+    return ReportSection("Where", drops_again(found), drawn)
 
 
-def alike(found: Mapping[str, Any]) -> Section:
+def alike(found: Mapping[str, Any]) -> ReportSection:
     fair = found["fairness"]
     groups = [found["domains"][z] for z in fair["domain"]]
-    return Section(
+    return ReportSection(
         "Alike for all?", unfair(fair, found["domains"]), [figures.draw_gaps(fair["value"], fair["interval"], groups)]
     )
 

@@ -11,7 +11,7 @@ from moe_jax.plan.topology import Topology
 Rows = list[tuple[str, ...]]
 
 
-class Section(NamedTuple):
+class PlanSection(NamedTuple):
     """A table with a title; the first column is left-aligned."""
 
     title: str
@@ -20,12 +20,12 @@ class Section(NamedTuple):
     rows: Sequence[tuple[str, ...]]
 
 
-def text(sections: Sequence[Section]) -> str:
+def plan_text(sections: Sequence[PlanSection]) -> str:
     """Tables of aligned columns, one below the other."""
-    return "\n\n".join("\n".join(lines(section)) for section in sections)
+    return "\n\n".join("\n".join(text_lines(section)) for section in sections)
 
 
-def lines(section: Section) -> Iterator[str]:
+def text_lines(section: PlanSection) -> Iterator[str]:
     cells = [section.head, *section.rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(section.head))]
     prose = section.head[-1] in PROSE
@@ -56,13 +56,20 @@ def verdict(plan: Plan) -> str:
     )
 
 
-def sections(plan: Plan) -> list[Section]:
+def plan_sections(plan: Plan) -> list[PlanSection]:
     """All of a plan."""
-    found = [model(plan), step(plan), memory(plan), network(plan), times(plan), run(plan)]
+    found = [
+        model_section(plan),
+        step_section(plan),
+        memory_section(plan),
+        network_section(plan),
+        times_section(plan),
+        run_section(plan),
+    ]
     return [*found, *compiled(plan), sources(plan)]
 
 
-def model(plan: Plan) -> Section:
+def model_section(plan: Plan) -> PlanSection:
     count, said = plan.parameters, plan.published
     rows: Rows = [(name, f"{kind.total:,}", f"{kind.active:,}") for name, kind in count.kinds.items() if kind.total]
     rows.append(("in all", f"{count.total:,}", f"{count.active:,}"))
@@ -75,7 +82,7 @@ def model(plan: Plan) -> Section:
         )
         why = [f"{name}: {reason}" for name, reason in said.get("differs", {}).items()]
         note = "; ".join([*(str(said[key]) for key in ("source", "note") if said.get(key)), *why])
-    return Section("Parameters", note, ("kind", "total", "active"), rows)
+    return PlanSection("Parameters", note, ("kind", "total", "active"), rows)
 
 
 def number(said: str | float | int) -> float:
@@ -85,7 +92,7 @@ def number(said: str | float | int) -> float:
     return float(said.rstrip("KMBT")) * {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(said[-1], 1.0)
 
 
-def step(plan: Plan) -> Section:
+def step_section(plan: Plan) -> PlanSection:
     line, n = plan.roofline, plan.on.devices
     rows: Rows = [
         ("tokens", f"{line.tokens:,}", f"{line.tokens / n:,.0f}"),
@@ -93,18 +100,18 @@ def step(plan: Plan) -> Section:
         ("executed FLOPs", f"{line.executed * n:.3e}", f"{line.executed:.3e}"),
         *((f"HBM bytes, {name}", size(moved * n), size(moved)) for name, moved in line.memory.items()),
     ]
-    return Section("A step", mesh_words(plan.exp.mesh), ("", "in all", "a device"), rows)
+    return PlanSection("A step", mesh_words(plan.exp.mesh), ("", "in all", "a device"), rows)
 
 
-def memory(plan: Plan) -> Section:
+def memory_section(plan: Plan) -> PlanSection:
     need = plan.memory
     rows: Rows = [(name, size(n)) for name, n in need._asdict().items()]
     rows += [(f"at once, besides the state: {phase}", size(n)) for phase, n in need.phases.items()]
     rows += [("state and the largest phase", size(need.total)), ("what a program may use", size(plan.on.chip.usable))]
-    return Section("Memory of a device", "predicted; parameters and optimizer are the state", ("", "bytes"), rows)
+    return PlanSection("Memory of a device", "predicted; parameters and optimizer are the state", ("", "bytes"), rows)
 
 
-def network(plan: Plan) -> Section:
+def network_section(plan: Plan) -> PlanSection:
     rows: Rows = [
         (
             f"{s.what.op} over {' x '.join(s.what.axes)}",
@@ -118,18 +125,18 @@ def network(plan: Plan) -> Section:
         if s.seconds >= plan.roofline.network / 1000
     ]
     head = ("collective", "count", "sent", "GB/s", "alone", "for")
-    return Section("Collectives of a device", "those of a thousandth of the network's time and more", head, rows)
+    return PlanSection("Collectives of a device", "those of a thousandth of the network's time and more", head, rows)
 
 
-def times(plan: Plan) -> Section:
+def times_section(plan: Plan) -> PlanSection:
     line = plan.roofline
     rows: Rows = [(name, seconds(took), f"{took / line.best:.0%}") for name, took in line.parts.items()]
     rows += [("all overlapped", seconds(line.best), f"MFU {line.mfu(line.best):.1%}")]
     rows += [("nothing overlapped", seconds(line.worst), f"MFU {line.mfu(line.worst):.1%}")]
-    return Section("Time of a step", f"bound by {line.bound}", ("", "seconds", ""), rows)
+    return PlanSection("Time of a step", f"bound by {line.bound}", ("", "seconds", ""), rows)
 
 
-def run(plan: Plan) -> Section:
+def run_section(plan: Plan) -> PlanSection:
     runs = list(plan.runs.values())
 
     def row(name: str, what: Callable[[RunCost], str]) -> tuple[str, ...]:
@@ -148,10 +155,10 @@ def run(plan: Plan) -> Section:
     ]
     if plan.site.price is not None:
         rows.append(row("price", lambda r: f"{r.price:,.0f}"))
-    return Section("The run", f"{runs[0].tokens:.4g} tokens", ("", *plan.runs), rows)
+    return PlanSection("The run", f"{runs[0].tokens:.4g} tokens", ("", *plan.runs), rows)
 
 
-def compiled(plan: Plan) -> list[Section]:
+def compiled(plan: Plan) -> list[PlanSection]:
     """Sections with the compiler's figures; none where it was not run."""
     c = plan.compiled
     if c is None:
@@ -171,7 +178,7 @@ def compiled(plan: Plan) -> list[Section]:
         rows += [("compute and memory, estimated", seconds(c.optimal_seconds)), ("both, predicted", seconds(predicted))]
     rows += [("to trace, to compile", f"{c.lower_seconds:.0f} s, {c.compile_seconds:.0f} s")]
     rows += [("memory of this host", size(c.host_bytes))]
-    found = [Section("Compiled", "of a device, by the TPU compiler", ("", ""), rows)]
+    found = [PlanSection("Compiled", "of a device, by the TPU compiler", ("", ""), rows)]
     sent: Rows = [
         (
             f"{r.compiled.op} over {' x '.join(r.compiled.axes)}",
@@ -183,17 +190,17 @@ def compiled(plan: Plan) -> list[Section]:
         for r in plan.rows
     ]
     head = ("collective", "count", "compiled", "predicted", "as predicted")
-    found += [Section("Collectives, compiled against predicted", "", head, sent)] * bool(sent)
+    found += [PlanSection("Collectives, compiled against predicted", "", head, sent)] * bool(sent)
     hidden: Rows = [
         (f"{o.op}, {o.how}", f"{o.count:,}", size(o.bytes), "-" if o.seconds is None else seconds(o.seconds))
         for o in c.overlaps
     ]
     note = "what is computed while they travel, by the compiler's estimate"
     titles = ("collective", "count", "bytes", "computed meanwhile")
-    return found + [Section("Overlap", note, titles, hidden)] * bool(hidden)
+    return found + [PlanSection("Overlap", note, titles, hidden)] * bool(hidden)
 
 
-def sources(plan: Plan) -> Section:
+def sources(plan: Plan) -> PlanSection:
     """Sources of every figure, and assumptions."""
     chip, site = plan.on.chip, plan.site
     power = "not known" if site.watts is None else f"{site.watts:g} W a chip"
@@ -209,7 +216,7 @@ def sources(plan: Plan) -> Section:
     rows += [("price", f"{site.price:g} a chip-hour", "as given")] if site.price is not None else []
     rows += [("between slices", f"{chip.dcn / 1e9:g} GB/s a chip", chip.source)] if plan.on.slices > 1 else []
     rows += [("not compiled", "", plan.missing)] if plan.missing else []
-    return Section("Sources", "", ("", "figure", "source"), rows)
+    return PlanSection("Sources", "", ("", "figure", "source"), rows)
 
 
 # ---------------------------------------------------------------- searches
@@ -223,7 +230,7 @@ def found_verdict(found: Found, on: str) -> str:
     return f"{on}: nothing fits; the least is {size(found.smallest.memory.total)} a device."
 
 
-class Search(NamedTuple):
+class SearchTable(NamedTuple):
     """A search and what it was for."""
 
     found: Found
@@ -254,7 +261,7 @@ class Search(NamedTuple):
         return whole(option.roofline, self.on, self.site, option.seconds, tokens)
 
 
-def found_facts(search: Search) -> dict[str, str]:
+def found_facts(search: SearchTable) -> dict[str, str]:
     """Facts about the run: what is placed, and what it costs on the first option; {} where no mesh can be built."""
     exp = search.shown[0].exp if search.shown else None
     if exp is None:
@@ -274,7 +281,7 @@ def found_facts(search: Search) -> dict[str, str]:
     return facts
 
 
-def found_sections(search: Search) -> list[Section]:
+def found_sections(search: SearchTable) -> list[PlanSection]:
     """The options, the config's own mesh marked, what the compiler says of the first, why others are not there."""
     found = search.found
     rows = [
@@ -307,8 +314,8 @@ def found_sections(search: Search) -> list[Section]:
     )
     refused = [(why, f"{n:,}") for why, n in found.refused.items()]
     refused += [("the state alone is more than a device has", f"{found.large:,}")] * bool(found.large)
-    sections = [Section("Options", f"{found.tried:,} tried on {found.meshes:,} meshes", head, rows)]
-    return sections + [Section("Left out", "", ("why", "meshes"), refused)] * bool(refused)
+    sections = [PlanSection("Options", f"{found.tried:,} tried on {found.meshes:,} meshes", head, rows)]
+    return sections + [PlanSection("Left out", "", ("why", "meshes"), refused)] * bool(refused)
 
 
 def size(n: float | int) -> str:

@@ -71,7 +71,7 @@ class Logger:
         """Appends one record, at once on disk; NaN and infinity become null, arrays become lists."""
         if not self._active:
             return
-        record = plain(record)
+        record = to_json(record)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         for tag, value in _scalars(record):
             self._board.add_scalar(tag, value, record["step"])
@@ -214,7 +214,7 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
     return [*rows, ("energy, by", energy["basis"])] if energy.get("basis") else rows
 
 
-def summary(records: list[dict]) -> rich.table.Table:
+def summary_table(records: list[dict]) -> rich.table.Table:
     """The table that ends a run in the terminal."""
     table = rich.table.Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
@@ -244,14 +244,14 @@ def _lookup(record: dict, key: str) -> Any:
     return value
 
 
-def plain(value: Any, digits: int = 17) -> Any:
+def to_json(value: Any, digits: int = 17) -> Any:
     """Converts to strict JSON: arrays to lists, numbers that are not finite to None, others to so many digits."""
     if isinstance(value, dict):
-        return {str(key): plain(item, digits) for key, item in value.items()}
+        return {str(key): to_json(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, digits) for item in value]
+        return [to_json(item, digits) for item in value]
     if hasattr(value, "tolist"):  # arrays and scalars of numpy and JAX
-        return plain(value.tolist(), digits)
+        return to_json(value.tolist(), digits)
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value

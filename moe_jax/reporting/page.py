@@ -48,7 +48,7 @@ def heading(words: str) -> str:
     return f"<h2>{html.escape(words)}</h2>"
 
 
-def facts(rows: Mapping[str, str]) -> str:
+def facts_list(rows: Mapping[str, str]) -> str:
     """A list of names and what is to be said of each; beside it on a desk, below it on a phone."""
     inside = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(words)}</dd>" for name, words in rows.items())
     return f"<dl>{inside}</dl>"

@@ -49,7 +49,7 @@ def head(runs: plots.Runs, about: Mapping[str, str], steps: int | None = None) -
         rows["command"] = start["command"]
     said = " ".join(run_verdict(runs, steps))
     question = [page.heading(start["question"])] if "question" in start else []
-    return [*question, *([page.text(said)] if said else []), *([page.facts(rows)] if rows else [])]
+    return [*question, *([page.text(said)] if said else []), *([page.facts_list(rows)] if rows else [])]
 
 
 def summary(runs: plots.Runs) -> str:
@@ -89,19 +89,19 @@ def moe_figures(records: list[dict]) -> list[str]:
         metric = METRICS.get(key, Metric(key.replace("_", " ").capitalize(), "", "per layer"))
         steps, values = curve(records, f"moe.{key}")
         if values.ndim == 2:
-            if changes(values):
+            if changing_metrics(values):
                 drawn.append(page.figure(plots.layers(records, key, *metric)))
             elif np.isfinite(values).any():
                 said.append(constant(metric, steps, values))
     steps, values = curve(records, "aux_loss")
-    if changes(values):
+    if changing_metrics(values):
         drawn.append(page.figure(plots.auxiliary(records, *AUXILIARY)))
     elif np.isfinite(values).any():
         said.append(constant(AUXILIARY, steps, values))
     return drawn + said
 
 
-def changes(values: np.ndarray) -> bool:
+def changing_metrics(values: np.ndarray) -> bool:
     """Returns whether a series, [n] or [n, layers], has two different finite values of anything."""
     series = [v[np.isfinite(v)] for v in values.reshape(len(values), -1).T] if values.size else []
     return any(v.size and np.ptp(v) > 0 for v in series)

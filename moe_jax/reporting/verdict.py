@@ -17,7 +17,7 @@ def run_verdict(runs: Runs, steps: int | None = None) -> list[str]:
     records = next(iter(runs.values()))
     if not last(records, "train") and not last(records, "eval"):
         return []
-    sentences = (ending(records, steps), held_out(runs), drops_and_balance(records), steadiness(records))
+    sentences = (ending(records, steps), held_out_sentence(runs), drops_and_balance(records), steadiness(records))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -32,7 +32,7 @@ def ending(records: Records, steps: int | None = None) -> str:
     return f"Unfinished: the last record is of step {step:,}{of}."
 
 
-def held_out(runs: Runs) -> str:
+def held_out_sentence(runs: Runs) -> str:
     """The last held-out loss, against those of the other runs."""
     (_, records), *others = runs.items()
     own = last(records, "eval")

@@ -20,7 +20,7 @@ from moe_jax.data import (
     evaluation_batches,
 )
 from moe_jax.data.tokenizers import TrainedSentencePiece
-from moe_jax.data.translation import Pair, ordered
+from moe_jax.data.translation import Pair, word_order
 from tests.components.test_data import corrupt
 
 TOY = ToyTranslation(languages=3, words=12, sentences=400)
@@ -211,7 +211,7 @@ def test_toy_languages_have_their_own_words_in_their_own_order(tmp_path):
     def words(pair: Pair) -> list[bytes]:
         tag, *sentence = pair.source.split()
         assert int(tag) == pair.domain + 1
-        return [sentence[i] for i in ordered(np.arange(len(sentence)), pair.domain + 1)]
+        return [sentence[i] for i in word_order(np.arange(len(sentence)), pair.domain + 1)]
 
     for pair in train:
         for word, other in zip(words(pair), pair.target.split(), strict=True):
@@ -224,7 +224,7 @@ def test_toy_languages_have_their_own_words_in_their_own_order(tmp_path):
 
 
 def test_toy_languages_reorder_words():
-    assert [ordered(np.arange(4), z).tolist() for z in (1, 2, 3, 4)] == [
+    assert [word_order(np.arange(4), z).tolist() for z in (1, 2, 3, 4)] == [
         [3, 2, 1, 0],
         [1, 2, 3, 0],
         [3, 2, 1, 0],

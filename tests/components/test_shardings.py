@@ -96,7 +96,7 @@ def test_a_leaf_is_sharded_as_its_name_says(kind):
 
 
 def test_matrices_of_a_model_are_sharded_as_in_its_train_step():
-    """Of all parameters of a language model; vectors are replicated here."""
+    """Shardings of all parameters of a language model are those of its train step; vectors are replicated here."""
     cfg = LMConfig(N=2, D=8, V=12, moe=CFG, attention=MHA(2, 4))
     params = jax.eval_shape(LM(cfg).init, KEY, jnp.zeros((8, 2), int))["params"]
     mesh = mesh_of("f2e2t2")

@@ -25,7 +25,7 @@ from moe_jax.inspect.analysis import analyse, compare_recordings, effects_of, la
 from moe_jax.inspect.knockout import DomainLosses, Effects
 from moe_jax.inspect.recorder import layers_of
 from moe_jax.models.pattern import moe_paths
-from moe_jax.reporting.metrics import FILE, plain
+from moe_jax.reporting.metrics import FILE, to_json
 from moe_jax.step import State
 from tests import programs
 from tests.components.test_inspect import made
@@ -108,11 +108,11 @@ def test_every_section_has_its_figures(found):
 
 def test_the_json_makes_the_same_page(found):
     """Nothing is in the page that is not in the JSON, which is strict."""
-    text = json.dumps(plain(found, 5), allow_nan=False)
-    assert [h for h, *_ in report.sections(json.loads(text))] == [h for h, *_ in report.sections(found)]
-    assert report.summary(json.loads(text)) == report.summary(found)
+    text = json.dumps(to_json(found, 5), allow_nan=False)
+    assert [h for h, *_ in report.report_sections(json.loads(text))] == [h for h, *_ in report.report_sections(found)]
+    assert report.inspection_summary(json.loads(text)) == report.inspection_summary(found)
     values = {"a": np.array([1 / 3, np.nan]), 1: (np.float32(2), None)}
-    assert plain(values, 5) == {"a": [0.33333, None], "1": [2.0, None]}
+    assert to_json(values, 5) == {"a": [0.33333, None], "1": [2.0, None]}
 
 
 def test_little_is_told_of_little(rec):
@@ -122,7 +122,7 @@ def test_little_is_told_of_little(rec):
     found = analyse(few, ["layer 0"]) | {"step": 1}
     for absent in ("specialisation", "information", "fairness", "favourites", "by_domain"):
         assert found[absent] is None
-    page = stands_alone(report.inspection_page("a", plain(found, 5), ""))
+    page = stands_alone(report.inspection_page("a", to_json(found, 5), ""))
     assert "From layer to layer" not in page.titles
     assert "paths" not in report.paths(found)
 

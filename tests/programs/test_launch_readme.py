@@ -25,7 +25,7 @@ exit 0
 
 @pytest.fixture(scope="module")
 def commands() -> str:
-    """Those of the run on Cloud TPU, from the names to the deletion."""
+    """Commands of the run on Cloud TPU, from the names to the deletion."""
     text = (ROOT / "experiments" / "launch" / "README.md").read_text()
     run = text[text.index("## 1. ") : text.index("# Variations")]
     return "".join(line[4:] for line in run.splitlines(keepends=True) if line.startswith("    "))
@@ -33,7 +33,7 @@ def commands() -> str:
 
 @pytest.fixture(scope="module")
 def called(commands, tmp_path_factory) -> list[str]:
-    """What the commands call, in a shell with stubs, where a name that is used before it is set is an error."""
+    """Calls that the commands make in a shell with stubs, where an unset variable is an error."""
     folder = tmp_path_factory.mktemp("shell")
     for name in ("gcloud", "python", "tensorboard"):
         (folder / name).write_text(STUB)

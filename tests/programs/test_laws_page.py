@@ -29,7 +29,7 @@ def test_every_law_has_tests_and_no_test_another_law():
 
 
 def test_docstrings_name_the_laws_of_the_markers():
-    """Those that begin with "Law 4", and those with "law 7" in brackets."""
+    """Docstrings that begin with "Law 4", or have "law 7" in brackets, name the laws of their markers."""
     tests = [test for file in sorted((ROOT / "tests").rglob("test_*.py")) for test in laws_page.of_file(file, ROOT)]
     pattern = r"^Laws? (\d+)(?: and (\d+))?|\(law (\d+)\)"
     stated = [({int(n) for m in re.findall(pattern, test.about) for n in m if n}, test) for test in tests]

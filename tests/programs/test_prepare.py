@@ -164,7 +164,7 @@ def test_small_parts_lose_no_record(lines, small_parts, tmp_path):
 
 
 def test_a_host_needs_the_description_of_a_tfds_data_set_only(tmp_path):
-    """What is prepared is found without the records."""
+    """Prepared data is found without the records."""
     Numbered(data_dir=tmp_path).download_and_prepare(file_format="array_record")
     source = Tfds("numbered", data_dir=str(tmp_path))
     made = NextToken().prepare(source, Bytes(), 16, tmp_path / "data")

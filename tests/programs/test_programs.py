@@ -61,7 +61,7 @@ def test_every_program_is_listed():
 
 @pytest.mark.parametrize(("name", "line"), listing.programs().items())
 def test_a_first_line_is_a_sentence(name, line):
-    """It says what the program does, and fits beside its name."""
+    """A first line says what the program does, and fits beside its name."""
     assert line.endswith((".", "?"))
     assert line.split()[0].endswith("s"), "a verb"
     assert line[0].isupper()
@@ -171,7 +171,7 @@ def is_name(node: ast.AST) -> bool:
 
 
 def test_shared_flags_are_the_shared_ones():
-    """What this file calls shared is what cli.py defines, --traceback apart."""
+    """Flags that this file calls shared are those that cli.py defines, --traceback apart."""
     calls = [node for node in ast.walk(ast.parse(source("cli"))) if isinstance(node, ast.Call)]
     calls = [call for call in calls if ast.unparse(call.func) in ("flag", "flags.DEFINE_bool")]
     defined = {word.value for call in calls for word in call.args if is_name(word) and word.value.isidentifier()}
@@ -199,7 +199,7 @@ def test_train_joins_others():
 
 
 def test_json_is_all_there_is_on_stdout():
-    """What people read goes to stderr then; and - is no file of any other flag."""
+    """Text for people goes to stderr then; and - is no file of any other flag."""
     plan = module("plan")
     asked = ["--config=glam_pod", "--topology=v5e:4x4", "--analytic"]
     text, record = programs.call(plan, *asked), programs.call(plan, *asked, "--json=-")

@@ -35,7 +35,7 @@ from moe_jax.moe import Aux
 from moe_jax.plan.page import found_page, plan_page
 from moe_jax.plan.plan import Site, plan
 from moe_jax.plan.search import Found, option, variant
-from moe_jax.plan.sections import Search
+from moe_jax.plan.sections import SearchTable
 from moe_jax.plan.topology import topology
 from moe_jax.reporting.formulas import METRICS
 from moe_jax.reporting.metrics import Logger
@@ -270,7 +270,7 @@ def test_a_search_marks_the_mesh_of_the_config_and_says_how_to_get_each():
     other = option(variant(EXP, mesh=(("data", 8),), exchange=EXP.exchange, zero1=True), V5E)
     site = Site.of(V5E.chip, price=2.0)
     for options, place in (([own, other], 0), ([other], 1)):
-        search = Search(Found(options, None, 2, 2, 0, {}), V5E, site, 1e6, own, {0: "1 GiB"})
+        search = SearchTable(Found(options, None, 2, 2, 0, {}), V5E, site, 1e6, own, {0: "1 GiB"})
         page = stands_alone(found_page(search))
         marked = [i - 1 for i, (kind, _) in enumerate(page.rows) if kind == "marked"]
         assert marked == [place]
@@ -287,7 +287,7 @@ def test_a_search_marks_the_mesh_of_the_config_and_says_how_to_get_each():
 
 
 def test_a_search_without_the_mesh_of_the_config():
-    nothing = Search(Found([], None, 0, 0, 3, {}), V5E, Site.of(V5E.chip), None, None, {})
+    nothing = SearchTable(Found([], None, 0, 0, 3, {}), V5E, Site.of(V5E.chip), None, None, {})
     assert "no mesh can be built" in stands_alone(found_page(nothing)).said
     found = Found([option(EXP, V5E)], None, 1, 1, 0, {})
     page = stands_alone(found_page(nothing._replace(found=found)))

@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 from moe_jax.reporting import metrics
-from moe_jax.reporting.metrics import Logger, curve, read, summary
+from moe_jax.reporting.metrics import Logger, curve, read, summary_table
 from moe_jax.reporting.report import write_report
 
 LAYERS, EXPERTS = [1, 3], 4
@@ -223,7 +223,7 @@ def test_quiet_is_quiet(tmp_path, capsys):
 
 def test_the_summary_has_the_numbers_of_the_run(tmp_path, capsys):
     run(tmp_path)
-    rich.console.Console(width=120).print(summary(read(tmp_path)))
+    rich.console.Console(width=120).print(summary_table(read(tmp_path)))
     table = " ".join(capsys.readouterr().out.split())
     for expected in (
         "train loss, nats per token 0.1613",
@@ -236,7 +236,7 @@ def test_the_summary_has_the_numbers_of_the_run(tmp_path, capsys):
     ):
         assert expected in table
     run(tmp_path, sparse=False)
-    rich.console.Console(width=120).print(summary(read(tmp_path)))
+    rich.console.Console(width=120).print(summary_table(read(tmp_path)))
     dense = capsys.readouterr().out
     assert "held-out loss" in dense
     assert "expert" not in dense

@@ -54,7 +54,7 @@ def test_experts_are_sharded_and_stay_so(page):
 
 
 def test_losses_fall_and_are_those_without_a_mesh(page):
-    """Of every step with its noise, and the router's state after them."""
+    """Losses of every step with its noise, and the router's state after them, are those without a mesh."""
     losses = page["losses"]
     assert losses[-1] < 0.8 * losses[0]
     state, step, found = jax.jit(page["create"])(page["key"]), jax.jit(page["step"]), []
