@@ -56,7 +56,7 @@ def finished(runs, monkeypatch) -> Path:
 
 def test_training_results(finished):
     """Both runs are summed up side by side, and the restored model goes on with a prompt."""
-    printed = executed("04_training_results.ipynb", pictures=8)
+    printed = executed("04_training_results.ipynb", pictures=7)
     (row,) = [line for line in printed.splitlines() if line.startswith("held-out bits per byte  ")]
     assert all(0 < float(bits) < 9 for bits in row.split()[-2:])
     assert "restored step 6" in printed
