@@ -1,6 +1,8 @@
 """The notebooks about finished runs and about a config of one's own: on runs of a few steps, and on a small config."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,10 @@ def test_training_results(finished):
     printed = executed("04_training_results.ipynb", pictures=7)
     (row,) = [line for line in printed.splitlines() if line.startswith("held-out bits per byte  ")]
     assert all(0 < float(bits) < 9 for bits in row.split()[-2:])
+    for name, folder in {"MoE": "RUN", "dense baseline": "BASELINE"}.items():
+        records = [json.loads(line) for line in (finished / folder / "metrics.jsonl").read_text().splitlines()]
+        loss = [record["loss"] for record in records if record["kind"] == "eval"][-1]
+        assert f"{name} {loss:.4f} nats" in printed  # the sentences are those of this run
     assert "restored step 6" in printed
     assert printed.count("def __init__(self") == 2
 
@@ -70,6 +76,10 @@ def test_the_specialisation_notebook_shows_the_run(finished):
     assert f"tokens, 1 MoE layer(s) of {E} experts, 2 for each token" in printed
     favourites = [line for line in printed.splitlines() if line.startswith("layer 1, expert")]
     assert len(favourites) == E
+    (domain,) = re.findall(r"Domain and expert share ([\d.]+) nats", printed)
+    assert f"the domain {domain}" in printed  # computed by two functions
+    (busiest,) = re.findall(r"has ([\d.]+) times the mean load, and the least", printed)
+    assert 1 <= float(busiest) <= E
     (card,) = [line for line in printed.splitlines() if "of layer 1: " in line]
     assert int(card.split()[1]) < E
     (without,) = [line for line in printed.splitlines() if line.startswith("  without")]
