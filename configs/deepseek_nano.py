@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/deepseek_nano.py --workdir=runs/deepseek_nano --compare=runs/glam_nano
 
-DeepSeek-V3's choices (arXiv:2412.19437) at glam_nano's active FLOPs: 64 fine-grained experts of which a token visits
-three, beside one that every token visits; sigmoid scores, and a bias for the selection alone that rises where an
+DeepSeek-V3's choices (arXiv:2412.19437) at glam_nano's active FLOPs: 64 fine-grained experts, three per token, and a
+shared expert that every token visits; sigmoid scores, and a bias, for the selection only, that rises where an
 expert has less than the mean load; a sequence-wise loss of 0.0001. The bias moves ten times as fast as the paper's,
 in a run that is far shorter.
 Hardware: 2 CPU cores, under 4 GB. Time: about glam_nano's, 3:41 beside another job. Expect yes: a held-out loss of

@@ -1,4 +1,4 @@
-"""The dense twin of glam_nano: what its result is measured against.
+"""The dense baseline of glam_nano, against which its result is measured.
 
     python -m experiments.train --config=configs/dense_nano.py --workdir=runs/dense_nano --compare=runs/glam_nano
 

@@ -1,4 +1,4 @@
-"""Does a sparse layer in every second place beat the dense model of equal active FLOPs?
+"""Does a sparse layer in every second position beat the dense model of equal active FLOPs?
 
     python -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano      (or: make train)
 

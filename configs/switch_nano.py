@@ -5,7 +5,7 @@
 The Switch Transformer's choices (arXiv:2101.03961) in the decoder of glam_nano: top-1 with the raw probability as
 weight, input jitter, initialisation scaled by 0.1, experts as wide as the dense layer (ReLU).
 Hardware: 2 CPU cores, under 4 GB; about glam_nano's time. Expect it to start slower than top-2, and to
-cross its dense twin late.
+cross its dense baseline late.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The dense twin of vmoe_nano: what its result is measured against.
+"""The dense baseline of vmoe_nano, against which its result is measured.
 
     python -m experiments.train --config=configs/vit_nano.py --workdir=runs/vit_nano --compare=runs/vmoe_nano
 

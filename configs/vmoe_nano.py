@@ -5,7 +5,7 @@
 V-MoE's choices (arXiv:2106.05974) on 1,463 digits of 8 x 8 pixels: noisy top-2 of all the softmax, its importance and
 load losses, its rounding of capacity, slots to the surest tokens first, groups of eight images.
 Hardware: 2 CPU cores, under 2 GB; time: two minutes. Expect 90.0 % (88.6 to 91.9) of the held-out digits right, mean
-of three seeds and their range; its dense twin had 89.5 % (88.0 to 90.4). See experiments/vision.
+of three seeds and their range; its dense baseline had 89.5 % (88.0 to 90.4). See experiments/vision.
 """
 
 from ml_collections import ConfigDict

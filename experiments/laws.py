@@ -1,11 +1,11 @@
-"""Tests which routings are trainable, causal, and independent of the rest of their batch.
+"""Tests which routings are trainable, causal, and independent of other sequences.
 
     python -m experiments.laws                          the table of all routers, slot priorities and limits
     python -m experiments.laws --out=docs/routing.md
 
---out puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, in place of what is there. It takes
-about five minutes of one core, with most of XLA's optimizations off. `python -m experiments.audit` says what holds of
-your own experiment.
+--out puts the table between the marks <!-- laws --> and <!-- /laws --> of a file, replacing what is there. It takes
+about five minutes of one core, with most of XLA's optimizations off. `python -m experiments.audit` checks your
+own experiment.
 """
 
 import pathlib
@@ -41,11 +41,11 @@ ROUTERS = (
     *("ExpertChoice()", "SoftMoE()", "MixtureOfDepths()"),
 )
 LIMITS = (*PRIORITIES, "none")
-L, D, F, TRIALS = 16, 8, 8, 60  # of the table
+L, D, F, TRIALS = 16, 8, 8, 60  # of the layers in the table
 
 
 class Column(NamedTuple):
-    """A law, of the layers that have one of these limits, and groups of so many sequences."""
+    """A law, tried on layers with these limits and groups of this many sequences."""
 
     title: str
     law: str
@@ -66,10 +66,10 @@ COLUMNS = (
 
 
 def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)  # it compiles more than it computes
+    jax.config.update("jax_disable_most_optimizations", True)  # compilation dominates
     record = cli.file("json", JSON.value)
     if OUT.value:
-        around(OUT.value)  # says what is wrong before anything is tried
+        around(OUT.value)  # raises before anything is tried
     rows = table()
     if not OUT.value:
         print(markdown(rows))
@@ -109,7 +109,7 @@ def cell(router: str, column: Column) -> str:
 
 
 def layers(router: Any, column: Column) -> Iterator[MoEConfig]:
-    """Small layers with a router, and every dispatch that a column is about; for token choice the definition."""
+    """Small layers with a router, and every dispatcher of a column; for token choice the definition."""
     dispatches: list[Any] = [Einsum(1.0, limit) for limit in column.limits if limit != "none"]
     if "none" in column.limits:
         dispatches += [*(Einsum(None, priority) for priority in PRIORITIES), Gather()]
@@ -137,8 +137,8 @@ def around(name: str) -> tuple[str, str]:
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"--out={name} is not a file; give one with the marks {BEGIN} and {END}.")
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, remainder = path.read_text().partition(BEGIN)
+    _, end, after = remainder.partition(END)
     if not (begin and end):
         raise ValueError(f"--out={name} has no place for the table; mark it by {BEGIN} and {END}.")
     return before, after

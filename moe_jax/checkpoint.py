@@ -1,10 +1,10 @@
-"""Checkpoints of a run: orbax writes the arrays, a manifest beside them says what is true.
+"""Checkpoints of a run: orbax writes the arrays, a manifest beside them tells which steps are valid.
 
     <directory>/20/state/...        the arrays, as orbax stores them (one logical array, whatever the mesh)
     <directory>/20/manifest.json    sha256 and size of every file, shape and dtype of every leaf, meta, loss
 
 A step is valid when its manifest says so. The manifest is written before orbax renames the finished
-directory into place, so that a kill at any moment leaves either no step or a whole one.
+directory into place, so that a kill at any moment leaves either no step or a complete one.
 """
 
 import json
@@ -200,7 +200,7 @@ class Checkpoints:
     # ---- how steps come and go
 
     def _make_manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager, told to delete nothing but the torn remains of killed saves."""
+        """Orbax's manager, set to delete nothing but incomplete saves."""
         if jax.process_index() == 0:
             for remains in self.directory.glob(f"{TRASH}*"):
                 shutil.rmtree(remains, ignore_errors=True)

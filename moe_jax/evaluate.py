@@ -1,4 +1,4 @@
-"""Evaluation on the held-out split: dropless, with the capacity-limited loss beside it."""
+"""Evaluation on the held-out split: dropless, with the capacity-limited loss for comparison."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +20,9 @@ class EvaluationSums(NamedTuple):
 
     nats_Z: Float[Array, "Z"]  # by domain
     targets_Z: Float[Array, "Z"]
-    right: Float[Array, ""]  # targets that had the largest probability
+    right: Float[Array, ""]  # targets that were predicted
     nats_capacity: Float[Array, ""]
-    others: dict[str, Float[Array, ""]]  # what else the objective reports, see `data.Terms`
+    others: dict[str, Float[Array, ""]]  # further sums of the objective, see `data.Terms`
     stats: Stats | None
     stats_capacity: Stats | None
 
@@ -56,7 +56,7 @@ def evaluate(
         sums = jax.device_get(step(batch))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None or not (targets := float(total.targets_Z.sum())):
-        raise ValueError("The held-out split has no windows to evaluate on; give it more text.")
+        raise ValueError("The held-out split has no sequences to evaluate on; give it more text.")
     record: dict[str, Any] = {"loss": float(total.nats_Z.sum()) / targets, "accuracy": float(total.right) / targets}
     if total.others:
         record["terms"] = {name: float(sum_) / targets for name, sum_ in total.others.items()}

@@ -1,4 +1,4 @@
-"""Files that are whole: with their new content, or as they were before; and JSON that says whether it is intact."""
+"""Atomic writes: a file has its new content or the old one; and JSON files that hold their own checksum."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ SEAL = "sha256"  # the key of a sealed file's own checksum
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
-    """A file with this content, text as UTF-8. An interruption or a full disk leaves the older one."""
+    """Writes a file atomically, text as UTF-8. An interruption or a full disk leaves the old content."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -35,7 +35,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed` wrote; ValueError where the file is not as it was written, OSError without one."""
+    """Reads what `write_sealed` wrote; ValueError where the file has been changed, OSError without a file."""
     data = path.read_bytes()
     try:
         content = json.loads(data)

@@ -29,14 +29,14 @@ __all__ = ["RECORDED", "Aux", "LayerState", "MoE", "MoEConfig", "Recorded"]
 class Recorded(NamedTuple):
     """Details of each token's routing, by `record`; None where not asked for. Layers may be stacked in front."""
 
-    weight_BLK: Float[Array, "*N B L K"] | None = None  # what the expert's output is multiplied with
-    kept_BLK: Bool[Array, "*N B L K"] | None = None  # whether the choice has reached its expert
-    slot_BLK: Int[Array, "*N B L K"] | None = None  # place in the expert's queue, in its routing group, or -1
+    weight_BLK: Float[Array, "*N B L K"] | None = None  # combine weights
+    kept_BLK: Bool[Array, "*N B L K"] | None = None  # whether the choice reached its expert
+    slot_BLK: Int[Array, "*N B L K"] | None = None  # position in expert, in the routing group; -1 without one
     probs_BLE: Float[Array, "*N B L E"] | None = None  # of the router
     logits_BLE: Float[Array, "*N B L E"] | None = None  # of the router
-    input_BLD: Float[Array, "*N B L D"] | None = None  # what router and experts are given; 0 for padding
-    assignments_BLE: Float[Array, "*N B L E"] | None = None  # how often (or much) it visits each expert, before drops
-    combine_BLE: Float[Array, "*N B L E"] | None = None  # each expert's weight in its output, before drops
+    input_BLD: Float[Array, "*N B L D"] | None = None  # input of router and experts; 0 for padding
+    assignments_BLE: Float[Array, "*N B L E"] | None = None  # assignments to each expert, before drops
+    combine_BLE: Float[Array, "*N B L E"] | None = None  # combine weight of each expert, before drops
 
 
 RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fields}
@@ -44,12 +44,12 @@ RECORDED: dict[str, str] = {field.split("_")[0]: field for field in Recorded._fi
 
 
 class Aux(NamedTuple):
-    """Report of a layer besides its output. Layers may be stacked in front."""
+    """Report of a layer, in addition to its output. Layers may be stacked in front."""
 
-    loss: Float[Array, "*N"]  # auxiliary losses times their coefficients, equal on all shards
+    loss: Float[Array, "*N"]  # weighted sum of auxiliary losses, equal on all shards
     stats: Stats  # sums over all tokens of all shards
-    expert_BLK: Int[Array, "*N B L K"] | None = None  # each token's choices, E nowhere; for token choice
-    recorded: Recorded | None = None  # where it was asked for
+    expert_BLK: Int[Array, "*N B L K"] | None = None  # each token's choices, E is the padding id; for token choice
+    recorded: Recorded | None = None  # where requested
 
     @property
     def metrics(self) -> dict[str, Array]:
@@ -61,7 +61,7 @@ class Aux(NamedTuple):
 class LayerParams(NamedTuple):
     """Parameters of a layer; names carry their dimensions."""
 
-    router: Any  # of each, arrays by name, or their layout
+    router: Any  # here and below arrays by name, or their PartitionSpecs
     experts: Any
     shared: Any
 
@@ -80,7 +80,7 @@ def forward(
     """Route, exchange, compute, combine: the layer on one shard's tokens. O is D, or what the experts declare."""
     B, L, D = x_BLD.shape
     S = cfg.group(B, L, training=key is not None)
-    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # whatever padding holds, NaN too, ends here
+    x_BLD = jnp.where(mask_BL[..., None], x_BLD, 0)  # drops the content of padding, NaN included
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
     routing = cfg.router(here.pvary(params.router), x_GSD, mask_GS, ctx)
@@ -100,10 +100,10 @@ def forward(
 def collect_recorded(
     cfg: MoEConfig, record: tuple[str, ...], x_BLD: Float[Array, "B L D"], routing: Routing, kept: Bool[Array, "G _ _"]
 ) -> Recorded:
-    """Returns what is asked for, by token; nothing else is computed."""
+    """Returns the requested details by token; computes nothing else."""
     B, L, _ = x_BLD.shape
-    chosen: Any = routing  # by tokens, where these fields are asked for
-    ways: dict[str, Callable[[], Array]] = {
+    chosen: Any = routing  # a TokenChoice, where these fields are requested
+    compute: dict[str, Callable[[], Array]] = {
         "weight": lambda: chosen.weight_GSK,
         "kept": lambda: kept,
         "slot": lambda: slot_of_choice(cfg, chosen),
@@ -113,19 +113,19 @@ def collect_recorded(
         "assignments": lambda: routing.assignments_GSE,
         "combine": lambda: routing.combine_GSE,
     }
-    return Recorded(**{RECORDED[name]: ways[name]().reshape(B, L, -1) for name in record})
+    return Recorded(**{RECORDED[name]: compute[name]().reshape(B, L, -1) for name in record})
 
 
 def slot_of_choice(cfg: MoEConfig, routing: TokenChoice) -> Int[Array, "G S K"]:
     """Returns each choice's position in expert, -1 for choices of the padding id."""
-    place_GSK = position_in_expert(routing, getattr(cfg.dispatch, "priority", "token-major"))
-    return jnp.where(routing.expert_GSK < cfg.E, place_GSK, -1)
+    position_GSK = position_in_expert(routing, getattr(cfg.dispatch, "priority", "token-major"))
+    return jnp.where(routing.expert_GSK < cfg.E, position_GSK, -1)
 
 
 def context(cfg: MoEConfig, here: Shard, state: LayerState, key: Key[Array, ""] | None, G: int, ids: Ids) -> Context:
     """Context of the router for a shard's G groups; `ids` are in groups [G, S].
 
-    A group's key, like its number, goes by its place in the whole batch, so that noise is the same on every mesh.
+    A group's key and number follow from its index in the global batch, so that noise is the same on every mesh.
     """
     group_G = here.batch_shard_index * G + jnp.arange(G)
     keys_G = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(group_G)
@@ -145,7 +145,7 @@ def apply(
 ) -> tuple[Float[Array, "B L O"], Aux]:
     """The layer as a pure function of its parameters: `forward` on every shard of the current mesh.
 
-    Arguments are those of `MoE`. here: the shard that runs it, if not that of the current mesh.
+    Arguments are those of `MoE`. here: the shard; by default that of the current mesh.
     """
     x_BLD, here = jnp.asarray(x_BLD), shard.from_mesh(cfg.exchange) if here is None else here
     shard.check_axes(here, x_BLD)
@@ -154,8 +154,8 @@ def apply(
     if mask_BL is None:
         mask_BL = jnp.ones(x_BLD.shape[:2], bool)
     tokens, everywhere = shard.token_spec(here), P()
-    layout = LayerParams(everywhere, dims.specs(params.experts, here.rules), shared_specs(params.shared, here))
-    specs = (layout, everywhere, everywhere, tokens, tokens, tokens)
+    param_specs = LayerParams(everywhere, dims.specs(params.experts, here.rules), shared_specs(params.shared, here))
+    specs = (param_specs, everywhere, everywhere, tokens, tokens, tokens)
     layer = partial(forward, cfg, here, record=record)
     run = shard.per_shard(layer, here, specs, (tokens, tokens, tokens, everywhere))
     given = (params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
@@ -166,9 +166,9 @@ def apply(
 class MoE(nn.Module):
     """A sparse layer for any Linen model: `MoE(MoEConfig(E=8))` or `MoE.of(E=8)`; `moe_jax.nnx` has it for NNX.
 
-    Under a mesh (`jax.set_mesh`, `make_mesh`) it is spread over it by the rules of `core.shard`, within `jax.jit`;
-    without one it is an ordinary function, and in a model that is spread as a whole it is a function of one shard.
-    Axes of the mesh may be Auto or Explicit; those with other names than `core.shard.AXES` do not spread it.
+    Under a mesh (`jax.set_mesh`, `make_mesh`) the layer is sharded by the rules of `core.shard`, within `jax.jit`;
+    without one it is an ordinary function, and inside a `shard_map` of the whole model a function of one shard.
+    Axes of the mesh may be Auto or Explicit; those with other names than `core.shard.AXES` do not shard it.
     """
 
     cfg: MoEConfig
@@ -188,17 +188,17 @@ class MoE(nn.Module):
         ids: Ids = Ids(),
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L O"], Aux]:
-        """Output and what there is to report; without a key nothing is random (evaluation).
+        """Output and report of the layer; without a key nothing is random (evaluation).
 
-        state: what the layer remembers, where its config has any (`MoEConfig.init_state`); it is not changed here.
-        ids: of tokens and tasks, for what routes by them, and recorded choices to replay (the selection is theirs,
-        weights and gradients are alive).
-        record: names of `RECORDED` that are reported too, like ("weight", "kept"); it changes nothing else.
+        state: the state of the layer, where its config has any (`MoEConfig.init_state`); the call does not change it.
+        ids: of tokens and tasks, for components that route by them, and recorded choices to replay (they fix the
+        selection; weights and gradients are computed).
+        record: names of `RECORDED` to report, like ("weight", "kept"); it changes nothing else.
         """
         params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self, exchange=self.cfg.exchange))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
-        # The batch may be of any size, whatever the mesh.
+        # The batch may have any size, on any mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
         ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
         return apply(cfg, params, shard.replicate(x_BLD), None, key, state, ids, record, here=Shard())
@@ -220,7 +220,7 @@ def make_params(cfg: MoEConfig, D: int, make: Make) -> LayerParams:
 
 
 def dense_params_from(expert: Any, pattern: str, D: int, make: Make, scale: float = 1.0) -> dict[str, Array]:
-    """Parameters of an expert that stands alone, each from `make`: `up_EDF` is declared as `up_DF`."""
+    """Parameters of a dense expert, each from `make`: `up_EDF` is declared as `up_DF`."""
     if expert is None:
         return {}
     sizes = {**sizes_of(expert), "D": D}
@@ -228,7 +228,7 @@ def dense_params_from(expert: Any, pattern: str, D: int, make: Make, scale: floa
 
 
 def dense_params(module: nn.Module, expert: Any, pattern: str, D: int, scale: float = 1.0) -> dict[str, Array]:
-    """Parameters of a Linen module with one expert that stands alone."""
+    """Parameters of a Linen module with one dense expert."""
     return dense_params_from(expert, pattern, D, partial(linen_param, module), scale)
 
 
@@ -239,7 +239,7 @@ def shared_specs(params: Mapping[str, Array], here: Shard) -> dict[str, P]:
 
 
 def gather_params(here: Shard, params: Mapping[str, Array], dtype: Any, experts: str = "") -> dict[str, Array]:
-    """A shard's parameters of an expert as they are computed with: gathered over fsdp, and added once."""
+    """A shard's parameters of experts, ready for use: gathered over fsdp, and biases added once."""
     names = {n: n if experts else n.replace("_E", "_") for n in params}
     return {n: here.bias_once(names[n], here.unshard(names[n], w, dtype)) for n, w in params.items()}
 
@@ -250,7 +250,7 @@ def linen_param(module: nn.Module, name: str, sizes: Mapping[str, int], scale: f
 
 
 def initializer(name: str, scale: float) -> Callable:
-    """Matrices are drawn; biases and scalars start at zero, and so does what has no scale."""
+    """Initializer of a parameter: matrices are drawn; biases, scalars and arrays of scale 0 are zero."""
     letters = dims.dims_of(name)
     zero = not scale or len(letters.removeprefix("E")) < 2
     return nn.initializers.zeros if zero else dims.kernel_init(letters, scale)
@@ -259,11 +259,11 @@ def initializer(name: str, scale: float) -> Callable:
 def check_call(
     cfg: MoEConfig, here: Shard, x_BLD: Array, state: LayerState | None, ids: Ids, record: tuple[str, ...] = ()
 ) -> None:
-    """Refuses a call without what the layer needs, or that cannot be spread over the current mesh."""
+    """Refuses a call without inputs that the layer needs, or that cannot be sharded over the current mesh."""
     check_record(record)
     if missing := set(cfg.init_state()) - set(state or {}):
         raise ValueError(
-            f"A layer with {cfg.router} remembers {', '.join(sorted(missing))} from step to step, but was called "
+            f"A layer with {cfg.router} keeps {', '.join(sorted(missing))} from step to step, but was called "
             "without; start with state=config.init_state(), and go on with config.update_state(...)."
         )
     for what in cfg.needs:
@@ -287,7 +287,7 @@ def check_call(
 
 
 def check_record(record: Any) -> None:
-    """Refuses what is no tuple of names of `RECORDED`."""
+    """Refuses anything but a tuple of names of `RECORDED`."""
     if not isinstance(record, tuple) or set(record) - set(RECORDED):
         raise ValueError(
             f'record={record!r} is no tuple of names to record; write record=("weight", "kept"), or others of '
@@ -296,7 +296,7 @@ def check_record(record: Any) -> None:
 
 
 def check_local_experts(cfg: MoEConfig, here: Shard, experts: Mapping[str, Array]) -> None:
-    """Refuses, inside of a shard_map, experts that are not this shard's."""
+    """Refuses, inside a shard_map, experts that are not this shard's."""
     if not shard.in_shard_map():
         return
     E, shards = cfg.E, here.axis_size(here.experts)
@@ -304,12 +304,12 @@ def check_local_experts(cfg: MoEConfig, here: Shard, experts: Mapping[str, Array
         if dims.dims_of(name).startswith("E") and len(w) * shards != E:
             raise ValueError(
                 f"In this shard_map {name} has {len(w)} experts, but a shard has {E // shards} of E={E}; give "
-                f"parameters in_specs that spread E over {here.experts}, or call the layer outside."
+                f"parameters in_specs that shard E over {here.experts}, or call the layer outside."
             )
 
 
 def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = "") -> None:
-    """Refuses a layer of width D that cannot be spread over a mesh of these sizes."""
+    """Refuses a layer of width D that cannot be sharded over a mesh of these sizes."""
     over = [a for a in cfg.exchange.over if sizes.get(a, 1) > 1]
     axes = " x ".join(f"{where}mesh.{a}" for a in over) + f"={math.prod(sizes[a] for a in over)}"
     if over and not cfg.spreads:
@@ -324,10 +324,10 @@ def check_mesh(cfg: MoEConfig, sizes: Mapping[str, int], D: int, where: str = ""
 
 
 def check_divides(cuts: Mapping[str, tuple[int, list[str]]], sizes: Mapping[str, int], where: str = "") -> None:
-    """Refuses a size that does not spread evenly over its mesh axes."""
+    """Refuses a size that does not divide evenly over its mesh axes."""
     for name, (n, axes) in cuts.items():
-        if n % (pieces := math.prod(sizes.get(a, 1) for a in axes)):
+        if n % (shards := math.prod(sizes.get(a, 1) for a in axes)):
             over = " x ".join(f"{where}mesh.{a}" for a in axes)
             raise ValueError(
-                f"{name}={n} does not spread evenly over {over}={pieces}; make it a multiple, or change it."
+                f"{name}={n} does not spread evenly over {over}={shards}; make it a multiple, or change it."
             )

@@ -18,7 +18,7 @@ from moe_jax.experts import MLP
 from moe_jax.losses import Adaptive, LoadBalance, RouterZ
 from moe_jax.routers import TopK
 
-LayerState = dict[str, Array]  # what a layer remembers from step to step; layers may be stacked in front
+LayerState = dict[str, Array]  # state of a layer; stacked layers are a leading axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +26,16 @@ class MoEConfig:
     """One MoE layer, as independent choices.
 
     E: number of experts.
-    router: decides which experts a token goes to. experts: what each of them computes.
-    dispatch: brings tokens to their experts and outputs back, and says how many an expert takes.
-    gating: what is done to the router's input, its logits, or who may be chosen, in order.
-    S: tokens per routing group, in which capacity is counted; None is one sequence. It is not the size of a
-       shard, so that which tokens are dropped does not depend on the mesh.
-    exchange: how rows meet experts that are spread over a mesh.
-    shared: an expert that every token visits beside its routed ones (n shared experts of width F are one of
+    router: decides which experts a token goes to. experts: their computation.
+    dispatch: brings tokens to their experts and outputs back, and limits how many an expert takes.
+    gating: transforms of the router's input, its logits, or the experts that may be chosen, in order.
+    S: tokens per routing group, in which capacity is counted; None is one sequence. It does not
+       depend on the shard, so that drops do not depend on the mesh.
+    exchange: brings rows and experts that are sharded over a mesh together.
+    shared: an expert that every token visits in addition to its routed ones (n shared experts of width F are one of
        width n*F; DeepSeekMoE, arXiv:2401.06066).
     losses: auxiliary losses, each with its coefficient.
-    tasks: task ids that are told apart in losses by task; ids from here on count as none.
+    tasks: number of task ids that losses by task distinguish; larger ids count as none.
     init_scale: router and experts start with std sqrt(init_scale / fan_in); Switch found 0.1 more stable.
     """
 
@@ -73,7 +73,7 @@ class MoEConfig:
             if hasattr(loss, "check"):
                 loss.check(self.router)
         if sum(isinstance(loss, Adaptive) for loss in self.losses) > 1:
-            raise ValueError("A layer remembers the weight of one Adaptive() loss; leave out the others.")
+            raise ValueError("A layer keeps the weight of one Adaptive() loss; leave out the others.")
         inner = [getattr(loss, "loss", loss) for loss in self.losses]
         balanced = any(isinstance(loss, LoadBalance) and loss.weight for loss in inner)
         if self.traits.untrained and not balanced:
@@ -97,7 +97,7 @@ class MoEConfig:
 
     @property
     def causal(self) -> bool:
-        """Tells whether no later token changes a token's output: none decides about it, or takes its slot."""
+        """Tells whether no later token changes a token's output: none affects its choices or takes its slot."""
         d = self.dispatch
         return (
             self.traits.causal
@@ -115,7 +115,7 @@ class MoEConfig:
         return self.traits.random or any(t.random for t in self.gating)
 
     def slots(self, S: int) -> int:
-        """Slots of an expert for a group of S tokens: the router's where it brings its own, else the dispatcher's."""
+        """Slots of an expert for a group of S tokens: the router's where it sets them, else the dispatcher's."""
         if self.traits.routing is not TokenChoice:
             return self.router.slots(S, self.E)
         return self.dispatch.slots(S, self.router.K, self.E)
@@ -123,8 +123,8 @@ class MoEConfig:
     def group(self, B: int, L: int, training: bool) -> int:
         """Tokens of a routing group where a shard has B sequences of L, training (with a key, if it is random) or not.
 
-        It is S, or L without one; all B * L tokens where S does not divide them and grouping is irrelevant. ValueError
-        where S does not divide them and it is not.
+        It is S, or L for S=None. Where S does not divide the B * L tokens: all of them if grouping is irrelevant,
+        else ValueError.
         """
         S = self.S or L
         if B * L % S == 0:
@@ -144,12 +144,12 @@ class MoEConfig:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The ids ("token", "task") that the layer is to be called with."""
+        """The ids ("token", "task") that calls of the layer need."""
         by_task = self.tasks > 1 and "task" not in self.traits.needs
         return (*self.traits.needs, *(["task"] if by_task else []))
 
     def dropless(self) -> "MoEConfig":
-        """Returns the layer without a limit to the rows of an expert, or of a shard."""
+        """Returns the layer without a limit on the rows of an expert or a shard."""
         new = self
         if self.dispatch.capacity_factor is not None:
             new = dataclasses.replace(new, dispatch=dataclasses.replace(self.dispatch, capacity_factor=None))
@@ -193,5 +193,5 @@ def output_width(expert: Any, D: int) -> int:
 def sizes_of(component: Any) -> Mapping[str, int]:
     """The sizes a component brings itself: its fields named by a dimension's letter."""
     letters = [f.name for f in dataclasses.fields(component) if len(f.name) == 1 and f.name.isupper()]
-    letters += ["O"] * hasattr(component, "O")  # a property may say it too
+    letters += ["O"] * hasattr(component, "O")  # O may be a property
     return {letter: getattr(component, letter) for letter in letters}

@@ -1,6 +1,6 @@
 """Layers as modules of Flax NNX: shells over the same functions and names of parameters as those of Linen.
 
-It is imported by name, `from moe_jax import nnx`, so that whoever uses Linen does not wait for NNX.
+It is imported by name, `from moe_jax import nnx`, so that users of Linen do not wait for NNX.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class MoE(nnx.Module):
     """A sparse layer for any NNX model: `MoE(MoEConfig(E=8), D, rngs=nnx.Rngs(0))` or `MoE.of(D, rngs=rngs, E=8)`.
 
     D: the width of its input. Parameters are nnx.Param attributes with the names that Linen has (`router_gate_DE`,
-    `up_EDF`); under a mesh (`jax.set_mesh`, `make_mesh`) the layer is spread as Linen's is. `router_state` holds a
+    `up_EDF`); under a mesh (`jax.set_mesh`, `make_mesh`) the layer is sharded as Linen's is. `router_state` holds a
     RouterState for each name of `MoEConfig.init_state`; calls read it, `update` writes it.
     """
 
@@ -49,21 +49,21 @@ class MoE(nnx.Module):
         ids: Ids = Ids(),
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L O"], moe.Aux]:
-        """Output and what there is to report, as `moe_jax.MoE`; ValueError where x is not D wide.
+        """Output and report of the layer, as `moe_jax.MoE`; ValueError where x is not D wide.
 
-        state: what the layer remembers, if not what `router_state` holds.
+        state: the state of the layer; by default that of `router_state`.
         """
         check_width(x_BLD, self.D)
         params = moe.make_params(self.cfg, self.D, partial(created, self))
-        state = self._remembered() if state is None else state
+        state = self._state() if state is None else state
         return moe.apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
 
     def update(self, aux: moe.Aux) -> None:
         """Updates the state after a step whose calls returned `aux`; once a step, as `MoEConfig.update_state`."""
-        for name, value in self.cfg.update_state(self._remembered(), aux.stats).items():
+        for name, value in self.cfg.update_state(self._state(), aux.stats).items():
             self.router_state[name][...] = value
 
-    def _remembered(self) -> LayerState:
+    def _state(self) -> LayerState:
         return {name: variable[...] for name, variable in self.router_state.items()}
 
 
@@ -95,11 +95,11 @@ def create(
 
 
 def created(module: nnx.Module, name: str, sizes: Mapping[str, int], scale: float) -> Array:
-    """Returns a module's parameter where the module is called."""
+    """Returns an existing parameter of a module, for `make_params`."""
     return getattr(module, name)[...]
 
 
 def check_width(x_BLD: Array, D: int) -> None:
-    """Refuses tokens of another width than the layer was made for."""
+    """Refuses tokens of another width than D."""
     if x_BLD.shape[-1] != D:
         raise ValueError(f"Tokens are {x_BLD.shape[-1]} wide, but the layer was made for D={D}; make one for them.")

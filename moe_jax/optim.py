@@ -62,7 +62,7 @@ class WSD:
 
 
 def _check(schedule: Any, steps: int) -> None:
-    """Refuses a schedule that has no learning rate to give, or no room in a run of so many steps."""
+    """Refuses a schedule that has no learning rate to give, or does not fit into a run of this many steps."""
     least = 1 if isinstance(schedule, InverseSqrt) else 0
     if schedule.peak <= 0 or schedule.warmup < least:
         raise ValueError(f"{schedule}: peak must be positive and warmup at least {least}.")
@@ -124,9 +124,9 @@ OPTIMIZERS = (AdamW, Adafactor)
 class OptimConfig:
     """Updates of parameters: optimizer, learning rate, limits.
 
-    optimizer: makes updates of gradients. schedule: the learning rate, by step.
+    optimizer: computes updates from gradients. schedule: the learning rate, by step.
     clip: largest norm of all gradients together, None for no limit.
-    zero1: every shard of `data` and `expert` remembers and updates its part only (ZeRO stage 1, arXiv:1910.02054).
+    zero1: every shard of `data` and `expert` keeps state for its part and updates it (ZeRO stage 1, arXiv:1910.02054).
     no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions,
         sinks.
     """
@@ -149,36 +149,36 @@ class OptimConfig:
         tx = self.optimizer(rate, self.decayed)
         return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
 
-    def sharded(self, params: Any, laid: Any, sizes: Mapping[str, int]) -> Any:
+    def sharded(self, params: Any, specs: Any, sizes: Mapping[str, int]) -> Any:
         """PartitionSpecs of gradients and optimizer state: the parameters' own; with zero1, sharded further."""
-        return dims.add_axes(params, laid, ("data", "expert"), sizes) if self.zero1 else laid
+        return dims.add_axes(params, specs, ("data", "expert"), sizes) if self.zero1 else specs
 
     def decayed(self, params: Any) -> Any:
         """A tree of booleans: which parameters weight decay acts on."""
         return jax.tree.map_with_path(lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params)
 
 
-def opt_state_specs(state: Any, params: Any, laid: Any) -> Any:
+def opt_state_specs(state: Any, params: Any, specs: Any) -> Any:
     """PartitionSpecs of the optimizer state: those of its parameters.
 
     Sums over rows and columns (Adafactor) lack the longest and the second longest axis.
     """
-    known = {names_of(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
-    where = {names_of(path): layout for path, layout in jax.tree.leaves_with_path(laid)}
+    shape_of = {names_of(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
+    spec_of = {names_of(path): spec for path, spec in jax.tree.leaves_with_path(specs)}
 
     def leaf(path, x):
         names = names_of(path)
-        shape = known.get(names)
+        shape = shape_of.get(names)
         if shape is None or x.shape == shape:
-            return where.get(names, P())
-        gone = np.argsort(shape)[-1 if jax.tree_util.GetAttrKey("v_row") in path else -2] if len(shape) > 1 else 0
-        if x.shape != shape[:gone] + shape[gone + 1 :]:
+            return spec_of.get(names, P())
+        missing = np.argsort(shape)[-1 if jax.tree_util.GetAttrKey("v_row") in path else -2] if len(shape) > 1 else 0
+        if x.shape != shape[:missing] + shape[missing + 1 :]:
             return P()  # a placeholder
-        return P(*(axes or None for i, axes in enumerate(dims.axes(where[names], len(shape))) if i != gone))
+        return P(*(axes or None for i, axes in enumerate(dims.axes(spec_of[names], len(shape))) if i != missing))
 
     return jax.tree.map_with_path(leaf, state)
 
 
 def names_of(path: tuple) -> tuple[str, ...]:
-    """The names on the way to a leaf, whatever holds the dicts that they are keys of."""
+    """The dict keys on the path to a leaf; other kinds of keys are left out."""
     return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

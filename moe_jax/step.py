@@ -30,7 +30,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     params: Any
     opt_state: Any
-    router: Any  # what routers and losses remember (biases, schedules, ...), by MoE layer; {} for most
+    router: Any  # state of routers and losses (biases, schedules, ...), by MoE layer; {} for most
     skipped: Int[Array, ""]  # steps without an update, for a loss or gradient that was not finite
     skipped_in_a_row: Int[Array, ""]
 
@@ -45,15 +45,15 @@ class Metrics(NamedTuple):
     targets: Float[Array, ""]
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
-    others: dict[str, Float[Array, ""]]  # what else the objective reports
+    others: dict[str, Float[Array, ""]]  # further means of the objective
     stats: Stats | None  # of the routing, by layer
 
 
 class StateSpecs(NamedTuple):
-    """PartitionSpecs of a training state, and of what comes and goes with it."""
+    """PartitionSpecs of parameters, gradients and the training state."""
 
     params: Any
-    sharded: Any  # gradients, and what the optimizer remembers of each parameter
+    sharded: Any  # gradients, and optimizer state of each parameter
     state: State
 
 
@@ -74,12 +74,12 @@ class Losses(NamedTuple):
     loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
     targets: Float[Array, ""]
-    others: dict[str, Float[Array, ""]]  # what else the objective reports, see `data.Terms`
+    others: dict[str, Float[Array, ""]]  # further means of the objective, see `data.Terms`
     stats: Stats | None
 
 
 def backward(
-    exp: Experiment, layouts: StateSpecs, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
+    exp: Experiment, specs: StateSpecs, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
 ) -> tuple[Any, Losses]:
     """Gradients and losses of a batch, microbatch by microbatch, on one shard; shards' gradients are summed once."""
     A, here, objective = exp.data.microbatches, shard.local(), exp.data.objective
@@ -102,14 +102,14 @@ def backward(
     else:
         microbatches, keys_A = jax.tree.map(partial(split_microbatches, A), batch), jax.random.split(key, A)
         grads, (loss, aux_loss, others, stats) = _sum_over(gradient, params, microbatches, keys_A)
-    return here.reduce(grads, layouts.params, layouts.sharded), Losses(loss, aux_loss, targets, others, stats)
+    return here.reduce(grads, specs.params, specs.sharded), Losses(loss, aux_loss, targets, others, stats)
 
 
-def gradients(exp: Experiment, layouts: StateSpecs, state: State, batch: AnyBatch) -> tuple[Any, Losses]:
-    """Gradients and losses of a whole batch: the model is spread over the mesh here, as a function of one shard."""
-    here, everywhere = shard.from_mesh(exp.exchange), P()
-    specs = (layouts.params, everywhere, everywhere, shard.token_spec(here))
-    run = shard.per_shard(partial(backward, exp, layouts), here, specs, (layouts.sharded, everywhere))
+def gradients(exp: Experiment, specs: StateSpecs, state: State, batch: AnyBatch) -> tuple[Any, Losses]:
+    """Gradients and losses of a global batch: applies `backward` to every shard of the mesh."""
+    here, replicated = shard.from_mesh(exp.exchange), P()
+    in_specs = (specs.params, replicated, replicated, shard.token_spec(here))
+    run = shard.per_shard(partial(backward, exp, specs), here, in_specs, (specs.sharded, replicated))
     return run(state.params, state.router, step_key(exp, state), batch)
 
 
@@ -144,12 +144,12 @@ def train_step(
     exp: Experiment,
     tx: optax.GradientTransformation,
     rate: optax.Schedule,
-    layouts: StateSpecs,
+    specs: StateSpecs,
     state: State,
     batch: AnyBatch,
 ) -> tuple[State, Metrics]:
     """One update from one batch."""
-    return update(exp, tx, rate, state, *gradients(exp, layouts, state, batch))
+    return update(exp, tx, rate, state, *gradients(exp, specs, state, batch))
 
 
 def split_microbatches(A: int, x_B: Array) -> Array:
@@ -167,13 +167,13 @@ def _sum_over(f, params: Any, microbatches: Any, keys_A: Array) -> Any:
 
 
 def check_tasks(exp: Experiment, domains: int) -> None:
-    """Refuses a router or a loss by task that has no room for the domains of the data."""
+    """Refuses a router or a loss by task that has too few tasks for the domains of the data."""
     moe = exp.model.routed
     if moe is None or "task" not in moe.needs:
         return
-    by_task = "task" in moe.traits.needs  # M is something else in other routers
-    room = {"router.M": moe.router.M if by_task else domains, "tasks": moe.tasks if moe.tasks > 1 else domains}
-    for name, n in room.items():
+    by_task = "task" in moe.traits.needs  # M has another meaning in other routers
+    limits = {"router.M": moe.router.M if by_task else domains, "tasks": moe.tasks if moe.tasks > 1 else domains}
+    for name, n in limits.items():
         if n < domains:
             raise ValueError(f"The data has {domains} domains, but config.model.moe.{name}={n}; set it to {domains}.")
 
@@ -184,44 +184,44 @@ def check_tasks(exp: Experiment, domains: int) -> None:
 def state_specs(exp: Experiment, state: State, sizes: Mapping[str, int]) -> StateSpecs:
     """PartitionSpecs of an experiment's state on a mesh of these sizes.
 
-    Parameters lie as the rules say. With `optim.zero1`, gradients and the optimizer's state are also spread over `data`
-    and `expert` (ZeRO stage 1, arXiv:1910.02054); over `fsdp` everything is (stage 3).
+    Parameters are sharded by the rules. With `optim.zero1`, gradients and the optimizer state are also sharded over
+    `data` and `expert` (ZeRO stage 1, arXiv:1910.02054); over `fsdp` all of them are (stage 3).
     """
     params = dims.specs(state.params, shard.rules_for(exp.exchange, sizes))
     sharded = exp.optim.sharded(state.params, params, sizes)
     opt_state = optim.opt_state_specs(state.opt_state, state.params, sharded)
     router = jax.tree.map(lambda _: P(), state.router)
-    whole: Any = P()
-    return StateSpecs(params, sharded, State(whole, params, opt_state, router, whole, whole))
+    replicated: Any = P()
+    return StateSpecs(params, sharded, State(replicated, params, opt_state, router, replicated, replicated))
 
 
 class Program:
-    """The compiled functions of an experiment, and where their arrays lie."""
+    """The compiled functions of an experiment, and the shardings of their arrays."""
 
     def __init__(self, exp: Experiment, domains: int = 1, devices: Sequence[jax.Device] | None = None):
         check_tasks(exp, domains)
         self.mesh = make_mesh(devices, **dict(exp.mesh))
         tx, rate = exp.optim.build(exp.run.steps)
         make = partial(init, exp, tx)
-        self.layouts = state_specs(exp, jax.eval_shape(make), self.mesh.shape)
+        self.specs = state_specs(exp, jax.eval_shape(make), self.mesh.shape)
         on_mesh = partial(NamedSharding, self.mesh)
-        everywhere, rows = on_mesh(P()), P(RULES["B"])
-        self.shardings = jax.tree.map(on_mesh, self.layouts.state)
+        replicated, rows = on_mesh(P()), P(RULES["B"])
+        self.shardings = jax.tree.map(on_mesh, self.specs.state)
         self.rows = on_mesh(rows)
         self._init = jax.jit(make, out_shardings=self.shardings)
-        step = partial(train_step, exp, tx, rate, self.layouts)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
-        look = partial(evaluation_step, exp.data.objective, exp.model, domains)
+        step = partial(train_step, exp, tx, rate, self.specs)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        evaluation = partial(evaluation_step, exp.data.objective, exp.model, domains)
         with jax.set_mesh(self.mesh):
-            specs = (self.layouts.params, P(), shard.token_spec(here := shard.from_mesh(exp.exchange)))
-            self._evaluate = jax.jit(shard.per_shard(look, here, specs, P()), out_shardings=everywhere)
+            in_specs = (self.specs.params, P(), shard.token_spec(here := shard.from_mesh(exp.exchange)))
+            self._evaluate = jax.jit(shard.per_shard(evaluation, here, in_specs, P()), out_shardings=replicated)
 
     def init(self) -> State:
         with jax.set_mesh(self.mesh):
             return self._init()
 
     def step(self, state: State, batch: AnyBatch) -> tuple[State, Metrics]:
-        """The state given is consumed."""
+        """The state and metrics after a batch; the given state is donated."""
         with jax.set_mesh(self.mesh):
             return self._step(state, self.to_global(batch))
 
@@ -239,8 +239,8 @@ class Program:
     def share(self) -> dict[str, int]:
         """Arguments for `batches` of the part that this process reads; processes inside one shard read the same."""
         n = math.prod(self.mesh.shape[axis] for axis in TOKEN_AXES)
-        places = self.rows.addressable_devices_indices_map((n,)).values()
-        return process_slice({place[0].indices(n)[0] for place in places if place is not None}, n)
+        indices = self.rows.addressable_devices_indices_map((n,)).values()
+        return process_slice({index[0].indices(n)[0] for index in indices if index is not None}, n)
 
     def to_global(self, batch: AnyBatch) -> AnyBatch:
         """This process's rows of a batch, as part of the global one."""
@@ -258,12 +258,12 @@ class Program:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
 
-def process_slice(mine: set[int], n: int) -> dict[str, int]:
-    """The part of n shards' rows that these are; ValueError if they do not lie together."""
-    first, size = min(mine), len(mine)
-    if mine != set(range(first, first + size)) or first % size or n % size:
+def process_slice(shards: set[int], n: int) -> dict[str, int]:
+    """The part of n shards' rows that these are; ValueError if they are not contiguous."""
+    first, size = min(shards), len(shards)
+    if shards != set(range(first, first + size)) or first % size or n % size:
         raise ValueError(
-            f"This process has the shards {sorted(mine)} of {n}, which do not lie together; choose a mesh whose last "
+            f"This process has the shards {sorted(shards)} of {n}, which are not contiguous; choose a mesh whose last "
             "axes fill the devices of a process."
         )
     return {"process": first // size, "processes": n // size}

@@ -70,18 +70,18 @@ def train(
             checkpoints.wait()
         start = {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
         yield start | ({"origin": origin} if origin else {})
-        late: Metrics | None = None  # fetched while the next step runs
+        pending: Metrics | None = None  # fetched while the next step runs
         for batch in batches(windows, data.B, exp.seed, step, **program.share):
             if step >= run.steps:
                 break
             state, metrics = program.step(state, batch)
-            if late is not None:
-                tally.add(late)
-            step, late = step + 1, metrics
+            if pending is not None:
+                tally.add(pending)
+            step, pending = step + 1, metrics
             due = {what for what, n in run.intervals.items() if step % n == 0 or step == run.steps}
             if due:
-                tally.add(late)
-                late = None
+                tally.add(pending)
+                pending = None
             if "log" in due:
                 yield tally.record(step)
             held_out_record = evaluation() if "eval" in due else None
@@ -137,7 +137,7 @@ class Tally:
     """Adds up steps until they are logged: sums first, then ratios."""
 
     def __init__(self, exp: Experiment, bytes_per_token: float | None, seconds: float):
-        self.bytes_per_token = bytes_per_token  # None of what is no text
+        self.bytes_per_token = bytes_per_token  # None for data other than text
         self.work = costs.flops(exp.model, exp.data.shapes(B=1)).training * exp.data.B  # FLOPs of a step
         peak = chips.peak(jax.devices()[0].device_kind)
         self.peak = peak and peak * jax.device_count()
@@ -156,7 +156,7 @@ class Tally:
         self.since = time.monotonic()
 
     def seconds(self) -> float:
-        """Since the run began, interruptions left out."""
+        """Seconds since the run began, without interruptions."""
         return time.monotonic() - self.start
 
     def add(self, metrics: Metrics) -> None:

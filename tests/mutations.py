@@ -394,14 +394,14 @@ MUTATIONS = (
     Mutation(
         "too_few_slots_for_everybody",
         SCATTER,
-        "jnp.searchsorted(np.array(ladder), needed)",
-        "jnp.maximum(jnp.searchsorted(np.array(ladder), needed) - 1, 0)",
+        "jnp.searchsorted(np.array(counts), needed)",
+        "jnp.maximum(jnp.searchsorted(np.array(counts), needed) - 1, 0)",
         DROPLESS,
     ),
     Mutation(
         "rows_of_a_neighbour_in_a_gradient",
         "moe_jax/core/kernels/by_expert.py",
-        "pull(rows.mine(g_RO))",
+        "pull(rows.own(g_RO))",
         "pull(rows.read(g_RO))",
         RAGGED,
     ),

@@ -26,9 +26,9 @@ def llama(
     mesh: dict | None = None,
     **model,
 ) -> ConfigDict:
-    """A model of these sizes; `moe` has E, router, experts, losses and what else differs.
+    """A model of these sizes; `moe` has E, router, experts, losses and other fields that differ.
 
-    B sequences of 4,096 tokens a step, in `microbatches` pieces.
+    B sequences of 4,096 tokens a step, in `microbatches` microbatches.
     """
     config = ConfigDict()
     config.seed = 0

@@ -1,4 +1,4 @@
-"""A published model at a size that trains on a laptop: its components, its moe_layers, small widths."""
+"""A published model at a size that trains on a laptop: its components and pattern of layers, at small widths."""
 
 import re
 
@@ -39,8 +39,8 @@ def nano(config: ConfigDict) -> ConfigDict:
         model.moe_layers = "last 1"
     model.attention = small_heads(model.attention)
     model.D, model.dtype, model.remat = D, "float32", "none"
-    spread = bool(model.get("moe")) and model.moe.dispatch != "Sort()"
-    config.mesh = {"data": 2, "expert": 4} if spread else {"data": 8}
+    sharded = bool(model.get("moe")) and model.moe.dispatch != "Sort()"
+    config.mesh = {"data": 2, "expert": 4} if sharded else {"data": 8}
     config.data = {"L": 1 if images else L, "B": B, "microbatches": 1, "objective": data.objective}
     if images:
         model.patch = 2

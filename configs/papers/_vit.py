@@ -17,7 +17,7 @@ SIZES = {  # D, N, F, H
 
 
 def vmoe(size: str, patch: int, rate: float, shape: str = "", moe_layers: str = "every 2") -> ConfigDict:
-    """A size with patches of so many pixels, at its peak learning rate; 4,096 images a step, groups of 8."""
+    """A size with patches of `patch` pixels, at its peak learning rate; 4,096 images a step, groups of 8."""
     D, N, F, H = SIZES[size]
     tokens = 1 + (224 // patch) ** 2
     config = ConfigDict()

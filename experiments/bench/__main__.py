@@ -6,12 +6,12 @@
     python -m experiments.bench.steps       whole training steps, and what a run does besides
     python -m experiments.bench.peers       the same layers in another library
 
-Layer and twin (one expert of K times the width) run in turn in one process, forward and forward with backward:
+Layer and dense baseline (one expert of K times the width) run in turn in a process, forward and forward with backward:
 outputs, auxiliary losses and statistics, gradients by parameters and tokens. Prints a Markdown table of medians, the
-ratios of pairs and their quartiles, compile time and temporary memory (of the pass with backward), how many FLOPs are
-computed for those of use, the weights that experts read, and the ratio of the experts' matmuls alone, batched, on as
-many rows for each (forward / with backward): what remains if routing and moving rows were free. Where choices are
-dropped ("kept"), a layer does less than its twin.
+ratios of pairs and their quartiles, compile time and temporary memory (of the pass with backward), FLOPs computed over
+useful ones, bytes of expert weights read, and the ratio of the experts' matmuls alone, batched, with equally many rows
+each (forward / with backward): the time if routing and moving rows were free. Where choices are
+dropped ("kept"), a layer does less than its dense baseline.
 """
 
 import pathlib
@@ -22,20 +22,20 @@ from absl import flags
 from experiments import cli
 from experiments.bench import present, record
 from experiments.bench.measure import Job, say
-from experiments.bench.options import at_least_one, place_of
+from experiments.bench.options import at_least_one, placement_of
 from experiments.bench.shapes import DISPATCHERS, QUICK, SHAPES, Shape, choose, usable
 from experiments.bench.tokens import ROUTINGS
 
-SHAPE = cli.flag(flags.DEFINE_list, "shapes", None, "Names of shapes; all that are for this platform without it.")
-ROUTING = cli.flag(flags.DEFINE_list, "routing", None, f"Of {', '.join(ROUTINGS)}; all without it.")
-DISPATCH = cli.flag(flags.DEFINE_list, "dispatch", None, f"Of {', '.join(DISPATCHERS)}; all without it.")
+SHAPE = cli.flag(flags.DEFINE_list, "shapes", None, "Names of shapes; by default all for this platform.")
+ROUTING = cli.flag(flags.DEFINE_list, "routing", None, f"Of {', '.join(ROUTINGS)}; by default all.")
+DISPATCH = cli.flag(flags.DEFINE_list, "dispatch", None, f"Of {', '.join(DISPATCHERS)}; by default all.")
 REPEATS = cli.flag(flags.DEFINE_integer, "repeats", 15, "How often a pair is timed; slow ones at least three times.")
 STAGES = cli.flag(flags.DEFINE_bool, "stages", False, "Also time the parts of a layer, each alone.")
 MESH = cli.flag(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4; simulated devices on CPU.")
 AGAINST = cli.flag(flags.DEFINE_multi_string, "against", [], "A file of --json; layers over 5% slower are named.")
 JSON = cli.as_json()
 OUT = cli.out("A .png or .svg file for bars of the ratios.")
-QUICK_ONLY = cli.flag(flags.DEFINE_bool, "quick", False, "One tiny layer, twice: only to see that it works.")
+QUICK_ONLY = cli.flag(flags.DEFINE_bool, "quick", False, "One tiny layer, twice: a smoke test.")
 
 
 def main() -> None:
@@ -45,9 +45,9 @@ def main() -> None:
     repeats = 2 if QUICK_ONLY.value else at_least_one("repeats", REPEATS.value)
     files = cli.file("json", JSON.value), cli.file("out", OUT.value, (".png", ".svg"))
     old = {path: record.load(pathlib.Path(path)) for path in AGAINST.value}
-    place = place_of(MESH.value)
+    placement = placement_of(MESH.value)
     shapes = {QUICK.name: QUICK} if QUICK_ONLY.value else on_platform(chosen, SHAPE.value is not None)
-    job = Job(shapes, routings, dispatchers, place, MESH.value or "", repeats, stages=STAGES.value)
+    job = Job(shapes, routings, dispatchers, placement, MESH.value or "", repeats, stages=STAGES.value)
     rows = list(job.rows())
     show(rows)
     write(rows, *files)
@@ -66,7 +66,7 @@ def on_platform(chosen: dict[str, Shape], named: bool) -> dict[str, Shape]:
 def show(rows: list[record.Row]) -> None:
     print(present.table(rows), end="")
     if STAGES.value:
-        print("\nEach part alone, forward / with backward; they do not add up exactly to the whole.\n")
+        print("\nEach part alone, forward / with backward; they do not add up exactly to the layer.\n")
         print(present.stage_table(rows), end="")
 
 

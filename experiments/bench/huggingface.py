@@ -1,4 +1,4 @@
-"""An MoE layer of Hugging Face transformers, with these weights, in every way that the installed version has."""
+"""An MoE layer of Hugging Face transformers, with these weights, in every installed implementation."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]  # forward; forward with bac
 
 def libraries() -> Any:
     """PyTorch; ValueError where it, or transformers, is not installed."""
-    # Threads that wait by spinning take the cores from the other side, and from each other: many times as slow.
+    # Threads that spin while waiting take cores from JAX and from each other, and slow both down manyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch
@@ -32,7 +32,7 @@ def libraries() -> Any:
 
 
 def peers(torch: Any, shape: Shape, params: dict[str, np.ndarray], x_BLD: np.ndarray) -> Iterator[tuple[str, Calls]]:
-    """(name, calls) of every implementation that there is, that fits, and that runs."""
+    """(name, calls) of every implementation that is installed, fits in memory, and runs."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -43,7 +43,7 @@ def peers(torch: Any, shape: Shape, params: dict[str, np.ndarray], x_BLD: np.nda
         config._experts_implementation = name
         block = MixtralSparseMoeBlock(config).to(torch.float32).train()
         fused = hasattr(block.experts, "gate_up_proj")
-        if name != "eager" and not fused:  # before transformers 5 there is a loop over experts, and nothing else
+        if name != "eager" and not fused:  # before transformers 5 there is only a loop over experts
             return
         if name == "batched_mm" and (size := 12 * shape.T * shape.K * shape.D * shape.experts.F) > ROOM:
             say(f"{shape.name} batched_mm: left out, its copies of weights take {size / GiB:.0f} GiB")
@@ -59,18 +59,18 @@ def peers(torch: Any, shape: Shape, params: dict[str, np.ndarray], x_BLD: np.nda
 
 
 def fill(torch: Any, block: Any, params: dict[str, np.ndarray], fused: bool) -> None:
-    """Our weights into theirs, whose matrices lie the other way round."""
+    """Copies our weights into theirs, whose matrices are transposed."""
     gate_EFD, up_EFD = (np.swapaxes(params[name], 1, 2) for name in ("gate_EDF", "up_EDF"))
     down_EDF = np.swapaxes(params["down_EFD"], 1, 2)
-    whole = [(block.gate.weight, params["router_gate_DE"].T)]
+    pairs = [(block.gate.weight, params["router_gate_DE"].T)]
     if fused:
-        whole += [(block.experts.gate_up_proj, np.concatenate([gate_EFD, up_EFD], axis=1))]
-        whole += [(block.experts.down_proj, down_EDF)]
+        pairs += [(block.experts.gate_up_proj, np.concatenate([gate_EFD, up_EFD], axis=1))]
+        pairs += [(block.experts.down_proj, down_EDF)]
     else:
         for e, expert in enumerate(block.experts):
-            whole += [(expert.w1.weight, gate_EFD[e]), (expert.w3.weight, up_EFD[e]), (expert.w2.weight, down_EDF[e])]
+            pairs += [(expert.w1.weight, gate_EFD[e]), (expert.w3.weight, up_EFD[e]), (expert.w2.weight, down_EDF[e])]
     with torch.no_grad():
-        for weight, value in whole:
+        for weight, value in pairs:
             if tuple(weight.shape) != value.shape:
                 raise ValueError(f"A weight of the installed transformers is {tuple(weight.shape)}, not {value.shape}.")
             weight.copy_(torch.from_numpy(np.ascontiguousarray(value)))

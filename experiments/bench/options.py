@@ -1,16 +1,16 @@
-"""Flags that several programs here share, and their meanings."""
+"""Flags that several programs here share."""
 
 import math
 import re
 
 import jax
 
-from experiments.bench.layers import Place
+from experiments.bench.layers import Placement
 from moe_jax.core.shard import AXES, make_mesh
 
 
 def sizes_of(mesh: str) -> dict[str, int]:
-    """`data=2,expert=4` in numbers."""
+    """Parses `data=2,expert=4`."""
     sizes: dict[str, int] = {}
     for part in mesh.split(","):
         found = re.fullmatch(r"\s*(\w+)=([1-9]\d*)\s*", part)
@@ -28,13 +28,13 @@ def simulate(n: int) -> None:
         jax.config.update("jax_num_cpu_devices", n)
 
 
-def place_of(mesh: str | None) -> Place:
-    """Placement that --mesh asks for: one device without it."""
+def placement_of(mesh: str | None) -> Placement:
+    """Placement on the mesh of --mesh; by default on one device."""
     if not mesh:
-        return Place()
+        return Placement()
     sizes = sizes_of(mesh)
     simulate(math.prod(sizes.values()))
-    return Place(make_mesh(**sizes))
+    return Placement(make_mesh(**sizes))
 
 
 def at_least_one(flag: str, value: int) -> int:

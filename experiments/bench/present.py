@@ -19,7 +19,7 @@ HEADS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for every row: medians, ratios and their spread."""
+    """A line for every row: medians, ratios and their quartiles."""
     return lines(HEADS, [cells(row) for row in rows], left=(0, 1, 2))
 
 
@@ -40,19 +40,19 @@ def cells(row: Row) -> list[str]:
 
 
 def stage_table(rows: Sequence[Row]) -> str:
-    """Milliseconds of each stage alone, forward and with backward, and of the whole."""
+    """Milliseconds of each stage alone, forward and with backward, and of the layer."""
     heads = ["shape", "routing", "dispatch", *(f"{stage}, ms" for stage in (*STAGES, "layer"))]
     found = []
     for row in rows:
         parts = [row["stages"].get(stage) for stage in STAGES]
-        whole = " / ".join(number(row[what]["layer_ms"][1]) for what in PASSES)
+        layer = " / ".join(number(row[what]["layer_ms"][1]) for what in PASSES)
         times = ["-" if part is None else " / ".join(number(part[what][1]) for what in PASSES) for part in parts]
-        found.append([row["shape"], row["routing"], f"`{row['dispatch']}`", *times, whole])
+        found.append([row["shape"], row["routing"], f"`{row['dispatch']}`", *times, layer])
     return lines(heads, found, left=(0, 1, 2))
 
 
 def number(ms: float) -> str:
-    """Three digits of it."""
+    """Formats milliseconds with three digits."""
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
@@ -71,7 +71,7 @@ def plot(path: pathlib.Path, rows: Sequence[Row]) -> None:
             for j, (what, words) in enumerate(PASSES.items()):
                 bars(panels[i, j], [row for row in rows if row["routing"] == routing], what, shapes)
                 panels[i, j].set_title(f"{routing}, {words}", loc="left")
-            panels[i, 0].set_ylabel("time / dense twin's")
+            panels[i, 0].set_ylabel("time / dense baseline's")
         artists, labels = panels[0, 0].get_legend_handles_labels()
         Legend(labels, size[0]).draw(figure, artists)
 
@@ -83,11 +83,11 @@ def bars(axes: Any, rows: Sequence[Row], what: str, shapes: Sequence[str]) -> No
     names = list(dict.fromkeys(row["dispatch"] for row in rows))
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        mine = [row for row in rows if row["dispatch"] == name]
-        look = {"color": colour(i), "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white"}
-        at = [shapes.index(row["shape"]) + (i + 0.5) * width - 0.4 for row in mine]
-        axes.bar(at, [row[what]["tau"] for row in mine], width, label=name, **look)
-        for x, row in zip(at, mine, strict=True):
+        own_rows = [row for row in rows if row["dispatch"] == name]
+        style = {"color": colour(i), "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white"}
+        at = [shapes.index(row["shape"]) + (i + 0.5) * width - 0.4 for row in own_rows]
+        axes.bar(at, [row[what]["tau"] for row in own_rows], width, label=name, **style)
+        for x, row in zip(at, own_rows, strict=True):
             axes.plot([x, x], row[what]["tau_spread"], color=BLACK, lw=1)
     axes.axhline(1, color=BLACK, lw=0.9, ls=(0, (4, 3)))
     axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")

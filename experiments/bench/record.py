@@ -1,4 +1,4 @@
-"""A file of all figures, and what has become slower since another one."""
+"""Records of all figures, and comparison with an older record."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 FORMAT = 1
-WORSE = 0.05  # a ratio that has grown by more is told
+WORSE = 0.05  # larger relative growth of a ratio is reported
 PASSES = {"forward": "forward", "both": "forward and backward"}
 KEY = ("shape", "routing", "dispatch", "mesh")
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Name of the CPU."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -39,12 +39,12 @@ def processor() -> str:
 
 
 def facts(rows: Sequence[Row]) -> dict[str, Any]:
-    """All figures, and what they were measured on."""
+    """All figures, and the machine they were measured on."""
     return {"format": FORMAT, "machine": machine(), "rows": list(rows)}
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
-    """A record; ValueError for what is none."""
+    """Loads a record; ValueError for any other file."""
     if not path.is_file():
         raise ValueError(f"There is no record {path}; give a file that --json has written.")
     try:
@@ -63,7 +63,7 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def worse(rows: Sequence[Row], old: Sequence[Row], by: float = WORSE) -> list[str]:
-    """A line for every layer that takes longer, in its twin's times, than it did by more than this part."""
+    """A line for every layer whose ratio to its dense baseline has grown by more than the fraction `by`."""
     before, lines = {key(row): row for row in old}, []
     for row in rows:
         if key(row) not in before:
@@ -73,7 +73,8 @@ def worse(rows: Sequence[Row], old: Sequence[Row], by: float = WORSE) -> list[st
             if now > then * (1 + by):
                 name = " ".join(part for part in key(row) if part)
                 lines.append(
-                    f"slower: {name}, {words}: {now:.2f} times its twin, was {then:.2f} ({now / then - 1:+.1%})"
+                    f"slower: {name}, {words}: {now:.2f} times its dense baseline, was {then:.2f} "
+                    f"({now / then - 1:+.1%})"
                 )
     return lines
 

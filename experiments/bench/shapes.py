@@ -20,7 +20,7 @@ GiB = 2**30
 class Shape:
     """T tokens of width D in sequences of L, which are the routing groups; each visits K of E experts.
 
-    dtype: of tokens, and so of all that is computed.
+    dtype: of tokens, which is the compute type.
     weights: type of the experts' parameters; float32 ones are cast where they are used, as in training.
     """
 
@@ -36,13 +36,13 @@ class Shape:
     gpu: bool = False
 
     def layer(self, dispatch: Any) -> MoEConfig:
-        """The MoE layer: the usual router and losses, and on a mesh the exchange that carries the dispatcher's rows."""
+        """The MoE layer: the usual router and losses, and the exchange that carries the dispatcher's rows."""
         exchange = RaggedAllToAll() if dispatch.layout is Ragged else AllToAll()
         router = TopK(K=self.K, normalize=self.K > 1)  # the weight of one choice is its probability
         return MoEConfig(self.E, router, self.experts, dispatch, exchange, S=self.L)
 
     @property
-    def twin(self) -> Any:
+    def dense_baseline(self) -> Any:
         """The dense layer of the same active FLOPs: one expert of K times the width."""
         return dataclasses.replace(self.experts, F=self.K * self.experts.F)
 

@@ -1,10 +1,10 @@
-"""Parts of a layer, each alone in a program of its own: what they take does not add up exactly to the whole.
+"""Parts of a layer, each timed in a program of its own; the times do not add up exactly to that of the layer.
 
 route      logits, choice, statistics, auxiliary losses
-dispatch   places of choices, and rows to where experts find them: what a layer without experts takes beyond `combine`
-exchange   rows to the shards of their experts and back; on a mesh that spreads experts
-experts    their matmuls on rows that lie ready
-combine    weighted sums of rows that lie ready
+dispatch   positions of choices, and rows to experts: the time of a layer without experts beyond `combine`
+exchange   rows to the shards of their experts and back; on a mesh that shards experts
+experts    their matmuls on precomputed rows
+combine    weighted sums of precomputed rows
 """
 
 import math
@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from experiments.bench.layers import Place, square
+from experiments.bench.layers import Placement, square
 from experiments.bench.shapes import Shape
 from experiments.bench.timing import Program, compiled, in_a_row, in_turn, quartiles
 from experiments.bench.tokens import Tokens
@@ -34,53 +34,53 @@ from moe_jax.moe import MoEConfig, context, gather_params
 STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 
 
-class Still(Shard):
-    """A shard whose rows come back as they are."""
+class IdentityExperts(Shard):
+    """Stub of a shard that returns rows unchanged."""
 
     def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
-        return apart(materialize(x)), jnp.ones((), bool)
+        return fusion_barrier(materialize(x)), jnp.ones((), bool)
 
 
 @jax.custom_vjp
-def apart(x: Array) -> Array:
-    """x, once in memory: XLA does not fuse what makes it with what uses it across a loop that may have turns."""
-    turns = (x.ravel()[:1] != x.ravel()[:1]).sum()  # none, unless that number is NaN
+def fusion_barrier(x: Array) -> Array:
+    """Returns x from memory: XLA does not fuse its producer with its consumer across a loop of unknown trip count."""
+    turns = (x.ravel()[:1] != x.ravel()[:1]).sum()  # 0, unless that number is NaN
     return lax.while_loop(lambda carry: carry[0] > 0, lambda carry: (carry[0] - 1, -carry[1]), (turns, x))[1]
 
 
-apart.defvjp(lambda x: (apart(x), ()), lambda _, g: (apart(g),))
+fusion_barrier.defvjp(lambda x: (fusion_barrier(x), ()), lambda _, g: (fusion_barrier(g),))
 
 
-class Ready(Shard):
+class PrecomputedRows(Shard):
     """Stub of a shard that returns precomputed rows, without an exchange."""
 
     def apply_experts(self, experts: Callable, params: Any, x: Array | LazyRows, groups: Any) -> tuple[Array, Array]:
         shape = jax.eval_shape(materialize, x).shape
         rows, n = params["rows"], math.prod(shape[:-1])
-        # What a capacity that is not chosen would need is not there.
+        # Branches of larger capacities, which do not run, get zeros.
         return rows[:n].reshape(shape) if n <= len(rows) else jnp.zeros(shape, rows.dtype), jnp.ones((), bool)
 
 
 def measure(
-    cfg: MoEConfig, shape: Shape, tokens: Tokens, place: Place, inputs: Any, repeats: int, known: dict[Any, Any]
+    cfg: MoEConfig, shape: Shape, tokens: Tokens, placement: Placement, inputs: Any, repeats: int, known: dict[Any, Any]
 ) -> dict[str, dict[str, list[float]]]:
     """Quartiles of milliseconds by stage, of forward and of forward with backward.
 
-    known: programs of this layer that are compiled already, which is added to.
+    known: compiled programs of this layer; new ones are added.
     """
     params, x_BLD, _ = inputs
-    with place.active():
+    with placement.active():
         here = shard.from_mesh(cfg.exchange)
         x_GSD = x_BLD.reshape(-1, shape.L, shape.D)
         run, gate = router(cfg, here), params["router_gate_DE"]
         routing = jax.jit(run)((gate, x_GSD))[2]
-        rows, weights = ready(cfg, here, shape, tokens, place), routing.weight_GSK
+        rows, weights = precomputed_rows(cfg, here, shape, tokens, placement), routing.weight_GSK
         parts = {
             "route": (lambda by: run(by)[:2], (gate, x_GSD)),
-            "dispatch": (dispatcher(cfg, here, Still), (x_GSD, rows[:0], weights), routing),
-            "exchange": exchange(cfg, here, shape, tokens, place),
-            "experts": experts(cfg, here, shape, tokens, place, params),
-            "combine": (dispatcher(cfg, here, Ready), (x_GSD, rows, weights), routing),
+            "dispatch": (dispatcher(cfg, here, IdentityExperts), (x_GSD, rows[:0], weights), routing),
+            "exchange": exchange(cfg, here, shape, tokens, placement),
+            "experts": experts(cfg, here, shape, tokens, placement, params),
+            "combine": (dispatcher(cfg, here, PrecomputedRows), (x_GSD, rows, weights), routing),
         }
         times = {}
         for name, part in parts.items():
@@ -88,23 +88,23 @@ def measure(
                 f, *args = part
                 key = name, str(jax.tree.map(jnp.shape, args))
                 known[key] = known.get(key) or programs(f, *args)
-                times[name] = in_turn([program.on(*args) for program in known[key]], repeats, row=in_a_row())
+                times[name] = in_turn([program.bind(*args) for program in known[key]], repeats, row=in_a_row())
     times["dispatch"] = np.maximum(times["dispatch"] - np.median(times["combine"], axis=0), 0)
     return {name: {"forward": quartiles(both[:, 0]), "both": quartiles(both[:, 1])} for name, both in times.items()}
 
 
-def programs(f: Callable, by: Any, *rest: Any) -> tuple[Program, Program]:
-    """Compiles f(by, *rest) -> (value, ...) or an array to be squared, and its gradients by `by`."""
+def programs(f: Callable, by: Any, *args: Any) -> tuple[Program, Program]:
+    """Compiles f(by, *args) -> (value, ...) or an array to be squared, and its gradients by `by`."""
 
-    def objective(by, *rest):
-        y = f(by, *rest)
+    def objective(by, *args):
+        y = f(by, *args)
         return (y[0], y[1:]) if isinstance(y, tuple) else (square(y), ())
 
-    return compiled(f, by, *rest), compiled(jax.value_and_grad(objective, has_aux=True), by, *rest)
+    return compiled(f, by, *args), compiled(jax.value_and_grad(objective, has_aux=True), by, *args)
 
 
 def router(cfg: MoEConfig, here: Shard) -> Callable:
-    """(gate, x) -> objective, statistics and routing; weights have gradients, as experts' outputs would give them."""
+    """(gate, x) -> objective, statistics and routing; combine weights have gradients, as in training."""
 
     def local(gate_DE, x_GSD):  # groups are sequences
         mask_GS = jnp.ones(x_GSD.shape[:2], bool)
@@ -120,55 +120,55 @@ def router(cfg: MoEConfig, here: Shard) -> Callable:
 
 
 def dispatcher(cfg: MoEConfig, here: Shard, kind: type[Shard]) -> Callable:
-    """((x, rows, weights), routing) -> y, with experts that do nothing, where they are."""
-    still = kind(here.tokens, here.experts, here.fsdp, here.tensor, here.exchange)
+    """((x, rows, weights), routing) -> y, with a stub of the experts."""
+    stub_shard = kind(here.tokens, here.experts, here.fsdp, here.tensor, here.exchange)
 
     def local(by, routing):
         x_GSD, rows, weight_GSK = by
         weighted = routing._replace(weight_GSK=weight_GSK)
         y_GSD, _ = cfg.dispatch(
-            still.tensor_enter(x_GSD), weighted, cfg.experts, {"rows": still.tensor_enter(rows)}, still
+            stub_shard.tensor_enter(x_GSD), weighted, cfg.experts, {"rows": stub_shard.tensor_enter(rows)}, stub_shard
         )
-        return still.tensor_exit(y_GSD)
+        return stub_shard.tensor_exit(y_GSD)
 
     rows = shard.token_spec(here)
     return shard.per_shard(local, here, ((rows, rows, rows), rows), rows)
 
 
-def ready(cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, place: Place) -> Array:
-    """Precomputed rows, as many as experts make of all tokens."""
+def precomputed_rows(cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, placement: Placement) -> Array:
+    """Precomputed rows, as many as the experts' outputs for all tokens."""
     count_GE, n = tokens.count_GE(shape.L), shape.T * shape.K
     if not by_rows(cfg, jax.default_backend(), bool(here.experts)):
         n = cfg.E * len(count_GE) * slots(cfg, count_GE, shape.L)
-    return place.put(lying(shape, n), shard.token_spec(here))
+    return placement.put(random_rows(shape, n), shard.token_spec(here))
 
 
-def exchange(cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, place: Place) -> tuple | None:
-    """Rows of every shard to their experts and back; None where they need not travel."""
+def exchange(cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, placement: Placement) -> tuple | None:
+    """Program and arguments that exchange rows with the experts and back; None without sharded experts."""
     if not here.experts:
         return None
     count_GE, rows = tokens.count_GE(shape.L), shard.token_spec(here)  # every shard has rows for all experts
-    padded = not by_rows(cfg, jax.default_backend(), spread=True)
+    padded = not by_rows(cfg, jax.default_backend(), sharded=True)
 
     def local(x, count_GE):
         groups = Padded() if padded else Ragged(count_GE.sum(0))
         return here.exchange(here, lambda params, x, groups: x, {}, x, groups)[0]
 
-    many = (cfg.E * place.shards, shape.T // shape.L // place.shards * slots(cfg, count_GE, shape.L))
-    x = lying(shape, *(many if padded else (shape.T * shape.K,)))
+    padded_size = (cfg.E * placement.shards, shape.T // shape.L // placement.shards * slots(cfg, count_GE, shape.L))
+    x = random_rows(shape, *(padded_size if padded else (shape.T * shape.K,)))
     run = shard.per_shard(local, here, (rows, rows), rows)
-    return run, place.put(x, rows), place.put(jnp.asarray(count_GE, jnp.int32), rows)
+    return run, placement.put(x, rows), placement.put(jnp.asarray(count_GE, jnp.int32), rows)
 
 
 def experts(
-    cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, place: Place, params: dict[str, Array]
+    cfg: MoEConfig, here: Shard, shape: Shape, tokens: Tokens, placement: Placement, params: dict[str, Array]
 ) -> tuple | None:
-    """Experts on rows in slots or back to back, as they find them; None where those of several shards meet."""
+    """Program and arguments of experts on rows in slots or contiguous; None where rows of several shards meet."""
     count_GE, by_row = tokens.count_GE(shape.L), by_rows(cfg, jax.default_backend(), bool(here.experts))
     if by_row and here.experts:
         return None
     own = {name: params[name] for name in cfg.experts.params}
-    rows, layout = shard.token_spec(here), dims.specs(own, here.rules)
+    rows, param_specs = shard.token_spec(here), dims.specs(own, here.rules)
 
     def local(by, kept_GE):
         params, x = by
@@ -176,16 +176,16 @@ def experts(
         y = groups.apply(cfg.experts, gather_params(here, here.pvary(params), x.dtype, "E"), here.tensor_enter(x))
         return here.tensor_exit(y)
 
-    run = shard.per_shard(local, here, ((layout, rows), rows), rows)
+    run = shard.per_shard(local, here, ((param_specs, rows), rows), rows)
     if by_row:
         size: tuple[int, ...] = (shape.T * shape.K,)
-    else:  # what shards of tokens have of experts is stacked in front
-        E = cfg.E * place.shards // place.axis_size(here.experts)
+    else:  # the local experts of token shards are stacked in front
+        E = cfg.E * placement.shards // placement.axis_size(here.experts)
         size = (E, cfg.E * len(count_GE) * slots(cfg, count_GE, shape.L) // E)
     kept_GE = jnp.asarray(kept(cfg, count_GE, shape.L), jnp.int32)
-    return run, (own, place.put(lying(shape, *size), rows)), place.put(kept_GE, rows)
+    return run, (own, placement.put(random_rows(shape, *size), rows)), placement.put(kept_GE, rows)
 
 
-def lying(shape: Shape, *size: int) -> Array:
+def random_rows(shape: Shape, *size: int) -> Array:
     """Rows of random numbers."""
     return jnp.asarray(np.random.default_rng(1).standard_normal((*size, shape.D), np.float32), shape.dtype)

@@ -1,11 +1,11 @@
-"""Times whole training steps beside those of the dense twin, and what a run does besides its steps.
+"""Times whole training steps against those of the dense baseline, and the time of a run outside of its steps.
 
     python -m experiments.bench.steps
     python -m experiments.bench.steps --config=configs/mixtral_nano.py --mesh=data=2 --train_steps=200
 
-Tokens per second of the jitted train steps of an experiment and its twin, in bursts that alternate, on batches that lie
-ready. Then a short run of `train` with its log and its checkpoints: the part of the time in which no step is computed,
-by what it goes to, after its first record. Evaluation is left out; checkpoints are counted as often as the config saves
+Tokens per second of the jitted train steps of an experiment and its dense baseline, in alternating bursts, on batches
+that are already on the devices. Then a short run of `train` with its log and checkpoints: the time in which no step is
+computed, by cause, after the first record. Evaluation is left out; checkpoints are counted as often as the config saves
 them.
 """
 
@@ -32,7 +32,7 @@ from moe_jax.data import batches, default_directory
 from moe_jax.step import Program
 
 cli.define_config()
-TWIN = cli.flag(flags.DEFINE_string, "twin", None, "Its dense twin's config; made from --config without it.")
+BASELINE = cli.flag(flags.DEFINE_string, "baseline", None, "Config of the dense baseline; by default that of --config.")
 DATA_DIR = cli.data_dir()
 MESH = cli.flag(flags.DEFINE_string, "mesh", None, "Sizes of a mesh, data=2,expert=4 (default: the config's).")
 BURSTS = cli.flag(flags.DEFINE_integer, "bursts", 15, "How many bursts of each.")
@@ -42,7 +42,7 @@ JSON = cli.as_json()
 
 CONFIG = "configs/glam_nano.py"
 LEAST = 4  # steps of a run: those until the first record are left out
-TARGET = 0.03  # of the time of a run that may go to anything but steps
+TARGET = 0.03  # of the time of a run that may be spent outside of steps
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     table = cli.file("json", JSON.value)
     data_dir = pathlib.Path(DATA_DIR.value) if DATA_DIR.value else default_directory()
     pair = [on_mesh(exp) for exp in experiments()]
-    names = "config", "twin"
+    names = "config", "baseline"
     speeds = dict(zip(names, in_bursts(pair, data_dir), strict=True))
     print(speed_table(speeds), end="")
     found: dict[str, Outside] = {}
@@ -71,12 +71,12 @@ def as_json(speeds: dict[str, "Speed"], found: dict[str, Outside]) -> dict[str, 
 
 
 def experiments() -> list[Experiment]:
-    """The experiment of --config, with its overrides, and its twin."""
+    """The experiment of --config, with its overrides, and its dense baseline."""
     sizes = sizes_of(MESH.value) if MESH.value else {}
     overrides = [f"--config.mesh.{axis}={sizes.get(axis, 1)}" for axis in AXES if sizes]
     exp = cli.experiment(CONFIG, *overrides)
-    if TWIN.value:
-        return [exp, build(cli.overridden(cli.load(TWIN.value), overrides))]
+    if BASELINE.value:
+        return [exp, build(cli.overridden(cli.load(BASELINE.value), overrides))]
     return [exp, dataclasses.replace(exp, model=exp.model.dense_baseline())]
 
 
@@ -102,7 +102,7 @@ class Speed(NamedTuple):
 
 
 class Stepper:
-    """A train step, compiled ahead, that goes round a few batches which lie on the devices."""
+    """A train step, compiled ahead, that cycles through a few batches on the devices."""
 
     def __init__(self, exp: Experiment, data_dir: pathlib.Path):
         windows, _ = exp.data.prepare(data_dir)
@@ -119,7 +119,7 @@ class Stepper:
 
 
 def in_bursts(pair: list[Experiment], data_dir: pathlib.Path) -> list[Speed]:
-    """Both steppers in turn."""
+    """Speeds of both experiments, in alternating bursts."""
     steppers = [Stepper(exp, data_dir) for exp in pair]
     times = in_turn([stepper.burst for stepper in steppers], BURSTS.value, patience=300.0) / BURST.value
     return [
@@ -130,13 +130,13 @@ def in_bursts(pair: list[Experiment], data_dir: pathlib.Path) -> list[Speed]:
 
 def speed_table(speeds: dict[str, Speed]) -> str:
     """Table of median step times, and of their ratios to the dense baseline's."""
-    heads = ["", "tokens/s", "step, ms", "quartiles, ms", "of the twin's", "compile, s"]
-    found, twin = [], speeds["twin"]
+    heads = ["", "tokens/s", "step, ms", "quartiles, ms", "of the baseline's", "compile, s"]
+    found, baseline = [], speeds["baseline"]
     for name, speed in speeds.items():
         low, middle, high = speed.step_ms
-        ratio = (middle / speed.tokens) / (twin.step_ms[1] / twin.tokens)
-        rate, spread = f"{1e3 * speed.tokens / middle:,.0f}", f"{number(low)} to {number(high)}"
-        found.append([name, rate, number(middle), spread, f"{ratio:.2f}", f"{speed.compile_seconds:.1f}"])
+        ratio = (middle / speed.tokens) / (baseline.step_ms[1] / baseline.tokens)
+        rate, interval = f"{1e3 * speed.tokens / middle:,.0f}", f"{number(low)} to {number(high)}"
+        found.append([name, rate, number(middle), interval, f"{ratio:.2f}", f"{speed.compile_seconds:.1f}"])
     return lines(heads, found, left=(0,))
 
 
@@ -144,7 +144,7 @@ def speed_table(speeds: dict[str, Speed]) -> str:
 
 
 def outside(exp: Experiment, data_dir: pathlib.Path, steps: int) -> Outside:
-    """Measures where the time of a short run goes; it logs as configured, where it is long enough, and saves twice."""
+    """Measures the time of a short run by cause; it logs as configured, if it is long enough, and saves twice."""
     every = {
         "log_every": min(exp.run.log_every, (steps - 1) // 2),
         "eval_every": steps,

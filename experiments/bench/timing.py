@@ -13,19 +13,19 @@ IN_A_ROW = 10  # calls on an accelerator
 
 
 class Program(NamedTuple):
-    """A compiled function: how long that took, and the temporary memory it takes."""
+    """A compiled function: its compile time, and its temporary memory in bytes."""
 
     run: Callable
     seconds: float
     temp_bytes: int | None
 
-    def on(self, *args: Any) -> Callable[[], Any]:
-        """A call of it."""
+    def bind(self, *args: Any) -> Callable[[], Any]:
+        """Returns a call with these arguments."""
         return lambda: self.run(*args)
 
 
 def compiled(f: Any, *args: Any) -> Program:
-    """Compiles a function, or what has a `lower`, for these arrays as arguments: constants would be worked on."""
+    """Compiles a function, or an object with `lower`, with these arrays as arguments: constants would be folded."""
     jitted, began = f if hasattr(f, "lower") else jax.jit(f), time.perf_counter()
     program = jitted.lower(*args).compile()
     seconds, memory = time.perf_counter() - began, program.memory_analysis()
@@ -33,15 +33,15 @@ def compiled(f: Any, *args: Any) -> Program:
 
 
 def in_a_row() -> int:
-    """Number of calls that are awaited together: several on an accelerator, as in training."""
+    """Number of calls per wait: several on an accelerator, as in training."""
     return 1 if jax.default_backend() == "cpu" else IN_A_ROW
 
 
 def in_turn(calls: Sequence[Callable[[], Any]], repeats: int, patience: float = PATIENCE, row: int = 1) -> np.ndarray:
-    """Milliseconds [repeats, calls] until all is there that a call makes, after one turn that warms up.
+    """Milliseconds [repeats, calls] until all results of a call are ready, after one round of warm-up.
 
-    The calls alternate, so that all see the same machine, and their order too. Slow ones are repeated less often.
-    row: how often a call is made before it is waited for; the time is that of each.
+    Calls alternate, and their order too, so that all see the same machine. Slow ones are repeated less often.
+    row: number of calls before a wait; the time is per call.
     """
     start, times = time.perf_counter(), np.zeros((repeats + 1, len(calls)))
     for number in range(repeats + 1):

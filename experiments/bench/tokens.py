@@ -1,7 +1,7 @@
-"""Tokens and a gate that make a learned router route as is asked: it still computes its logits, and chooses.
+"""Tokens and a gate that give a learned router a chosen distribution: it still computes logits and chooses.
 
-balanced   every expert has as many rows as every other
-real       a gate as it is initialised, and tokens in clusters, some clusters much larger than others
+balanced   every expert has equally many rows
+real       a gate at initialisation, and tokens in clusters of very different sizes
 skewed     the first expert has half of all rows, or all tokens where each visits more than two experts
 """
 
@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 
 from experiments.bench.shapes import Shape
 
-PULLS = (4, 8, 16, 32, 64)  # of a token towards its experts, against noise of unit variance
+PULLS = (4, 8, 16, 32, 64)  # strength of a token's direction to its experts, against noise of unit variance
 CLUSTERS = 64
-TOGETHER = 0.3  # the part of a token's variance that is its cluster's
+TOGETHER = 0.3  # fraction of a token's variance that its cluster explains
 SEED = 0
 
 
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
     x_TD: Float[np.ndarray, "T D"]
     gate_DE: Float[np.ndarray, "D E"]
-    expert_TK: Int[np.ndarray, "T K"]  # in no order
+    expert_TK: Int[np.ndarray, "T K"]  # unordered
 
     def count_GE(self, S: int) -> Int[np.ndarray, "G E"]:
         """Counts choices of each expert, by groups of S tokens."""
@@ -44,13 +44,13 @@ class Tokens(NamedTuple):
 
 
 def balanced(shape: Shape) -> Tokens:
-    """Experts in turn."""
+    """Tokens that choose experts in turn."""
     token_T1 = np.arange(shape.T)[:, None]
     return drawn(shape, (token_T1 * shape.K + np.arange(shape.K)) % shape.E)
 
 
 def skewed(shape: Shape) -> Tokens:
-    """Every token, or every second one where each visits one expert, visits the first expert; the others in turn."""
+    """Tokens that all choose the first expert (every second one for K=1), and the others in turn."""
     token_T1, others = np.arange(shape.T)[:, None], shape.E - 1
     if shape.K == 1:
         return drawn(shape, np.where(token_T1 % 2, 1 + token_T1 // 2 % others, 0))
@@ -59,7 +59,7 @@ def skewed(shape: Shape) -> Tokens:
 
 
 def real(shape: Shape) -> Tokens:
-    """Clusters of Zipf's sizes; a sequence has tokens of a few of them."""
+    """Tokens in clusters of Zipfian sizes; a sequence has tokens of a few clusters."""
     rng = np.random.default_rng(SEED)
     center_CD = normal(rng, CLUSTERS, shape.D)
     popular_C = 1 / np.arange(1, CLUSTERS + 1)
@@ -75,7 +75,7 @@ ROUTINGS: dict[str, Callable[[Shape], Tokens]] = {"balanced": balanced, "real": 
 
 
 def drawn(shape: Shape, expert_TK: Int[np.ndarray, "T K"]) -> Tokens:
-    """Tokens that lie towards the gate's columns of their experts, far enough that just these are chosen."""
+    """Tokens in the direction of the gate's columns of their experts, far enough that exactly these are chosen."""
     rng = np.random.default_rng(SEED)
     gate_DE, noise_TD = directions(rng, shape.D, shape.E), normal(rng, shape.T, shape.D)
     toward_TD = sum(gate_DE.T[expert_TK[:, k]] for k in range(shape.K))
@@ -88,7 +88,7 @@ def drawn(shape: Shape, expert_TK: Int[np.ndarray, "T K"]) -> Tokens:
 
 
 def directions(rng: np.random.Generator, D: int, E: int) -> Float[np.ndarray, "D E"]:
-    """E unit vectors, at right angles where there is room."""
+    """E unit vectors, orthogonal where E <= D."""
     gate_DE = normal(rng, D, E)
     if E <= D:
         return np.ascontiguousarray(np.linalg.qr(gate_DE)[0])

@@ -1,4 +1,4 @@
-"""Measures where the time of a training run goes, from outside: `train` itself is not changed."""
+"""Measures the time of a training run by cause, from outside: `train` itself is unchanged."""
 
 import contextlib
 import pathlib
@@ -19,24 +19,24 @@ from moe_jax.reporting.metrics import Logger
 
 
 class Outside(NamedTuple):
-    """Milliseconds of a step: those in which it is computed, and those in which no step is, by what was done then."""
+    """Milliseconds per step: of computing it, and of idle devices, by cause."""
 
     step: float
     data: float  # waiting for a batch
     logging: float
-    checkpoint: float  # as often as the config saves
+    checkpoint: float  # at the config's interval
     other: float  # batches to devices, metrics from them, ...
 
     @property
     def share(self) -> float:
-        """The part of the time in which no step is computed."""
+        """Fraction of the time in which no step is computed."""
         return 1 - self.step / sum(self)
 
 
 class Clock:
-    """When steps were given to the devices and were done, and intervals in which the loop did something else.
+    """Times at which steps were dispatched and done, and intervals that the loop spent on other work.
 
-    warm: how many steps are left out, with what is compiled meanwhile.
+    warm: number of first steps to leave out, which include compilation.
     """
 
     def __init__(self, warm: int) -> None:
@@ -47,7 +47,7 @@ class Clock:
         self._threads: list[threading.Thread] = []
 
     def step(self, run: Callable[[], Any]) -> Any:
-        """Runs a step, which another thread waits for, so that the loop goes on as ever."""
+        """Runs a step; another thread waits for it, so that the loop continues as usual."""
         number = len(self.given)
         self.given.append(time.perf_counter())
         self.done.append(0.0)
@@ -61,7 +61,7 @@ class Clock:
         self.done[number] = time.perf_counter()
 
     @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
+    def record(self, what: str) -> Iterator[None]:
         began = time.perf_counter()
         try:
             yield
@@ -70,7 +70,7 @@ class Clock:
 
     def wrap(self, what: str, f: Callable) -> Callable:
         def timed(*args, **named):
-            with self.on(what):
+            with self.record(what):
                 return f(*args, **named)
 
         return timed
@@ -81,22 +81,22 @@ class Clock:
 
     @property
     def idle(self) -> list[tuple[float, float]]:
-        """Intervals after the first steps, to the last one's end, in which no step is computed."""
+        """Intervals from the end of warm-up to the end of the last step in which no step is computed."""
         ends = [max(self.done[: i + 1]) for i in range(len(self.done))]
         return [
             (end, max(end, given)) for end, given in zip(ends[self.warm - 1 :], self.given[self.warm :], strict=False)
         ]
 
     def idle_in(self, what: str) -> float:
-        """Seconds in which no step is computed, and this is done."""
+        """Seconds of idle intervals that are spent on `what`."""
         pairs = ((a, b) for a in self.idle for b in self.spent.get(what, ()))
         return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in pairs)
 
 
 def watched(exp: Experiment, workdir: pathlib.Path, data_dir: pathlib.Path, save_every: int) -> Outside:
-    """Trains, with a log and checkpoints; checkpoints are counted as if one were made every so many steps.
+    """Trains, with a log and checkpoints; checkpoints are counted as if one were made every `save_every` steps.
 
-    The first record is left out: what it is made with is compiled then.
+    The first record is left out: it compiles functions.
     """
     clock = Clock(exp.run.log_every + 1)
 
@@ -104,15 +104,15 @@ def watched(exp: Experiment, workdir: pathlib.Path, data_dir: pathlib.Path, save
         compiled: Any = None
 
         def step(self, state: loop.State, batch: AnyBatch) -> Any:
-            placed = self.to_global(batch)
+            global_batch = self.to_global(batch)
             if self.compiled is None:
-                self.compiled = self.lower(placed).compile()
-            return clock.step(lambda: self.compiled(state, placed))
+                self.compiled = self.lower(global_batch).compile()
+            return clock.step(lambda: self.compiled(state, global_batch))
 
     def batches(*args: Any, **named: Any) -> Iterator[Any]:
         stream = make_batches(*args, **named)
         while True:
-            with clock.on("data"):
+            with clock.record("data"):
                 batch = next(stream)
             yield batch
 
@@ -122,10 +122,10 @@ def watched(exp: Experiment, workdir: pathlib.Path, data_dir: pathlib.Path, save
         mock.patch.object(Checkpoints, "save", clock.wrap("checkpoint", Checkpoints.save)),
     )
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # threads that wait for steps should see their ends in time
+    sys.setswitchinterval(1e-4)  # waiting threads should notice the end of a step in time
     with patches[0], patches[1], Logger(workdir, exp.run.steps, quiet=True) as log:
         for record in loop.train(exp, workdir, data_dir):
-            with clock.on("logging"):
+            with clock.record("logging"):
                 log.write(record)
     clock.join()
     sys.setswitchinterval(interval)
@@ -133,13 +133,13 @@ def watched(exp: Experiment, workdir: pathlib.Path, data_dir: pathlib.Path, save
 
 
 def summary(clock: Clock, save_every: int) -> Outside:
-    """Per step, of those after the first ones, until the last one is done."""
+    """Milliseconds per step, from the end of warm-up to the end of the last step."""
     steps = len(clock.given) - clock.warm
     idle = sum(end - begin for begin, end in clock.idle)
-    whole = max(clock.done) - max(clock.done[: clock.warm])
+    total = max(clock.done) - max(clock.done[: clock.warm])
     spent = {what: clock.idle_in(what) for what in ("data", "logging", "checkpoint")}
     saves = clock.spent.get("checkpoint", [])
     each = sum(end - begin for begin, end in saves) / len(saves) if saves else 0.0
     other = idle - sum(spent.values())
-    per_step = [seconds / steps for seconds in (whole - idle, spent["data"], spent["logging"])]
+    per_step = [seconds / steps for seconds in (total - idle, spent["data"], spent["logging"])]
     return Outside(*(1e3 * s for s in (*per_step, each / save_every, max(0.0, other / steps))))

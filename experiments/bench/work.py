@@ -1,4 +1,4 @@
-"""Work of a layer: FLOPs and bytes computed, and the part that is of use."""
+"""Work of a layer: FLOPs and bytes, computed and useful."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from moe_jax.moe import MoEConfig
 
 
 def slots(cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int) -> int:
-    """Slots that an expert has for each group of S tokens, whose choices are counted here."""
+    """Slots of an expert per group of S tokens; count_GE: choices."""
     d, K = cfg.dispatch, cfg.router.K
     if d.capacity_factor is not None or isinstance(d, Einsum):
         return d.slots(S, K, cfg.E)
@@ -23,18 +23,18 @@ def slots(cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int) -> int:
 
 
 def kept(cfg: MoEConfig, count_GE: Int[np.ndarray, "G E"], S: int) -> Int[np.ndarray, "G E"]:
-    """The choices that reach their expert."""
+    """Number of choices that reach their expert."""
     if cfg.dispatch.capacity_factor is None:
         return count_GE
     return np.minimum(count_GE, slots(cfg, count_GE, S))
 
 
-def by_rows(cfg: MoEConfig, platform: str, spread: bool = False) -> bool:
-    """Tells whether rows are contiguous, rather than in slots of which some may be empty.
+def by_rows(cfg: MoEConfig, platform: str, sharded: bool = False) -> bool:
+    """Tells whether rows are contiguous, rather than in slots, some of them empty.
 
-    A CPU is as fast with any number of rows per expert, so that capacity costs nothing there; what travels has slots.
+    A CPU computes any number of rows per expert, so capacity costs nothing there; exchanged rows are in slots.
     """
-    occupied = platform == "cpu" and not spread and not isinstance(cfg.dispatch, Einsum)
+    occupied = platform == "cpu" and not sharded and not isinstance(cfg.dispatch, Einsum)
     return cfg.dispatch.layout is Ragged or occupied
 
 
@@ -44,18 +44,18 @@ def rows_done(
     S: int,
     D: int,
     platform: str,
-    spread: bool = False,
+    sharded: bool = False,
     shards: int = 1,
 ) -> int:
-    """Rows of width D that experts compute for groups of S tokens whose choices are counted here, padding included."""
-    if not by_rows(cfg, platform, spread):
+    """Rows of width D that experts compute for groups of S tokens with these choices, padding included."""
+    if not by_rows(cfg, platform, sharded):
         return cfg.E * len(count_GE) * slots(cfg, count_GE, S)
     kept_GE = kept(cfg, count_GE, S)
-    if platform != "cpu" or spread:  # grouped matmuls; which rows meet on a shard is not followed here
+    if platform != "cpu" or sharded:  # grouped matmuls; rows by shard are not modelled
         return int(kept_GE.sum())
-    rungs = np.array(size_buckets(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
-    pieces, rest = np.divmod(np.concatenate([part.sum(0) for part in np.split(kept_GE, shards)]), rungs[-1])
-    return int(pieces.sum() * rungs[-1] + rungs[np.searchsorted(rungs, rest[rest > 0])].sum())
+    buckets = np.array(size_buckets(len(count_GE) * S * cfg.router.K // shards, cfg.E, D))
+    full, partial = np.divmod(np.concatenate([part.sum(0) for part in np.split(kept_GE, shards)]), buckets[-1])
+    return int(full.sum() * buckets[-1] + buckets[np.searchsorted(buckets, partial[partial > 0])].sum())
 
 
 def flops_per_row(shape: Shape) -> int:
@@ -68,19 +68,24 @@ def matrices(shape: Shape) -> int:
 
 
 def weight_bytes(cfg: MoEConfig, shape: Shape, count_GE: Int[np.ndarray, "G E"], all_read: bool) -> int:
-    """Bytes of float32 weights that experts read at least once, forward: of those that have rows, or of all."""
+    """Bytes of float32 weights that experts read at least once, forward: by experts with rows, or by all."""
     experts = cfg.E if all_read else int((count_GE.sum(0) > 0).sum())
     return 4 * experts * math.prod((shape.D, shape.experts.F, matrices(shape)))
 
 
 def work(
-    cfg: MoEConfig, shape: Shape, count_GE: Int[np.ndarray, "G E"], platform: str, spread: bool = False, shards: int = 1
+    cfg: MoEConfig,
+    shape: Shape,
+    count_GE: Int[np.ndarray, "G E"],
+    platform: str,
+    sharded: bool = False,
+    shards: int = 1,
 ) -> dict[str, Any]:
-    """A forward pass of the experts: FLOPs done and of use, the twin's, the part of choices kept, bytes of weights."""
+    """Forward pass of experts: FLOPs done, useful, and of the dense baseline; choices kept; bytes of weights."""
     useful, each = int(kept(cfg, count_GE, shape.L).sum()), flops_per_row(shape)
-    done = rows_done(cfg, count_GE, shape.L, shape.D, platform, spread, shards)
+    done = rows_done(cfg, count_GE, shape.L, shape.D, platform, sharded, shards)
     return {
-        "flops": {"done": done * each, "useful": useful * each, "twin": shape.T * shape.K * each},
+        "flops": {"done": done * each, "useful": useful * each, "baseline": shape.T * shape.K * each},
         "kept": useful / (shape.T * shape.K),
-        "weight_bytes": weight_bytes(cfg, shape, count_GE, not by_rows(cfg, platform, spread)),
+        "weight_bytes": weight_bytes(cfg, shape, count_GE, not by_rows(cfg, platform, sharded)),
     }

@@ -4,8 +4,8 @@
     python -m experiments.routing_zoo --workdir=runs/zoo_3 --only=top_k,switch,hash --seeds=3 --leaders=0
 
 Trains every contestant of `zoo.py`, then the best of them on more seeds, one run after another in one process.
-In the workdir: results.json, results.md, results.svg, and a folder for each run. The same command goes on where it was
-interrupted, with the run that was not finished from its beginning.
+In the workdir: results.json, results.md, results.svg, and a folder for each run. The same command continues an
+interrupted sweep; an unfinished run starts from its beginning.
 """
 
 import sys
@@ -25,12 +25,12 @@ STEPS = flags.DEFINE_integer("steps", zoo.STEPS, "Training steps of each run.", 
 SEEDS = cli.flag(partial(flags.DEFINE_integer, lower_bound=1), "seeds", 1, "How many seeds.")
 LEADERS = flags.DEFINE_integer("leaders", 4, "How many of the best are trained on more seeds.", lower_bound=0)
 LEADER_SEEDS = flags.DEFINE_integer("leader_seeds", 3, "Seeds of these, the first ones included.", lower_bound=1)
-ONLY = flags.DEFINE_list("only", None, "Names of contestants; all of them without it.")
+ONLY = flags.DEFINE_list("only", None, "Names of contestants; by default all.")
 
 
 def main() -> None:
     if not WORKDIR.value:
-        raise ValueError("No place for the runs was given; say --workdir=runs/routing_zoo, for instance.")
+        raise ValueError("No folder for the runs was given; give --workdir=runs/routing_zoo, for instance.")
     workdir = cli.folder("workdir", WORKDIR.value)
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
     base, contestants = zoo.base(STEPS.value), zoo.choose(ONLY.value)

@@ -34,7 +34,7 @@ from moe_jax.losses import LoadBalance
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import ROUTERS, Hash, Hierarchical, MixtureOfDepths, SoftMoE, TopK
 
-QUICK = cli.flag(flags.DEFINE_bool, "quick", False, "Few tokens, few experts, no layer: only to see that it works.")
+QUICK = cli.flag(flags.DEFINE_bool, "quick", False, "Few tokens, few experts, no layer: a smoke test.")
 LAYER = flags.DEFINE_bool("layer", True, "Also time whole layers of 8 experts.")
 JSON = cli.as_json()
 
@@ -75,15 +75,17 @@ def heads(size: Size, layer: bool) -> list[str]:
 def table(size: Size, layer: bool) -> list[list[str]]:
     """A row for each registered router: its times over the reference's."""
     references = {E: routing_pass(REFERENCE, E, size) for E in size.experts}
-    whole = layer_pass(REFERENCE, size.experts[0], size) if layer else None
+    reference_pass = layer_pass(REFERENCE, size.experts[0], size) if layer else None
     found = []
     for number, cls in enumerate(ROUTERS, 1):
         ratios = []
         for E, reference in references.items():
             ratios.append(compare(routing_pass(instance(cls, E, size), E, size), reference, size.repeats))
-        if whole:
+        if reference_pass:
             E = size.experts[0]
-            ratios.append(compare(layer_pass(instance(cls, E, size), E, size), whole, max(3, size.repeats // 5)))
+            ratios.append(
+                compare(layer_pass(instance(cls, E, size), E, size), reference_pass, max(3, size.repeats // 5))
+            )
         router = instance(cls, size.experts[0], size)
         found.append([f"`{words(router)}`", file_of(cls), paper_of(cls), *(f"{ratio:.2f}" for ratio in ratios)])
         print(f"[{number}/{len(ROUTERS)}] {words(router)}: {', '.join(found[-1][3:])}", file=sys.stderr, flush=True)
@@ -91,7 +93,7 @@ def table(size: Size, layer: bool) -> list[list[str]]:
 
 
 def instance(cls: type, E: int, size: Size) -> Any:
-    """A router with K=2 where it can be; slots of Soft MoE as many as tokens."""
+    """A router with K=2 where possible; Soft MoE with as many slots as tokens."""
     if cls is SoftMoE:
         return SoftMoE(C=max(1, size.S // E))
     if cls is Hierarchical:
@@ -100,7 +102,7 @@ def instance(cls: type, E: int, size: Size) -> Any:
 
 
 def words(router: Any) -> str:
-    """A router with its K, and with what is not as its default."""
+    """A router with its K and its non-default fields."""
     shown = [f for f in dataclasses.fields(router) if f.name == "K" or getattr(router, f.name) != f.default]
     return f"{type(router).__name__}({', '.join(f'{f.name}={getattr(router, f.name)!r}' for f in shown)})"
 
@@ -115,11 +117,11 @@ def paper_of(cls: type) -> str:
     return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else "-"
 
 
-# ---------------------------------------------------------------- what is timed
+# ---------------------------------------------------------------- timed functions
 
 
 def layer_of(router: Any, E: int, size: Size) -> MoEConfig:
-    """A layer with this router; of one expert where it takes no more."""
+    """A layer with this router; of one expert where the router allows only one."""
     dispatch = DISPATCH[traits(router).routing]
     E = 1 if isinstance(router, MixtureOfDepths) else E
     return MoEConfig(E=E, router=router, experts=MLP(F=size.F), dispatch=dispatch, S=size.S)
@@ -128,7 +130,7 @@ def layer_of(router: Any, E: int, size: Size) -> MoEConfig:
 def inputs(cfg: MoEConfig, size: Size) -> tuple[dict[str, jax.Array], jax.Array, tuple[Any, ...]]:
     """Parameters of a layer, tokens of unit variance, and (mask, key, ids); rows are the routing groups.
 
-    All are to be arguments of what is compiled: what depends on constants alone is computed by the compiler.
+    Pass all of them as arguments to compiled functions: XLA folds constants.
     """
     rng = np.random.default_rng(0)
     x_GSD = jnp.asarray(rng.standard_normal((size.T // size.S, size.S, size.D)), jnp.float32)
@@ -141,7 +143,7 @@ def inputs(cfg: MoEConfig, size: Size) -> tuple[dict[str, jax.Array], jax.Array,
 def routing_pass(router: Any, E: int, size: Size) -> Callable[[], Any]:
     """Forward and backward of a router's decision and statistics, compiled."""
     cfg = layer_of(router, E, size)
-    params, x_GSD, rest = inputs(cfg, size)
+    params, x_GSD, other_args = inputs(cfg, size)
     own = {n: params[f"router_{n}"] for n in router.params}
     c_E = jnp.asarray(np.random.default_rng(1).standard_normal(cfg.E), jnp.float32)
 
@@ -149,22 +151,22 @@ def routing_pass(router: Any, E: int, size: Size) -> Callable[[], Any]:
         ctx = Context(cfg.E, jax.random.split(key, len(x_GSD)), key, cfg.init_state(), ids.token_BL, ids.task_BL)
         routing = router(own, x_GSD, mask_GS, ctx)
         s = stats(routing, mask_GS[..., None], len(x_GSD))
-        # Weights, which the experts' outputs would be multiplied with, and the balancing loss have gradients.
+        # Combine weights and the balancing loss have gradients.
         return (s.combine_E * c_E).sum() + LoadBalance()(s, {}, router), s
 
-    return compiled(value, own, x_GSD, *rest)
+    return compiled(value, own, x_GSD, *other_args)
 
 
 def layer_pass(router: Any, E: int, size: Size) -> Callable[[], Any]:
     """Forward and backward of a whole layer, compiled."""
     cfg = layer_of(router, E, size)
-    params, x_GSD, rest = inputs(cfg, size)
+    params, x_GSD, other_args = inputs(cfg, size)
 
     def value(params, x_GSD, mask_GS, key, ids):
         y_GSD, aux = MoE(cfg).apply({"params": params}, x_GSD, mask_GS, key, cfg.init_state(), ids)
         return (y_GSD**2).mean() + aux.loss, aux.stats
 
-    return compiled(value, params, x_GSD, *rest)
+    return compiled(value, params, x_GSD, *other_args)
 
 
 def compiled(value: Callable, *inputs: Any) -> Callable[[], Any]:
@@ -174,7 +176,7 @@ def compiled(value: Callable, *inputs: Any) -> Callable[[], Any]:
 
 
 def compare(candidate: Callable[[], Any], reference: Callable[[], Any], repeats: int) -> float:
-    """The candidate's median time over the reference's; the two in turn, so that both see the same machine.
+    """The candidate's median time over the reference's; they run in turn, so that both see the same machine.
 
     Slow ones are repeated less often: three times, and until PATIENCE seconds are over.
     """
@@ -183,11 +185,11 @@ def compare(candidate: Callable[[], Any], reference: Callable[[], Any], repeats:
     for number in range(repeats + 1):
         if number > 3 and time.perf_counter() - start > PATIENCE:
             break
-        for program, seen in times.items():
+        for program, sample in times.items():
             began = time.perf_counter()
             program()
             if number:  # the first warms up
-                seen.append(time.perf_counter() - began)
+                sample.append(time.perf_counter() - began)
     return statistics.median(times[candidate]) / statistics.median(times[reference])
 
 

@@ -11,11 +11,11 @@ from experiments.routing_zoo.sweep import ranked, summaries
 from experiments.routing_zoo.zoo import DENSE
 from moe_jax.reporting.plots.style import BLACK, COLOURS, Legend, Plot
 
-# A colour and a marker for each, so that none is told by colour alone.
+# A colour and a marker for each, so that colour is not the only distinction.
 LOOKS = {
     "gate": (COLOURS[0], "o", "learned gate"),
     "fixed": (COLOURS[1], "s", "nothing learned"),
-    DENSE: (BLACK, "D", "dense twin"),
+    DENSE: (BLACK, "D", "dense baseline"),
 }
 # Heading, key, format.
 COLUMNS = (
@@ -36,10 +36,10 @@ def rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     summary = summaries(results)
     router = {r["contestant"]: r["router"] for r in results}
     found = []
-    for place, name in enumerate(ranked(results), 1):
+    for rank, name in enumerate(ranked(results), 1):
         cells = [cell(form, *summary[name][key]) for _, key, form in COLUMNS]
         seeds = sum(r["contestant"] == name for r in results)
-        found.append([str(place), name, router[name], *cells, str(seeds)])
+        found.append([str(rank), name, router[name], *cells, str(seeds)])
     return found
 
 
@@ -47,8 +47,8 @@ def cell(form: str, mean: float, deviation: float) -> str:
     """A mean, and for losses with several seeds the standard deviation; "-" for none."""
     if math.isnan(mean):
         return "-"
-    spread = form == "{:.4f}" and not math.isnan(deviation)
-    return form.format(mean) + (f" ± {deviation:.4f}" if spread else "")
+    show_deviation = form == "{:.4f}" and not math.isnan(deviation)
+    return form.format(mean) + (f" ± {deviation:.4f}" if show_deviation else "")
 
 
 def heads() -> list[str]:
@@ -93,20 +93,20 @@ def plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_losses(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
-    """A row for each contestant: its seeds as points, their mean as a stroke; the twin's mean as a line."""
+    """A row for each contestant: its seeds as points, their mean as a stroke; the dense baseline's mean as a line."""
     means = {name: summary["loss"][0] for name, summary in summaries(results).items()}
     for kind, (colour, marker, label) in LOOKS.items():
         points = [r for r in results if r["kind"] == kind and r["contestant"] in names]
-        places = [names.index(r["contestant"]) for r in points]
-        look = {"s": 26, "color": colour, "marker": marker, "alpha": 0.75, "linewidths": 0, "zorder": 3}
+        ranks = [names.index(r["contestant"]) for r in points]
+        style = {"s": 26, "color": colour, "marker": marker, "alpha": 0.75, "linewidths": 0, "zorder": 3}
         if points:
-            axes.scatter([r["loss"] for r in points], places, label=label, **look)
-    for place, name in enumerate(names):
+            axes.scatter([r["loss"] for r in points], ranks, label=label, **style)
+    for rank, name in enumerate(names):
         if sum(r["contestant"] == name for r in results) > 1:
-            axes.plot([means[name]] * 2, [place - 0.38, place + 0.38], color=BLACK, lw=1.4, zorder=4)
+            axes.plot([means[name]] * 2, [rank - 0.38, rank + 0.38], color=BLACK, lw=1.4, zorder=4)
     if DENSE in names:
         axes.axvline(means[DENSE], color=BLACK, lw=0.9, ls=(0, (4, 3)))
-    axes.set_yticks(range(len(names)), [f"{name}  {place}" for place, name in enumerate(names, 1)])
+    axes.set_yticks(range(len(names)), [f"{name}  {rank}" for rank, name in enumerate(names, 1)])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set(xlabel="held-out loss, nats per byte, nothing dropped")
     axes.set_title("by router: points are seeds, strokes their means", loc="left")
@@ -116,10 +116,10 @@ def draw_times(axes: Any, names: Sequence[str], results: Sequence[dict[str, Any]
     """Each contestant at its mean loss and time, marked with its rank."""
     summary = summaries(results)
     kinds = {r["contestant"]: r["kind"] for r in results}
-    for place, name in enumerate(names, 1):
+    for rank, name in enumerate(names, 1):
         colour, marker, _ = LOOKS[kinds[name]]
         at = summary[name]["loss"][0], summary[name]["ms_per_step"][0]
         axes.scatter(*at, s=26, color=colour, marker=marker, alpha=0.75, linewidths=0, zorder=3)
-        axes.annotate(str(place), at, xytext=(4, 3), textcoords="offset points", fontsize=8)
+        axes.annotate(str(rank), at, xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.set(xlabel="held-out loss, nats per byte, nothing dropped", ylabel="milliseconds per training step")
     axes.set_title("by the time of a step: numbers are the ranks on the left", loc="left")

@@ -1,4 +1,4 @@
-"""Runs the contestants one after another, and does not run again what has been."""
+"""Runs the contestants one after another, and skips those that are finished."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ class Run:
 
 
 class Sweep:
-    """All runs in a folder, and how long they take."""
+    """All runs in a folder, and their times."""
 
     def __init__(self, base: ConfigDict, workdir: Path, data_dir: Path | None = None):
         self.base, self.workdir, self.data_dir = base, workdir, data_dir
@@ -67,18 +67,18 @@ class Sweep:
         return [Run(c, seed, exp, self.workdir / c.name / f"seed_{seed}") for c, seed, exp in configs]
 
     def results(self, runs: Sequence[Run], later: int, before: int = 0) -> Iterator[dict[str, Any]]:
-        """Each run's result, trained where it is not there; before and later: how many there are besides."""
+        """Yields each run's result, training it if needed; before, later: numbers of other runs."""
         missing = sum(not run.finished for run in runs) + later
         for number, run in enumerate(runs, before + 1):
             if not run.finished:
-                place = f"[{number}/{before + len(runs) + later}] {run.title}"
-                say(f"{place}: training")
+                progress = f"[{number}/{before + len(runs) + later}] {run.title}"
+                say(f"{progress}: training")
                 self.took.append(self.train(run))
                 missing -= 1
                 left = duration(missing * float(np.mean(self.took)))
                 loss = result(run, self.base)["loss"]
                 words = "diverged" if math.isnan(loss) else f"held-out loss {loss:.4f}"
-                say(f"{place}: {words} after {self.took[-1]:.0f} s; {left} left")
+                say(f"{progress}: {words} after {self.took[-1]:.0f} s; {left} left")
             yield result(run, self.base)
 
     def train(self, run: Run) -> float:
@@ -91,12 +91,12 @@ class Sweep:
             with suppress(TrainingDiverged):  # its last record says so
                 for record in train(run.exp, data_dir=self.data_dir):
                     log.write(record if record["kind"] != "end" else {**record, "wall": time.monotonic() - began})
-        jax.clear_caches()  # programs of other contestants are of no use
+        jax.clear_caches()  # programs of other contestants are not reused
         return time.monotonic() - began
 
 
 def check(run: Run) -> None:
-    """ValueError where the run's folder holds another one."""
+    """Refuses a folder that holds another run."""
     saved = run.folder / "config.json"
     if not saved.is_file():
         return
@@ -108,14 +108,14 @@ def check(run: Run) -> None:
         raise ValueError(f"{run.folder} holds a run of another sweep; choose another --workdir, or delete that folder.")
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- results
 
 
 def result(run: Run, base: ConfigDict) -> dict[str, Any]:
     """The numbers of a finished run; NaN where it has none.
 
-    Those of the routing are means over layers, held-out and with nothing dropped; experts per token and FLOPs are means
-    over the training, where they cost.
+    Metrics of routing are means over layers, held-out and dropless; experts per token and FLOPs are means over
+    training.
     """
     records = read(run.folder)
     held_out, end = last(records, "eval"), last(records, "end")
@@ -142,7 +142,7 @@ def result(run: Run, base: ConfigDict) -> dict[str, Any]:
         "load_cv": mean("load_cv"),
         "load_entropy": mean("load_entropy"),
         "active_experts": active,
-        "active_flops": active * F / zoo.width(base),  # of the experts, relative to the twin's
+        "active_flops": active * F / zoo.width(base),  # of the experts, relative to the dense baseline's
         "ms_per_step": float(np.median(np.diff(seconds) / np.diff(step))) * 1000 if len(step) > 1 else math.nan,
         "seconds": number(end.get("wall")),
     }
@@ -171,7 +171,7 @@ def summaries(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[fl
 
 
 def save(path: Path, base: ConfigDict, results: Sequence[dict[str, Any]]) -> None:
-    """Writes results.json; a number that is not there is null."""
+    """Writes results.json; missing numbers are null."""
     head = {"steps": base.run.steps, "tokens_per_step": base.data.B * base.data.L, "width": zoo.width(base)}
     write_file(path, json.dumps({**head, "runs": to_json(list(results))}, indent=1) + "\n")
 

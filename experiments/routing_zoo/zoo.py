@@ -1,4 +1,4 @@
-"""The contestants: every causal router, some variants, and the dense twin, as changes of one config."""
+"""The contestants: every causal router, some variants, and the dense baseline, as changes of one config."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ DENSE = "dense"
 class Contestant:
     """Contestant: the changes of the base config; the experts' width follows from the active FLOPs, which are equal.
 
-    router: None for the dense twin. losses: None for those of the base config. gating: "{steps}" is the length of the
-    run. active: experts that a token visits on average, where that is not the router's K; measured over a run of
+    router: None for the dense baseline. losses: None for those of the base config. gating: "{steps}" is the length of
+    the run. active: experts that a token visits on average, where that is not the router's K; measured over a run of
     the default length.
     """
 
@@ -30,12 +30,12 @@ class Contestant:
 
     @property
     def K(self) -> int:
-        """Experts that a token visits at most."""
+        """Experts per token, at most."""
         return parse(self.router).K if self.router else 1
 
     @property
     def visits(self) -> float:
-        """Experts that a token is reckoned to visit."""
+        """Experts per token that the config counts."""
         return self.active or self.K
 
     @property
@@ -47,7 +47,7 @@ class Contestant:
 
     @property
     def words(self) -> str:
-        """The router, what is done to its logits, and whether nothing balances a learned one."""
+        """The router, its gating, and a note where nothing balances a learned one."""
         text = " + ".join((self.router or "one expert", *self.gating)).replace(", steps={steps}", "")
         return text + (", no losses" if self.losses == () and self.kind == "gate" else "")
 
@@ -85,7 +85,7 @@ CONTESTANTS = (
 def base(steps: int = STEPS) -> ConfigDict:
     """Base config of all contestants: glam_nano, shortened, its schedule with it, evaluated once, at the end.
 
-    Batches and routing groups are half as large: in so few tokens, more steps learn more.
+    Batches and routing groups are half as large: for few tokens, more steps learn more.
     """
     config = glam_nano.get_config()
     config.data.B //= 2
@@ -112,7 +112,7 @@ def configure(contestant: Contestant, base: ConfigDict, seed: int = 0) -> Config
         return dense_baseline(config)
     moe = config.model.moe
     experts, dispatch = parse(moe.experts), parse(moe.dispatch)
-    factor = dispatch.capacity_factor * contestant.visits / contestant.K  # of the choices there are, not of all K
+    factor = dispatch.capacity_factor * contestant.visits / contestant.K  # relative to the actual choices, not to K
     moe.experts = repr(dataclasses.replace(experts, F=round(width(base) / contestant.visits)))
     moe.dispatch = repr(dataclasses.replace(dispatch, capacity_factor=round(factor, 4)))
     moe.router = contestant.router
@@ -123,12 +123,12 @@ def configure(contestant: Contestant, base: ConfigDict, seed: int = 0) -> Config
 
 
 def width(base: ConfigDict) -> int:
-    """Hidden width that a token passes through, all its experts together."""
+    """Hidden width that a token passes through, over all its experts."""
     return parse(base.model.moe.router).K * parse(base.model.moe.experts).F
 
 
 def choose(names: Iterable[str] | None) -> tuple[Contestant, ...]:
-    """The contestants of these names, all for None; ValueError for a name that none has."""
+    """The contestants of these names, all for None; ValueError for an unknown name."""
     by_name = {c.name: c for c in CONTESTANTS}
     if names is None:
         return CONTESTANTS

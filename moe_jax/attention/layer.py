@@ -18,8 +18,8 @@ from moe_jax.core.shard import Shard
 class Attention(nn.Module):
     """An attention for any Linen model: `Attention(MHA(H=8, A=64))`.
 
-    Under a mesh (`jax.set_mesh`, `make_mesh`) tokens are spread over its batch axes and heads over `tensor`; without
-    one it is an ordinary function, and in a model that is spread as a whole it is a function of one shard.
+    Under a mesh (`jax.set_mesh`, `make_mesh`) tokens are sharded over its batch axes and heads over `tensor`;
+    without one it is an ordinary function, and inside a `shard_map` of the whole model a function of one shard.
     """
 
     part: Any
@@ -29,7 +29,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None
     ) -> Float[Array, "B L D"]:
-        """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
+        """sees: None is one causal sequence in every row. memory_BMD: tokens attended to instead of x."""
         part, here = self.part, Shard() if self.is_initializing() else shard.from_mesh()
         sizes = {**part.sizes, "D": x_BLD.shape[-1]}
         params = {
@@ -55,7 +55,7 @@ def over_mesh(
     tokens = shard.token_spec(here)
     heads = P(None, here.tensor or None)
     given: Any = sees
-    layout = given._replace(
+    sees_specs = given._replace(
         segment_BL=tokens,
         position_BL=tokens,
         key_segment_BM=tokens,
@@ -63,7 +63,7 @@ def over_mesh(
         bias_1HLM=heads,
         shared=dims.specs(sees.shared, here.rules),
     )
-    specs = (dims.specs(params, here.rules), tokens, layout, tokens)
+    specs = (dims.specs(params, here.rules), tokens, sees_specs, tokens)
     run = shard.per_shard(partial(attend_on_shard, part, here), here, specs, tokens)
     return run(params, x_BLD, sees, memory_BMD)
 
@@ -78,7 +78,7 @@ def attend_on_shard(part: Any, here: Shard, params: Any, x_BLD: Array, sees: See
 
 
 def gather_param(here: Shard, name: str, w: Array, dtype: Any) -> Array:
-    """A parameter as it is computed with: a matrix whole over fsdp and in the type of its input."""
+    """A parameter as it is computed with: a matrix is gathered over fsdp and has the type of its input."""
     return here.unshard(name, w, dtype).astype(dtype) if is_attention_matrix(name) else w
 
 

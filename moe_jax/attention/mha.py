@@ -22,11 +22,11 @@ class MHA:
 
     H: heads. A: width of a head. J: heads of keys and values, each for H / J heads of queries (GQA, arXiv:2305.13245);
         None is one for each head.
-    position: how order is known: Rotary(), Relative(), Sinusoidal() or NoPE().
+    position: encoding of positions: Rotary(), Relative(), Sinusoidal() or NoPE().
     qk_norm: queries and keys divided by their root mean square by "head" (Qwen3), over "all" heads (OLMoE), or "none".
-    window: how many positions back a query sees, its own among them; None for all (arXiv:2004.05150).
-    bias: of all four projections. sinks: a learned score of every head for a key without value, which takes what
-        attention no token deserves (gpt-oss, arXiv:2508.10925).
+    window: number of positions that a query sees, its own and those before; None for all (arXiv:2004.05150).
+    bias: of all four projections. sinks: a learned score of every head for a key without value, which absorbs
+        attention that goes to no token (gpt-oss, arXiv:2508.10925).
     gate: outputs times a sigmoid of the input, one number for each "head" or "element", or "none" (arXiv:2505.06708).
     scale: of scores; None is 1 / sqrt(A).
     """
@@ -41,8 +41,8 @@ class MHA:
     sinks: bool = False
     gate: str = "none"
     scale: float | None = None
-    of_memory: ClassVar[tuple[str, ...]] = ("key_DJA", "value_DJA")  # matrices that keys' tokens are multiplied with
-    entering: ClassVar[str] = "D"  # widths of what is given to heads on several shards
+    of_memory: ClassVar[tuple[str, ...]] = ("key_DJA", "value_DJA")  # matrices applied to the tokens of keys
+    entering: ClassVar[str] = "D"  # widths of the inputs of heads that are sharded
 
     def __post_init__(self):
         for name in ("H", "A"):
@@ -84,18 +84,18 @@ class MHA:
         return self.position.stack_params
 
     def for_memory(self) -> "MHA":
-        """Returns the attention to a memory, whose tokens have no positions among those of x."""
+        """Returns the attention to a memory, whose tokens have no positions relative to x."""
         return dataclasses.replace(self, position=NoPE(), window=None)
 
     def check_tensor(self, tensor: int) -> None:
-        """Refuses heads that cannot lie on this many shards."""
+        """Refuses heads that cannot be sharded over this many shards."""
         if self.qk_norm == "all" and tensor > 1:
             raise ValueError(
-                f"qk_norm='all' needs all heads in one place, but mesh.tensor={tensor}; set it to 1, or qk_norm='head'."
+                f"qk_norm='all' needs all heads on one shard, but mesh.tensor={tensor}; set it to 1, or qk_norm='head'."
             )
 
     def score_flops(self, L: int, M: int) -> int:
-        """FLOPs of the scores of L queries and M keys, and of the values they weigh, all pairs computed."""
+        """FLOPs of the scores of L queries and M keys and of the weighted values, for all pairs."""
         return 2 * L * M * self.H * (self.A + self.A)
 
     def __call__(
@@ -109,7 +109,7 @@ class MHA:
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Attention of x to itself or to a memory, and the cache with the tokens of x in it.
 
-        params: matrices in the type of x. cache: keys and values of earlier tokens (`init_cache`); None without.
+        params: matrices in the type of x. cache: keys and values of earlier tokens (`init_cache`), or None.
         """
         dtype = x_BLD.dtype
         x_BLD = here.tensor_enter(x_BLD)

@@ -45,7 +45,7 @@ class MLA:
             if (n := getattr(self, name)) is not None and n < 1:
                 raise ValueError(f"MLA({name}={n}) must be positive.")
         if not isinstance(self.position, (Rotary, NoPE)):
-            raise ValueError(f"MLA(position={self.position}) has no place in a latent; use Rotary() or NoPE().")
+            raise ValueError(f"MLA(position={self.position}) does not fit a latent; use Rotary() or NoPE().")
         if self.gate not in GATES:
             raise ValueError(f"MLA(gate={self.gate!r}) is unknown; use one of {', '.join(map(repr, GATES))}.")
         if self.window is not None and self.window < 1:
@@ -67,23 +67,23 @@ class MLA:
 
     @property
     def entering(self) -> str:
-        """Widths of what is given to heads on several shards: latents and the rotated key; x where heads read it."""
+        """Widths of the inputs of heads that are sharded: latents and the rotated key; x where heads read it."""
         x = "D" * (self.Q is None or self.gate != "none")
         return x + "Q" * (self.Q is not None) + "WU"
 
     def for_memory(self) -> "MLA":
         """Refuses attention to a memory."""
-        raise ValueError("MLA attends to the tokens it is given only; use MHA for attention to a memory.")
+        raise ValueError("MLA attends only to its own tokens; use MHA for attention to a memory.")
 
     def check_tensor(self, tensor: int) -> None:
-        """Accepts heads on any number of shards: what they share is the same on each."""
+        """Accepts heads on any number of shards: what heads share is replicated."""
 
     def score_flops(self, L: int, M: int) -> int:
-        """FLOPs of the scores of L queries and M keys, and of the values they weigh, all pairs computed."""
+        """FLOPs of the scores of L queries and M keys and of the weighted values, for all pairs."""
         return 2 * L * M * self.H * (self.A + self.U + self.O)
 
     def absorbs(self, L: int, M: int) -> bool:
-        """Tells whether L queries of M cached latents cost fewer FLOPs than keys and values made of these."""
+        """Tells whether L queries of M cached latents cost fewer FLOPs than the keys and values computed from them."""
         made = self.W * (self.A + self.O)
         return L * made + L * M * (2 * self.W + self.U) < M * made + L * M * (self.A + self.U + self.O)
 
@@ -98,13 +98,13 @@ class MLA:
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         """Attention of x to itself, and the cache with the tokens of x in it.
 
-        params: matrices in the type of x. cache: latents of earlier tokens (`init_cache`); None without.
-        Latents are computed on every shard of the heads, and enter them instead of x: they are narrower.
+        params: matrices in the type of x. cache: latents of earlier tokens (`init_cache`), or None.
+        Latents are computed on every tensor shard, and enter the heads instead of x: they are narrower.
         """
         if memory_BMD is not None:
             self.for_memory()
         dtype = x_BLD.dtype
-        inner_BLD = here.tensor_enter(x_BLD)  # nothing happens where it is not used
+        inner_BLD = here.tensor_enter(x_BLD)  # unused where heads read latents
         latent_BMW = rms_norm(project(x_BLD, params["latent_DW"]), (-1,), params["scale_latent_W"])
         rope_BM1U = project(x_BLD, params["key_rope_DU"])[:, :, None]
         rope_BMU = self.position.rotate(rope_BM1U, sees.position_BL)[:, :, 0]
@@ -140,7 +140,7 @@ class MLA:
         return (y_BLD, None) if cache is None else (mask_overflow(y_BLD, cache, sees, self.window), new)
 
     def _attend(self, q_BLHI: Array, k_BMJI: Array, v_BMJO: Array, sees: Sees) -> Float[Array, "B L H O"]:
-        """Scores are scaled by the width of a head, whatever form its queries have."""
+        """Attends with scores scaled by the width of a head, in any form of the queries."""
         scaling = getattr(self.position, "scaling", None)
         scale = self.scale
         if scale is None:

@@ -14,7 +14,7 @@ from moe_jax.core.parameter import draw
 class Attention(nnx.Module):
     """An attention for any NNX model: `Attention(MHA(H=8, A=64), D=512, rngs=nnx.Rngs(0))`.
 
-    Parameters have the names they have in the Linen shell (`layer.Attention`), and are spread by the same rules: under
+    Parameters have the names they have in the Linen shell (`layer.Attention`), and are sharded by the same rules: under
     a mesh tokens over its batch axes and heads over `tensor`.
     D: width of tokens. init_scale: of the variance of matrices.
     """
@@ -28,6 +28,6 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None
     ) -> Float[Array, "B L D"]:
-        """sees: None is one causal sequence in every row. memory_BMD: what is attended to instead of x."""
+        """sees: None is one causal sequence in every row. memory_BMD: tokens attended to instead of x."""
         params = {name: getattr(self, name)[...] for name in self.part.params}
         return over_mesh(self.part, shard.from_mesh(), params, x_BLD, sees, memory_BMD)

@@ -1,4 +1,4 @@
-"""Positions in attention: they turn queries and keys, or add a bias to scores. `POSITIONS` registers them."""
+"""Positions in attention: rotations of queries and keys, or a bias of scores. `POSITIONS` registers them."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from moe_jax.attention.scaling import SCALINGS
 from moe_jax.attention.sees import Order, Sees
 
 BUCKETS = 32  # of relative positions
-FURTHEST = 128  # distance up to which T5 tells positions apart
+FURTHEST = 128  # distance beyond which T5 has one bucket
 
 
 def any_width(self, width: int) -> None:
@@ -31,7 +31,7 @@ def no_bias(self, params: Mapping[str, Array], sees: Sees, cached: bool = False)
 
 @dataclasses.dataclass(frozen=True)
 class NoPE:
-    """No positions: order is known by the mask alone, or by what a model adds to its embeddings."""
+    """No positions: order comes from the mask only, or from what a model adds to its embeddings."""
 
     params: ClassVar[tuple[str, ...]] = ()
     stack_params: ClassVar[tuple[str, ...]] = ()
@@ -51,7 +51,7 @@ class Sinusoidal:
 class Rotary:
     """Rotary positions (RoFormer, arXiv:2104.09864): pairs (a, a + A/2) of a head turn by position / base^(2a/A).
 
-    fraction: how much of each head turns, from its start; the rest has no position (GPT-NeoX, arXiv:2204.06745).
+    fraction: part of each head that turns, from its start; the other part has no position (GPT-NeoX, arXiv:2204.06745).
     scaling: slows rotations down for contexts longer than those trained on: Linear, Llama3 or YaRN; None leaves them.
     """
 
@@ -91,13 +91,13 @@ class Rotary:
         width = x_BLHA.shape[-1]
         frequency = jnp.asarray(self.frequencies(width), jnp.float32)
         angle = position_BL[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-        turned, rest = jnp.split(x_BLHA, [self.turned(width)], axis=-1) if self.fraction < 1 else (x_BLHA, None)
+        turned, passed = jnp.split(x_BLHA, [self.turned(width)], axis=-1) if self.fraction < 1 else (x_BLHA, None)
         x1, x2 = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         if self.scaling is not None:
             cos, sin = cos * self.scaling.magnitude, sin * self.scaling.magnitude
         y = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLHA.dtype)
-        return y if rest is None else jnp.concatenate([y, rest], axis=-1)
+        return y if passed is None else jnp.concatenate([y, passed], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Relative:
         return ("bias_PH",) if self.shared else ()
 
     def bias(self, params: Mapping[str, Array], sees: Sees, cached: bool = False) -> Float[Array, "_ H L M"] | None:
-        """The bias of scores: [1, H, L, L] by places in a row; with a cache [B, H, L, M] by positions."""
+        """The bias of scores: [1, H, L, L] by indices in a row; with a cache [B, H, L, M] by positions."""
         if not cached:
-            if self.shared and sees.bias_1HLM is not None:  # made once for the stack
+            if self.shared and sees.bias_1HLM is not None:  # computed once for the stack
                 return sees.bias_1HLM
             return table_bias(self.table(params, sees), sees.segment_BL.shape[1], sees.order)
         _, position_BM = sees.keys
@@ -135,13 +135,13 @@ class Relative:
         """The layer's table, or its stack's."""
         if self.shared and "bias_PH" not in sees.shared:
             raise ValueError(
-                "Relative(shared=True) finds no table in sees.shared; a stack gives it there, alone use Relative()."
+                "Relative(shared=True) finds no table in sees.shared, which a stack fills; without one use Relative()."
             )
         return sees.shared["bias_PH"] if self.shared else params["bias_PH"]
 
 
 def table_bias(table_PH: Float[Array, "P H"], L: int, order: Order) -> Float[Array, "1 H L L"]:
-    """The bias of all pairs of L places in a row."""
+    """The bias of all pairs of L positions in a row."""
     place_L = np.arange(L)
     bucket_LL = buckets(place_L[:, None] - place_L[None, :], order is Order.BOTH)
     return table_PH[bucket_LL].transpose(2, 0, 1)[None]

@@ -60,7 +60,7 @@ class YaRN:
 
     original: length of the contexts trained on. beta_fast, beta_slow: pairs which turn more than `beta_fast` times
         over this length are unchanged, fewer than `beta_slow` times `factor` times slower, linearly by their index
-        between (as in the authors' code; by their turns in the paper), from and to whole ones where `truncate`.
+        between (as in the authors' code; by their turns in the paper), rounded to integers where `truncate`.
     attention: factor of cosines and sines; None is 0.1 ln(factor) + 1.
     mscale, mscale_all_dim: DeepSeek's; m(s) = 0.1 s ln(factor) + 1. Where both are given, cosines and sines are
         multiplied with m(mscale) / m(mscale_all_dim); with the latter, the scores of `MLA` with m(mscale_all_dim)^2.
@@ -115,11 +115,11 @@ class YaRN:
 def check_factor(scaling: Any) -> None:
     """Refuses a scaling that speeds rotations up."""
     if scaling.factor < 1:
-        raise ValueError(f"{scaling}: factor must be 1 or more; it says how many times longer contexts become.")
+        raise ValueError(f"{scaling}: factor must be 1 or more; it is how many times longer contexts become.")
 
 
 def check_original(scaling: Any) -> None:
-    """Refuses a scaling that does not say from which length it starts."""
+    """Refuses a scaling without an original length."""
     if not scaling.original or scaling.original <= 0:
         name = type(scaling).__name__
         raise ValueError(

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from moe_jax.attention.sees import Sees, mask
 
-LOW = -1e30  # the score of a key that is not seen; finite, so that a query which sees nothing gives no NaN
+LOW = -1e30  # the score of a masked key; finite, so that a query with no visible key gives no NaN
 
 
 class Scores(NamedTuple):
-    """Queries, keys and values of attention, and how they meet. J heads of keys serve H / J heads of queries each."""
+    """Queries, keys and values of attention, with visibility. J heads of keys serve H / J heads of queries each."""
 
     q_BLHA: Float[Array, "B L H A"]
     k_BMJA: Float[Array, "B M J A"]
@@ -26,7 +26,7 @@ class Scores(NamedTuple):
 
 
 def einsum(s: Scores) -> Float[Array, "B L H O"]:
-    """The definition: softmax over the keys that are seen, in float32, and one product more."""
+    """The definition: softmax over visible keys, in float32, then weighted values."""
     (B, L, H, A), J = s.q_BLHA.shape, s.k_BMJA.shape[2]
     q_BLJGA = s.q_BLHA.reshape(B, L, J, H // J, A)
     scores = jnp.einsum("bljga,bmja->bjglm", q_BLJGA, s.k_BMJA, preferred_element_type=jnp.float32)
@@ -47,18 +47,18 @@ def einsum(s: Scores) -> Float[Array, "B L H O"]:
 def xla(s: Scores) -> Float[Array, "B L H O"]:
     """`jax.nn.dot_product_attention`, as XLA lowers it on any platform."""
     bias = None if s.bias is None else s.bias.astype(s.q_BLHA.dtype)
-    seen = mask(s.sees, s.window)[:, None]
-    return jax.nn.dot_product_attention(s.q_BLHA, s.k_BMJA, s.v_BMJO, bias=bias, mask=seen, scale=s.scale)
+    visible_B1LM = mask(s.sees, s.window)[:, None]
+    return jax.nn.dot_product_attention(s.q_BLHA, s.k_BMJA, s.v_BMJO, bias=bias, mask=visible_B1LM, scale=s.scale)
 
 
 class Backend(NamedTuple):
-    """One way to compute scores, and what it can do."""
+    """Function that computes scores, and a test of the scores that it supports."""
 
     run: Callable[[Scores], Array]
     supports: Callable[[Scores], bool]
 
 
-# In the order of preference: the first that supports what is asked for computes it.
+# In order of preference: the first back-end that supports the scores computes them.
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla, lambda s: s.sink_H is None and s.v_BMJO.shape[-1] == s.k_BMJA.shape[-1]),
     "einsum": Backend(einsum, lambda s: True),

@@ -1,4 +1,4 @@
-"""Who sees whom in attention, as data: a mask is made from it where scores are computed, or never."""
+"""Visibility in attention, as data: a back-end makes a mask from it, or needs none."""
 
 import enum
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class Sees(NamedTuple):
 def mask(sees: Sees, window: int | None = None) -> Bool[Array, "B L M"]:
     """Tells which keys a query sees.
 
-    window: how many positions back a query of a causal stack sees, its own among them (arXiv:2004.05150).
+    window: number of positions that a query of a causal stack sees, its own and those before (arXiv:2004.05150).
     """
     segment_BM, position_BM = sees.keys
     seen_BLM = sees.segment_BL[:, :, None] == segment_BM[:, None, :]

@@ -1,13 +1,14 @@
 """Checks of the laws on a user's own config.
 
-laws           their sentences, and what checks each of them
-experiment     every law, of an experiment: what `python -m experiments.audit` prints
-shrink         the experiment at small widths, and what was changed
+laws           their sentences, and the checks of each
+experiment     every law, of an experiment: the findings that `python -m experiments.audit` prints
+shrink         the experiment at small widths, and the changes
 routing        trainable, causal, batch-independent: of a layer
 dispatchers    the same numbers from all of them: of a layer
-alone, meshes  of a training step: what one device can tell, and what several can
+single_device  checks of a training step on one device
+meshes         checks of a training step on several devices
 communication  predicted and compiled collectives, which hlo reads
-placement      which parameter lies where
+placement      shardings of the parameters
 page           the findings as HTML
 """
 

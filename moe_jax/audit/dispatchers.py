@@ -15,14 +15,14 @@ from moe_jax.moe import RECORDED, MoE, MoEConfig
 
 
 def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
-    """Outputs, all gradients and drops of the layer's dispatcher, and of the others, with the definition, `Einsum`."""
+    """Compares outputs, gradients and drops of the layer's dispatcher and others with the definition, `Einsum`."""
     rng = np.random.default_rng(seed)
     given = jax.tree.map(lambda a: jnp.asarray(a[0]), draw_trials(cfg, rng, 1, B, L, D))
     keys_1 = trial_keys(cfg, rng, 1)
     target = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
     arrived = "kept" if tokens_choose(cfg) else "assignments"  # experts that choose drop nothing
 
-    def seen(dispatch: Any) -> Any:
+    def run(dispatch: Any) -> Any:
         layer = MoE(dataclasses.replace(cfg, dispatch=dispatch))
 
         def loss(params, x_BLD):
@@ -38,18 +38,18 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
         return {"loss": value, "y": y_BLD, "kept": stats.kept}, grads, kept, stats.choices_E.sum()
 
     definition, *others = fitting_dispatchers(cfg)
-    outputs, grads, kept, asked = seen(definition)
-    counted, are = outputs["kept"], kept.sum()
-    if abs(counted - are) > 0.5:  # visits of soft slots are rounded
-        return Verdict(False, f"the statistics count {counted:.0f} choices as kept, of {are:.0f} that are")
+    outputs, grads, kept, asked = run(definition)
+    counted, actual = outputs["kept"], kept.sum()
+    if abs(counted - actual) > 0.5:  # assignments of soft slots are rounded
+        return Verdict(False, f"the statistics count {counted:.0f} choices as kept, of {actual:.0f} that are")
     for other in others:
-        its_outputs, its_grads, its_kept, _ = seen(other)
+        other_outputs, other_grads, other_kept, _ = run(other)
         name = type(other).__name__
-        if not np.array_equal(kept, its_kept):
+        if not np.array_equal(kept, other_kept):
             return Verdict(False, f"{name}() drops others than Einsum()")
         for what, found in (
-            ("outputs", worst(outputs, its_outputs)),
-            ("gradients", worst(grads, its_grads, least=largest(grads) * SURE)),
+            ("outputs", worst(outputs, other_outputs)),
+            ("gradients", worst(grads, other_grads, least=largest(grads) * SURE)),
         ):
             if not found.error <= CLOSE:
                 return Verdict(False, f"{name}() has other {what} than Einsum(), by {found.error:.1e} in {found.where}")
@@ -58,10 +58,10 @@ def dispatchers(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int =
 
 
 def fitting_dispatchers(cfg: MoEConfig) -> list[Any]:
-    """The definition, then every dispatcher that makes the same of what the layer's router decides."""
-    mine, makes = cfg.dispatch, cfg.traits.routing
-    limit = {f: getattr(mine, f) for f in ("priority", "convention") if hasattr(mine, f)}
-    several: list[Any] = [Einsum(mine.capacity_factor, **limit), Scatter(mine.capacity_factor, **limit)]
-    if mine.capacity_factor is None:
+    """The definition, then every dispatcher that must give the same numbers for the layer's routing."""
+    own, routing = cfg.dispatch, cfg.traits.routing
+    limit = {f: getattr(own, f) for f in ("priority", "convention") if hasattr(own, f)}
+    several: list[Any] = [Einsum(own.capacity_factor, **limit), Scatter(own.capacity_factor, **limit)]
+    if own.capacity_factor is None:
         several += [Sort(), Gather()]
-    return [d for d in several if makes in d.accepts]
+    return [d for d in several if routing in d.accepts]

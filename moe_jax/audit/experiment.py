@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import jax
 
-from moe_jax.audit import alone, meshes
+from moe_jax.audit import meshes, single_device
 from moe_jax.audit.dispatchers import dispatchers
 from moe_jax.audit.laws import law
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
 from moe_jax.audit.samples import sample
 from moe_jax.config import Experiment
 
-D = 8  # width of a layer that is tried alone
-TRIAL_TOKENS = 50_000  # of all trials of a layer
+D = 8  # width of a layer in its own trials
+TRIAL_TOKENS = 50_000  # in all trials of a layer
 
 
 class Finding(NamedTuple):
@@ -32,23 +32,23 @@ class Finding(NamedTuple):
 
 
 def findings(exp: Experiment, small: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
-    """All of them, of an experiment and of what it was shrunk to for these devices; the cheap ones first."""
+    """Yields all findings of an experiment, the cheap ones first; small: the experiment shrunk for these devices."""
     yield from routing_findings(exp, small)
     yield from mesh_findings(small, devices)
 
 
 def mesh_findings(exp: Experiment, devices: list[jax.Device]) -> Iterator[Finding]:
-    """Laws 1, 4, 5, 7 and 8 of an experiment that fits on these devices."""
+    """Yields findings on laws 1, 4, 5, 7 and 8 of an experiment that fits on these devices."""
     state, batch = meshes.start(exp), sample(exp)
     trial = meshes.Trial(meshes.on_one_device(exp), devices[:1])
     one = jax.device_get(trial(state, batch))
-    yield Finding(law(7).name, "one device", True, alone.padding(trial, exp, state, batch))
-    if exp.data.objective.batch_kind != "images":  # which have no order
-        told = alone.step_is_causal(trial, exp, state, batch)
-        yield Finding(law(4).name, "the whole model", exp.model.causal, told)
-    yield Finding(law(8).name, "one device", True, alone.drops(one))
-    if (found := alone.microbatches(exp, state, batch, devices)) is not None:
-        yield Finding("one batch, any pieces", "one device", True, together(found))
+    yield Finding(law(7).name, "one device", True, single_device.padding(trial, exp, state, batch))
+    if exp.data.objective.batch_kind != "images":  # images have no order
+        verdict = single_device.step_is_causal(trial, exp, state, batch)
+        yield Finding(law(4).name, "the whole model", exp.model.causal, verdict)
+    yield Finding(law(8).name, "one device", True, single_device.drops(one))
+    if (found := single_device.microbatches(exp, state, batch, devices)) is not None:
+        yield Finding("one batch, any microbatches", "one device", True, together(found))
     for name, on_mesh in meshes.meshes(exp, devices):
         many = meshes.run_on(on_mesh, state, batch, devices)
         yield Finding(law(1).name, name, True, together(meshes.compare_with_one_device(one, many, state)))
@@ -59,14 +59,14 @@ def mesh_findings(exp: Experiment, devices: list[jax.Device]) -> Iterator[Findin
 
 
 def together(verdicts: dict[str, Verdict]) -> Verdict:
-    """Several as one; of what does not hold, all is said first."""
+    """Merges verdicts into one; those that do not hold come first."""
     order = sorted(verdicts, key=lambda name: verdicts[name].holds)
     words = [f"{'' if verdicts[name].holds else 'NOT '}{name} {verdicts[name].detail}" for name in order]
     return Verdict(all(v.holds for v in verdicts.values()), "; ".join(words))
 
 
 def routing_findings(exp: Experiment, small: Experiment) -> Iterator[Finding]:
-    """Laws 2, 3 and 4 of an experiment's layer, shrunk to that of the small one, for sequences of its own length."""
+    """Yields findings on laws 2, 3 and 4 of an experiment's layer, at the widths of the small one and full length."""
     cfg, length = small.model.routed, max(s.L for s in exp.model.stacks(exp.data.shapes(1)))
     if cfg is None:
         return

@@ -1,8 +1,7 @@
 """The collectives that a compiled program executes, read from its text: XLA's for CPU, GPU and TPU.
 
-What takes its time is the same everywhere, how it is written is not: replica groups have four notations, asynchronous
-collectives three, and only some backends note how often a loop runs. Sends and receives, and communication inside of
-custom calls, are not seen.
+Backends write collectives in different ways: replica groups have four notations, asynchronous collectives three, and
+only some backends note the trip count of a loop. Sends, receives, and communication inside custom calls are not read.
 """
 
 import ast
@@ -21,7 +20,7 @@ OPCODES = {
     *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
 }
 
-# What JAX puts around the names of modules.
+# Wrappers that JAX puts around the names of modules.
 WRAPPERS = re.compile(
     r"|p?jit\(.*|while|body|cond|branch_\d+_fun|closed_call|eval_jaxpr|checkpoint|rematted_computation|remat\d?"
     r"|shard_map|custom_[jv][jv]p_call|core_call|.*->.*"
@@ -45,9 +44,9 @@ class Instruction(NamedTuple):
 
     name: str
     op: str
-    result: str  # its type
+    result: str  # type of the result
     rest: str  # operands and attributes
-    root: bool  # its result is its computation's
+    root: bool  # whether its result is that of the computation
 
 
 Computation = dict[str, Instruction]  # by name, in the order of the text
@@ -56,9 +55,9 @@ Computation = dict[str, Instruction]  # by name, in the order of the text
 def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     """Collectives that one device executes of `compiled.as_text()`, in order, one item for each in the text.
 
-    Loops count as often as they run, of a conditional the branch that moves most. The mesh is the one that the program
-    was compiled for, its devices in their order. ValueError for another one, for a text that is not HLO, and for a
-    loop that communicates nobody knows how often.
+    A loop counts as often as it runs, a conditional by the branch that moves most. mesh: the mesh that the program was
+    compiled for, with its devices in order. ValueError for another mesh, for a text that is not HLO, and for a loop
+    that communicates an unknown number of times.
     """
     header = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])
     if header and (devices := math.prod(map(int, header))) != mesh.size:
@@ -73,7 +72,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         op = i.op.removesuffix("-start")
         if op in OPCODES:
             return [to_collective(i, mesh)]
-        if op.endswith(("-done", "-update")):  # of what has been counted when it started
+        if op.endswith(("-done", "-update")):  # counted at the start
             return []
         if op == "while":
             body, condition = attribute(i, "body"), attribute(i, "condition")
@@ -94,9 +93,9 @@ def repeated(c: Collective, times: int) -> Collective:
 
 
 def called_collectives(i: Instruction, found: list[Collective]) -> list[Collective]:
-    """Collectives that a call or fusion executes; they get its location where they have none.
+    """Collectives that a call or fusion executes; they inherit its location if they have none.
 
-    On TPU a fusion of an all-reduce and each device's slice of it is a reduce-scatter.
+    On TPU a fusion of an all-reduce with a slice per device is a reduce-scatter.
     """
     if i.op == "fusion" and [c.op for c in found] == ["all-reduce"] and found[0].size > 1:
         kept = total(byte_sizes(i.result))
@@ -106,7 +105,7 @@ def called_collectives(i: Instruction, found: list[Collective]) -> list[Collecti
 
 
 def trips(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int:
-    """Number of times that the body runs."""
+    """Trip count of a loop."""
     known = TRIPS.search(loop.rest)
     times = int(known[1]) if known else steps(loop, around, body, condition)
     if times is None:
@@ -118,7 +117,7 @@ def trips(loop: Instruction, around: Computation, body: Computation, condition: 
 
 
 def steps(loop: Instruction, around: Computation, body: Computation, condition: Computation) -> int | None:
-    """Steps of a loop that adds a constant to a counter below a limit: all that TPU programs say."""
+    """Trip count of a loop that adds a constant to a counter below a limit; TPU programs have no other record."""
     test = root(condition)
     if test.op != "compare" or "direction=LT" not in test.rest:
         return None
@@ -145,13 +144,13 @@ def parse_module(text: str) -> tuple[str, dict[str, Computation]]:
     entry = ""
     computations: dict[str, Computation] = {}
     current: Computation = {}
-    seen: set[tuple[str, ...]] = set()
+    chains: set[tuple[str, ...]] = set()
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
         if not line.startswith(" "):
             if (head := COMPUTATION.match(line)) and not line.startswith("HloModule"):
                 current = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif (found := INSTRUCTION.match(line)) and not continues_collective(found[4], found[5], seen):
+        elif (found := INSTRUCTION.match(line)) and not continues_collective(found[4], found[5], chains):
             root, name, result, op, rest = found.groups()
             current[name] = Instruction(name, op, result, rest, bool(root))
     if not entry:
@@ -159,32 +158,32 @@ def parse_module(text: str) -> tuple[str, dict[str, Computation]]:
     return entry, computations
 
 
-def continues_collective(op: str, rest: str, seen: set) -> bool:
-    """Tells whether an instruction continues a collective that has begun: TPU fuses its parts with computations."""
+def continues_collective(op: str, rest: str, chains: set) -> bool:
+    """Tells whether an instruction continues a collective that has begun: TPU splits and fuses them."""
     chain = CHAIN.search(rest) if op in OPCODES else None
     if chain is None:
         return False
-    known = chain.groups() in seen  # channel and chain
-    seen.add(chain.groups())
+    known = chain.groups() in chains  # channel and chain
+    chains.add(chain.groups())
     return known
 
 
 def location(i: Instruction) -> str:
-    """The modules that it belongs to, and whether it is of the backward pass or of what that recomputes.
+    """The modules of an instruction, and whether it is part of the backward pass or of recomputation.
 
-    "LM/stack_0/moe_1 backward"; what is in no module has the name of its operation; " + " between those that XLA has
-    combined, no more than two.
+    "LM/stack_0/moe_1 backward"; outside of modules the name of the operation; up to two, joined by " + ", where XLA has
+    combined several.
     """
     named = re.search(r'\bop_name="([^"]*)"', i.rest)
     name = named[1] if named else ""
     combined = re.fullmatch(r"(.*/)?\((.*)\)", name)
     paths = [(combined[1] or "") + part for part in combined[2].split(":")] if combined else [name]
-    places = list(dict.fromkeys(map(short_path, paths)))
-    return " + ".join(places[:2] + [f"{len(places) - 2} more"] * (len(places) > 2))
+    modules = list(dict.fromkeys(map(short_path, paths)))
+    return " + ".join(modules[:2] + [f"{len(modules) - 2} more"] * (len(modules) > 2))
 
 
 def short_path(path: str) -> str:
-    """A name that JAX gave to an operation, without its own part in it."""
+    """Name of an operation without the wrappers that JAX adds."""
     *parts, op = path.split("/")
     inner = [re.sub(r"^(?:(?:jvp|transpose|vmap)\()*(.*?)\)*$", r"\1", p) for p in parts]
     modules = [p for p in inner if not WRAPPERS.fullmatch(p)]
@@ -199,24 +198,24 @@ def attribute(i: Instruction, name: str) -> str:
 
 
 def called(i: Instruction) -> list[str]:
-    """Computations that it runs once; not what reduces two numbers, or compares them."""
+    """Computations that an instruction runs once, without reducers and comparators."""
     if i.op.removesuffix("-start") == "call":
         return [attribute(i, "to_apply")]
     return [name for names in CALLS.findall(i.rest) for name in re.findall(r"[\w.-]+", names)]
 
 
 def root(computation: Computation) -> Instruction:
-    """The one whose result is the computation's."""
+    """Root instruction of a computation."""
     return next(i for i in computation.values() if i.root)
 
 
 def operands(i: Instruction) -> list[str]:
-    """Their names."""
+    """Names of an instruction's operands."""
     return re.findall(r"%([\w.-]+)", i.rest.split(")")[0])
 
 
 def origin(computation: Computation, name: str) -> Instruction:
-    """Instruction that this one is a copy of."""
+    """Instruction that the named one copies."""
     i = computation[name]
     while i.op in ("copy", "copy-start", "copy-done", "bitcast"):
         i = computation[operands(i)[0]]
@@ -224,7 +223,7 @@ def origin(computation: Computation, name: str) -> Instruction:
 
 
 def element(computation: Computation, name: str, index: int) -> Instruction:
-    """Element of a tuple at this index; the tuple, if it has not been made here."""
+    """Element of a tuple at this index; the tuple itself, if it was built elsewhere."""
     made = origin(computation, name)
     return origin(computation, operands(made)[index]) if made.op == "tuple" else made
 
@@ -236,37 +235,37 @@ def constant_value(i: Instruction) -> int | None:
 
 
 def byte_sizes(result: str) -> int | tuple:
-    """Bytes of an array, or of what a tuple holds."""
+    """Bytes of an array, or nested bytes of a tuple's elements."""
 
     def size(shape: re.Match) -> str:
         kind, bits, dims = shape.groups()
-        width = 8 if kind == "pred" else int(bits or 0)  # tokens have none
+        width = 8 if kind == "pred" else int(bits or 0)  # HLO tokens have none
         return str(-(-math.prod(map(int, re.findall(r"\d+", dims))) * width // 8))
 
     return ast.literal_eval(SHAPE.sub(size, re.sub(r"\{[^{}]*\}", "", result)))
 
 
 def total(tree: int | tuple) -> int:
-    """Sum of a nest of tuples."""
+    """Sum of a nested tuple."""
     return tree if isinstance(tree, int) else sum(map(total, tree))
 
 
 def to_collective(i: Instruction, mesh: jax.sharding.Mesh) -> Collective:
-    """One execution of a collective."""
+    """Reads one execution of a collective."""
     op, result = i.op.removesuffix("-start"), byte_sizes(i.result)
-    if op != i.op and op != "all-reduce":  # operands, results and what else it takes to wait for them
+    if op != i.op and op != "all-reduce":  # a start holds operands, results and context
         result = result[1]  # type: ignore[index]
     written = GROUPS.search(i.rest)
     axes, size = span(written[1] if written else "{}", op == "collective-permute", tuple(mesh.shape.items()))
     return Collective(op, axes, size, 1, total(result), location(i))
 
 
-# ---------------------------------------------------------------- who talks to whom
+# ---------------------------------------------------------------- replica groups
 
 
 @functools.lru_cache(maxsize=1024)
 def span(written: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], int]:
-    """Mesh axes along which the members of a group differ, and the size of groups; of permutes, of the axes."""
+    """Mesh axes along which the members of a group differ, and the size of groups; for permutes, of the axes."""
     names, shape = zip(*mesh, strict=True)
     devices = math.prod(shape)
     together = [] if pairs and written == "{}" else groups(written, devices)
@@ -283,7 +282,7 @@ def span(written: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[
 
 
 def groups(written: str, devices: int) -> list[np.ndarray]:
-    """Positions in the mesh that communicate with one another, of a collective's replica groups or pairs."""
+    """Mesh positions that communicate with one another, from a collective's replica groups or pairs."""
     if written == "{}":
         return [np.arange(devices)]
     if written.startswith("{{"):
@@ -298,7 +297,7 @@ def groups(written: str, devices: int) -> list[np.ndarray]:
 def named_groups(mesh: str, dims: str | None, order: str | None, ids: str | None, axes: str) -> list[np.ndarray]:
     """Device groups of a mesh notation: mesh['a'=4,'b'=2] {'b'}, or {'a':(2)2}, the second 2 of a as 2 x 2.
 
-    `dims` and `order`, or `ids`, are the mesh's devices, if these are not in order.
+    `dims` and `order`, or `ids`, are the devices of the mesh, if they are not in order.
     """
     shape = {name: int(n) for name, n in re.findall(r"'?([^',]+?)'?=(\d+)", mesh)}
     n = math.prod(shape.values())
@@ -319,5 +318,5 @@ def counted(dims: str, order: str | None) -> np.ndarray:
 
 
 def numbers(text: str) -> list[int]:
-    """[0, 2, 1] for "0,2,1"."""
+    """Parses "0,2,1" as [0, 2, 1]."""
     return [int(n) for n in re.findall(r"\d+", text)]

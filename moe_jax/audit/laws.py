@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moe_jax.audit import alone, communication, dispatchers, meshes, routing
+from moe_jax.audit import communication, dispatchers, meshes, routing, single_device
 
 
 class Law(NamedTuple):
@@ -34,7 +34,7 @@ LAWS = (
         1,
         "One model, every mesh",
         "outputs, gradients, metrics and dropped tokens do not depend on the devices.",
-        (meshes.compare_with_one_device, alone.microbatches),
+        (meshes.compare_with_one_device, single_device.microbatches),
         (
             ("mesh", "the axes that batch, experts and parameters are sharded over"),
             ("model.moe.exchange", "how rows meet experts on other devices"),
@@ -64,7 +64,7 @@ LAWS = (
         4,
         "Causal means causal",
         "in a language model, no output depends on a later token.",
-        (routing.causal, alone.step_is_causal),
+        (routing.causal, single_device.step_is_causal),
         (
             ("model.causal", "False states that later tokens may matter, and permits what would be refused"),
             ("model.moe.router", "routers in which experts choose tokens see the whole group"),
@@ -98,7 +98,7 @@ LAWS = (
         7,
         "Padding is nowhere",
         "a padded token has no slot, no weight, and is in no loss, count or metric.",
-        (alone.padding,),
+        (single_device.padding,),
         (
             ("data.objective", "which positions are padding, and which are targets"),
             ("model.moe.S", "tokens of a routing group, padding included, set its capacity"),
@@ -108,7 +108,7 @@ LAWS = (
         8,
         "Nothing is dropped in silence",
         "drop rates are in every log record; evaluation is dropless.",
-        (alone.drops,),
+        (single_device.drops,),
         (
             ("model.moe.dispatch", "its `capacity_factor` limits the tokens of an expert; None drops nothing"),
             ("model.moe.exchange", "`RaggedAllToAll(buffer=...)` bounds the rows that a device receives"),

@@ -1,6 +1,6 @@
-"""Laws 1 and 5 of a whole experiment: one model on every mesh, replicas that are replicas.
+"""Laws 1 and 5 of an experiment: one model on every mesh, replicas that are replicas.
 
-A training step is compiled for a mesh once; everything that can be seen of it is compared with a single device's.
+A training step is compiled once per mesh; its trace is compared with that of a single device.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from moe_jax.evaluate import EvaluationSums, evaluation_step
 from moe_jax.models import Call
 
 CLOSE = 1e-5  # relative to the largest number of an array, in float32
-STEP = 1e-4  # of an update, where its gradient is not itself rounding: optimizers divide by its size
-SURE = 1e-3  # of the largest gradient of a parameter: what is not rounding
+STEP = 1e-4  # of an update, where the gradient is more than rounding: optimizers divide by its size
+SURE = 1e-3  # of the largest gradient of a parameter: more than rounding
 MESHES: tuple[Mapping[str, int], ...] = (
     {"data": 8},
     {"expert": 8},
@@ -43,7 +43,7 @@ MESHES: tuple[Mapping[str, int], ...] = (
 
 
 class StepTrace(NamedTuple):
-    """All that can be seen of a training step."""
+    """Trace of a training step: logits, choices, metrics, gradients, the state after it, an evaluation."""
 
     logits_BLV: Float[Array, "B L V"]
     expert_NBLK: Int[Array, "N B L K"] | None
@@ -58,7 +58,7 @@ class Trial:
 
     def __init__(self, exp: Experiment, devices: list[jax.Device]):
         self.program = step.Program(exp, devices=devices)
-        self.run = jax.jit(partial(everything, exp, self.program.layouts))
+        self.run = jax.jit(partial(trace_step, exp, self.program.specs))
 
     def __call__(self, state: step.State, batch: AnyBatch) -> StepTrace:
         """Runs the step on a state and a batch in host memory."""
@@ -67,10 +67,10 @@ class Trial:
             return self.run(state, self.program.to_global(batch))
 
 
-def everything(exp: Experiment, layouts: step.StateSpecs, state: step.State, batch: AnyBatch) -> StepTrace:
-    """A step, and the outputs it is made from."""
+def trace_step(exp: Experiment, specs: step.StateSpecs, state: step.State, batch: AnyBatch) -> StepTrace:
+    """Trace of a training step on the current mesh."""
     tx, rate = exp.optim.build(exp.run.steps)
-    grads, losses = step.gradients(exp, layouts, state, batch)
+    grads, losses = step.gradients(exp, specs, state, batch)
     after, metrics = step.update(exp, tx, rate, state, grads, losses)
 
     def outputs(params: Any, router: Any, key: Array, batch: AnyBatch) -> Any:
@@ -80,8 +80,8 @@ def everything(exp: Experiment, layouts: step.StateSpecs, state: step.State, bat
 
     here = shard.from_mesh(exp.exchange)
     tokens = shard.token_spec(here)
-    look = shard.per_shard(outputs, here, (layouts.params, P(), P(), tokens), (tokens, P(None, *tokens), P()))
-    logits_BLV, expert_NBLK, evaluated = look(state.params, state.router, step.step_key(exp, state), batch)
+    traced_outputs = shard.per_shard(outputs, here, (specs.params, P(), P(), tokens), (tokens, P(None, *tokens), P()))
+    logits_BLV, expert_NBLK, evaluated = traced_outputs(state.params, state.router, step.step_key(exp, state), batch)
     return StepTrace(logits_BLV, expert_NBLK, metrics, grads, after, evaluated)
 
 
@@ -96,7 +96,7 @@ def sharpen_routers(state: step.State) -> step.State:
 
 
 def start(exp: Experiment) -> step.State:
-    """A state before the first step, in the memory of the host."""
+    """A state before the first step, in host memory."""
     tx, _ = exp.optim.build(exp.run.steps)
     return sharpen_routers(jax.jit(partial(step.init, exp, tx))())
 
@@ -105,17 +105,17 @@ def start(exp: Experiment) -> step.State:
 
 
 def meshes(exp: Experiment, devices: list[jax.Device]) -> Iterator[tuple[str, Experiment]]:
-    """The experiment on its own mesh, and on others that it fits, with their names."""
+    """Yields the experiment on its own mesh, and on others that it fits, with their names."""
     tried = []
     for sizes in ({a: n for a, n in exp.mesh if n > 1}, *MESHES):
         count = int(np.prod([*sizes.values()]))
         if count <= len(devices) and count > 1 and sizes not in tried:
             tried.append(sizes)
             try:
-                spread = dataclasses.replace(exp, mesh=tuple(sizes.items()))
+                on_mesh = dataclasses.replace(exp, mesh=tuple(sizes.items()))
             except ValueError:  # one of its sizes does not divide
                 continue
-            yield " x ".join(f"{a}={sizes[a]}" for a in AXES if a in sizes), spread
+            yield " x ".join(f"{a}={sizes[a]}" for a in AXES if a in sizes), on_mesh
 
 
 def on_one_device(exp: Experiment) -> Experiment:
@@ -130,7 +130,7 @@ def run_on(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[ja
 
 def compare_with_one_device(one: StepTrace, many: StepTrace, before: step.State) -> dict[str, Verdict]:
     """Law 1: compares a mesh with a single device: outputs, losses, drops, gradients, one step."""
-    one, many = (seen._replace(grads=drop_key_bias(seen.grads)) for seen in (one, many))
+    one, many = (trace._replace(grads=drop_key_bias(trace.grads)) for trace in (one, many))
     stats = {n: v for n, v in (one.metrics.stats._asdict() if one.metrics.stats else {}).items() if n != "kept"}
     found = {
         "outputs": at_most(CLOSE, worst(one.logits_BLV, many.logits_BLV)),
@@ -152,21 +152,21 @@ def compare_with_one_device(one: StepTrace, many: StepTrace, before: step.State)
 
 
 def drop_key_bias(grads: Any) -> Any:
-    """Gradients without that of the bias of keys, which moves all scores of a query alike: it is rounding."""
+    """Gradients with zero for the bias of keys: it shifts all scores of a query alike, so its gradient is rounding."""
     return jax.tree.map_with_path(lambda path, g: g * (str(path[-1].key) != "key_JA"), grads)
 
 
 def compare_choices(one: StepTrace, many: StepTrace) -> Verdict:
     """Compares choices exactly, and the number of dropped ones in every layer."""
-    mine, theirs = one.metrics.stats, many.metrics.stats
-    assert mine is not None
-    assert theirs is not None
+    first, second = one.metrics.stats, many.metrics.stats
+    assert first is not None
+    assert second is not None
     if one.expert_NBLK is not None and many.expert_NBLK is not None:
         moved = np.not_equal(one.expert_NBLK, many.expert_NBLK).any((1, 2, 3))
         if moved.any():
             return Verdict(False, f"other experts chosen in MoE layer {np.flatnonzero(moved)[0]}")
-    kept, asked = float(np.sum(mine.kept)), float(np.sum(mine.choices_E))
-    if len(layers := np.flatnonzero(np.not_equal(mine.kept, theirs.kept))):
+    kept, asked = float(np.sum(first.kept)), float(np.sum(first.choices_E))
+    if len(layers := np.flatnonzero(np.not_equal(first.kept, second.kept))):
         return Verdict(False, f"other drops in MoE layer {layers[0]}")
     return Verdict(True, f"{asked - kept:.0f} of {asked:.0f}")
 
@@ -179,7 +179,7 @@ class Worst(NamedTuple):
 
 
 def worst(one: Any, many: Any, least: float = 1e-6) -> Worst:
-    """Relative to the largest number of each array, or to `least`; what is not finite differs from all else."""
+    """The largest difference, relative to the largest number of each array or to `least`; non-finite numbers differ."""
     found = Worst(0.0, "")
     pairs = zip(jax.tree.leaves_with_path(one), jax.tree.leaves(many), strict=True)
     for (path, a), b in pairs:
@@ -194,12 +194,12 @@ def worst(one: Any, many: Any, least: float = 1e-6) -> Worst:
 def step_error(one: StepTrace, many: StepTrace, before: step.State) -> Worst:
     """The largest difference between updates, relative to them, where gradients are more than rounding."""
 
-    def sure(grad: Any, new: Any, old: Any) -> np.ndarray:
+    def clear_updates(grad: Any, new: Any, old: Any) -> np.ndarray:
         grad, moved = np.asarray(grad, np.float64), np.asarray(new, np.float64) - np.asarray(old, np.float64)
         return np.where(np.abs(grad) > SURE * np.abs(grad).max(initial=0), moved, 0)
 
-    mine, theirs = (jax.tree.map(sure, one.grads, seen.state.params, before.params) for seen in (one, many))
-    return worst(mine, theirs, least=1e-7)
+    first, second = (jax.tree.map(clear_updates, one.grads, trace.state.params, before.params) for trace in (one, many))
+    return worst(first, second, least=1e-7)
 
 
 def largest(tree: Any) -> float:
@@ -216,16 +216,16 @@ def at_most(limit: float, found: Worst) -> Verdict:
 
 
 def replicas(exp: Experiment, state: step.State, batch: AnyBatch, devices: list[jax.Device], steps: int = 3) -> Verdict:
-    """Law 5: after steps, what several devices hold copies of is bit-identical on all of them."""
+    """Law 5: after steps, all replicas of an array are bit-identical."""
     program = step.Program(exp, devices=devices)
-    placed, copies = jax.device_put(state, program.shardings), 0
+    current, copies = jax.device_put(state, program.shardings), 0
     for _ in range(steps):
-        placed, metrics = program.step(placed, batch)
-    for path, leaf in jax.tree.leaves_with_path({"state": placed._asdict(), "metrics": metrics._asdict()}):
+        current, metrics = program.step(current, batch)
+    for path, leaf in jax.tree.leaves_with_path({"state": current._asdict(), "metrics": metrics._asdict()}):
         by_index: dict[str, list[bytes]] = {}
-        for piece in leaf.addressable_shards:
-            by_index.setdefault(str(piece.index), []).append(np.asarray(piece.data).tobytes())
-        copies += sum(len(compare_with_one_device) - 1 for compare_with_one_device in by_index.values())
+        for part in leaf.addressable_shards:
+            by_index.setdefault(str(part.index), []).append(np.asarray(part.data).tobytes())
+        copies += sum(len(same) - 1 for same in by_index.values())
         if any(len(set(same)) > 1 for same in by_index.values()):
             return Verdict(False, f"{jax.tree_util.keystr(path, simple=True, separator='/')} differs between devices")
     return Verdict(True, f"{copies} copies after {steps} steps, all bit-identical")

@@ -15,13 +15,13 @@ from moe_jax.optim import names_of
 
 
 class ParamPlacement(NamedTuple):
-    """One parameter, with what the optimizer remembers of it."""
+    """Sharding of one parameter, with the bytes of its optimizer state."""
 
     name: str
     shape: tuple[int, ...]
-    axes: tuple[tuple[str, ...], ...]  # mesh axes that each of its own is spread over
+    axes: tuple[tuple[str, ...], ...]  # mesh axes that each axis is sharded over
     device_bytes: int  # of the parameter, on one device
-    optimizer_bytes: int  # beside it
+    optimizer_bytes: int  # of its optimizer state, on one device
 
     @property
     def words(self) -> tuple[str, str, str]:
@@ -30,31 +30,31 @@ class ParamPlacement(NamedTuple):
 
 
 def placement(exp: Experiment) -> list[ParamPlacement]:
-    """Every parameter of an experiment on its mesh, "the rest" being one; nothing is made."""
+    """Placement of every parameter of an experiment on its mesh, inferred axes (-1) counting as 1; creates no array."""
     tx, _ = exp.optim.build(exp.run.steps)
     sizes = {axis: max(n, 1) for axis, n in exp.mesh}
     state = jax.eval_shape(partial(step.init, exp, tx))
-    layouts = step.state_specs(exp, state, sizes)
-    remembered: dict[tuple[str, ...], int] = {}
-    for (path, leaf), layout in with_specs(state.opt_state, layouts.state.opt_state):
-        remembered[names_of(path)] = remembered.get(names_of(path), 0) + local_bytes(leaf, layout, sizes)
+    specs = step.state_specs(exp, state, sizes)
+    state_bytes: dict[tuple[str, ...], int] = {}
+    for (path, leaf), spec in with_specs(state.opt_state, specs.state.opt_state):
+        state_bytes[names_of(path)] = state_bytes.get(names_of(path), 0) + local_bytes(leaf, spec, sizes)
     return [
         ParamPlacement(
             "/".join(names := names_of(path)),
             leaf.shape,
-            tuple(dims.axes(layout, leaf.ndim)),
-            local_bytes(leaf, layout, sizes),
-            remembered.get(names, 0),
+            tuple(dims.axes(spec, leaf.ndim)),
+            local_bytes(leaf, spec, sizes),
+            state_bytes.get(names, 0),
         )
-        for (path, leaf), layout in with_specs(state.params, layouts.params)
+        for (path, leaf), spec in with_specs(state.params, specs.params)
     ]
 
 
-def with_specs(tree: Any, layouts: Any) -> Iterator[tuple[tuple[Any, Any], P]]:
-    """Leaves with their paths, and how they lie."""
-    return zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(layouts), strict=True)
+def with_specs(tree: Any, specs: Any) -> Iterator[tuple[tuple[Any, Any], P]]:
+    """Leaves with their paths and PartitionSpecs."""
+    return zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(specs), strict=True)
 
 
-def local_bytes(leaf: Any, layout: P, sizes: dict[str, int]) -> int:
-    """Bytes of a device's part."""
-    return math.prod(dims.local_shape(leaf.shape, layout, sizes)) * leaf.dtype.itemsize
+def local_bytes(leaf: Any, spec: P, sizes: dict[str, int]) -> int:
+    """Bytes of the local part of an array."""
+    return math.prod(dims.local_shape(leaf.shape, spec, sizes)) * leaf.dtype.itemsize

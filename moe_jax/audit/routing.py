@@ -1,8 +1,8 @@
-"""Laws 3 and 4 of one MoE layer, tried on it: does its router train, does it see the future, or its neighbours?
+"""Laws 3 and 4 of one MoE layer, tried on it: does its router train, does it depend on later tokens or other sequences?
 
-Every trial has small random parameters and tokens of its own (B sequences of length L and width D; the rest is the
+Every trial has small random parameters and tokens of its own (B sequences of length L and width D; all else is the
 config's), which share a direction, so that some experts are popular and overflow. All trials are one compiled program,
-run before and after a change: what differs in it, the change did.
+run before and after a change: any difference is an effect of the change.
 """
 
 from functools import partial
@@ -17,12 +17,12 @@ from moe_jax.core.context import Ids
 from moe_jax.core.routing import TokenChoice
 from moe_jax.moe import MoE, MoEConfig
 
-TINY = 1e-4  # a gradient that is nothing but rounding; here they are of order 1
-ROUNDING = 1e-5  # relative to the largest output: matrix products may round by their size, which goes by the load
+TINY = 1e-4  # a gradient below this is rounding; gradients here are of order 1
+ROUNDING = 1e-5  # relative to the largest output: the rounding of matrix products depends on their size, so on the load
 
 
 class Verdict(NamedTuple):
-    """Verdict on a law, and what was seen."""
+    """Verdict on a law, and the evidence."""
 
     holds: bool
     detail: str
@@ -69,11 +69,11 @@ def trainable(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, trials: int =
 def causal(
     cfg: MoEConfig, training: bool, B: int = 4, L: int = 16, D: int = 8, trials: int = 200, seed: int = 0
 ) -> Verdict:
-    """Law 4: what comes later changes nothing before it, in training mode (with the same key) or in evaluation.
+    """Law 4: later tokens change nothing at earlier positions, in training mode (with the same key) or in evaluation.
 
-    In every trial one sequence goes on otherwise from a random place on: with other tokens and their ids, and in every
-    fourth trial it ends earlier. A violation is any difference before that place in who was chosen, in a weight or in
-    a drop, bit for bit, or in y_BLD by more than rounding.
+    In every trial one sequence has other tokens and ids from a random position on, and in every fourth trial it ends
+    earlier. A violation is any difference before that position in an assignment, a weight or a drop, bit for bit, or
+    in y_BLD by more than rounding.
     """
     rng = np.random.default_rng(seed)
     given = draw_trials(cfg, rng, trials, B, L, D)
@@ -87,8 +87,8 @@ def batch_independent(
 ) -> Verdict:
     """The other sequences of a batch change nothing in one of them, in training mode or in evaluation.
 
-    In every trial all the others become other sequences, in every fourth they end earlier; violations as in `causal`.
-    It goes by the config's S, the tokens that compete for slots: None is one sequence.
+    In every trial all other sequences change, in every fourth they end earlier; violations as in `causal`. The config's
+    S sets the tokens that compete for slots: None is one sequence.
     """
     rng = np.random.default_rng(seed)
     given = draw_trials(cfg, rng, trials, B, L, D)
@@ -100,7 +100,7 @@ def batch_independent(
 
 
 def draw_trials(cfg: MoEConfig, rng: np.random.Generator, T: int, B: int, L: int, D: int) -> Trials:
-    """Trials with parameters of about unit gain, those that start at zero too."""
+    """Trials with parameters of about unit gain, also where they start at zero."""
     x = jax.ShapeDtypeStruct((B, L, D), jnp.float32)
     shapes = jax.eval_shape(MoE(cfg).init, jax.random.key(0), x)["params"]
 
@@ -114,7 +114,7 @@ def draw_trials(cfg: MoEConfig, rng: np.random.Generator, T: int, B: int, L: int
 def draw_tokens(
     cfg: MoEConfig, rng: np.random.Generator, params: dict[str, np.ndarray], shape: tuple[int, int, int, int]
 ) -> Trials:
-    """Tokens that share a direction, from not at all to a lot; few different ids, so that they collide."""
+    """Tokens that share a direction, from none to strongly; few different ids, so that they collide."""
     T, B, L, D = shape
     shared_T11D = rng.uniform(0, 3, size=(T, 1, 1, 1)) * rng.normal(size=(T, 1, 1, D))
     tasks = max(cfg.tasks, cfg.traits.tasks)
@@ -128,27 +128,27 @@ def draw_tokens(
 
 
 def trial_keys(cfg: MoEConfig, rng: np.random.Generator, T: int) -> Key[Array, "T"] | None:
-    """A key for each trial; none where nothing is random, so that training and evaluation are one program."""
+    """A key for each trial; None where nothing is random, so that training and evaluation are one program."""
     data = jnp.asarray(rng.integers(2**32, size=(T, 2), dtype=np.uint32))
     return jax.random.wrap_key_data(data, impl="threefry2x32") if cfg.random else None
 
 
 def one_of(rng: np.random.Generator, T: int, n: int) -> Bool[np.ndarray, "T n"]:
-    """One of n at random."""
+    """Masks of one index of n, drawn for each trial."""
     return np.arange(n) == rng.integers(n, size=(T, 1))
 
 
-def changed(cfg: MoEConfig, rng: np.random.Generator, given: Trials, where_TBL: Bool[np.ndarray, "T B L"]) -> Trials:
-    """Other tokens in these places; in every fourth trial, the sequences end somewhere among them."""
-    other, (T, B, L) = draw_tokens(cfg, rng, given.params, given.x_TBLD.shape), where_TBL.shape
+def changed(cfg: MoEConfig, rng: np.random.Generator, trials: Trials, where_TBL: Bool[np.ndarray, "T B L"]) -> Trials:
+    """Trials with other tokens at these positions; in every fourth trial, the sequences end among them."""
+    other, (T, B, L) = draw_tokens(cfg, rng, trials.params, trials.x_TBLD.shape), where_TBL.shape
     padding_T11 = (np.arange(T) % 4 == 0)[:, None, None]
     over_TBL = np.arange(L) >= rng.integers(L, size=(T, B, 1))
     return Trials(
-        given.params,
-        np.where(where_TBL[..., None], other.x_TBLD, given.x_TBLD),
+        trials.params,
+        np.where(where_TBL[..., None], other.x_TBLD, trials.x_TBLD),
         ~(where_TBL & padding_T11 & over_TBL),
-        np.where(where_TBL, other.token_TBL, given.token_TBL),
-        np.where(where_TBL, other.task_TBL, given.task_TBL),
+        np.where(where_TBL, other.token_TBL, trials.token_TBL),
+        np.where(where_TBL, other.task_TBL, trials.task_TBL),
     )
 
 
@@ -171,22 +171,24 @@ def router_gradients(
 
 
 @partial(jax.jit, static_argnums=0)
-def trace_routing(cfg: MoEConfig, given: Trials, key_T: Key[Array, "T"] | None) -> RoutingTrace:
+def trace_routing(cfg: MoEConfig, trials: Trials, key_T: Key[Array, "T"] | None) -> RoutingTrace:
     """Runs the layer on all trials, without keys in evaluation mode."""
     record = ("assignments", "combine", *(["kept"] if tokens_choose(cfg) else []))
 
     def one(params, x_BLD, mask_BL, token_BL, task_BL, key):
-        given = (x_BLD, mask_BL, key, cfg.init_state(), Ids(token_BL, task_BL), record)
-        y_BLD, aux = cast(tuple, MoE(cfg).apply({"params": params}, *given))
-        it = aux.recorded
-        kept_BLK = jnp.ones_like(it.assignments_BLE, bool) if it.kept_BLK is None else it.kept_BLK  # nobody has asked
-        return RoutingTrace(y_BLD, it.assignments_BLE, it.combine_BLE, kept_BLK)
+        trials = (x_BLD, mask_BL, key, cfg.init_state(), Ids(token_BL, task_BL), record)
+        y_BLD, aux = cast(tuple, MoE(cfg).apply({"params": params}, *trials))
+        recorded = aux.recorded
+        kept_BLK = (
+            jnp.ones_like(recorded.assignments_BLE, bool) if recorded.kept_BLK is None else recorded.kept_BLK
+        )  # not recorded
+        return RoutingTrace(y_BLD, recorded.assignments_BLE, recorded.combine_BLE, kept_BLK)
 
-    return jax.vmap(one)(*given, key_T)
+    return jax.vmap(one)(*trials, key_T)
 
 
 def tokens_choose(cfg: MoEConfig) -> bool:
-    """Returns whether the layer's router names experts for tokens, whose choices can be dropped."""
+    """Returns whether the layer's router names experts for tokens, so that choices can be dropped."""
     return cfg.traits.routing is TokenChoice
 
 

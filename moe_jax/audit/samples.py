@@ -15,7 +15,7 @@ def sample(exp: Experiment, seed: int = 0) -> AnyBatch:
 
 
 def sample_tokens(exp: Experiment, rng: np.random.Generator, shapes: Batch) -> Batch:
-    """Every token's target is the next one."""
+    """Random sequences; the target of a token is the next token."""
     B, L = shapes.tokens_BL.shape
     row_BM = rng.integers(1, exp.model.V, (B, L + 1)).astype(np.int32)
     segment_BL, first_B1 = sample_segments(rng, B, L)
@@ -37,7 +37,7 @@ def sample_pairs(exp: Experiment, rng: np.random.Generator, shapes: Pairs) -> Pa
 
 
 def sample_images(exp: Experiment, rng: np.random.Generator, shapes: Images) -> Images:
-    """Noise."""
+    """Images of noise."""
     B = len(shapes.image_BYXC)
     image_BYXC = rng.normal(size=shapes.image_BYXC.shape).astype(np.float32)
     target_B1 = rng.integers(exp.model.V, size=(B, 1)).astype(np.int32)
@@ -59,7 +59,7 @@ def sample_domains(exp: Experiment, rng: np.random.Generator, B: int) -> np.ndar
 
 
 def tasks(exp: Experiment) -> int:
-    """Number of tasks that the model tells apart."""
+    """Number of tasks that the model distinguishes."""
     moe = exp.model.routed
     return max(moe.tasks, moe.traits.tasks) if moe is not None and moe.needs else 1
 
@@ -97,7 +97,7 @@ def keep_rows(batch: AnyBatch, rows_B1: np.ndarray) -> AnyBatch:
 
 
 def padding_mask(exp: Experiment, batch: AnyBatch) -> np.ndarray:
-    """Mask of padding that MoE layers get, [N, B, L], in the order of `Aux.expert_BLK`."""
+    """Mask of the padding in each MoE layer, [N, B, L], in the order of `Aux.expert_BLK`."""
     shapes = exp.model.stacks(batch)
     fields = ("source_segment_BM", "segment_BL")[-len(shapes) :]
     real = [batch.loss_mask_BL] if isinstance(batch, Images) else [getattr(batch, f) > 0 for f in fields]

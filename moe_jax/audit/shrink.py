@@ -1,4 +1,4 @@
-"""A user's experiment, as small as simulated devices need it, and what was changed."""
+"""Shrinks a user's experiment for simulated devices, and lists the changes."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from moe_jax.optim import Constant
 V, D, H, A, F, L = 512, 32, 4, 8, 16, 32  # at most
 PATCH = 2  # of 8 x 8 images
 RATE = 0.01
-B = 64  # at least: two sequences, in two pieces, for each of 16 shards
+B = 64  # at least: two sequences, in two microbatches, for each of 16 shards
 
 
 def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
-    """The experiment in float32 at small widths on a mesh of at most so many devices, and what differs, in words.
+    """The experiment in float32 at small widths on a mesh of at most `devices`, and a list of the changes.
 
-    Routing, losses, dispatch, exchange, number of experts, kinds of layers, rematerialisation, accumulation and
+    Routing, losses, dispatch, exchange, number of experts, kinds of layers, rematerialisation, microbatches and
     optimizer are as configured. Its learning rate is constant, and large, so that one step shows in float32.
     """
     data = dataclasses.replace(exp.data, L=min(L, exp.data.L))
@@ -34,15 +34,15 @@ def shrink(exp: Experiment, devices: int) -> tuple[Experiment, list[str]]:
     return small, changed_fields(exp, small)
 
 
-def narrow(model: Model, whole: Any, short: Any) -> Model:
-    """The model at small widths, with layers of every kind, for `short` batches instead of `whole` ones."""
+def narrow(model: Model, full: Any, small: Any) -> Model:
+    """The model at small widths, with layers of every kind, for `small` batches instead of `full` ones."""
     sizes: dict[str, Any] = {"V": min(V, model.V), "D": min(D, model.D)}
     sizes["attention"] = tuple(map(narrow_heads, model.attention))
     if isinstance(model, ViTConfig):
         sizes |= {"V": Digits.V, "image": Digits.image, "patch": PATCH}
     if model.routed is not None and (S := model.routed.S):
-        length = dataclasses.replace(model, moe=None, moe_layers="none", **sizes).stacks(short)[0].L
-        S = max(1, S * length // model.stacks(whole)[0].L)
+        length = dataclasses.replace(model, moe=None, moe_layers="none", **sizes).stacks(small)[0].L
+        S = max(1, S * length // model.stacks(full)[0].L)
         moe = dataclasses.replace(thin_layer(model.moe), S=S)
     else:
         moe = thin_layer(model.moe)
@@ -88,7 +88,7 @@ def shallow(model: Model) -> Model:
     for N in range(1, model.N):
         try:
             fewer = dataclasses.replace(model, N=N)
-        except ValueError:  # the layout names layers that there would not be
+        except ValueError:  # moe_layers names layers that are cut off
             continue
         if kinds(fewer) == kinds(model) and fewer.n_moe_layers >= min(2, model.n_moe_layers):
             return fewer
@@ -96,13 +96,13 @@ def shallow(model: Model) -> Model:
 
 
 def fold(mesh: dict[str, int], devices: int) -> dict[str, int]:
-    """A mesh on at most so many devices, its largest axes halved; "the rest" is one."""
+    """A mesh on at most `devices`, its largest axes halved; an inferred axis (-1) counts as 1."""
     sizes = {axis: max(n, 1) for axis, n in mesh.items()}
     while math.prod(sizes.values()) > devices:
         largest = max(sizes, key=lambda axis: sizes[axis])
         sizes[largest] = sizes[largest] // 2 if sizes[largest] % 2 == 0 else 1
-    if -1 in mesh.values() and devices % (rest := math.prod(sizes.values())) == 0:
-        sizes[next(axis for axis, n in mesh.items() if n == -1)] = devices // rest
+    if -1 in mesh.values() and devices % (known := math.prod(sizes.values())) == 0:
+        sizes[next(axis for axis, n in mesh.items() if n == -1)] = devices // known
     return sizes
 
 

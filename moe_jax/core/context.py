@@ -27,8 +27,8 @@ class Context:
 
     E: the number of experts.
     keys_G: the noise of each group; key: that of the step, which all groups share.
-    state: what the router remembers from step to step, and `step_`, the number of updates so far.
-    gating: transforms of what a router sees, in order (`moe_jax.gating`).
+    state: the router's state, and `step_`, the number of updates so far.
+    gating: transforms of the router's input and logits, in order (`moe_jax.gating`).
     group_G: the number of each group in the whole batch.
     """
 
@@ -57,7 +57,7 @@ class Context:
         """An array of the router's state; ValueError where the layer was called without."""
         if name not in self.state:
             raise ValueError(
-                f"{type(router).__name__} remembers {name} from step to step, but the layer was called without state; "
+                f"{type(router).__name__} keeps {name} from step to step, but the layer was called without state; "
                 "start with state=config.init_state()."
             )
         return self.state[name]
@@ -77,23 +77,23 @@ class Context:
         return logits
 
     def logits(self, logits_GSE: Float[Array, "G S E"]) -> Float[Array, "G S E"]:
-        """Logits of experts after all transforms, those dropped in this step out of reach."""
+        """Logits of experts after all transforms, with `FAR` for those dropped in this step."""
         logits_GSE = self.transform(logits_GSE)
         if (dropped_GE := self.dropped()) is None:
             return logits_GSE
-        some_GE = dropped_GE & ~dropped_GE.all(-1, keepdims=True)  # of none but dropped ones all stay as they are
+        some_GE = dropped_GE & ~dropped_GE.all(-1, keepdims=True)  # if all experts are dropped, keep the logits
         return jnp.where(some_GE[:, None], FAR, logits_GSE)
 
     def dropped(self) -> Bool[Array, "G E"] | None:
-        """Experts that nobody may choose in this step: those drawn while training, those shut in evaluation too."""
+        """Experts that no token may choose in this step: dropped at random in training, or masked always."""
         now = [(i, t) for i, t in enumerate(self.gating) if t.on == "experts" and (self.training or not t.random)]
         found = [t(self, self._step_key(i) if t.random else None) for i, t in now]
         return sum(found[1:], found[0]) if found else None
 
     def top_k(self, score_GSE: Float[Array, "G S I"], K: int) -> Int[Array, "G S K"]:
-        """The K experts of the largest scores, ties to the lower one; those of a recording where one is replayed.
+        """The K experts of the largest scores, ties to the lower index; the recorded ones in a replay.
 
-        What comes after the E experts (null experts) is never dropped.
+        Null experts, which come after the E experts, are never dropped.
         """
         if self.replay_GSK is not None:
             return self.replay_GSK
@@ -103,20 +103,20 @@ class Context:
         return expert_GSK if self.dropped() is None else jnp.where(best_GSK > -jnp.inf, expert_GSK, self.E)
 
     def mask_dropped(self, score_GSE: Float[Array, "G S I"]) -> Float[Array, "G S I"]:
-        """Scores, minus infinity for experts that nobody may choose in this step."""
+        """Scores, minus infinity for experts that no token may choose in this step."""
         if (dropped_GE := self.dropped()) is None:
             return score_GSE
-        shut_GE = jnp.pad(dropped_GE, ((0, 0), (0, score_GSE.shape[-1] - self.E)))
-        return jnp.where(shut_GE[:, None], -jnp.inf, score_GSE)
+        masked_GE = jnp.pad(dropped_GE, ((0, 0), (0, score_GSE.shape[-1] - self.E)))
+        return jnp.where(masked_GE[:, None], -jnp.inf, score_GSE)
 
     def override(self, expert_GSK: Int[Array, "G S K"]) -> Int[Array, "G S K"]:
-        """Choices made elsewhere, after what `pick` does to others."""
+        """Choices made outside `top_k`, with the replay and the dropped experts that `top_k` applies."""
         if self.replay_GSK is not None:
             return self.replay_GSK
         if (dropped_GE := self.dropped()) is None:
             return expert_GSK
-        shut_GE = jnp.pad(dropped_GE, ((0, 0), (0, 1)))
-        return jnp.where(shut_GE[jnp.arange(len(expert_GSK))[:, None, None], expert_GSK], self.E, expert_GSK)
+        masked_GE = jnp.pad(dropped_GE, ((0, 0), (0, 1)))
+        return jnp.where(masked_GE[jnp.arange(len(expert_GSK))[:, None, None], expert_GSK], self.E, expert_GSK)
 
     def _keys(self, i: int) -> Key[Array, "G"] | None:
         if self.keys_G is None:

@@ -6,9 +6,9 @@
     M a router's own: groups of experts, null experts, tasks   I, O generic in and out (O an expert's output width)
     Q, W rank of latent queries, of latent keys and values   of a head U rotated part, I = A + U, O values
 
-The parameter `up_EDF` has shape [E, D, F], and lies on a mesh as the rules say of these letters; its name says so, and
-nothing else does. A name that ends in _ is a scalar's.
-A stack of layers (`nn.scan`) puts one more axis in front, which is never sharded.
+The parameter `up_EDF` has shape [E, D, F], and is sharded over a mesh by the rules of these letters: the name is
+the only declaration. A name that ends in _ is a scalar.
+A stack of layers (`nn.scan`) adds one axis in front, which is never sharded.
 """
 
 import math
@@ -20,7 +20,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 Rules = Mapping[str, tuple[str, ...]]  # dimension letter -> mesh axes
-WIDTHS = "DQW"  # of what tokens are between layers or parts of one; fsdp cuts a matrix along the first it has
+WIDTHS = "DQW"  # widths of token representations; fsdp shards a matrix along the first one it has
 
 
 def dims_of(name: str) -> str:
@@ -31,7 +31,7 @@ def dims_of(name: str) -> str:
 
 
 def suffix(name: str) -> str:
-    """The letters that a name ends with, `up_EDF` -> `EDF`; "" where it says no dimensions."""
+    """The letters that a name ends with, `up_EDF` -> `EDF`; "" for a name without dimensions."""
     end = name.rpartition("_")[2]
     return end if end.isalpha() and end.isupper() else ""
 
@@ -44,7 +44,7 @@ def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def fsdp_dim(dims: str) -> str:
-    """The dimension along which a parameter is spread over fsdp; "" of vectors, and of matrices without a width."""
+    """The dimension along which fsdp shards a parameter; "" for vectors, and for matrices without a width."""
     return next((d for d in WIDTHS if d in dims), "") if len(dims) > 1 else ""
 
 
@@ -70,14 +70,14 @@ def kernel_init(dims: str, scale: float = 1.0) -> Callable:
 def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
     """PartitionSpec of an array with these dimensions; axes in front of them (layers) are not sharded.
 
-    Of several widths (`WIDTHS`) only the first is.
-    ValueError where two of its dimensions would be spread over the same mesh axis.
+    If an array has several widths (`WIDTHS`), only the first is sharded.
+    ValueError where two dimensions would be sharded over the same mesh axis.
     """
     axes = [tuple(rules.get(d, ())) if d not in WIDTHS or d == fsdp_dim(dims) else () for d in dims]
     flat = [a for entry in axes for a in entry]
     if twice := sorted({a for a in flat if flat.count(a) > 1}):
         raise ValueError(
-            f"An array [{', '.join(dims)}] would be spread over mesh axis {twice[0]!r} twice, by the rules "
+            f"An array [{', '.join(dims)}] would be sharded over mesh axis {twice[0]!r} twice, by the rules "
             f"{dict(rules)}; give its dimensions different axes."
         )
     return P(*[None] * (0 if rank is None else rank - len(dims)), *(entry or None for entry in axes))
@@ -86,46 +86,46 @@ def spec(dims: str, rules: Rules, rank: int | None = None) -> P:
 def specs(tree: Any, rules: Rules) -> Any:
     """PartitionSpecs of a tree of parameters, by their names.
 
-    Whole everywhere are vectors of a width (D, Q, W), and what belongs to a router (`router_gate_DE`), which decides
-    about its own tokens.
+    Vectors of a width (D, Q, W) are replicated, and so are the router's parameters (`router_gate_DE`): every shard
+    routes its own tokens.
     """
 
     def leaf(path, x):
         name = str(path[-1].key)
         letters = dims_of(name)
-        whole = name.startswith("router") or letters in ("", *WIDTHS)
-        return P() if whole else spec(letters, rules, x.ndim)
+        replicated = name.startswith("router") or letters in ("", *WIDTHS)
+        return P() if replicated else spec(letters, rules, x.ndim)
 
     return jax.tree.map_with_path(leaf, tree)
 
 
-def axes(layout: P, rank: int) -> list[tuple[str, ...]]:
-    """The mesh axes that every axis of an array is spread over."""
-    entries = [*layout, *[None] * (rank - len(layout))]
+def axes(spec: P, rank: int) -> list[tuple[str, ...]]:
+    """The mesh axes that each axis of an array is sharded over, [rank]."""
+    entries = [*spec, *[None] * (rank - len(spec))]
     return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries]
 
 
-def local_shape(shape: tuple[int, ...], layout: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def local_shape(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A shard's part of an array of this shape, on a mesh of these sizes."""
-    cuts = (math.prod(sizes[a] for a in entry) for entry in axes(layout, len(shape)))
+    cuts = (math.prod(sizes[a] for a in entry) for entry in axes(spec, len(shape)))
     return tuple(n // cut for n, cut in zip(shape, cuts, strict=True))
 
 
-def add_axes(tree: Any, laid: Any, over: tuple[str, ...], sizes: Mapping[str, int]) -> Any:
-    """Layouts of parameters which are spread over these mesh axes too, where they are not yet.
+def add_axes(tree: Any, param_specs: Any, over: tuple[str, ...], sizes: Mapping[str, int]) -> Any:
+    """PartitionSpecs of parameters, sharded over these mesh axes too where they are not yet.
 
-    They cut the longest axis of a shard's part that they divide. Vectors and routers stay whole.
+    The axes shard the longest axis of the local shape that they divide. Vectors and routers are not sharded further.
     """
 
-    def leaf(path, x, layout):
-        name, used = str(path[-1].key), {a for entry in axes(layout, x.ndim) for a in entry}
+    def leaf(path, x, old):
+        name, used = str(path[-1].key), {a for entry in axes(old, x.ndim) for a in entry}
         more = tuple(a for a in over if sizes.get(a, 1) > 1 and a not in used)
-        parts, pieces = local_shape(x.shape, layout, sizes), math.prod(sizes[a] for a in more)
-        fits = [i for i, n in enumerate(parts) if n % pieces == 0]
+        local, shards = local_shape(x.shape, old, sizes), math.prod(sizes[a] for a in more)
+        fits = [i for i, n in enumerate(local) if n % shards == 0]
         if not more or not fits or name.startswith("router") or len(dims_of(name)) < 2:
-            return layout
-        longest = max(fits, key=lambda i: parts[i])
-        entries = [entry + more * (i == longest) for i, entry in enumerate(axes(layout, x.ndim))]
+            return old
+        longest = max(fits, key=lambda i: local[i])
+        entries = [entry + more * (i == longest) for i, entry in enumerate(axes(old, x.ndim))]
         return P(*(entry or None for entry in entries))
 
-    return jax.tree.map_with_path(leaf, tree, laid)
+    return jax.tree.map_with_path(leaf, tree, param_specs)

@@ -1,4 +1,4 @@
-"""Layouts of "rows grouped by expert". What an expert computes is written once, for all of them."""
+"""Layouts of rows grouped by expert; an expert is written once, for all of them."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from moe_jax.core.rows import LazyRows, materialize
 
 @runtime_checkable
 class Groups(Protocol):
-    """Operations that an expert can apply to its rows, whatever their layout."""
+    """Operations that an expert applies to its rows, in any layout."""
 
     def matmul(self, x: Array, w_EIO: Array) -> Array:
         """Every row times its expert's matrix."""
@@ -37,7 +37,7 @@ class Dense:
     """One expert for all rows: x[..., I]. A dense feed-forward layer, or a shared expert."""
 
     def matmul(self, x: Float[Array, "... I"], w_IO: Float[Array, "I O"]) -> Float[Array, "... O"]:
-        # Of rows in several dimensions, XLA's CPU backend transposes copies for the gradient of w.
+        # With several leading dimensions, XLA's CPU backend copies transposes for the gradient of w.
         y_TO = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w_IO.astype(x.dtype)
         return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
@@ -63,7 +63,7 @@ class Padded:
 
 
 class FetchedRows(NamedTuple):
-    """The rows that an expert is given, and where a matmul that knows them can fetch them: then nobody writes them."""
+    """The rows of experts, and the tokens that a matmul may fetch them from, so that the rows need not be stored."""
 
     rows: Float[Array, "R D"]
     sent: LazyRows
@@ -73,7 +73,7 @@ class FetchedRows(NamedTuple):
 class Ragged:
     """The rows of all experts back to back: x[R, I], the first sizes_E[0] of them expert 0's, and so on.
 
-    Rows past sum(sizes_E) belong to nobody: what comes back there is unspecified and must not be read.
+    Rows past sum(sizes_E) belong to no expert: results there are unspecified and must not be read.
     """
 
     sizes_E: Int[Array, "E"]
@@ -88,11 +88,11 @@ class Ragged:
     def bias(self, x_RO: Float[Array, "R O"], b_EO: Float[Array, "E O"]) -> Float[Array, "R O"]:
         R = x_RO.shape[0]
         b_RO = jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=R).astype(x_RO.dtype)
-        mine_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows that are nobody's
-        return x_RO + jnp.where(mine_R1, b_RO, 0)
+        valid_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows of no expert
+        return x_RO + jnp.where(valid_R1, b_RO, 0)
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
-        """Runs grouped matmuls, or one expert after another where the platform would do E times the work for them."""
+        """Runs grouped matmuls, or one expert after another on a CPU, whose grouped matmul does E times the work."""
 
         def one_by_one(params, x, sizes_E):
             return OneByOne(sizes_E).apply(expert, params, x)
@@ -109,7 +109,7 @@ class Ragged:
 
 
 class OneByOne(Ragged):
-    """Rows like these on a platform without a grouped matmul."""
+    """Ragged rows on a platform without a grouped matmul: one expert after another."""
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
         return by_expert(expert, params, materialize(x), self.sizes_E)

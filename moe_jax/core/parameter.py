@@ -15,12 +15,12 @@ def parameter(
 ) -> jax.Array:
     """The parameter `name` of a Linen module, in float32; the name's suffix is its shape.
 
-    exchange: how experts are sharded, where it is one of theirs.
+    exchange: how experts are sharded, where the parameter is one of theirs.
 
-    In a model that is spread over a mesh it is this shard's part, and smaller than `sizes` say.
+    In a model that is sharded over a mesh it is the local part, smaller than `sizes`.
     """
     if shard.in_shard_map():
-        return module.get_variable("params", name)  # Linen would compare it with the whole
+        return module.get_variable("params", name)  # Linen would compare its shape with the global one
     return module.param(name, lambda key: draw(key, name, sizes, init, exchange))
 
 

@@ -1,8 +1,8 @@
 """The grouped matmul of accelerators, by the platform that a program is lowered for.
 
-XLA has a TPU kernel for it and for the gradient of its rows. Everywhere else its own way, and that of the gradient of
-the weights on TPU too, is dense: E times the work (all rows of other experts masked), and on a GPU E times the rows in
-memory. What is missing are kernels of ours.
+XLA has TPU kernels for the product and for the gradient of its rows. Its default elsewhere, and for the gradient of the
+weights on TPU, is dense: E times the work (rows of other experts masked), and on a GPU E times the rows in memory. The
+kernels of this package replace these.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from moe_jax.core.rows import RowMap, gather_grad
 def ragged_matmul(
     x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
-    """Every row times its expert's matrix; what comes back for rows past sum(sizes_E) is unspecified."""
+    """Every row times its expert's matrix; results for rows past sum(sizes_E) are unspecified."""
     return _matmul(x_RI, w_EIO, sizes_E)
 
 

@@ -4,7 +4,7 @@ The meaning of a routing, at C slots per expert and group, is two dense masks:
 
     slot_EGCD = dispatch_GSEC . x_GSD        y_GSD = combine_GSEC . experts(slot_EGCD)
 
-Every dispatcher is a faster way to the same numbers.
+Every dispatcher computes the same numbers, faster.
 """
 
 from functools import partial
@@ -17,15 +17,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class TokenChoice(NamedTuple):
-    """Each token names K experts. Expert id E means "nowhere": padding, or a choice not taken."""
+    """Each token names K experts. Expert id E is the padding id: a padded token, or a choice not taken."""
 
     expert_GSK: Int[Array, "G S K"]
-    weight_GSK: Float[Array, "G S K"]  # what the expert's output is multiplied with
+    weight_GSK: Float[Array, "G S K"]  # combine weights: factors of the expert's output
     logits_GSE: Float[Array, "G S E"]
-    probs_GSE: Float[Array, "G S E"]  # what balancing losses see
+    probs_GSE: Float[Array, "G S E"]  # distribution that balancing losses use
     mask_GS: Bool[Array, "G S"]  # real tokens
     load_GSE: Float[Array, "G S E"] | None = None  # a smooth estimate of being chosen, where noise gives one
-    sums: dict[str, Array] | None = None  # what a router's state is updated from: sums over this shard's tokens
+    sums: dict[str, Array] | None = None  # sums over this shard's tokens that a router's state is updated from
 
     @property
     def E(self) -> int:
@@ -34,21 +34,21 @@ class TokenChoice(NamedTuple):
     @property
     def assignments_GSE(self) -> Float[Array, "G S E"]:
         """Assignments of each token to each expert."""
-        return _spread(jnp.ones_like(self.weight_GSK), self.expert_GSK, self.E)
+        return _scatter_choices(jnp.ones_like(self.weight_GSK), self.expert_GSK, self.E)
 
     @property
     def top1_GSE(self) -> Float[Array, "G S E"]:
-        """First choices alone."""
+        """First choices of each token, as assignments."""
         return jax.nn.one_hot(self.expert_GSK[..., 0], self.E)
 
     @property
     def combine_GSE(self) -> Float[Array, "G S E"]:
         """The weight of each expert in each token's output."""
-        return _spread(self.weight_GSK, self.expert_GSK, self.E)
+        return _scatter_choices(self.weight_GSK, self.expert_GSK, self.E)
 
 
 class SlotChoice(NamedTuple):
-    """Each expert names the tokens of its C slots (expert choice). Token id S means "nobody"."""
+    """Each expert names the tokens of its C slots (expert choice). Token id S is the padding id: an empty slot."""
 
     token_GEC: Int[Array, "G E C"]
     weight_GEC: Float[Array, "G E C"]
@@ -68,7 +68,7 @@ class SlotChoice(NamedTuple):
 
     @property
     def top1_GSE(self) -> Float[Array, "G S E"]:
-        """There is no order among them: every visit counts."""
+        """All assignments: experts' choices have no order."""
         return self.assignments_GSE
 
     @property
@@ -76,7 +76,7 @@ class SlotChoice(NamedTuple):
         return self._by_token(self.weight_GEC)
 
     def _by_token(self, value_GEC: Float[Array, "G E C"]) -> Float[Array, "G S E"]:
-        """Values of slots, at their tokens."""
+        """Sums the values of slots by token and expert."""
         G, E = (jnp.arange(n) for n in self.token_GEC.shape[:2])
         where = (G[:, None, None], self.token_GEC, E[None, :, None])
         return jnp.zeros_like(self.logits_GSE).at[where].add(value_GEC, mode="drop")
@@ -113,8 +113,8 @@ class SoftSlots(NamedTuple):
 Routing = TokenChoice | SlotChoice | SoftSlots
 
 
-def _spread(value_GSK, expert_GSK, E):
-    """Values of choices, at their experts."""
+def _scatter_choices(value_GSK, expert_GSK, E):
+    """Sums the values of choices by expert."""
     hot = (value_GSK[..., k : k + 1] * jax.nn.one_hot(expert_GSK[..., k], E) for k in range(expert_GSK.shape[-1]))
     return sum(hot, jnp.zeros((*expert_GSK.shape[:2], E)))
 
@@ -128,7 +128,7 @@ def token_choice(
     load_GSE: Float[Array, "G S E"] | None = None,
     sums: dict[str, Array] | None = None,
 ) -> TokenChoice:
-    """A routing in which padded tokens go nowhere, with no weight."""
+    """A routing in which padded tokens have the padding id and weight 0."""
     real_GS1, E = mask_GS[..., None], logits_GSE.shape[-1]
     return TokenChoice(
         jnp.where(real_GS1, expert_GSK, E).astype(jnp.int32),
@@ -152,14 +152,14 @@ def position_in_expert(routing: TokenChoice, priority: str = "token-major") -> I
     expert_GSK = routing.expert_GSK
     G, S, K = expert_GSK.shape
     if priority == "token-major":
-        place_GSK = _positions(expert_GSK.reshape(G, S * K), routing.E).reshape(G, S, K)
+        position_GSK = _positions(expert_GSK.reshape(G, S * K), routing.E).reshape(G, S, K)
     elif priority == "choice-major":
-        place_GSK = _choice_major(expert_GSK, routing.E)
+        position_GSK = _choice_major(expert_GSK, routing.E)
     else:
         order_GS1 = jnp.argsort(-routing.weight_GSK.max(-1), axis=1, stable=True)[..., None]
-        place_GSK = _choice_major(jnp.take_along_axis(expert_GSK, order_GS1, axis=1), routing.E)
-        place_GSK = jnp.take_along_axis(place_GSK, jnp.argsort(order_GS1, axis=1), axis=1)
-    return jnp.where(expert_GSK < routing.E, place_GSK, S * K)
+        position_GSK = _choice_major(jnp.take_along_axis(expert_GSK, order_GS1, axis=1), routing.E)
+        position_GSK = jnp.take_along_axis(position_GSK, jnp.argsort(order_GS1, axis=1), axis=1)
+    return jnp.where(expert_GSK < routing.E, position_GSK, S * K)
 
 
 def _choice_major(expert_GSK, E):
@@ -171,25 +171,25 @@ def _positions(expert_GR: Int[Array, "G R"], E: int) -> Int[Array, "G R"]:
     """Number of earlier entries that name the same expert: the rank after sorting, less the rank of the first."""
     (G, R), group_G1 = expert_GR.shape, jnp.arange(len(expert_GR))[:, None]
     sorted_GR, order_GR = _sorted(expert_GR, E)
-    looping, counting = (partial(_firsts, E=E, method=method) for method in ("scan", "compare_all"))
-    first_GE = lax.platform_dependent(sorted_GR, cuda=counting, default=looping)  # on a GPU a loop is slow
+    scan, compare_all = (partial(_first_entries, E=E, method=method) for method in ("scan", "compare_all"))
+    first_GE = lax.platform_dependent(sorted_GR, cuda=compare_all, default=scan)  # a scan is slow on a GPU
     rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]
     return jnp.zeros((G, R), jnp.int32).at[group_G1, order_GR].set(rank_GR.astype(jnp.int32), unique_indices=True)
 
 
-def _firsts(sorted_GR: Int[Array, "G R"], *, E: int, method: str) -> Int[Array, "G _"]:
-    """Index of the first entry of each number up to E."""
+def _first_entries(sorted_GR: Int[Array, "G R"], *, E: int, method: str) -> Int[Array, "G _"]:
+    """Index of the first entry of each expert id from 0 to E."""
     return jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1), method=method))(sorted_GR)
 
 
 def _sorted(expert_GR: Int[Array, "G R"], E: int) -> tuple[Int[Array, "G R"], Int[Array, "G R"]]:
-    """Experts in order, and the entries they come from, the same experts in the order of entries."""
+    """Experts sorted, and the entries that they come from; stable."""
     R = expert_GR.shape[1]
     entry_GR = jnp.broadcast_to(jnp.arange(R)[None], expert_GR.shape)
     if (E + 1) * R > jnp.iinfo(jnp.int32).max:
         sorted_GR, order_GR = lax.sort((expert_GR, entry_GR), num_keys=1)
         return sorted_GR, order_GR
-    packed_GR = lax.sort(expert_GR * R + entry_GR)  # one array of different numbers sorts three times as fast
+    packed_GR = lax.sort(expert_GR * R + entry_GR)  # one array of distinct keys sorts three times as fast
     return packed_GR // R, packed_GR % R
 
 

@@ -21,7 +21,7 @@ def _entmax(z: Float[Array, "... E"], alpha: float) -> Float[Array, "... E"]:
     else:
         mean, square = jnp.cumsum(sorted_z, -1) / n, jnp.cumsum(sorted_z**2, -1) / n
         tau = mean - jnp.sqrt(jnp.maximum((1 - n * (square - mean**2)) / n, 0))
-    support = (tau <= sorted_z).sum(-1, keepdims=True)  # so many of the largest are not zero
+    support = (tau <= sorted_z).sum(-1, keepdims=True)  # number of nonzero entries
     tau = jnp.take_along_axis(tau, support - 1, axis=-1)
     return jnp.maximum(z - tau, 0) ** (1 / (alpha - 1))
 
@@ -61,7 +61,7 @@ def check_score(router) -> None:
 
 
 def check_choices(router) -> None:
-    """Refuses a router that picks nobody, or one whose weights are constant and train nothing (law 3)."""
+    """Refuses a router that chooses no expert, or one whose weights are constant and train nothing (law 3)."""
     name = type(router).__name__
     if router.K < 1:
         raise ValueError(f"{name}(K={router.K}) needs at least one choice; set K >= 1.")
@@ -83,7 +83,7 @@ def normalize_weights(weight_GSK: Float[Array, "G S K"]) -> Float[Array, "G S K"
 
 
 def softmax_at(logits_GSE: Float[Array, "G S E"], expert_GSK: Int[Array, "G S K"]) -> Float[Array, "G S K"]:
-    """Softmax over the logits of the chosen alone, 0 nowhere."""
+    """Softmax over the logits of the chosen experts only, 0 at the padding id."""
     used_GSK = expert_GSK < logits_GSE.shape[-1]
     chosen_GSK = jnp.where(used_GSK, take_experts(logits_GSE, expert_GSK), -jnp.inf)
     top_GS1 = jax.lax.stop_gradient(jnp.maximum(chosen_GSK.max(-1, keepdims=True), -1e30))

@@ -1,10 +1,10 @@
 """One shard's view of the mesh: the only file with collectives. Code below it sees local arrays.
 
 slice    over the data-centre network        tokens
-data     copies of everything                tokens
+data     nothing: everything is replicated   tokens
 fsdp     parameters, gathered when used      tokens
 expert   experts                             tokens
-tensor   hidden units and heads              every shard of it sees the same tokens
+tensor   hidden units and heads              all its shards see the same tokens
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from moe_jax.core import dims
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
-TOKEN_AXES = AXES[:-1]  # axes that the batch is spread over
+TOKEN_AXES = AXES[:-1]  # axes that the batch is sharded over
 # Dimension letter -> mesh axes; what has no rule is replicated.
 RULES: dims.Rules = {
     "B": TOKEN_AXES,
@@ -35,12 +35,12 @@ RULES: dims.Rules = {
     **{letter: ("fsdp",) for letter in dims.WIDTHS},
     **{letter: ("tensor",) for letter in "FHJ"},
 }
-COLLECTIVES = "collectives"  # the name, for rematerialisation, of what came from other devices
+COLLECTIVES = "collectives"  # rematerialisation name of results of collectives
 Tree = TypeVar("Tree")
 
 
 def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
-    """A mesh over all devices (or these), `make_mesh(data=2, expert=4)`; one size may be -1, "the rest".
+    """A mesh over all devices (or these), `make_mesh(data=2, expert=4)`; one size may be -1, inferred from the others.
 
     The axis types of the project are set here.
     """
@@ -54,28 +54,27 @@ def make_mesh(devices: Sequence[Any] | None = None, **sizes: int) -> Mesh:
         given = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
         raise ValueError(
             f"mesh {given} does not multiply to the {n} devices there are; change a size "
-            "(-1 means the rest), or simulate devices with JAX_PLATFORMS=cpu."
+            "(-1 is inferred), or simulate devices with JAX_PLATFORMS=cpu."
         )
     types, used = (AxisType.Auto,) * len(AXES), devices or jax.devices()
     if len({getattr(d, "slice_index", 0) for d in used}) > 1:
         return Mesh(hybrid_device_mesh(used, tuple(all_sizes)), AXES, axis_types=types)
-    laid = create_device_mesh(
-        all_sizes, used, allow_split_physical_axes=True
-    )  # an axis may be a part of a torus's side
-    return Mesh(laid, AXES, axis_types=types)
+    # A mesh axis may be part of a side of the torus.
+    mesh_devices = create_device_mesh(all_sizes, used, allow_split_physical_axes=True)
+    return Mesh(mesh_devices, AXES, axis_types=types)
 
 
 def hybrid_device_mesh(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
-    """Devices in the shape of a mesh whose first axis, and no other, leaves a slice."""
+    """Devices in the shape of a mesh whose first axis alone crosses slices."""
     slices = len({d.slice_index for d in devices})
     if sizes[0] != slices:
-        raise ValueError(f"mesh.slice={sizes[0]}, but the devices lie in {slices} slices; set mesh.slice={slices}.")
+        raise ValueError(f"mesh.slice={sizes[0]}, but the devices are in {slices} slices; set mesh.slice={slices}.")
     across = (slices, *[1] * (len(sizes) - 1))
     return create_hybrid_device_mesh((1, *sizes[1:]), across, devices, allow_split_physical_axes=True)
 
 
 def rules_for(exchange: Any = None, sizes: Mapping[str, int] | None = None) -> dims.Rules:
-    """The rules of a model whose experts are spread by this exchange; of axes larger than 1 where sizes are given."""
+    """The rules of a model whose experts are sharded by this exchange, and with `sizes` only axes larger than 1."""
     rules = {**RULES, "E": tuple(exchange.over)} if exchange is not None else RULES
     if sizes is None:
         return rules
@@ -86,10 +85,10 @@ def rules_for(exchange: Any = None, sizes: Mapping[str, int] | None = None) -> d
 class Shard:
     """One shard's mesh axes larger than 1, and its collectives. All empty: no mesh."""
 
-    tokens: tuple[str, ...] = ()  # that tokens are spread over
-    experts: tuple[str, ...] = ()  # that experts are spread over
-    fsdp: tuple[str, ...] = ()  # that parameters are spread over until they are used
-    tensor: tuple[str, ...] = ()  # that hidden units and heads are spread over
+    tokens: tuple[str, ...] = ()  # that tokens are sharded over
+    experts: tuple[str, ...] = ()  # that experts are sharded over
+    fsdp: tuple[str, ...] = ()  # that parameters are sharded over until they are gathered for use
+    tensor: tuple[str, ...] = ()  # that hidden units and heads are sharded over
     exchange: Any = None  # how rows and experts meet
 
     @property
@@ -104,13 +103,13 @@ class Shard:
 
     @property
     def batch_shard_index(self) -> int | Int[Array, ""]:
-        """Index of this shard among those that the batch is sharded over, in the order of tokens."""
+        """Index of this shard among those that the batch is sharded over, in token order."""
         return lax.axis_index(self.tokens) if self.tokens else 0
 
     # ---- totals
 
     def sum(self, tree: Tree) -> Tree:
-        """Sums of a tree of arrays of one type over all tokens' shards, in one all-reduce."""
+        """Sums of a tree of arrays of one type over all batch shards, in one all-reduce."""
         if not self.tokens:
             return tree
         leaves, treedef = jax.tree.flatten(tree)
@@ -120,7 +119,7 @@ class Shard:
         return jax.tree.unflatten(treedef, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
 
     def max(self, x: Array) -> Array:
-        """Maximum over all tokens' shards."""
+        """Maximum over all batch shards."""
         return checkpoint_name(lax.pmax(x, self.tokens), COLLECTIVES) if self.tokens else x
 
     # ---- parameters
@@ -131,7 +130,7 @@ class Shard:
         cut = dims.fsdp_dim(letters)
         if not self.fsdp or not cut:
             return w
-        w = w if dtype is None else w.astype(dtype)  # what travels may be half as large
+        w = w if dtype is None else w.astype(dtype)  # cast before the gather: half the bytes in bfloat16
         return lax.all_gather(w, self.fsdp, axis=w.ndim - len(letters) + letters.index(cut), tiled=True)
 
     def pvary(self, params: Tree) -> Tree:
@@ -144,7 +143,7 @@ class Shard:
     def reduce(self, gradients: Any, old: Any, new: Any) -> Any:
         """Sums gradients over the batch shards, from the sharding `old` to the sharding `new`.
 
-        What is spread over more axes there is reduce-scattered, the rest all-reduced.
+        Axes that only `new` shards over are reduce-scattered, the others all-reduced.
         """
 
         def total(g: Array, old: P, new: P) -> Array:
@@ -157,8 +156,8 @@ class Shard:
 
         return jax.tree.map(total, gradients, old, new)
 
-    # ---- tensor parallelism (Megatron-LM, arXiv:1909.08053, sec. 3): between `enter` and `leave` a shard has some of
-    # the hidden units or heads
+    # ---- tensor parallelism (Megatron-LM, arXiv:1909.08053, sec. 3): between `tensor_enter` and
+    # `tensor_exit` a shard has some of the hidden units or heads
 
     def tensor_enter(self, x: Tree) -> Tree:
         """Enters the tensor-parallel part: the identity, whose gradients are summed over the tensor axis."""
@@ -181,7 +180,8 @@ class Shard:
     ) -> tuple[Array, Bool[Array, "..."]]:
         """Applies the experts to rows grouped by all E experts, over the exchange where experts are sharded.
 
-        Also returns which rows have reached an expert."""
+        Also returns which rows have reached an expert.
+        """
         apply = lambda params, x, groups: groups.apply(experts, params, x)  # noqa: E731
         if not self.experts:
             return apply(params, x, groups), jnp.ones((), bool)
@@ -219,7 +219,7 @@ def _varying(x: Array, axes: tuple[str, ...]) -> Array:
 class Slices(NamedTuple):
     """Slices of rows sent between X shards, e for every pair: offsets and sizes.
 
-    All shards know it of all pairs, so that rows also find their way back.
+    Every shard has those of all pairs, so that rows can be sent back.
     """
 
     sizes_XXe: Int[Array, "X X e"]  # source, destination, slice
@@ -234,7 +234,7 @@ class Slices(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _send_slices(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
-    """`ragged_all_to_all` on TPU; elsewhere everything is gathered, and each shard picks its rows."""
+    """`ragged_all_to_all` on TPU; elsewhere all rows are gathered, and each shard selects its own."""
     return lax.platform_dependent(
         x, slices, tpu=partial(_ragged, rows=rows, axes=axes), default=partial(_emulated, rows=rows, axes=axes)
     )
@@ -254,14 +254,14 @@ _send_slices.defvjp(_send_forward, _send_backward)
 
 def _ragged(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
     me = lax.axis_index(axes)
-    mine = (slices.at_source_XXe[me], slices.sizes_XXe[me], slices.at_destination_XXe[me], slices.sizes_XXe[:, me])
+    bounds = (slices.at_source_XXe[me], slices.sizes_XXe[me], slices.at_destination_XXe[me], slices.sizes_XXe[:, me])
     empty = lax.full_like(x, 0, shape=(rows, *x.shape[1:]))
-    y = lax.ragged_all_to_all(x, empty, *(a.reshape(-1) for a in mine), axis_name=axes[0] if len(axes) == 1 else axes)
+    y = lax.ragged_all_to_all(x, empty, *(a.reshape(-1) for a in bounds), axis_name=axes[0] if len(axes) == 1 else axes)
     return _varying(y, tuple(jax.typeof(x).manual_axis_type.varying))
 
 
 def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
-    """Every row of the result belongs to the last slice that begins at it or before; empty ones first."""
+    """Emulates `ragged_all_to_all`: a row is of the last slice that starts at or before it; empty slices sort first."""
     me, n = lax.axis_index(axes), x.shape[0]
     starts = slices.at_destination_XXe[:, me].reshape(-1)
     sizes = slices.sizes_XXe[:, me].reshape(-1)
@@ -278,11 +278,11 @@ def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Arr
 
 
 def check_expert_axes(exchange: Any) -> None:
-    """Refuses experts over axes that there are not, or that are spoken for."""
+    """Refuses to shard experts over axes that do not exist or have another use."""
     allowed = ("slice", "expert")
     if not exchange.over or [a for a in allowed if a in exchange.over] != list(exchange.over):
         raise ValueError(
-            f"{exchange}: experts lie over the mesh axes ('expert',) or ('slice', 'expert'), in this order."
+            f"{exchange}: experts are sharded over the mesh axes ('expert',) or ('slice', 'expert'), in this order."
         )
 
 
@@ -290,7 +290,7 @@ def check_expert_axes(exchange: Any) -> None:
 
 
 def from_mesh(exchange: Any = None) -> Shard:
-    """The shard that the current mesh (`jax.set_mesh`) implies; alone when there is none."""
+    """The shard that the current mesh (`jax.set_mesh`) implies; Shard() when there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
     rules = rules_for(exchange, sizes)
@@ -298,43 +298,43 @@ def from_mesh(exchange: Any = None) -> Shard:
 
 
 def in_shard_map() -> bool:
-    """Tells whether this is traced inside a shard_map, so that arrays are local."""
+    """Tells whether the caller is traced inside a shard_map, where arrays are local."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def local() -> Shard:
-    """The shard this is traced for; alone outside of `per_shard`."""
+    """The shard that the caller is traced for; Shard() outside of `per_shard`."""
     return from_mesh() if in_shard_map() else Shard()
 
 
 def per_shard(f: Callable, shard: Shard, in_specs: Any, out_specs: Any) -> Callable:
-    """f on every shard of the current mesh; f itself where there is none, or where this is a shard already."""
+    """f on every shard of the current mesh; f itself without a mesh, or inside a shard_map."""
     if shard.alone or in_shard_map():
         return f
     run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=True)
-    return lambda *args: run(*_laid(args, in_specs))
+    return lambda *args: run(*_reshard(args, in_specs))
 
 
 def replicate(x: Array) -> Array:
     """x on every device, where the axes of the current mesh are part of its type (`AxisType.Explicit`)."""
-    return _laid(x, P())
+    return _reshard(x, P())
 
 
-def _laid(tree: Any, specs: Any) -> Any:
-    """Arrays as specs say, on those axes of the current mesh that are part of types (`AxisType.Explicit`)."""
+def _reshard(tree: Any, specs: Any) -> Any:
+    """Reshards arrays to `specs`, on those axes of the current mesh that are part of types (`AxisType.Explicit`)."""
     explicit = set(jax.sharding.get_abstract_mesh().explicit_axes)
     if not explicit:
         return tree
 
-    def spread(spec: P, part: Any) -> Any:
+    def reshard(spec: P, part: Any) -> Any:
         entries = (tuple(a for a in entry if a in explicit) or None for entry in dims.axes(spec, len(spec)))
         return jax.tree.map(partial(jax.sharding.reshard, out_shardings=P(*entries)), part)
 
-    return jax.tree.map(spread, specs, tree, is_leaf=lambda s: isinstance(s, P))
+    return jax.tree.map(reshard, specs, tree, is_leaf=lambda s: isinstance(s, P))
 
 
 def check_axes(shard: Shard, x: Array) -> None:
-    """Refuses a mesh on which a shard's function of tokens x can neither be spread nor left to the partitioner."""
+    """Refuses a mesh on which a shard's function of tokens x can neither be sharded nor left to the partitioner."""
     mesh = jax.sharding.get_abstract_mesh()
     foreign = {a for axes in dims.axes(jax.typeof(x).sharding.spec, x.ndim) for a in axes} - set(AXES)
     if shard.alone and foreign:
@@ -350,5 +350,5 @@ def check_axes(shard: Shard, x: Array) -> None:
 
 
 def token_spec(shard: Shard) -> P:
-    """Layout of arrays whose first axis is the batch."""
+    """PartitionSpec of arrays whose first axis is the batch."""
     return P(shard.tokens or None)

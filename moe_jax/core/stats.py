@@ -12,15 +12,15 @@ from moe_jax.core.routing import Routing
 class Stats(NamedTuple):
     """Sums over real tokens: added up over shards, batches and steps before anything is divided.
 
-    Layers may be stacked in front.
+    Stacked layers are leading axes.
     """
 
     tokens: Float[Array, "*N"]
     kept: Float[Array, "*N"]  # choices that reached their expert
     choices_E: Float[Array, "*N E"]  # choices per expert, before any was dropped
-    top1_E: Float[Array, "*N E"]  # first choices alone
+    top1_E: Float[Array, "*N E"]  # first choices only
     probs_E: Float[Array, "*N E"]
-    combine_E: Float[Array, "*N E"]  # weights of the chosen
+    combine_E: Float[Array, "*N E"]  # combine weights
     load_E: Float[Array, "*N E"]  # a smooth estimate of choices_E, where noise gives one; otherwise choices_E
     entropy: Float[Array, "*N"]  # of each token's distribution over experts, nats
     z_squared: Float[Array, "*N"]  # squared log-partition of the router's logits
@@ -30,7 +30,7 @@ class Stats(NamedTuple):
     probs_ME: Float[Array, "*N M E"]
     entropy_M: Float[Array, "*N M"]
     agreed: Float[Array, "*N"]  # choices that the MoE layer before has made for the same token; NaN: not measured
-    sums: dict[str, Array] | None = None  # what the router's state is updated from
+    sums: dict[str, Array] | None = None  # sums that the router's state is updated from
 
 
 def stats(
@@ -82,7 +82,7 @@ def ratio(a: Array, b: Array) -> Array:
 
 
 def describe(s: Stats) -> dict[str, Array]:
-    """Metrics of a routing; loads are relative to the balanced one where it says so, entropies in nats.
+    """Metrics of a routing; loads are relative to the balanced one where noted, entropies in nats.
 
     load: fractions of choices. load_percentiles: of load / mean, at 0, 25, 50, 75 and 100 %. load_cv: standard
     deviation / mean. max_violation: (max - mean) / mean (arXiv:2408.15664). agreement: choices that the MoE layer

@@ -1,4 +1,4 @@
-"""Collectives as data, and what an exchange needs to predict its own: arithmetic on shapes, nothing is sent.
+"""Collectives as data, and the inputs an exchange needs to predict its own: arithmetic on shapes, nothing is sent.
 
 `exchange.traffic(part, rows, experts)` lists what one exchange of one MoE layer sends, on one device, forward and
 backward. `costs/communication.py` adds up a whole train step.
@@ -19,18 +19,18 @@ Shapes = Mapping[str, tuple[int, ...]]  # a shard's part of the parameters of a 
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind over the same axes: how many run, and what they move, on one device."""
+    """Collectives of one kind over the same axes: their number and bytes on one device."""
 
     op: str  # HLO's opcode: all-to-all, all-reduce, all-gather, reduce-scatter, collective-permute, ragged-all-to-all
-    axes: tuple[str, ...]  # of the mesh, in its order, along which its groups reach; () if no device needs another
+    axes: tuple[str, ...]  # mesh axes that the groups span, in mesh order; () if none
     size: int  # devices in a group
     count: int  # type: ignore[assignment] # executions
     bytes: int  # of results, all executions together
-    where: str = ""  # what it belongs to
+    where: str = ""  # origin in the model
 
     @property
     def wire(self) -> float:
-        """Bytes that a device sends, by the ring or pairwise algorithm; at most, of a ragged all-to-all."""
+        """Bytes that a device sends, by the ring or pairwise algorithm; an upper bound for a ragged all-to-all."""
         n = self.size
         if n == 1:
             return 0.0
@@ -59,65 +59,67 @@ class ShardBatch(NamedTuple):
         return math.prod(self.sizes[a] for a in axes)
 
     def width(self, dtype: str) -> int:
-        """Bytes of a number of this type when it travels."""
+        """Bytes of a number of this type when it is sent."""
         return max(jnp.dtype(dtype).itemsize, 4 if self.platform == "cpu" else 0)
 
-    def one(self, op: str, axes: tuple[str, ...], n: int, where: str, of: str = "", count: int = 1) -> list[Collective]:
-        """`count` collectives with n numbers as their results, of the type that is computed in or another."""
+    def one(
+        self, op: str, axes: tuple[str, ...], n: int, where: str, dtype: str = "", count: int = 1
+    ) -> list[Collective]:
+        """`count` collectives with n numbers as their results, in the compute type or in `dtype`."""
         if not axes or not n:
             return []
         axes = tuple(a for a in AXES if a in axes)
-        return [Collective(op, axes, self.devices(axes), count, n * self.width(of or self.dtype), where)]
+        return [Collective(op, axes, self.devices(axes), count, n * self.width(dtype or self.dtype), where)]
 
-    def local(self, params: Any, laid: Any) -> Any:
-        """Shapes of a shard's part of a tree of parameters; without the axis of layers."""
+    def local(self, params: Any, specs: Any) -> Any:
+        """Local shapes of a tree of parameters, without the axis of layers."""
 
-        def leaf(path, x, layout):
+        def leaf(path, x, spec):
             rank = len(dims.dims_of(str(path[-1].key)))
-            return dims.local_shape(x.shape, layout, self.sizes)[x.ndim - rank if rank else x.ndim :]
+            return dims.local_shape(x.shape, spec, self.sizes)[x.ndim - rank if rank else x.ndim :]
 
-        return jax.tree.map_with_path(leaf, params, laid)
+        return jax.tree.map_with_path(leaf, params, specs)
 
 
 class Scheduled(NamedTuple):
     """A collective, and when it runs."""
 
     what: Collective
-    again: tuple[str, ...] = ()  # under these rematerialisations, in the backward pass once more
-    of: str = "activations"  # what it depends on; "weights" or "ids": on nothing else
-    backward: bool = False  # in the backward pass alone
+    again: tuple[str, ...] = ()  # rematerialisations that repeat it in the backward pass
+    depends_on: str = "activations"  # or "weights" or "ids": nothing else
+    backward: bool = False  # in the backward pass only
 
 
-# Rematerialisations that compute once more what "save_collectives" keeps, and what neither keeps.
+# Rematerialisations that recompute what "save_collectives" saves, and what neither saves.
 FULL, BOTH = ("full",), ("full", "save_collectives")
 
 
 def scheduled(
-    collectives: list[Collective], again: tuple[str, ...] = (), of="activations", backward=False
+    collectives: list[Collective], again: tuple[str, ...] = (), depends_on="activations", backward=False
 ) -> list[Scheduled]:
-    """Returns several that run at the same times."""
-    return [Scheduled(c, again, of, backward) for c in collectives]
+    """Schedules several collectives alike."""
+    return [Scheduled(c, again, depends_on, backward) for c in collectives]
 
 
 EXCHANGE = "exchange of MoE layers"
 
 
 class ExchangedRows(NamedTuple):
-    """Rows that a shard's tokens make of themselves for experts that lie on several shards."""
+    """Rows that one shard hands to the exchange."""
 
     rows: int
     E: int
     slots: int  # of an expert
-    needed: tuple[str, ...]  # rematerialisations that compute again what experts have made of them
-    ladder: bool  # it is one of several branches
-    of: str  # what it depends on who goes where
-    O: int  # width of a row on its way back
+    needed: tuple[str, ...]  # rematerialisations that recompute the experts' outputs
+    bucketed: bool  # the capacity is one of several, chosen at run time
+    depends_on: str  # what the assignments depend on
+    O: int  # width of an output row
 
 
 def round_trip(
     there: list[Collective], back: list[Collective], rows: ExchangedRows, gradients: list[Collective] | None = None
 ) -> list[Scheduled]:
-    """Schedules rows that travel and come back; their gradients are as large where nothing else is given."""
+    """Schedules rows sent and returned; without `gradients`, the backward pass sends the same."""
     again = rows.needed and FULL
     gradients = there + back if gradients is None else gradients
     return scheduled(there, FULL) + scheduled(back, again) + scheduled(gradients, backward=True)

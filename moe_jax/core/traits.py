@@ -1,4 +1,4 @@
-"""Traits of a router: what it declares about itself, with the defaults for what it leaves out."""
+"""Traits of a router: its declarations, with defaults for those it leaves out."""
 
 from typing import Any, NamedTuple
 
@@ -8,25 +8,27 @@ from moe_jax.core.routing import TokenChoice
 class Traits(NamedTuple):
     """Attributes that a router may declare (class variables, fields or properties), and their defaults.
 
-    Losses and gating transforms are read in the same way for what they share with routers: `state`, `random`.
+    Losses and gating transforms may declare those that they share with routers: `state`, `random`.
     """
 
     params: tuple[str, ...] = ()  # names of its parameters, whose suffixes are their shapes (`gate_DE`)
-    zeros: tuple[str, ...] = ()  # those of them that start at zero
-    untrained: tuple[str, ...] = ()  # those of them that the task loss does not reach (law 3)
+    zeros: tuple[str, ...] = ()  # parameters that start at zero
+    untrained: tuple[str, ...] = ()  # parameters without a gradient of the task loss (law 3)
     K: int = 1  # choices per token, at most; for slots the number per token on average, rounded up
     routing: type = TokenChoice  # kind of routing: TokenChoice, SlotChoice or SoftSlots
-    random: bool = False  # trains otherwise than it evaluates, and needs keys for it
+    random: bool = False  # draws at random in training, and needs keys for it
     causal: bool = True  # False: choices depend on later tokens
-    grouped: bool = False  # choices depend on a token's place in its routing group, or on others; default: not causal
+    grouped: bool = (
+        False  # choices depend on the position in the routing group, or on other tokens; default: not causal
+    )
     needs: tuple[str, ...] = ()  # ids that it routes by: "token", "task"
-    tasks: int = 1  # tasks that it tells apart; default: its field M where it needs task ids
-    state: tuple[str, ...] = ()  # names of what it remembers; it has update(state, stats) -> new values
+    tasks: int = 1  # number of tasks that it distinguishes; default: its field M where it needs task ids
+    state: tuple[str, ...] = ()  # names of its state; the router has update(state, stats) -> new values
     gives: tuple[str, ...] = ()  # "load": a smooth estimate of each expert's load
-    nulls: int = 0  # experts beside the E ones that do nothing
+    nulls: int = 0  # experts, in addition to E, that do nothing
     score: str = "softmax"  # name of the function from logits to scores (`core.scores.SCORES`)
     normalize: bool = False  # weights are divided by their sum over the chosen
-    groups: int = 1  # groups of experts of which it limits the number per token
+    groups: int = 1  # groups of experts, whose number per token it limits
 
 
 def traits(component: Any) -> Traits:

@@ -6,15 +6,15 @@ from moe_jax.config import suggestion
 
 
 class Chip(NamedTuple):
-    """One chip, as it is sold; a chip may be several devices to JAX, which share all of it.
+    """One chip, as sold; JAX may see it as several devices, which share its resources.
 
-    flops: dense bfloat16 multiply-adds a second, times two. hbm: bytes; usable: of one device, what a program gets.
-    hbm_rate: bytes a second. dims: dimensions of its torus, 0 where a switch connects chips. link: bytes a second over
-    one link, one way; two links a dimension. dcn: bytes a second to other slices. largest: chips of a slice. watts: the
-    mean of a chip with its part of the host, None where nobody has published it.
+    flops: dense bfloat16 multiply-adds a second, times two. hbm: bytes; usable: bytes of one device that a program may
+    use. hbm_rate: bytes a second. dims: dimensions of its torus, 0 where a switch connects chips. link: bytes a second
+    over one link, one way; two links a dimension. dcn: bytes a second to other slices. largest: chips of a slice.
+    watts: the mean of a chip with its part of the host, None where it is not published.
     """
 
-    name: str  # in the name of a topology
+    name: str  # as in the name of a topology
     kind: str  # jax.Device.device_kind
     devices: int
     flops: float
@@ -42,7 +42,7 @@ UNKNOWN = "not published; give --power"
 # Between slices: 6.4 Tb/s of a v5e pod over its chips; 50 and 100 Gb/s a chip from v5p on; for v3 and v4 25 GB/s of a
 # host over its 4 chips (the same book), not confirmed by the vendor.
 #
-# Usable memory is what the compiler of libtpu 0.0.52 allows; v3's is not known, all of it is assumed.
+# Usable memory is what the compiler of libtpu 0.0.52 allows; v3's is unknown; all of it is assumed.
 #
 # Power: v3 is the mean of the four runs on it in arXiv:2104.10350, table 4 (245 to 310 W with host and network; the
 # chip alone 123/220/262 W, min/mean/max); v4 is GLaM's (arXiv:2112.06905, sec. 7; the chip alone 90/170/192 W).
@@ -89,7 +89,7 @@ CHIPS = (
         "board's limit, NVIDIA H100 datasheet",
     ),
 )
-# Other names that devices go by: their chips differ in memory only.
+# Other device kinds: their chips differ in memory only.
 DEVICE_KINDS = {
     **{c.kind: c for c in CHIPS},
     "TPU v5e": CHIPS[2],
@@ -102,7 +102,7 @@ DEVICE_KINDS = {
 
 
 def chip(name: str) -> Chip:
-    """Returns a chip by the name that topologies use; ValueError names the one that was probably meant."""
+    """Returns a chip by the name that topologies use; ValueError suggests the nearest name."""
     names = {c.name: c for c in CHIPS}
     if name not in names:
         raise ValueError(f"No chip is called {name!r}{suggestion(name, list(names))}")
@@ -115,6 +115,6 @@ def by_device_kind(kind: str) -> Chip | None:
 
 
 def peak(kind: str) -> float | None:
-    """Dense bfloat16 FLOPs a second of one device of this kind, for a run's MFU; None where nothing is known."""
+    """Dense bfloat16 FLOPs a second of one device of this kind, for a run's MFU; None where it is unknown."""
     found = by_device_kind(kind)
     return found and found.flops / found.devices

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from moe_jax.costs import chips
 
-# Where a user says nothing else: a large cloud's data centre, and the average grid of the United States in 2020.
+# Defaults: a large cloud's data centre, and the average grid of the United States in 2020.
 PUE, PUE_SOURCE = 1.10, "Google's data centres in arXiv:2104.10350, table 4: 1.08 to 1.12"
 CARBON, CARBON_SOURCE = 0.429, "US average, arXiv:2104.10350, table 4 (GPT-3)"
-# Of a CPU core at work, where the processor is not known; memory is not in it.
+# Watts of a busy CPU core, where the processor is unknown; memory is not included.
 CORE_WATTS, CORE_SOURCE = 12.0, "Green Algorithms' figure for any CPU, arXiv:2007.07610"
 
 
@@ -29,9 +29,9 @@ class Energy(NamedTuple):
 
 
 def energy(hours: float, processors: int, watts: float, pue: float = PUE, carbon: float = CARBON) -> Energy:
-    """Energy of `hours` on so many processors of so many watts each; carbon: kg CO2e per kWh.
+    """Energy of `hours` on `processors` of `watts` each; carbon: kg CO2e per kWh.
 
-    Manufacturing, storage and failed runs are not in it. ValueError where a figure cannot be.
+    Manufacturing, storage and failed runs are not included. ValueError for an impossible figure.
     """
     given = {"hours": hours, "processors": processors, "power": watts, "carbon": carbon}
     for name, value in given.items():
@@ -52,11 +52,11 @@ def run_energy(
     carbon: float = CARBON,
     cores: int | None = None,
 ) -> dict[str, float | str | None]:
-    """Energy record of a run of `seconds` on so many JAX devices of this kind, with the assumptions made.
+    """Energy record of a run of `seconds` on a number of JAX devices of this kind, with its assumptions.
 
     watts: of a chip, or of a CPU core; None is the published mean of the chip, or `CORE_WATTS`. cores: of a CPU,
-    however many devices it simulates; None counts those this process may use. kWh and kg of CO2e are None where nothing
-    is published of the chip's power. Time is measured; power is not.
+    however many devices it simulates; None counts those that this process may use. kWh and kg of CO2e are None where
+    the power of the chip is not published. Time is measured; power is not.
     """
     chip, published, source = chips.by_device_kind(kind), None, "not published"
     processors, what = float(devices), kind
@@ -68,14 +68,14 @@ def run_energy(
         watts = published
     else:
         source = "as configured"
-    said = {"seconds": seconds, "processors": processors, "pue": pue, "carbon": carbon}
+    record = {"seconds": seconds, "processors": processors, "pue": pue, "carbon": carbon}
     number = f"{processors:g} {what}{'s' * (processors != 1 and source != 'not published')}"
     if watts is None:
         words = f"no estimate: the power of {number} is not published; set config.run.watts"
-        return {**said, "watts": None, "kwh": None, "kg_co2e": None, "basis": words}
-    taken = energy(seconds / 3600, 1, processors * watts, pue, carbon)
+        return {**record, "watts": None, "kwh": None, "kg_co2e": None, "basis": words}
+    total = energy(seconds / 3600, 1, processors * watts, pue, carbon)
     words = f"estimate for {number} at {watts:g} W ({source}), PUE {pue:g}, {1000 * carbon:g} gCO2e/kWh"
-    return {**said, "watts": watts, "kwh": taken.kwh, "kg_co2e": 1000 * taken.tco2e, "basis": words}
+    return {**record, "watts": watts, "kwh": total.kwh, "kg_co2e": 1000 * total.tco2e, "basis": words}
 
 
 def usable_cores() -> int:

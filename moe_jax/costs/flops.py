@@ -16,12 +16,12 @@ from moe_jax.moe_config import sizes_of
 class Flops(NamedTuple):
     """FLOPs of the matrix multiplications of one sequence's forward pass, by kind: 2 for every multiply and add.
 
-    "scores" are attention's, over the whole length, as it is computed. Look-ups, norms and activations are left out.
+    "scores" are attention's, over the full length, masked pairs included. Look-ups, norms and activations are left out.
     """
 
     kinds: Mapping[str, int]
     tokens: int  # of the sequence, those of source and target
-    slots: float  # rows that experts compute for one that a token has chosen: capacity that is not filled
+    slots: float  # expert rows computed per row chosen: unfilled capacity
 
     @property
     def forward(self) -> int:
@@ -29,16 +29,16 @@ class Flops(NamedTuple):
 
     @property
     def training(self) -> int:
-        """Forward and backward, which is twice the forward: what a model needs, and MFU is measured by."""
+        """FLOPs of forward and backward, which is twice the forward; MFU is measured by them."""
         return 3 * self.forward
 
     @property
     def per_token(self) -> float:
-        """Forward, of a token."""
+        """Forward FLOPs per token."""
         return self.forward / self.tokens
 
     def computed(self, remat: str = "none") -> float:
-        """Training as it is computed: with empty slots, and layers once more where they are rematerialised."""
+        """FLOPs of training as computed: with empty slots, and a second forward pass of rematerialised layers."""
         again = 0 if remat == "none" else 1
         layers = sum(n * (self.slots if kind == "experts" else 1) for kind, n in self.kinds.items() if kind != "head")
         return float((3 + again) * layers + 3 * self.kinds.get("head", 0))
@@ -58,7 +58,7 @@ def flops(cfg: Model, batch: Any) -> Flops:
 
 
 def score_flops(cfg: Model, batch: Any) -> int:
-    """Scores, one for a query, a key and a head, of all layers for a sequence of batches like this one."""
+    """Number of scores (query, key, head) of all layers, for one sequence of a batch like this one."""
     return sum(
         stack.L * n_keys(sub, stack) * sub.part.sizes["H"]
         for stack in cfg.stacks(batch)
@@ -69,12 +69,12 @@ def score_flops(cfg: Model, batch: Any) -> int:
 
 
 def n_keys(sub: Sublayer, stack: StackShape) -> int:
-    """Keys that every query of an attention is compared with, seen or not."""
+    """Number of keys that every query of an attention is compared with, masked or not."""
     return stack.M if sub.memory else stack.L
 
 
 def attention_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
-    """An attention, on a sequence of its stack; matrices of keys and values are multiplied with the memory's tokens."""
+    """FLOPs of an attention on a sequence of its stack; keys and values are projected from a memory, if any."""
     part, M, sizes = sub.part, n_keys(sub, stack), {**sub.part.sizes, "D": D}
     tokens = {name: M if name in part.of_memory else stack.L for name in part.params if is_attention_matrix(name)}
     matrices = sum(2 * n * n_parameters([dims.dims_of(name)], sizes) for name, n in tokens.items())
@@ -82,12 +82,12 @@ def attention_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
 
 
 def dense_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
-    """A dense feed-forward part, on a sequence of its stack."""
+    """FLOPs of a dense feed-forward part on a sequence of its stack."""
     return {"dense": 2 * stack.L * matmul_flops(sub.part, D)}
 
 
 def moe_flops(sub: Sublayer, stack: StackShape, D: int) -> dict[str, int]:
-    """An MoE layer, on a sequence of its stack: K experts a token."""
+    """FLOPs of an MoE layer on a sequence of its stack: K experts per token."""
     cfg, L = sub.part, stack.L
     return {
         "experts": 2 * L * cfg.router.K * matmul_flops(cfg.experts, D),
@@ -104,7 +104,7 @@ PARTS: dict[str, Callable[[Sublayer, StackShape, int], dict[str, int]]] = {
 
 
 def matmul_flops(expert: Any, D: int) -> int:
-    """Numbers in the matrices of an expert, which a row is multiplied with."""
+    """Numbers in the matrices of an expert: multiply-adds per row."""
     names = () if expert is None else expert.params
     letters = [dims.dims_of(n).removeprefix("E") for n in names]
     sizes = {} if expert is None else {**sizes_of(expert), "D": D}
@@ -112,14 +112,14 @@ def matmul_flops(expert: Any, D: int) -> int:
 
 
 def router_flops(cfg: MoEConfig, D: int) -> int:
-    """Numbers in the matrices of a router that a token is multiplied with; what it looks up by a task is not."""
+    """Numbers in the matrices of a router: multiply-adds per token; look-ups by task are not included."""
     letters = [dims.dims_of(n) for n in cfg.router.params]
     sizes = {**sizes_of(cfg.router), "E": cfg.E, "D": D}
     return n_parameters([m for m in letters if len(m) > 1 and m != "ME"], sizes)
 
 
 def head_flops(cfg: Model, batch: Any) -> int:
-    """FLOPs from the last layer to logits; for images also from patches to the first layer."""
+    """FLOPs from the last layer to logits; for images also of the projection of patches."""
     if isinstance(cfg, ViTConfig):
         patches = 2 * (cfg.L - 1) * cfg.patch**2 * cfg.image[2] * cfg.D
         return patches + 2 * cfg.D * (cfg.V + cfg.representation * cfg.D)
@@ -127,7 +127,7 @@ def head_flops(cfg: Model, batch: Any) -> int:
 
 
 def empty_slots(cfg: MoEConfig | None, L: int) -> float:
-    """Slots for every choice that a token of a sequence of L makes."""
+    """Expert slots per choice, for sequences of L tokens; 1 without capacity."""
     if cfg is None or cfg.dispatch.capacity_factor is None:
         return 1.0
     S = cfg.group(cfg.sequences(L), L, training=True)

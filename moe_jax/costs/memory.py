@@ -18,18 +18,18 @@ from moe_jax.models.pattern import blocks
 
 
 class Memory(NamedTuple):
-    """Bytes on one device. The state is always there; of the phases of a step, the largest makes the peak.
+    """Bytes on one device. The state is always held; the largest phase of a step adds the peak.
 
-    parameters, optimizer: the state, as it lies. pieces: what stays from one piece of a batch to the next
-    (`microbatches`). gradients: of the layers' parameters. copies: of these in the type that is computed in; XLA makes
-    them once, outside of the loop over layers. activations: kept for the backward pass. layer: what a block of layers
-    needs in its backward pass: its weights gathered over fsdp, and what is computed again. head: logits, the embedding
-    as it is used, and their gradients. embedding: the gradient of all of it. update: what the optimizer needs besides.
+    parameters, optimizer: the state, sharded. accumulated: gradients summed over microbatches. gradients: of the
+    parameters of layers. copies: of these in the compute type, made once, outside of the loop over layers.
+    activations: kept for the backward pass. layer: needs of a block of layers in its backward pass: weights gathered
+    over fsdp, and recomputed activations. head: logits, the embedding as used, and their gradients. embedding: the
+    gradient of the full embedding. update: further needs of the optimizer.
     """
 
     parameters: int
     optimizer: int
-    pieces: int
+    accumulated: int
     gradients: int
     copies: int
     activations: int
@@ -40,12 +40,12 @@ class Memory(NamedTuple):
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes beside the state, by phase of the step."""
-        kept = self.pieces + self.copies + self.activations
+        """Bytes in addition to the state, by phase of the step."""
+        kept = self.accumulated + self.copies + self.activations
         return {
             "head": kept + self.head,
             "layers": kept + self.gradients + self.layer,
-            "embedding": self.pieces + self.gradients + self.embedding,
+            "embedding": self.accumulated + self.gradients + self.embedding,
             "update": self.gradients + self.update,
         }
 
@@ -56,16 +56,16 @@ class Memory(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One of a device, in numbers."""
+    """Counts of a parameter on one device."""
 
     path: tuple[str, ...]
-    held: int  # as it lies
-    used: int  # of one block of layers, gathered over fsdp
-    cast: bool  # whether it is used in the type that is computed in
+    held: int  # numbers, sharded
+    used: int  # numbers of one block of layers, gathered over fsdp
+    cast: bool  # whether it is used in the compute type
 
 
 def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
-    """Memory of the experiment's train step on a mesh of these sizes."""
+    """Memory of an experiment's train step on a mesh of these sizes."""
     sizes = {axis: max(sizes.get(axis, 1), 1) for axis in AXES}
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     params, state, optimizer = held(exp, sizes)
@@ -80,7 +80,7 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
     return Memory(
         parameters=state,
         optimizer=optimizer,
-        pieces=everything + gathered if exp.data.microbatches > 1 else 0,
+        accumulated=everything + gathered if exp.data.microbatches > 1 else 0,
         gradients=everything - outside,
         copies=width * sum(p.held for p in inner if p.cast) if width < FLOAT else 0,
         activations=activations,
@@ -92,7 +92,7 @@ def memory(exp: Experiment, sizes: Mapping[str, int]) -> Memory:
 
 
 def layer_memory(exp: Experiment, sizes: Mapping[str, int], params: list[Parameter]) -> tuple[int, int]:
-    """Bytes that all layers keep for the backward pass, and the most that a block of them needs there."""
+    """Bytes that all layers keep for the backward pass, and the most that one block needs in it."""
     cfg, width = exp.model, jnp.dtype(exp.model.dtype).itemsize
     experts = math.prod(sizes[axis] for axis in exp.exchange.over)
     share = DeviceShare(sequences(exp, sizes), width, sizes["tensor"], experts)
@@ -110,7 +110,7 @@ def layer_memory(exp: Experiment, sizes: Mapping[str, int], params: list[Paramet
                 layer = max(layer, largest, bias)
             else:
                 activations += n * kept.between
-                layer = max(layer, kept.inside + gathered, bias)  # a gradient takes the place of its weight
+                layer = max(layer, kept.inside + gathered, bias)  # a gradient reuses the memory of its weight
     return activations, layer
 
 
@@ -125,21 +125,21 @@ def in_stack(p: Parameter) -> bool:
 
 
 def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], int, int]:
-    """Parameters on one device, and bytes of them and of what the optimizer remembers."""
+    """Parameters on one device, and bytes of them and of the optimizer state."""
     data = dataclasses.replace(exp.data, B=1, microbatches=1)
     params, state = state_shapes(exp.model, data, exp.optim, exp.run.steps)
-    laid = dims.specs(params, shard.rules_for(exp.exchange, sizes))
-    spread = exp.optim.sharded(params, laid, sizes)
+    specs = dims.specs(params, shard.rules_for(exp.exchange, sizes))
+    sharded = exp.optim.sharded(params, specs, sizes)
     found = []
-    for (path, x), layout in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(laid), strict=True):
+    for (path, x), spec in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(specs), strict=True):
         names = optim.names_of(path)
         letters = dims.dims_of(names[-1])
-        n = math.prod(dims.local_shape(x.shape, layout, sizes))
+        n = math.prod(dims.local_shape(x.shape, spec, sizes))
         layers = x.shape[0] if "stack_" in names[0] else 1
         gathered = sizes["fsdp"] if dims.fsdp_dim(letters) and not names[-1].startswith("router") else 1
         cast = len(letters) > 1 and not names[-1].startswith("router")
         found.append(Parameter(names, n, n // layers * gathered, cast))
-    return found, bytes_of(params, laid, sizes), bytes_of(state, optim.opt_state_specs(state, params, spread), sizes)
+    return found, bytes_of(params, specs, sizes), bytes_of(state, optim.opt_state_specs(state, params, sharded), sizes)
 
 
 @lru_cache
@@ -150,7 +150,7 @@ def state_shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any
     return params, jax.eval_shape(optimizer.build(steps)[0].init, params)
 
 
-def bytes_of(tree: Any, layouts: Any, sizes: Mapping[str, int]) -> int:
+def bytes_of(tree: Any, specs: Any, sizes: Mapping[str, int]) -> int:
     """Bytes of one device's part of arrays with these shardings."""
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layouts), strict=True)
-    return sum(math.prod(dims.local_shape(x.shape, layout, sizes)) * x.dtype.itemsize for x, layout in pairs)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(specs), strict=True)
+    return sum(math.prod(dims.local_shape(x.shape, spec, sizes)) * x.dtype.itemsize for x, spec in pairs)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from moe_jax.core import dims
 from moe_jax.models import EncoderDecoderConfig, Model, ViTConfig
 from moe_jax.models.blocks import NORM_VECTORS
-from moe_jax.models.pattern import Sublayer, placed
+from moe_jax.models.pattern import Sublayer, placed_sublayers
 from moe_jax.moe import MoEConfig
 from moe_jax.moe_config import sizes_of
 
@@ -17,14 +17,14 @@ Letters = Iterable[str]  # dimensions of several parameters, "DF" and the like
 
 
 class Kind(NamedTuple):
-    """Parameters of one kind: all, and those that a token meets: K of E experts."""
+    """Parameters of one kind: total, and active for a token: K of E experts."""
 
     total: int
     active: int
 
 
 class ParameterCount(NamedTuple):
-    """Parameter counts of a model, by kind. Embeddings and heads count in both, once where they are tied."""
+    """Parameter counts of a model, by kind. Embeddings and heads count in both, once if tied."""
 
     kinds: Mapping[str, Kind]
 
@@ -40,7 +40,7 @@ class ParameterCount(NamedTuple):
 def parameters(cfg: Model) -> ParameterCount:
     """Counts a model's parameters; a router that chooses fewer experts for some tokens counts with its most, K."""
     counts = Counter(ends(cfg))
-    for part in placed(cfg):
+    for part in placed_sublayers(cfg):
         counts.update(sublayer_parameters(cfg, part.sub))
     active = dict(counts)
     if cfg.routed is not None:
@@ -54,7 +54,7 @@ def sublayer_parameters(cfg: Model, sub: Sublayer) -> dict[str, int]:
 
 
 def attention_parameters(part: Any, D: int) -> dict[str, int]:
-    """Parameters of an attention: tables of positions apart."""
+    """Parameters of an attention, tables of positions separately."""
     letters = [dims.dims_of(name) for name in part.params]
     sizes = {**part.sizes, "D": D}
     tables = [m for m in letters if m.startswith("P")]

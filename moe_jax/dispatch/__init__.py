@@ -1,8 +1,8 @@
 """Dispatchers: (x_GSD, routing, experts, params, shard) -> (y_GSO, kept). One line here registers one.
 
 `experts` is a function (params, x, groups) -> y, whose width O may differ from D. `shard.apply_experts` brings rows to
-experts on any shard. `accepts` names the kinds of routing a dispatcher takes, `layout` how it lays out the rows of
-experts. `kept` tells of every choice (or slot) whether it reached its expert. slots(S, K, E) is the number of slots of
+experts on any shard. `accepts` names the kinds of routing that a dispatcher takes, `layout` its layout of the rows of
+experts. `kept` tells for every choice (or slot) whether it reached its expert. slots(S, K, E) is the number of slots of
 an expert for a group of S tokens with K choices each. Weights pass through `shard.tensor_enter` before they are
 multiplied with outputs.
 """
@@ -14,4 +14,4 @@ from moe_jax.dispatch.sort import Sort
 
 DISPATCHERS = (Einsum, Scatter, Sort, Gather)
 
-__all__ = ["DISPATCHERS", "Einsum", "Gather", "Scatter", "Sort"]
+__all__ = ["DISPATCHERS", *(dispatcher.__name__ for dispatcher in DISPATCHERS)]

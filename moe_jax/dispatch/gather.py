@@ -12,14 +12,14 @@ from moe_jax.core.shard import Shard
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """Dispatcher for experts that choose their tokens: every slot fetches its token, and adds its output to it."""
+    """Dispatcher for experts that choose their tokens: every slot fetches its token, and adds its output there."""
 
-    capacity_factor: ClassVar[None] = None  # the router says how many slots there are
+    capacity_factor: ClassVar[None] = None  # the router sets the number of slots
     accepts: ClassVar = (SlotChoice,)
     layout: ClassVar = Padded
 
     def slots(self, S: int, K: int, E: int) -> int:
-        """The most tokens of a group of S that an expert can take; how many it takes is the router's to say."""
+        """The most tokens of a group of S that an expert can take; the router decides how many it takes."""
         return S
 
     def __call__(

@@ -59,10 +59,10 @@ class Scatter:
 
 def capacities(S: int, K: int, E: int) -> tuple[int, ...]:
     """Slots per expert from the balanced number up to S, which holds everything."""
-    ladder = [capacity(S, K, E, 1.0)]
-    while ladder[-1] < S:
-        ladder.append(min(S, 2 * ladder[-1]))
-    return tuple(ladder)
+    counts = [capacity(S, K, E, 1.0)]
+    while counts[-1] < S:
+        counts.append(min(S, 2 * counts[-1]))
+    return tuple(counts)
 
 
 def _padded(
@@ -76,28 +76,28 @@ def _padded(
     shard: Shard,
     C: int | None,
 ) -> Float[Array, "G S O"]:
-    """C slots per expert and group, or as many as it takes; the empty ones are computed too."""
+    """Computes C slots per expert and group, or enough for all tokens (C=None), empty ones included."""
     (G, S, D), K, E = x_GSD.shape, position_GSK.shape[-1], routing.E
 
     def with_slots(C: int, x_GSD, weight_GSK, params):
         row_GSK = (routing.expert_GSK * G + jnp.arange(G)[:, None, None]) * C + position_GSK
-        places = rows.row_map(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
-        x_ECD = rows.send(x_GSD, places).rows.reshape(E, G * C, D)
+        row_map = rows.row_map(jnp.where(kept_GSK, row_GSK, E * G * C), E * G * C)
+        x_ECD = rows.send(x_GSD, row_map).rows.reshape(E, G * C, D)
         y_ECO, _ = shard.apply_experts(experts, params, x_ECD, Padded())
-        return rows.weighted_sum(y_ECO.reshape(E * G * C, -1), weight_GSK, places)
+        return rows.weighted_sum(y_ECO.reshape(E * G * C, -1), weight_GSK, row_map)
 
     if C is not None:
         return with_slots(C, x_GSD, routing.weight_GSK, params)
-    needed, ladder = shard.max(jnp.max(jnp.where(kept_GSK, position_GSK + 1, 0))), capacities(S, K, E)
-    rung = jnp.searchsorted(np.array(ladder), needed)
-    return lax.switch(rung, [partial(with_slots, C) for C in ladder], x_GSD, routing.weight_GSK, params)
+    needed, counts = shard.max(jnp.max(jnp.where(kept_GSK, position_GSK + 1, 0))), capacities(S, K, E)
+    index = jnp.searchsorted(np.array(counts), needed)
+    return lax.switch(index, [partial(with_slots, C) for C in counts], x_GSD, routing.weight_GSK, params)
 
 
 def _occupied(
     x_GSD, routing, position_GSK, kept_GSK, params, *, experts: Callable, shard: Shard
 ) -> Float[Array, "G S O"]:
-    """Computes occupied slots alone, with the same result, on a platform that takes any number of rows per expert."""
+    """Computes only occupied slots, with the same result, on a platform that takes any number of rows per expert."""
     row_GSK, sizes_E = rows.ragged_rows(routing, position_GSK, kept_GSK)
-    places = rows.row_map(row_GSK, row_GSK.size)
-    y_RO, _ = shard.apply_experts(experts, params, rows.send(x_GSD, places), OneByOne(sizes_E))
-    return rows.weighted_sum(y_RO, routing.weight_GSK, places)
+    row_map = rows.row_map(row_GSK, row_GSK.size)
+    y_RO, _ = shard.apply_experts(experts, params, rows.send(x_GSD, row_map), OneByOne(sizes_E))
+    return rows.weighted_sum(y_RO, routing.weight_GSK, row_map)

@@ -15,7 +15,7 @@ from moe_jax.core.shard import Shard
 class Sort:
     """Dropless: rows sorted by expert, grouped matmuls, rows back (MegaBlocks, arXiv:2211.15841).
 
-    Experts that are spread over shards are reached by the exchange RaggedAllToAll(), or AllGather().
+    Experts that are sharded are reached by the exchange RaggedAllToAll(), or AllGather().
     """
 
     capacity_factor: ClassVar[None] = None
@@ -23,7 +23,7 @@ class Sort:
     layout: ClassVar = Ragged
 
     def slots(self, S: int, K: int, E: int) -> int:
-        """The most rows that an expert may have of a group of S tokens; rows lie back to back, without empty slots."""
+        """The most rows that an expert may have of a group of S tokens; rows are contiguous, without empty slots."""
         return S
 
     def __call__(
@@ -36,8 +36,8 @@ class Sort:
     ) -> tuple[Float[Array, "G S O"], Bool[Array, "G S K"]]:
         kept_GSK = routing.expert_GSK < routing.E
         row_GSK, sizes_E = rows.ragged_rows(routing, position_in_expert(routing), kept_GSK)
-        places = rows.row_map(row_GSK, row_GSK.size)
-        y_RO, reached = shard.apply_experts(experts, params, rows.send(x_GSD, places), Ragged(sizes_E))
-        y_GSO = rows.weighted_sum(y_RO, shard.tensor_enter(routing.weight_GSK), places)
+        row_map = rows.row_map(row_GSK, row_GSK.size)
+        y_RO, reached = shard.apply_experts(experts, params, rows.send(x_GSD, row_map), Ragged(sizes_E))
+        y_GSO = rows.weighted_sum(y_RO, shard.tensor_enter(routing.weight_GSK), row_map)
         reached_R = jnp.broadcast_to(reached, (row_GSK.size,))
         return y_GSO, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)

@@ -1,9 +1,9 @@
-"""Exchanges: how rows and experts that lie on different shards meet. One line here registers one.
+"""Exchanges: they bring rows and experts on different shards together. One line here registers one.
 
 `(shard, experts, params, x, groups) -> (y, reached)`: x holds this shard's rows in groups of all E experts, params only
-the experts of this shard. y is in the order of x, and as wide as the experts make it; `reached` says of every row (or
-of all) whether it saw an expert. `over` names the mesh axes that experts are spread over, `layouts` the layouts of rows
-that it carries.
+the experts of this shard. y is in the order of x, and as wide as the experts make it; `reached` tells for every row (or
+for all) whether it reached an expert. `over` names the mesh axes that experts are sharded over, `layouts` the layouts
+of rows that the exchange carries.
 `traffic(part, rows, experts)` predicts what a call and its gradient send, to the byte (`moe_jax/core/traffic.py`).
 """
 
@@ -14,4 +14,4 @@ from moe_jax.exchanges.two_level import TwoLevel
 
 EXCHANGES = (AllToAll, TwoLevel, RaggedAllToAll, AllGather)
 
-__all__ = ["EXCHANGES", "AllGather", "AllToAll", "RaggedAllToAll", "TwoLevel"]
+__all__ = ["EXCHANGES", *(exchange.__name__ for exchange in EXCHANGES)]

@@ -18,7 +18,7 @@ from moe_jax.core.traffic import BOTH, EXCHANGE, ExchangedRows, Scheduled, Shape
 class AllGather:
     """Tokens stay where they are, and the weights of all experts travel to them (Janus, SIGCOMM 2023).
 
-    Cheaper than an all-to-all where a shard's rows are more bytes than the experts; gradients are reduce-scattered.
+    Cheaper than an all-to-all where a shard has more bytes of rows than of experts; gradients are reduce-scattered.
     """
 
     over: tuple[str, ...] = ("expert",)
@@ -30,9 +30,9 @@ class AllGather:
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x: Float[Array, "... D"], groups: Groups
     ) -> tuple[Float[Array, "... O"], Bool[Array, ""]]:
-        travelling = jax.tree.map(lambda w: w.astype(x.dtype), params)
-        everything = jax.tree.map(partial(shard.gather, axes=shard.experts), travelling)
-        return experts(everything, x, groups), jnp.ones((), bool)
+        cast = jax.tree.map(lambda w: w.astype(x.dtype), params)
+        gathered = jax.tree.map(partial(shard.gather, axes=shard.experts), cast)
+        return experts(gathered, x, groups), jnp.ones((), bool)
 
     def traffic(self, part: ShardBatch, rows: ExchangedRows, experts: Shapes) -> list[Scheduled]:
         """Predicts the weights of all experts, and their gradients on the way back."""
@@ -40,7 +40,7 @@ class AllGather:
         for name, shape in experts.items():
             n = math.prod(shape) * (part.devices(part.here.fsdp) if dims.fsdp_dim(dims.dims_of(name)) else 1)
             again = rows.needed if name == "down_ED" else BOTH
-            whole = part.one("all-gather", axes, n * part.devices(axes), EXCHANGE)
-            found += scheduled(whole, again, "activations" if rows.ladder else "weights")
+            gathered = part.one("all-gather", axes, n * part.devices(axes), EXCHANGE)
+            found += scheduled(gathered, again, "activations" if rows.bucketed else "weights")
             found += scheduled(part.one("reduce-scatter", axes, n, EXCHANGE), backward=True)
         return found

@@ -14,8 +14,8 @@ from moe_jax.core.traffic import EXCHANGE, ExchangedRows, Scheduled, Shapes, Sha
 class AllToAll:
     """Slots travel to their experts and back: two all-to-alls (GShard, arXiv:2006.16668, sec. 3.2).
 
-    chunks: the slots of every expert go in so many parts, one after another, so that one part can travel while
-        another is computed (Tutel, arXiv:2206.03382, sec. 3.2); on TPU with xla_tpu_enable_async_all_to_all=true.
+    chunks: number of parts that the slots of every expert are sent in, so that one part can travel while another
+        is computed (Tutel, arXiv:2206.03382, sec. 3.2); on TPU with xla_tpu_enable_async_all_to_all=true.
     """
 
     chunks: int = 1

@@ -25,12 +25,12 @@ from moe_jax.core.traffic import (
 class RaggedAllToAll:
     """Dropless: exactly the rows that experts have been given travel, in slices of any size.
 
-    `ragged_all_to_all` on TPU; elsewhere an exact emulation, in which everybody receives everything. A slice per
-    expert and source, so that rows arrive sorted by expert (MegaBlocks, arXiv:2211.15841, leaves this open).
+    `ragged_all_to_all` on TPU; elsewhere an exact emulation, in which every shard receives all rows. There is a slice
+    per expert and source, so that rows arrive sorted by expert (MegaBlocks, arXiv:2211.15841, leaves this open).
 
-    buffer: room to receive, in multiples of the balanced number of rows. None is room for all rows of all shards. What
-        does not fit is dropped and counted: the same part of every slice, its last rows. As room is shared with what
-        comes later and with other sequences, a bound is not causal.
+    buffer: room to receive, in multiples of the balanced number of rows. None is room for all rows of all shards. Rows
+        beyond it are dropped and counted: the last rows of every slice, in the same proportion. Later tokens and other
+        sequences share the room, so a bound is not causal.
     """
 
     buffer: float | None = None
@@ -53,29 +53,29 @@ class RaggedAllToAll:
         begin_XE = jnp.cumsum(asked_XE, axis=1) - asked_XE
         slices = Slices(sizes_XXe, begin_XE.reshape(X, X, E // X), slice_offsets(sizes_XXe))
         x_rD = shard.send_slices(x_RD, slices, rows)
-        mine = shard.axis_index(shard.experts)
-        y_rO = experts(params, x_rD, g.Ragged(sizes_XXe[:, mine].sum(0)))
-        there_r1 = (jnp.arange(rows) < sizes_XXe[:, mine].sum())[:, None]
-        y_RO = shard.send_slices(jnp.where(there_r1, y_rO, 0), slices.reverse(), R)
+        me = shard.axis_index(shard.experts)
+        y_rO = experts(params, x_rD, g.Ragged(sizes_XXe[:, me].sum(0)))
+        valid_r1 = (jnp.arange(rows) < sizes_XXe[:, me].sum())[:, None]
+        y_RO = shard.send_slices(jnp.where(valid_r1, y_rO, 0), slices.reverse(), R)
         expert_R = jnp.repeat(jnp.arange(E), groups.sizes_E, total_repeat_length=R)
-        rank_R = jnp.arange(R) - begin_XE[mine][expert_R]
-        return y_RO, rank_R < sizes_XXe[mine].reshape(E)[expert_R]
+        rank_R = jnp.arange(R) - begin_XE[me][expert_R]
+        return y_RO, rank_R < sizes_XXe[me].reshape(E)[expert_R]
 
     def traffic(self, part: ShardBatch, rows: ExchangedRows, experts: Shapes) -> list[Scheduled]:
-        """Predicts first how many rows there are, then rows: as they are on TPU, elsewhere those of everybody."""
+        """Predicts an exchange of row counts, then of rows: on TPU those sent, elsewhere all rows of all shards."""
         axes, R = part.here.experts, rows.rows
         X = part.devices(axes)
         room = X * R if self.buffer is None else min(X * R, math.ceil(self.buffer * R))
-        asked = part.one("all-gather", axes, X * rows.E, EXCHANGE, of="int32")
+        asked = part.one("all-gather", axes, X * rows.E, EXCHANGE, dtype="int32")
 
-        def way(before: int, after: int, width: int) -> list[Collective]:
+        def exchanged(before: int, after: int, width: int) -> list[Collective]:
             if part.platform == "tpu":
                 return part.one("ragged-all-to-all", axes, after * width, EXCHANGE)
             return part.one("all-gather", axes, X * before * width, EXCHANGE)
 
-        there, back = way(R, room, part.D), way(room, R, rows.O)
-        gradients = way(R, room, rows.O) + way(room, R, part.D)
-        return scheduled(asked, BOTH, rows.of) + round_trip(there, back, rows, gradients)
+        there, back = exchanged(R, room, part.D), exchanged(room, R, rows.O)
+        gradients = exchanged(R, room, rows.O) + exchanged(room, R, part.D)
+        return scheduled(asked, BOTH, rows.depends_on) + round_trip(there, back, rows, gradients)
 
 
 def slice_offsets(sizes_XXe: Int[Array, "X X e"]) -> Int[Array, "X X e"]:

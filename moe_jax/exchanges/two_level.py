@@ -14,8 +14,8 @@ from moe_jax.core.traffic import EXCHANGE, ExchangedRows, Scheduled, Shapes, Sha
 class TwoLevel:
     """Experts over slices too: all-to-all inside a slice, then across (HetuMoE, arXiv:2203.14685, sec. 3.2).
 
-    Between slices the same bytes travel as in one all-to-all over both axes, in as many times fewer and larger
-    messages as a slice has shards of experts; inside a slice they travel besides.
+    Between slices it sends the same bytes as one all-to-all over both axes, in messages fewer and larger by the number
+    of expert shards in a slice; inside a slice the bytes are sent in addition.
     """
 
     over: tuple[str, ...] = ("slice", "expert")

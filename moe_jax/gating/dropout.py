@@ -12,7 +12,7 @@ from moe_jax.core.context import Context
 class ExpertDropout:
     """Masks each expert for a whole training step with this probability; never all of them.
 
-    One draw for all tokens on all devices, so that others learn what a popular expert knows.
+    One draw holds for all tokens on all devices, so that others learn to replace a popular expert.
     """
 
     rate: float = 0.1  # probability that an expert is out of reach
@@ -32,8 +32,8 @@ class ExpertDropout:
 class GatingDropout:
     """Keeps tokens on their device for a whole training step with this probability (arXiv:2205.14336).
 
-    islands=0: the experts are skipped, shared ones and the residual stay (Gate-Expert-Drop, 0.2 in the paper).
-    islands=n: the experts are in n equal islands, routing group g reaches island g mod n alone (Gate-Drop, 0.3 in the
+    islands=0: routed experts are skipped, shared experts and the residual are not (Gate-Expert-Drop, 0.2 in the paper).
+    islands=n: the experts are in n equal islands, routing group g reaches only island g mod n (Gate-Drop, 0.3 in the
     paper, where an island is a device; here it is a number, so that a model does not depend on its mesh).
     """
 

@@ -35,7 +35,7 @@ class Temperature:
         return self.steps > 0
 
     def at(self, step: Array | int) -> Array:
-        """The temperature after so many updates."""
+        """The temperature after `step` updates."""
         if not self.steps:
             return jnp.asarray(self.start, jnp.float32)
         done = jnp.clip(jnp.asarray(step, jnp.float32) / self.steps, 0, 1)

@@ -1,4 +1,4 @@
-"""Recordings of routing, what can be read from them, and what can be tried on a trained model."""
+"""Recordings of routing, their analysis, and experiments on a trained model."""
 
 from moe_jax.inspect.balance import (
     dead_experts,

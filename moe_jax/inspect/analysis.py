@@ -1,4 +1,4 @@
-"""All that is read from a recording, as named arrays and plain values: what the report draws and its JSON holds."""
+"""Analysis of a recording, as named arrays and plain values: the contents of the report and its JSON."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,17 +24,17 @@ from moe_jax.inspect.similarity import chosen_together, duplicates, router_satur
 from moe_jax.inspect.specialisation import domain_information, domain_specialisation, vocabulary_specialisation
 
 POSITION_BINS = 32  # bins of positions
-MOST_TOKENS = 8  # of an expert that are named
+MOST_TOKENS = 8  # of an expert, at most
 
 
 def layer_names(model: Any, stack: str = "decoder") -> list[str]:
-    """Names of a stack's MoE layers: their numbers among all of its layers."""
+    """Names of a stack's MoE layers: their numbers among all layers of the stack."""
     first = model.N if model.STACKS > 1 and stack == "decoder" else 0
     return [f"layer {n - first}" for n in model.routed_layers if first <= n < first + model.N]
 
 
 def analyse(rec: Recording, names: Sequence[str], decode: Callable[[int], str] | None = None) -> dict[str, Any]:
-    """Everything that a recording says by itself. names: of its layers. decode: a token, as words."""
+    """Analyses a single recording. names: of its layers. decode: token id -> text."""
     domains = list(rec.domains) or [str(z) for z in range(int(rec.domain_T.max(initial=0)) + 1)]
     several = len(np.unique(rec.domain_T[rec.domain_T >= 0])) > 1
     loss = rec.loss_T[np.isfinite(rec.loss_T)]
@@ -79,7 +79,7 @@ def margin_summary(rec: Recording) -> dict[str, Any] | None:
 
 
 def position_summary(rec: Recording) -> dict[str, Any]:
-    """Drops and entropy over the position in a document, in at most so many bins."""
+    """Drops and entropy over the position in a document, in at most POSITION_BINS bins."""
     width = -(-(int(rec.position_T.max(initial=0)) + 1) // POSITION_BINS)
     bin_T = rec.position_T // width
     drops, entropy = drop_rate_by(rec, bin_T), entropy_by(rec, bin_T)
@@ -87,7 +87,7 @@ def position_summary(rec: Recording) -> dict[str, Any]:
 
 
 def by_domain(rec: Recording) -> dict[str, Any]:
-    """Tokens, loss, drops and entropy of every domain that is known."""
+    """Tokens, loss, drops and entropy of every named domain."""
     known = rec.where(rec.domain_T >= 0)
     drops, entropy = drop_rate_by(known, known.domain_T), entropy_by(known, known.domain_T)
     loss = [np.nan_to_num(known.loss_T[known.domain_T == z], nan=0).sum() for z in drops.group_A]
@@ -111,17 +111,17 @@ def information_summary(rec: Recording) -> dict[str, Any] | None:
 
 def fair(rec: Recording) -> dict[str, Any] | None:
     """The largest difference between domains of each metric; None where not two have enough sequences."""
-    it = between_domains(rec, rec.domain_T, rec.sequence_T)
-    return it and {
-        "domain": it.groups,
-        "value": dict(it.value),
-        "interval": dict(it.interval),
-        "largest": [it.largest(name)._asdict() for name in it.value],
+    gaps = between_domains(rec, rec.domain_T, rec.sequence_T)
+    return gaps and {
+        "domain": gaps.groups,
+        "value": dict(gaps.value),
+        "interval": dict(gaps.interval),
+        "largest": [gaps.largest(name)._asdict() for name in gaps.value],
     }
 
 
 def favourites(rec: Recording, decode: Callable[[int], str]) -> list[list[list[dict[str, Any]]]]:
-    """Favourite tokens by layer and expert: those that choose it most often over their share, frequent ones only."""
+    """Favourite tokens by layer and expert: those that choose it most relative to their share, frequent ones only."""
     spec = vocabulary_specialisation(rec, least=max(8, rec.tokens // 2000))
     words = [decode(int(token)) for token in spec.class_A]
     found = []
@@ -153,7 +153,7 @@ def weights_of(model: Any, params: Any) -> dict[str, Any]:
 
 
 def compare_recordings(rec: Recording, other: Recording) -> dict[str, Any]:
-    """Two recordings of the same tokens, of the same layers and experts: the share of choices they have in common."""
+    """Share of choices that two recordings of the same tokens, layers and experts have in common."""
     check_same_tokens(rec, other)
     chance_N = [float(rec.K * (a_E * b_E).sum()) for a_E, b_E in zip(expert_load(rec), expert_load(other), strict=True)]
     return {"saturation": router_saturation(other, rec), "chance": np.minimum(chance_N, 1.0)}

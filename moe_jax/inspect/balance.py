@@ -43,7 +43,7 @@ def load_percentiles(
 
 
 def load_over_time(rec: Recording, bins: int) -> Float[np.ndarray, "bins N E"]:
-    """The load in each of so many equal parts of the data, in its order."""
+    """The load in each of `bins` equal parts of the data, in order."""
     if not 1 <= bins <= rec.tokens:
         raise ValueError(f"bins={bins} must be between 1 and the {rec.tokens} tokens of the recording.")
     edges = np.arange(bins + 1) * rec.tokens // bins
@@ -78,14 +78,14 @@ class RepeatedDrops(NamedTuple):
     """Overlap of the tokens that lose a choice in different layers or recordings."""
 
     share_NN: Float[np.ndarray, "N N"]  # P(other drops in layer j | this drops in layer i); NaN without drops
-    chance_N: Float[np.ndarray, "N"]  # P(other drops in layer j), what it would be if they had nothing in common
+    chance_N: Float[np.ndarray, "N"]  # P(other drops in layer j), its value under independence
 
 
 def repeated_drops(rec: Recording, other: Recording | None = None) -> RepeatedDrops:
-    """Are the same tokens always dropped? Between layers, or between two recordings of the same tokens.
+    """Measures whether the same tokens are dropped, in different layers or in two recordings of the same tokens.
 
-    A token is dropped in a layer that drops any of its choices. Of two recordings, the diagonal of `share_NN` is that
-    of the same layer in both.
+    A token is dropped in a layer that drops any of its choices. For two recordings, the diagonal of `share_NN` compares
+    the same layer in both.
     """
     if other is not None:
         check_same_tokens(rec, other)
@@ -96,7 +96,7 @@ def repeated_drops(rec: Recording, other: Recording | None = None) -> RepeatedDr
 def router_margin(rec: Recording) -> Float[np.ndarray, "T N"]:
     """The K-th largest probability of the router minus the next: how far each choice is from being another one.
 
-    Of routers that choose by their largest probabilities; those with a bias or noise may choose others.
+    It holds for routers that choose the largest probabilities; with a bias or noise the choices may differ.
     """
     if rec.K >= rec.E:
         raise ValueError(f"All {rec.E} experts are chosen with K={rec.K}, so that none is next; record a K below E.")

@@ -1,4 +1,4 @@
-"""The card of an expert: whom it serves, what it writes into the residual stream, what breaks without it."""
+"""The card of an expert: the tokens it serves, its additions to the residual stream, and the loss without it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,11 +24,11 @@ class Share(NamedTuple):
 
 
 class Card(NamedTuple):
-    """Card of one expert: load, drops, domains, tokens, and what it writes.
+    """Card of one expert: load, drops, domains, tokens, and additions to the residual stream.
 
     load: its choices over the mean of its layer's experts. drop_rate: of its choices. weight: mean of those kept.
-    writes: mean length of what it adds to the residual stream of a token that it serves, its output times its weight.
-    drop_rate is None of an expert without choices, weight and writes of one that serves no token.
+    writes: mean length of its addition (output times weight) to the residual stream of a token that it serves.
+    drop_rate is None without choices, weight and writes where it serves no token.
     promotes: the vocabulary entries with the largest logits of its mean addition, read through the final norm's scale
         and the unembedding (the logit lens, nostalgebraist 2020; arXiv:2303.08112), without the norm's division.
     rise: of the loss without it, nats per target, over all and by domain; None where no knock-out was done.
@@ -49,15 +49,15 @@ class Card(NamedTuple):
 
 
 def card(
-    model: Any, params: Any, seen: LayerTrace, layer: int, expert: int, effects: Effects | None = None, top: int = 8
+    model: Any, params: Any, trace: LayerTrace, layer: int, expert: int, effects: Effects | None = None, top: int = 8
 ) -> Card:
-    """An expert of a language model, from what the model saw of some text and, where given, its knock-out."""
+    """An expert of a language model, from a trace of some text and, if given, its knock-out."""
     check_expert(model, layer, expert)
-    chosen_TK = seen.expert_NTK[layer] == expert
-    kept_TK, served_T = chosen_TK & seen.kept_NTK[layer], chosen_TK.any(1)
+    chosen_TK = trace.expert_NTK[layer] == expert
+    kept_TK, served_T = chosen_TK & trace.kept_NTK[layer], chosen_TK.any(1)
     choices, E = int(chosen_TK.sum()), model.moe.E
-    everyone = max(int((seen.expert_NTK[layer] < E).sum()), 1)
-    added_TD = additions(model, params, seen, layer, expert)
+    all_choices = max(int((trace.expert_NTK[layer] < E).sum()), 1)
+    added_TD = additions(model, params, trace, layer, expert)
     rise, by_domain = None, None
     if effects is not None and (layer, expert) in effects.expert_P:
         p = effects.expert_P.index((layer, expert))
@@ -66,11 +66,11 @@ def card(
         layer=layer,
         expert=expert,
         choices=choices,
-        load=choices * E / everyone,
+        load=choices * E / all_choices,
         drop_rate=1 - int(kept_TK.sum()) / choices if choices else None,
-        weight=float(seen.weight_NTK[layer][kept_TK].mean()) if kept_TK.any() else None,
-        domains=shares(seen.domain_T, served_T, top),
-        tokens=shares(seen.token_T, served_T, top),
+        weight=float(trace.weight_NTK[layer][kept_TK].mean()) if kept_TK.any() else None,
+        domains=shares(trace.domain_T, served_T, top),
+        tokens=shares(trace.token_T, served_T, top),
         writes=float(np.linalg.norm(added_TD, axis=1).mean()) if len(added_TD) else None,
         promotes=promoted(params, added_TD.mean(0), top) if len(added_TD) else (),
         rise=rise,
@@ -87,13 +87,13 @@ def shares(what_T: np.ndarray, served_T: np.ndarray, top: int) -> tuple[Share, .
     return tuple(Share(v, n, share, share / float(np.mean(what_T == v))) for v, n, share in found)
 
 
-def additions(model: Any, params: Any, seen: LayerTrace, layer: int, expert: int) -> Float[np.ndarray, "_ D"]:
+def additions(model: Any, params: Any, trace: LayerTrace, layer: int, expert: int) -> Float[np.ndarray, "_ D"]:
     """Additions of an expert to the residual stream, for each token whose choice was kept: output times weight."""
-    t, k = np.nonzero((seen.expert_NTK[layer] == expert) & seen.kept_NTK[layer])
+    t, k = np.nonzero((trace.expert_NTK[layer] == expert) & trace.kept_NTK[layer])
     weights = layer_params(model, params, layer)
     own = {name: jnp.asarray(weights[name][expert]) for name in model.moe.experts.params}
-    y_TD = np.asarray(_run(model.moe.experts, own, jnp.asarray(seen.input_NTD[layer][t])), np.float64)
-    return y_TD * seen.weight_NTK[layer][t, k, None]
+    y_TD = np.asarray(_run(model.moe.experts, own, jnp.asarray(trace.input_NTD[layer][t])), np.float64)
+    return y_TD * trace.weight_NTK[layer][t, k, None]
 
 
 def _run(expert: Any, params: dict[str, Array], x_TD: Array) -> Array:
@@ -120,7 +120,7 @@ def card_text(
     lines = [
         f"expert {card.expert} of {layer or f'MoE layer {card.layer}'}: {card.choices} choices, "
         f"{card.load:.2f}x the mean load{dropped}{weight}",
-        f"  serves   {of_domains or 'nobody'}",
+        f"  serves   {of_domains or 'no token'}",
         f"  tokens   {of_tokens or 'none'}",
     ]
     if card.writes is not None:

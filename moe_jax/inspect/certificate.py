@@ -1,7 +1,7 @@
 """A certificate of a trained model: statistics against limits, checksums of all weights and the config, signed.
 
-With a key it is authenticated (HMAC-SHA256, RFC 2104): only who has the key can make one that verifies. Without one it
-has a plain SHA-256 digest, which shows accidents but no forgery: anybody can compute it again.
+With a key it is authenticated (HMAC-SHA256, RFC 2104): only holders of the key can make one that verifies. Without a
+key it has a plain SHA-256 digest, which detects accidents but not forgery.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ SIGNED, PLAIN = "HMAC-SHA256", "SHA-256"
 SEAL = "seal"
 SHORTEST = 16  # bytes of a key
 
-# The most that a statistic may be, where nobody says otherwise.
+# Default limits of the statistics.
 LIMITS = {
     "load_max_over_mean": 4.0,  # busiest expert of any layer over the mean of its layer
     "dead_experts": 0.0,  # of all layers
     "drop_rate": 0.1,  # of all choices
-    "worst_knock_out": 0.5,  # nats per target that the loss rises without the expert that is missed most
+    "worst_knock_out": 0.5,  # largest rise of the loss without one expert, nats per target
     "drop_rate_gap": 0.05,  # the largest difference between two groups
     "active_compute_gap": 0.2,  # choices per token and layer
     "entropy_gap": 0.5,  # nats
@@ -52,7 +52,7 @@ def certify(
 ) -> dict[str, Any]:
     """The certificate of these weights (any pytree of arrays) and this config (JSON), as plain values.
 
-    about: what else is to be said, in JSON's terms. ValueError for a key that is too short, or what JSON cannot hold.
+    about: further contents, JSON. ValueError for a key that is too short, or what JSON cannot hold.
     """
     if not checks:
         raise ValueError("A certificate without statistics says nothing; give at least one Check.")
@@ -71,10 +71,10 @@ def certify(
 
 
 def verify(certificate: Any, params: Any, config: str, key: bytes | None = None) -> list[str]:
-    """Lists what does not hold of a certificate, a line each; [] where all does.
+    """Lists the problems of a certificate, a line each; [] if it verifies.
 
-    Its seal is of all that it says; weights and config are as they were; every statistic passes or fails as it says.
-    A certificate that is signed does not verify without the key, nor does one without a signature if there is a key.
+    Checks the seal of the contents, the checksums of weights and config, and the result of every statistic. A signed
+    certificate does not verify without the key, nor an unsigned one with a key.
     """
     if not isinstance(certificate, dict) or certificate.get("format") != FORMAT:
         return [f"this is no certificate of format {FORMAT}"]
@@ -144,7 +144,7 @@ def write_certificate(path: pathlib.Path, certificate: Mapping[str, Any]) -> Non
 
 
 def _canonical(value: Any) -> str:
-    """The one way to write a value; ValueError for what JSON cannot hold."""
+    """Canonical JSON of a value; ValueError for what JSON cannot hold."""
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -173,23 +173,23 @@ def _seal_problems(found: Any, body: Any, key: bytes | None) -> list[str]:
 def _check_problems(body: Any) -> list[str]:
     checks = [(c, Check(c["name"], c["value"], c["limit"])) for c in body["checks"]]
     wrong = [
-        f"{c.name}={c.value} of at most {c.limit} is said to {'pass' if said['pass'] else 'fail'}, and does not"
-        for said, c in checks
-        if said["pass"] != c.passes
+        f"{c.name}={c.value} of at most {c.limit} is said to {'pass' if stated['pass'] else 'fail'}, and does not"
+        for stated, c in checks
+        if stated["pass"] != c.passes
     ]
     if body["passes"] != all(c.passes for _, c in checks):
         wrong.append(f"the certificate is said to {'pass' if body['passes'] else 'fail'} as a whole, and does not")
     return wrong
 
 
-def _weight_problems(said: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _weight_problems(stated: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     wrong = []
-    for name in [*said, *(n for n in found if n not in said)]:
+    for name in [*stated, *(n for n in found if n not in stated)]:
         if name not in found:
             wrong.append(f"weight {name} is missing")
-        elif name not in said:
+        elif name not in stated:
             wrong.append(f"weight {name} is not in the certificate")
-        elif differing := [k for k in ("shape", "dtype", "sha256") if said[name].get(k) != found[name][k]]:
+        elif differing := [k for k in ("shape", "dtype", "sha256") if stated[name].get(k) != found[name][k]]:
             what = {"shape": "shape", "dtype": "type", "sha256": "values"}[differing[0]]
             wrong.append(f"weight {name} has other {what}" if what == "values" else f"weight {name} has another {what}")
     return wrong

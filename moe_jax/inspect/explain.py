@@ -1,4 +1,4 @@
-"""Why one token went where it went: its logits, what they are made of, and who was routed from nearby."""
+"""Explanation of the route of one token: its logits, their parts, and the routes of similar tokens."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from moe_jax.models.pattern import check_expert, layer_params
 
 
 class Neighbour(NamedTuple):
-    """Another token, and the cosine between what the router saw of both."""
+    """Another token, and the cosine between the router inputs of both."""
 
     row: int
     token: int
@@ -21,9 +21,9 @@ class Neighbour(NamedTuple):
 class Explanation(NamedTuple):
     """Explanation of the route of one token in one layer.
 
-    part_DE: x_d * gate_de, which sum over d to gate_E exactly; logits_E is what the router made of them (temperature,
-    soft cap). along_PE: the part of them that lies along each leading principal direction of the layer's inputs, and
-    mean_E and rest_E what lies in their mean and elsewhere: mean_E + along_PE.sum(0) + rest_E = gate_E.
+    part_DE: x_d * gate_de, which sum over d to gate_E exactly; logits_E are the router's logits (after temperature,
+    soft cap). along_PE: the part along each leading principal direction of the layer's inputs; mean_E and rest_E: the
+    parts of their mean and of other directions: mean_E + along_PE.sum(0) + rest_E = gate_E.
     margin: the logit of the last of the chosen less the best of the others; negative where a bias decided.
     """
 
@@ -43,39 +43,39 @@ class Explanation(NamedTuple):
     near: tuple[Neighbour, ...]
 
     def features(self, expert: int, n: int = 5) -> list[tuple[int, float]]:
-        """The n input features (d, x_d * gate_de) that speak loudest for or against an expert."""
+        """The n input features (d, x_d * gate_de) that contribute most for or against an expert."""
         part_D = self.part_DE[:, expert]
         return [(int(d), float(part_D[d])) for d in np.argsort(-np.abs(part_D), kind="stable")[:n]]
 
 
 def explain(
-    model: Any, params: Any, seen: LayerTrace, row: int, layer: int, directions: int = 4, neighbours: int = 5
+    model: Any, params: Any, trace: LayerTrace, row: int, layer: int, directions: int = 4, neighbours: int = 5
 ) -> Explanation:
-    """The route of the token in this row of what a model saw.
+    """Explains the route of the token in this row of a trace.
 
     ValueError where there is no such token or layer, or the router has no linear gate of its input.
     """
     check_expert(model, layer, 0)
-    if not 0 <= row < len(seen.token_T):
-        raise ValueError(f"There is no token in row {row}; {len(seen.token_T)} were seen, counted from 0.")
+    if not 0 <= row < len(trace.token_T):
+        raise ValueError(f"There is no token in row {row}; {len(trace.token_T)} were seen, counted from 0.")
     weights = layer_params(model, params, layer)
     if "gate_DE" not in model.moe.router.params:
         raise ValueError(f"{model.moe.router} has no linear gate of its input to be explained; use one that has.")
-    x_TD = seen.input_NTD[layer].astype(np.float64)
+    x_TD = trace.input_NTD[layer].astype(np.float64)
     gate_DE = np.asarray(weights["router_gate_DE"], np.float64)
     mean_D, along_PD = principal(x_TD, directions)
     coordinate_P = along_PD @ (x_TD[row] - mean_D)
     part_DE, mean_E = x_TD[row][:, None] * gate_DE, mean_D @ gate_DE
     along_PE = coordinate_P[:, None] * (along_PD @ gate_DE)
-    chosen = [int(e) for e in seen.expert_NTK[layer, row] if e < model.moe.E]
-    logits_E = seen.logits_NTE[layer, row]
+    chosen = [int(e) for e in trace.expert_NTK[layer, row] if e < model.moe.E]
+    logits_E = trace.logits_NTE[layer, row]
     margin, runner_up = margin_of(logits_E, chosen)
     return Explanation(
         row=row,
         layer=layer,
-        token=int(seen.token_T[row]),
+        token=int(trace.token_T[row]),
         chosen=tuple(chosen),
-        weights=tuple(float(w) for w in seen.weight_NTK[layer, row][: len(chosen)]),
+        weights=tuple(float(w) for w in trace.weight_NTK[layer, row][: len(chosen)]),
         logits_E=logits_E,
         gate_E=part_DE.sum(0),
         margin=margin,
@@ -84,12 +84,12 @@ def explain(
         mean_E=mean_E,
         along_PE=along_PE,
         rest_E=part_DE.sum(0) - mean_E - along_PE.sum(0),
-        near=nearest_tokens(seen, row, layer, neighbours, model.moe.E),
+        near=nearest_tokens(trace, row, layer, neighbours, model.moe.E),
     )
 
 
 def margin_of(logits_E: Float[np.ndarray, "E"], chosen: list[int]) -> tuple[float, int]:
-    """The lowest logit of the chosen less the highest of the others, and whose that is; -1 where nobody is left."""
+    """Lowest logit of the chosen less the highest of the others, and its expert; -1 if there are no others."""
     others = [e for e in range(len(logits_E)) if e not in chosen]
     if not others or not chosen:
         return float("inf") if chosen else float("-inf"), int(np.argmax(logits_E)) if others else -1
@@ -104,15 +104,15 @@ def principal(x_TD: Float[np.ndarray, "T D"], P: int) -> tuple[Float[np.ndarray,
     return mean_D, along_PD[:P]
 
 
-def nearest_tokens(seen: LayerTrace, row: int, layer: int, n: int, E: int) -> tuple[Neighbour, ...]:
+def nearest_tokens(trace: LayerTrace, row: int, layer: int, n: int, E: int) -> tuple[Neighbour, ...]:
     """The n other tokens whose router inputs point most nearly the same way."""
-    x_TD = seen.input_NTD[layer].astype(np.float64)
+    x_TD = trace.input_NTD[layer].astype(np.float64)
     length_T = np.maximum(np.linalg.norm(x_TD, axis=1), 1e-30)
     cosine_T = x_TD @ x_TD[row] / (length_T * length_T[row])
     order: Int[np.ndarray, "T"] = np.argsort(-cosine_T, kind="stable")
-    chosen_TK = seen.expert_NTK[layer]
+    chosen_TK = trace.expert_NTK[layer]
     others = [int(t) for t in order if t != row][:n]
     return tuple(
-        Neighbour(t, int(seen.token_T[t]), float(cosine_T[t]), tuple(int(e) for e in chosen_TK[t] if e < E))
+        Neighbour(t, int(trace.token_T[t]), float(cosine_T[t]), tuple(int(e) for e in chosen_TK[t] if e < E))
         for t in others
     )

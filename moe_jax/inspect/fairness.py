@@ -1,4 +1,4 @@
-"""Are groups of tokens treated alike? Drop rate, compute, entropy and loss by group, with bootstrap intervals."""
+"""Differences between groups of tokens in drop rate, compute, entropy and loss, with bootstrap intervals."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ NOTHING = 1e-9  # a difference this small, relative to the values, is rounding
 class Columns(NamedTuple):
     """Columns of a recording that are needed here, under the same names: a row for each token."""
 
-    expert_TNK: Int[np.ndarray, "T N K"]  # E nowhere
+    expert_TNK: Int[np.ndarray, "T N K"]  # E is the padding id
     kept_TNK: Bool[np.ndarray, "T N K"]
     entropy_TN: Float[np.ndarray, "T N"]
     sequence_T: Int[np.ndarray, "T"]
@@ -25,11 +25,11 @@ class Columns(NamedTuple):
     E: int
 
 
-def columns_of_trace(seen: LayerTrace) -> Columns:
+def columns_of_trace(trace: LayerTrace) -> Columns:
     """Columns from a trace of a model."""
-    entropy_NT = -(seen.probs_NTE * np.log(np.maximum(seen.probs_NTE, 1e-30))).sum(-1)
-    expert_TNK, kept_TNK = (a.swapaxes(0, 1) for a in (seen.expert_NTK, seen.kept_NTK))
-    return Columns(expert_TNK, kept_TNK, entropy_NT.T, seen.sequence_T, seen.loss_T, seen.probs_NTE.shape[-1])
+    entropy_NT = -(trace.probs_NTE * np.log(np.maximum(trace.probs_NTE, 1e-30))).sum(-1)
+    expert_TNK, kept_TNK = (a.swapaxes(0, 1) for a in (trace.expert_NTK, trace.kept_NTK))
+    return Columns(expert_TNK, kept_TNK, entropy_NT.T, trace.sequence_T, trace.loss_T, trace.probs_NTE.shape[-1])
 
 
 class Gap(NamedTuple):
@@ -51,7 +51,7 @@ class Fairness(NamedTuple):
     value: Mapping[str, Float[np.ndarray, "A"]]
     interval: Mapping[str, Float[np.ndarray, "2 A"]]
     gaps: tuple[Gap, ...]
-    left_out: tuple[int, ...]  # groups in too few sequences to say anything of
+    left_out: tuple[int, ...]  # groups in too few sequences
 
     def largest(self, metric: str) -> Gap:
         """The pair of groups that is furthest apart; ValueError where the metric was not measured."""
@@ -82,10 +82,10 @@ def fairness(
 
     Tokens of a sequence are not independent: sequences are drawn with replacement, intervals are percentiles at
     `level` (Efron and Tibshirani 1993, ch. 13; Cameron, Gelbach and Miller 2008 for clusters). Each interval holds for
-    itself. A difference is `found` where it is further from zero, in standard errors, than the 1 - level quantile of
-    how far the furthest of any pair and metric is from the truth in the bootstrap, in errors of its own (the
-    bootstrap-t, with the maximum of Romano and Wolf 2005), so that on groups without a difference anything at all is
-    found with probability `level`, about.
+    itself. A difference is `found` where its distance from zero, in standard errors, exceeds the 1 - level quantile of
+    the largest deviation over pairs and metrics in the bootstrap, each in its own standard error (the bootstrap-t,
+    with the maximum of Romano and Wolf 2005), so that groups without differences yield any finding with
+    probability of about `level`.
 
     least: groups in fewer sequences are left out. ValueError where not two groups are left.
     """
@@ -99,8 +99,8 @@ def fairness(
             f"Of the groups ({counts} sequences), fewer than two are in {least} sequences; record more, or lower least."
         )
     sums_QAM2, used = sums_QAM2[:, kept_A], groups[kept_A]
-    it, draws = as_it_is(sums_QAM2), bootstrap(sums_QAM2, resamples, seed)
-    value_AM = it.value_RAM[0]
+    sample, draws = as_it_is(sums_QAM2), bootstrap(sums_QAM2, resamples, seed)
+    value_AM = sample.value_RAM[0]
     measured = [m for m in range(len(names)) if np.isfinite(value_AM[:, m]).all()]
     low, high = 100 * level / 2, 100 * (1 - level / 2)
     return Fairness(
@@ -108,7 +108,7 @@ def fairness(
         tuple(int(n) for n in here_A[kept_A]),
         {names[m]: value_AM[:, m] for m in measured},
         {names[m]: np.nanpercentile(draws.value_RAM[..., m], [low, high], axis=0) for m in measured},
-        all_gaps(it, draws, [int(g) for g in used], {m: names[m] for m in measured}, level),
+        all_gaps(sample, draws, [int(g) for g in used], {m: names[m] for m in measured}, level),
         tuple(int(g) for g in groups[~kept_A]),
     )
 
@@ -120,7 +120,7 @@ def between_domains(rec: Any, domain_T: np.ndarray, sequence_T: np.ndarray) -> F
 
 
 def check_groups(rec: Any, group_T: np.ndarray, level: float, resamples: int) -> None:
-    """Refuses what cannot be compared."""
+    """Refuses groups and options that cannot be compared."""
     if len(group_T) != len(rec.sequence_T):
         raise ValueError(f"There are {len(group_T)} groups for {len(rec.sequence_T)} tokens; give one for each.")
     if not np.issubdtype(np.asarray(group_T).dtype, np.integer):
@@ -130,7 +130,7 @@ def check_groups(rec: Any, group_T: np.ndarray, level: float, resamples: int) ->
 
 
 def sums(rec: Any, group_T: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, Float[np.ndarray, "Q A M 2"]]:
-    """Metrics, groups, and by sequence, group and metric what is to be divided by what."""
+    """Metrics, groups, and numerators and denominators by sequence, group and metric."""
     real_T = np.asarray(group_T) >= 0
     groups, group_of_T = np.unique(np.asarray(group_T)[real_T], return_inverse=True)
     sequences, sequence_of_T = np.unique(rec.sequence_T[real_T], return_inverse=True)
@@ -151,16 +151,18 @@ def sums(rec: Any, group_T: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, Fl
     return METRICS, groups, sums_QAM2
 
 
-def all_gaps(it: Drawn, draws: Drawn, groups: list[int], names: Mapping[int, str], level: float) -> tuple[Gap, ...]:
+def all_gaps(sample: Drawn, draws: Drawn, groups: list[int], names: Mapping[int, str], level: float) -> tuple[Gap, ...]:
     """The differences of all pairs of groups in these metrics, tested together."""
     pairs = [(m, a, b) for m in names for a in range(len(groups)) for b in range(a + 1, len(groups))]
     if not pairs:
         return ()
     m_P, a_P, b_P = np.array(pairs).T
-    gap_P = it.value_RAM[0, a_P, m_P] - it.value_RAM[0, b_P, m_P]
-    least_P = NOTHING * np.maximum(np.abs(it.value_RAM[0, a_P, m_P]), np.abs(it.value_RAM[0, b_P, m_P]))
+    gap_P = sample.value_RAM[0, a_P, m_P] - sample.value_RAM[0, b_P, m_P]
+    least_P = NOTHING * np.maximum(np.abs(sample.value_RAM[0, a_P, m_P]), np.abs(sample.value_RAM[0, b_P, m_P]))
     draw_RP = draws.value_RAM[:, a_P, m_P] - draws.value_RAM[:, b_P, m_P]
-    found_P = found(gap_P, it.error_RMAA[0, m_P, a_P, b_P], draw_RP, draws.error_RMAA[:, m_P, a_P, b_P], least_P, level)
+    found_P = found(
+        gap_P, sample.error_RMAA[0, m_P, a_P, b_P], draw_RP, draws.error_RMAA[:, m_P, a_P, b_P], least_P, level
+    )
     low_P, high_P = np.nanpercentile(draw_RP, [100 * level / 2, 100 * (1 - level / 2)], axis=0)
     return tuple(
         Gap(names[m], (groups[a], groups[b]), float(gap_P[p]), float(low_P[p]), float(high_P[p]), bool(found_P[p]))
@@ -178,8 +180,8 @@ def found(
 ) -> Bool[np.ndarray, "P"]:
     """Tells which differences are further from zero, in standard errors, than the largest deviation of a resample.
 
-    One that is the same in all sequences is found if it is more than rounding (`least_P`). One whose samples too often
-    have no error to divide by, since hardly any sequence is unlike the others, is not told from chance.
+    A difference that is equal in all sequences is found if it exceeds rounding (`least_P`). One whose resamples
+    too often have zero standard error, since almost all sequences agree, is not found.
     """
     sure_P, usable_RP = error_P <= least_P, error_RP > least_P
     judged_P = ~sure_P & (usable_RP.mean(0) >= 1 - level / 10)

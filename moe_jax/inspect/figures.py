@@ -1,4 +1,4 @@
-"""Figures of what recordings and experiments on experts say; each takes what the function of its name returns."""
+"""Figures of recordings and of experiments on experts; each draws the result of the function it is named after."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def draw_load(load_NE: Any, names: Sequence[str]) -> Plot:
 
 
 def shown(names: Sequence[str], most: int = PANELS) -> list[int]:
-    """Chooses the layers to draw: all, or so many of them, the first and the last included."""
+    """Chooses the layers to draw: all, or `most` of them, the first and the last included."""
     return sorted({round(i) for i in np.linspace(0, len(names) - 1, min(len(names), most))})
 
 
@@ -115,7 +115,7 @@ def draw_knock_out(effects: Mapping[str, Any], names: Sequence[str], classes: Se
     title, note = "What is lost without an expert", "nats per target; experts as layer:number, the most missed first"
     return matrices(
         {"": every_AZ},
-        "expert that nobody may choose",
+        "masked expert",
         "",
         "rise of the loss",
         "signed",
@@ -145,7 +145,7 @@ def draw_gaps(value: Mapping[str, Any], interval: Mapping[str, Any], classes: Se
 
 
 def draw_saturation(share_N: Any, chance_N: Any, names: Sequence[str], other: str) -> Plot:
-    """Draws `router_saturation`, beside that of independent choices with the same loads."""
+    """Draws `router_saturation`, and that of independent choices with the same loads."""
     values = {"the same choice": share_N, "by chance": chance_N}
     note = f"choices that are the same in {other}"
     return bars(list(names), values, "share", "Router saturation", note, write="{:.2f}", xlim=(0, 1.15))

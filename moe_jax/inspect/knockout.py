@@ -15,7 +15,7 @@ from moe_jax.evaluate import evaluation_step
 from moe_jax.gating.masked import Masked
 from moe_jax.models.pattern import check_expert, moe_path
 
-MASK = "shut_E"  # in the state of a layer: see `Masked`
+MASK = "masked_E"  # key in the state of a layer, see `Masked`
 
 
 class DomainLosses(NamedTuple):
@@ -51,23 +51,23 @@ class Effects(NamedTuple):
 
 def mask_experts(model: Any, experts: Iterable[tuple[int, int]]) -> Bool[np.ndarray, "N E"]:
     """Mask that removes these experts (layer, expert) from every choice."""
-    shut_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
+    masked_NE = np.zeros((model.n_moe_layers, model.moe.E if model.n_moe_layers else 0), bool)
     for layer, expert in experts:
         check_expert(model, layer, expert)
-        shut_NE[layer, expert] = True
-    return shut_NE
+        masked_NE[layer, expert] = True
+    return masked_NE
 
 
 def isolate_experts(model: Any, layer: int, experts: Iterable[int]) -> Bool[np.ndarray, "N E"]:
-    """Mask that isolates experts: in this layer no other may be chosen, other layers stay as they are."""
+    """Mask that isolates experts: in this layer no other expert may be chosen; other layers are unchanged."""
     moe_path(model, layer)
-    shut_NE = mask_experts(model, [(layer, e) for e in experts])
-    shut_NE[layer] = ~shut_NE[layer]
-    return shut_NE
+    masked_NE = mask_experts(model, [(layer, e) for e in experts])
+    masked_NE[layer] = ~masked_NE[layer]
+    return masked_NE
 
 
 def masked(model: Any) -> Any:
-    """The model, whose routers never choose what the state's `shut_E` [N, E] says, with nothing dropped."""
+    """The model, whose routers never choose the experts in the state's `masked_E` [N, E], with nothing dropped."""
     if model.routed is None:
         raise ValueError(f"{type(model).__name__} has no MoE layers to take experts from; give a model that has some.")
     free = model.dropless()
@@ -85,17 +85,17 @@ def masked_losses(
     params: Any,
     batches: Sequence[Any],
     router: Mapping[str, Any] | None = None,
-    shut_NE: Bool[np.ndarray, "N E"] | None = None,
+    masked_NE: Bool[np.ndarray, "N E"] | None = None,
     domains: int | None = None,
 ) -> DomainLosses:
-    """Held-out losses with these experts out of reach (`shut`, `only`), nothing dropped, on one device.
+    """Held-out losses with these experts masked (`mask_experts`, `isolate_experts`), nothing dropped, on one device.
 
-    A token chooses among those that are left, its weights are theirs (of a softmax: renormalised over them); it goes
-    nowhere where fewer are left than it chooses. router: what the routers remember. domains: how many the data has;
-    None: as many as the batches name. ValueError without a target, or for a batch of other domains.
+    A token chooses among the other experts, with their weights (of a softmax: renormalised over them); choices beyond
+    their number get the padding id. router: state of the routers. domains: number of domains in the data; None infers
+    it from the batches. ValueError without a target, or for a batch of other domains.
     """
     Z = count_domains(batches, domains)
-    mask_NE = mask_experts(model, []) if shut_NE is None else shut_NE
+    mask_NE = mask_experts(model, []) if masked_NE is None else masked_NE
     state = {**(router or {}), MASK: jnp.asarray(mask_NE)}
     total = DomainLosses(np.zeros(Z), np.zeros(Z))
     for batch in batches:
@@ -122,7 +122,7 @@ def knock_out(
     domains: int | None = None,
     experts: Iterable[tuple[int, int]] | None = None,
 ) -> Effects:
-    """The rise of the loss without each expert alone, all of them if none are named: one pass for each."""
+    """The rise of the loss without each expert, one at a time; by default of all experts."""
     every = [(n, e) for n in range(model.n_moe_layers) for e in range(model.moe.E)] if experts is None else [*experts]
     Z = count_domains(batches, domains)
     measure = partial(masked_losses, model, params, batches, router, domains=Z)
@@ -134,7 +134,7 @@ def knock_out(
 def substitute(model: Any, params: Any, layer: int, old: int, new: int) -> Any:
     """The parameters with which every choice of expert `old` is computed by expert `new`, at the same weight.
 
-    It is `new`'s weights in `old`'s place; where nothing is dropped, that is what sending the rows there gives.
+    Replaces the weights of `old` by those of `new`; without drops this equals sending the rows to `new`.
     """
     check_expert(model, layer, old)
     check_expert(model, layer, new)

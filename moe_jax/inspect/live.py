@@ -1,4 +1,4 @@
-"""A run in progress, from its `metrics.jsonl`: what a terminal shows of it."""
+"""A run in progress, from its `metrics.jsonl`: its view in a terminal."""
 
 import time
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ from rich.text import Text
 from moe_jax.reporting.metrics import FILE, curve, duration, last, read
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 60  # of a curve
+WIDTH = 60  # characters of a curve
 
 
 def follow(workdir: str | Path, every: float = 1.0) -> Iterator[list[dict]]:
-    """The records of a run, at once and whenever there are more, until it has ended.
+    """The records of a run, now and after every change of its log, until it has ended.
 
-    ValueError where there is no log. A run that is resumed may take records back.
+    ValueError where there is no log. A resumed run may remove records.
     """
-    path, seen = Path(workdir) / FILE, None
+    path, known = Path(workdir) / FILE, None
     while True:
         records = read(workdir)
         state = path.stat()
-        if (now := (state.st_size, state.st_mtime_ns)) != seen:
-            seen = now
+        if (now := (state.st_size, state.st_mtime_ns)) != known:
+            known = now
             yield records
         if last(records, "end"):
             return
@@ -34,7 +34,7 @@ def follow(workdir: str | Path, every: float = 1.0) -> Iterator[list[dict]]:
 
 
 def sparkline(values: Any, width: int = WIDTH) -> str:
-    """A curve in one line of characters: means of equal parts, low to high; a blank where nothing is finite."""
+    """A curve as one line of characters: means of equal parts, low to high; a blank where nothing is finite."""
     every = np.asarray(values, float)
     if not every.size:
         return ""

@@ -1,4 +1,4 @@
-"""A trained language model from inside: inputs and decisions of each of its MoE layers."""
+"""Traces of a trained language model: inputs and decisions of its MoE layers."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -23,16 +23,16 @@ def check_language_model(model: Any) -> None:
         raise ValueError(f"{type(model.moe.router).__name__}() lets no token choose; use a router of token choice.")
 
 
-# ---------------------------------------------------------------- what layers see
+# ---------------------------------------------------------------- traces of layers
 
 
 class LayerTrace(NamedTuple):
     """Inputs and decisions of N MoE layers on T real tokens, in the order of the data."""
 
-    input_NTD: Float[np.ndarray, "N T D"]  # what router and experts are given
+    input_NTD: Float[np.ndarray, "N T D"]  # inputs of router and experts
     logits_NTE: Float[np.ndarray, "N T E"]
     probs_NTE: Float[np.ndarray, "N T E"]
-    expert_NTK: Int[np.ndarray, "N T K"]  # E nowhere
+    expert_NTK: Int[np.ndarray, "N T K"]  # E is the padding id
     weight_NTK: Float[np.ndarray, "N T K"]
     kept_NTK: Bool[np.ndarray, "N T K"]
     token_T: Int[np.ndarray, "T"]
@@ -45,7 +45,7 @@ class LayerTrace(NamedTuple):
 def trace_batch(
     model: Any, params: Any, router: LayerState | None, batch: Any
 ) -> tuple[dict[str, Array], Float[Array, "B L V"]]:
-    """Returns what the MoE layers saw and decided of a batch, each [N, B, L, ...], and the logits of the model."""
+    """Returns inputs and decisions of the MoE layers on a batch, each [N, B, L, ...], and the logits of the model."""
     record = ("input", "logits", "probs", "weight", "kept")
     logits_BLV, aux = model.apply(params, batch, Call(router=router, record=record))
     details = {name: getattr(aux.recorded, RECORDED[name]) for name in record}
@@ -61,10 +61,10 @@ def _trace(model: Any, params: Any, router: LayerState | None, batch: Any) -> tu
 def trace_layers(
     model: Any, params: Any, batches: Iterable[Any], router: Mapping[str, Any] | None = None
 ) -> LayerTrace:
-    """Runs a language model on batches, in evaluation, on one device, and keeps what its MoE layers see and decide.
+    """Runs a language model on batches, in evaluation, on one device; returns inputs and decisions of its MoE layers.
 
-    model: with its limit of slots, or `model.dropless()`. router: what its routers remember. ValueError for other
-    models, and without a token.
+    model: with its capacity limit, or `model.dropless()`. router: state of its routers. ValueError for other models,
+    and without a token.
     """
     check_language_model(model)
     parts, rows = [], 0
@@ -73,9 +73,9 @@ def trace_layers(
         real_BL, B = np.asarray(batch.segment_BL) > 0, len(batch.tokens_BL)
         names = ("input", "logits", "probs", "expert", "weight", "kept")
         columns = [np.asarray(traced[name])[:, real_BL] for name in names]
-        of_row = lambda a_B, real_BL=real_BL: np.broadcast_to(np.asarray(a_B)[:, None], real_BL.shape)[real_BL]  # noqa: E731
+        per_token = lambda a_B, real_BL=real_BL: np.broadcast_to(np.asarray(a_B)[:, None], real_BL.shape)[real_BL]  # noqa: E731
         of_token = [np.asarray(a)[real_BL] for a in (batch.tokens_BL, batch.position_BL)]
-        parts.append((*columns, *of_token, of_row(batch.domain_B), of_row(rows + np.arange(B)), nats_BL[real_BL]))
+        parts.append((*columns, *of_token, per_token(batch.domain_B), per_token(rows + np.arange(B)), nats_BL[real_BL]))
         rows += B
     if not parts or not sum(len(part[-1]) for part in parts):
         raise ValueError("The batches hold no token to look at; give some text.")

@@ -13,7 +13,7 @@ CHUNK = 1 << 16  # tokens at once
 
 
 def assignments(rec: Recording) -> Iterator[Float[np.ndarray, "N T E"]]:
-    """1 where a token chose an expert, some tokens at a time."""
+    """Yields masks of the experts that tokens chose, some tokens at a time."""
     for start in range(0, rec.tokens, CHUNK):
         expert_NTK = np.moveaxis(rec.expert_TNK[start : start + CHUNK], 0, 1).astype(int)
         visit_NTE = np.zeros((*expert_NTK.shape[:2], rec.E + 1), np.float32)
@@ -45,8 +45,8 @@ class Paths(NamedTuple):
     """The first choices of tokens through all layers."""
 
     distinct: int
-    effective: float  # exp of their entropy: as many equally frequent ones are as diverse
-    top: tuple[tuple[tuple[int, ...], int], ...]  # the most frequent, with their tokens; E is nowhere
+    effective: float  # exp of their entropy: number of equally frequent paths with that entropy
+    top: tuple[tuple[tuple[int, ...], int], ...]  # the most frequent, with their tokens; E is the padding id
 
 
 def path_statistics(rec: Recording, top: int = 10) -> Paths:
@@ -61,9 +61,9 @@ class Dependence(NamedTuple):
     """First choices of consecutive layers, M = N - 1 pairs; tokens without a choice in either left out."""
 
     agreement_M: Float[np.ndarray, "M"]  # share of tokens with the same expert number in both
-    chance_M: Float[np.ndarray, "M"]  # what it would be if they had nothing in common: sum_e p_e q_e
+    chance_M: Float[np.ndarray, "M"]  # its value under independence: sum_e p_e q_e
     conditional_M: Float[np.ndarray, "M"]  # H(next | this), nats
-    entropy_M: Float[np.ndarray, "M"]  # H(next), what it would be
+    entropy_M: Float[np.ndarray, "M"]  # H(next), the value under independence
 
 
 def layer_dependence(rec: Recording) -> Dependence:

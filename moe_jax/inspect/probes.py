@@ -1,8 +1,8 @@
 """Adversarial search: steers a token to an expert by changing the tokens before it.
 
-The guided search is HotFlip's (arXiv:1712.06751): the gradient of the goal by the embedding at a position says, to
-first order, what every substitution there would do; the best few are tried, the best of these is made, and so on. Its
-baseline tries as many substitutions, drawn at random.
+The guided search is HotFlip's (arXiv:1712.06751): the gradient of the goal by the embedding at a position estimates, to
+first order, the effect of every substitution there; the best few are tried, the best of these is kept, and so on. The
+baseline tries as many random substitutions.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Search:
     """Limits of a search: what may be changed, and how many attempts are made.
 
     window: positions before the token, of its own document, whose tokens may be changed. itself: the token too.
-    budget: substitutions at most. tries: candidates looked at for each.
+    budget: substitutions at most. tries: candidates evaluated for each.
     guided: candidates by gradient, or at random.
     """
 
@@ -58,7 +58,7 @@ class Attempt(NamedTuple):
     target: Target
     succeeded: bool
     substitutions: int
-    margin: float  # the expert's logit less that of the last it would have to be chosen before, at the end
+    margin: float  # final logit of the expert less the K-th largest of the others
     tokens_L: Int[np.ndarray, "L"]
 
 
@@ -87,17 +87,19 @@ def targets(
     seed: int = 0,
     least: int = 1,
 ) -> list[Target]:
-    """n random tokens with at least `least` tokens of their document before them, each with a random expert that it
-    does not choose; ValueError where there is no such token."""
+    """Draws n random tokens, each with a random expert that it does not choose.
+
+    At least `least` tokens of their document precede them. ValueError where there is no such token.
+    """
     check_probed_model(model, layer, 0)
     rng = np.random.default_rng(seed)
     traced, _ = jax.device_get(_trace_batch(model, params, dict(router or {}), batch))
     may_BL = (np.asarray(batch.segment_BL) > 0) & (np.asarray(batch.position_BL) >= least)
-    places = np.argwhere(may_BL)
-    if not len(places):
+    positions = np.argwhere(may_BL)
+    if not len(positions):
         raise ValueError(f"No token of the batch has {least} before it in its document; give longer documents.")
     found = []
-    for b, at in places[rng.choice(len(places), n, replace=len(places) < n)]:
+    for b, at in positions[rng.choice(len(positions), n, replace=len(positions) < n)]:
         free = np.setdiff1d(np.arange(model.moe.E), traced["expert"][layer, b, at])
         if len(free):
             found.append(Target(int(b), int(at), layer, int(rng.choice(free))))
@@ -134,19 +136,19 @@ def check_probed_model(model: Any, layer: int, expert: int) -> None:
 
 def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.random.Generator) -> Attempt:
     one = jax.tree.map(lambda a: np.asarray(a)[goal.row : goal.row + 1], batch)
-    tokens_L, places = one.tokens_BL[0].copy(), editable_positions(one, goal, search)
+    tokens_L, positions = one.tokens_BL[0].copy(), editable_positions(one, goal, search)
     value = partial(_values, model, params, state, one, goal)
     (margin,), (done,) = value(tokens_L[None])
     original_L, changed = tokens_L, 0
-    while not done and changed < search.budget and len(places):
+    while not done and changed < search.budget and len(positions):
         suggest = _guided if search.guided else _random
-        candidates_CL = suggest(model, params, state, one, goal, tokens_L, places, search.tries, rng)
+        candidates_CL = suggest(model, params, state, one, goal, tokens_L, positions, search.tries, rng)
         margin_C, done_C = value(candidates_CL)
         best = int(np.argmax(np.where(done_C, np.inf, margin_C)))
         if not done_C[best] and margin_C[best] <= margin:
-            if search.guided:  # the same gradient would suggest the same again
+            if search.guided:  # the same gradient would suggest the same candidates again
                 break
-            changed += 1  # a draw that has led nowhere is used up
+            changed += 1  # a draw without gain counts too
             continue
         tokens_L, margin, done, changed = candidates_CL[best], margin_C[best], done_C[best], changed + 1
     return Attempt(goal, bool(done), int((tokens_L != original_L).sum()), float(margin), tokens_L)
@@ -155,35 +157,35 @@ def _attempt(model, params, state, batch, goal: Target, search: Search, rng: np.
 def editable_positions(one: Any, goal: Target, search: Search) -> Int[np.ndarray, "W"]:
     """Positions whose tokens may be changed: before the target, in its document."""
     at, segment_L = goal.position, one.segment_BL[0]
-    place_W = np.arange(max(0, at - search.window), at + int(search.itself))
-    return place_W[segment_L[place_W] == segment_L[at]]
+    position_W = np.arange(max(0, at - search.window), at + int(search.itself))
+    return position_W[segment_L[position_W] == segment_L[at]]
 
 
-def _random(model, params, state, one, goal, tokens_L, places, tries, rng) -> Int[np.ndarray, "C L"]:
+def _random(model, params, state, one, goal, tokens_L, positions, tries, rng) -> Int[np.ndarray, "C L"]:
     """Draws random substitutions, each of one token."""
     candidates_CL = np.repeat(tokens_L[None], tries, axis=0)
-    where_C = rng.choice(places, tries)
+    where_C = rng.choice(positions, tries)
     shift_C = rng.integers(1, model.V, tries)  # never the same token
     candidates_CL[np.arange(tries), where_C] = (tokens_L[where_C] + shift_C) % model.V
     return candidates_CL
 
 
-def _guided(model, params, state, one, goal, tokens_L, places, tries, rng) -> Int[np.ndarray, "C L"]:
+def _guided(model, params, state, one, goal, tokens_L, positions, tries, rng) -> Int[np.ndarray, "C L"]:
     """Chooses the substitutions with the largest first-order gain, gradient . (new embedding - old embedding)."""
     slope_LD = np.asarray(_slopes(model, goal.layer, params, state, one, tokens_L, goal.position, goal.expert))
     embed_VD = np.asarray(params["embed_VD"], np.float64)
-    gain_WV = slope_LD[places] @ embed_VD.T
-    gain_WV -= gain_WV[np.arange(len(places)), tokens_L[places]][:, None]
-    gain_WV[np.arange(len(places)), tokens_L[places]] = -np.inf
+    gain_WV = slope_LD[positions] @ embed_VD.T
+    gain_WV -= gain_WV[np.arange(len(positions)), tokens_L[positions]][:, None]
+    gain_WV[np.arange(len(positions)), tokens_L[positions]] = -np.inf
     order = np.argsort(-gain_WV, axis=None, kind="stable")[:tries]
-    order = np.pad(order, (0, tries - len(order)), mode="edge")  # always as many, so that nothing is compiled again
+    order = np.pad(order, (0, tries - len(order)), mode="edge")  # a constant number, so that nothing is compiled again
     w_C, v_C = np.unravel_index(order, gain_WV.shape)
     candidates_CL = np.repeat(tokens_L[None], tries, axis=0)
-    candidates_CL[np.arange(tries), places[w_C]] = v_C
+    candidates_CL[np.arange(tries), positions[w_C]] = v_C
     return candidates_CL
 
 
-# ---------------------------------------------------------------- the model, from a token's point of view
+# ---------------------------------------------------------------- margins and their gradients
 
 
 _trace_batch: Callable = jax.jit(trace_batch, static_argnums=0)
@@ -207,21 +209,21 @@ def _margins(model, layer, params, state, batch, position, expert) -> tuple[Arra
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _slopes(model, layer, params, state, one, tokens_L, position, expert) -> Float[Array, "L D"]:
-    """The gradient of the margin by what is embedded at each position.
+    """The gradient of the margin by the embedding at each position.
 
     Each position gets a vocabulary entry of its own, with the embedding of its token, so that the gradient by the table
-    tells them apart.
+    has a row per position.
     """
     (L,), V = tokens_L.shape, model.V
     wide = dataclasses.replace(model, V=V + L)
-    rest = {name: w for name, w in params.items() if name != "embed_VD"}
-    if "head_DV" in rest:  # of its own, and of no account here
-        rest["head_DV"] = jnp.pad(rest["head_DV"], ((0, 0), (0, L)))
+    others = {name: w for name, w in params.items() if name != "embed_VD"}
+    if "head_DV" in others:  # untied; it does not affect the margin
+        others["head_DV"] = jnp.pad(others["head_DV"], ((0, 0), (0, L)))
     batch = one._replace(tokens_BL=(V + jnp.arange(L, dtype=jnp.int32))[None])
 
     def margin(own_LD):
         table = jnp.concatenate([params["embed_VD"], own_LD])
-        traced, _ = trace_batch(wide, {**rest, "embed_VD": table}, state, batch)
+        traced, _ = trace_batch(wide, {**others, "embed_VD": table}, state, batch)
         return target_margins(traced["logits"][layer, :, position], expert, model.moe)[0]
 
     return jax.grad(margin)(params["embed_VD"][tokens_L])
@@ -230,6 +232,6 @@ def _slopes(model, layer, params, state, one, tokens_L, position, expert) -> Flo
 def target_margins(logits_BE: Float[Array, "B E"], expert: Int[Array, ""] | int, moe: MoEConfig) -> Float[Array, "B"]:
     """The expert's logit less the K-th largest of the others: above zero, it is among the K largest."""
     others_BE = jnp.where(jnp.arange(moe.E)[None] == expert, -jnp.inf, logits_BE)
-    if moe.router.K >= moe.E:  # everybody is chosen
+    if moe.router.K >= moe.E:  # all experts are chosen
         return jnp.full(len(logits_BE), jnp.inf)
     return jnp.take(logits_BE, expert, axis=-1) - jax.lax.top_k(others_BE, moe.router.K)[0][:, -1]

@@ -57,9 +57,9 @@ def record(
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """Records what a model's routers do with batches, to a folder, holding one batch at a time; see `recording`.
+    """Records the routing of batches to a folder, holding one batch at a time; see `recording`.
 
-    about: kept with it. options: those of `recordings`.
+    about: JSON kept with the recording. options: those of `recordings`.
     """
     kept = {"config": exp.to_json(), "dropless": False, "stack": "decoder"}
     kept |= {name: options[name] for name in ("dropless", "stack") if name in options}
@@ -78,8 +78,8 @@ def record_run(
 ) -> Path:
     """Records a finished or interrupted run, by its newest valid checkpoint or that of `step`.
 
-    windows: at most so many examples, spread over domains, of the held-out or the training split, in a fixed order,
-    so that two recordings are of the same tokens. mesh: in place of the run's. options: those of `record`.
+    windows: maximum number of examples, from all domains, of the held-out or the training split, in a fixed order, so
+    that two recordings are of the same tokens. mesh: in place of the run's. options: those of `record`.
     """
     run = open_run(workdir, step)
     exp = run.exp if mesh is None else dataclasses.replace(run.exp, mesh=tuple(mesh.items()))
@@ -99,29 +99,29 @@ def recordings(
     stack: str = "decoder",
     key: Key[Array, ""] | None = None,
 ) -> Iterator[Recording]:
-    """The recordings of batches, one by one, as they are asked for.
+    """Yields the recordings of batches, one by one.
 
-    router: what they remember (those of the start by default). domains: names of the domains, by number.
-    dropless: without the limit of slots. keep_probs: all probabilities, not the largest ones alone. stack: which one
-    of an encoder and a decoder. key: as in training, with its noise; without, as in evaluation.
+    router: state of the routers; by default the initial one. domains: names of the domains, by number.
+    dropless: without a capacity limit. keep_probs: all probabilities, not only the largest ones. stack: "encoder" or
+    "decoder". key: records as in training, with noise; without a key as in evaluation.
     """
     check_recordable(exp, stack)
     model, program = exp.model.dropless() if dropless else exp.model, Program(exp, max(len(domains), 1))
-    look = compile_recorder(program, exp, partial(routed, model, exp.data.objective, stack, keep_probs))
+    trace = compile_recorder(program, exp, partial(routed, model, exp.data.objective, stack, keep_probs))
     params = jax.device_put(params, program.shardings.params)
     state = dict(exp.model.init_router() if router is None else router)
     rows = documents = 0
     for n, batch in enumerate(batches):
         with jax.set_mesh(program.mesh):
             now = None if key is None else jax.random.fold_in(key, n)
-            seen, nats_BL = jax.device_get(look(params, state, now, program.to_global(batch)))
-        part = columns(seen, nats_BL, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
+            traced, nats_BL = jax.device_get(trace(params, state, now, program.to_global(batch)))
+        part = columns(traced, nats_BL, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
         yield part._replace(sequence_T=part.sequence_T + rows, document_T=part.document_T + documents)
         rows, documents = rows + len(batch.domain_B), documents + part.document_T.max(initial=-1) + 1
 
 
 def check_recordable(exp: Experiment, stack: str) -> None:
-    """Refuses what cannot be recorded."""
+    """Refuses models, stacks and runs that cannot be recorded."""
     if not exp.model.n_moe_layers:
         raise ValueError("The model has no MoE layer to record; set config.model.moe, and a layout with sparse layers.")
     if stack not in STACKS:
@@ -130,12 +130,12 @@ def check_recordable(exp: Experiment, stack: str) -> None:
         raise ValueError(f"{jax.process_count()} processes cannot write one recording; record in a single process.")
 
 
-def compile_recorder(program: Program, exp: Experiment, look: Callable) -> Callable:
-    """(params, router, key, batch) -> what `look` says of it, spread over the program's mesh."""
+def compile_recorder(program: Program, exp: Experiment, trace: Callable) -> Callable:
+    """(params, router, key, batch) -> result of `trace`, sharded over the program's mesh."""
     with jax.set_mesh(program.mesh):
         tokens = shard.token_spec(here := shard.from_mesh(exp.exchange))
-        specs = (program.layouts.params, P(), P(), tokens)
-        return jax.jit(shard.per_shard(look, here, specs, (P(None, *tokens), tokens)))
+        in_specs = (program.specs.params, P(), P(), tokens)
+        return jax.jit(shard.per_shard(trace, here, in_specs, (P(None, *tokens), tokens)))
 
 
 def routed(
@@ -152,18 +152,18 @@ def routed(
     logits_BLV, aux = model.apply(params, batch, Call(key, router, record=RECORD))
     predicts_BL = objective.targets(batch) & (model.STACKS == 1 or stack == "decoder")
     nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.local()).nats_BL, jnp.nan)
-    seen = cast(Any, aux)  # there are MoE layers, and they record
+    reports = cast(Any, aux)  # not None: there are MoE layers, and they record
     own, L = layers_of(model, stack), length(model, batch, stack)
-    details = [getattr(seen.recorded, RECORDED[name]) for name in RECORD]
-    mine = (a[own.start : own.stop, :, :L] for a in (seen.expert_BLK, *details))
-    expert, weight, kept, slot, probs = mine
+    details = [getattr(reports.recorded, RECORDED[name]) for name in RECORD]
+    per_layer = (a[own.start : own.stop, :, :L] for a in (reports.expert_BLK, *details))
+    expert, weight, kept, slot, probs = per_layer
     top, top_id = lax.top_k(probs, min(probs.shape[-1], expert.shape[-1] + 2))
     sums = (top, top_id.astype(jnp.int16), entropy(probs), probs if keep_probs else None)
     return Routed(expert.astype(jnp.int16), weight, kept, slot, *sums), nats_BL
 
 
 def layers_of(model: Any, stack: str) -> range:
-    """Numbers of this stack's MoE layers among the model's, from 0."""
+    """Indices of this stack's MoE layers among all MoE layers, from 0."""
     N = model.n_moe_layers // model.STACKS
     first = N if model.STACKS > 1 and stack == "decoder" else 0
     return range(first, first + N)
@@ -177,18 +177,20 @@ def length(model: Any, batch: Any, stack: str) -> int:
 
 
 def tokens_of(model: Any, batch: AnyBatch, stack: str = "decoder") -> Tokens:
-    """The tokens that a stack is given; patches of images have no number in a vocabulary."""
+    """The input tokens of a stack; patches of images have no id in a vocabulary."""
     if isinstance(batch, Images):
-        place_BL = np.broadcast_to(np.arange(model.L), (len(batch.domain_B), model.L))
-        return Tokens(np.full_like(place_BL, -1), place_BL, np.broadcast_to(batch.loss_mask_BL, place_BL.shape) + 0)
+        position_BL = np.broadcast_to(np.arange(model.L), (len(batch.domain_B), model.L))
+        return Tokens(
+            np.full_like(position_BL, -1), position_BL, np.broadcast_to(batch.loss_mask_BL, position_BL.shape) + 0
+        )
     if isinstance(batch, Pairs) and stack == "encoder":
         return Tokens(batch.source_BM, positions(batch.source_segment_BM), batch.source_segment_BM)
-    place_BL = positions(batch.segment_BL) if isinstance(batch, Pairs) else batch.position_BL
-    return Tokens(batch.tokens_BL, place_BL, batch.segment_BL)
+    position_BL = positions(batch.segment_BL) if isinstance(batch, Pairs) else batch.position_BL
+    return Tokens(batch.tokens_BL, position_BL, batch.segment_BL)
 
 
 def columns(
-    seen: Routed,
+    traced: Routed,
     nats_BL: Float[np.ndarray, "B L"],
     tokens: Tokens,
     domain_B: Int[np.ndarray, "B"],
@@ -197,7 +199,7 @@ def columns(
 ) -> Recording:
     """A batch's real tokens, row by row, sequences and documents counted from 0."""
     real_BL = tokens.segment_BL > 0
-    *by_layer, probs_TNE = [None if a is None else np.moveaxis(np.asarray(a)[:, real_BL], 0, 1) for a in tuple(seen)]
+    *by_layer, probs_TNE = [None if a is None else np.moveaxis(np.asarray(a)[:, real_BL], 0, 1) for a in tuple(traced)]
     row_BL = np.broadcast_to(np.arange(len(real_BL))[:, None], real_BL.shape)
     of_tokens: list[Any] = [*tokens, row_BL]
     token_T, position_T, segment_T, row_T = (np.asarray(a)[real_BL].astype(np.int32) for a in of_tokens)

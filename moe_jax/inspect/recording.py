@@ -22,22 +22,22 @@ VERSION = 2
 class Recording(NamedTuple):
     """The routing of T real tokens by N MoE layers, in the order of the data, padding left out."""
 
-    expert_TNK: Int[np.ndarray, "T N K"]  # E is nowhere: a choice that was not taken
+    expert_TNK: Int[np.ndarray, "T N K"]  # E is the padding id: a choice that was not taken
     weight_TNK: Float[np.ndarray, "T N K"]
     kept_TNK: Bool[np.ndarray, "T N K"]  # reached its expert
-    slot_TNK: Int[np.ndarray, "T N K"]  # place in its expert's queue, in its routing group, from 0; -1 nowhere
+    slot_TNK: Int[np.ndarray, "T N K"]  # position in expert, in its routing group; -1 without one
     top_TNP: Float[np.ndarray, "T N P"]  # the P = min(E, K + 2) largest probabilities, largest first
-    top_id_TNP: Int[np.ndarray, "T N P"]  # and whose they are
+    top_id_TNP: Int[np.ndarray, "T N P"]  # and their experts
     entropy_TN: Float[np.ndarray, "T N"]  # of the router's probabilities, nats
     token_T: Int[np.ndarray, "T"]  # in the vocabulary; -1 unknown, here and below
     position_T: Int[np.ndarray, "T"]  # in its document
     document_T: Int[np.ndarray, "T"]  # a number for each document, or the part of one, in each sequence
     domain_T: Int[np.ndarray, "T"]
-    sequence_T: Int[np.ndarray, "T"]  # the row in the data: which sender
+    sequence_T: Int[np.ndarray, "T"]  # the row in the data
     loss_T: Float[np.ndarray, "T"]  # nats of the target predicted there; NaN without one
     E: int
     domains: tuple[str, ...] = ()
-    probs_TNE: Float[np.ndarray, "T N E"] | None = None  # where all of them are kept
+    probs_TNE: Float[np.ndarray, "T N E"] | None = None  # if all are kept
 
     @property
     def tokens(self) -> int:
@@ -67,7 +67,7 @@ class Recording(NamedTuple):
         return {name: a for name, a in self._asdict().items() if isinstance(a, np.ndarray)}
 
     def where(self, chosen_T: Any) -> "Recording":
-        """Some of its tokens: a mask, a slice or numbers."""
+        """Selects some tokens: by a mask, a slice or indices."""
         chosen: dict[str, Any] = {name: a[chosen_T] for name, a in self.columns.items()}
         return self._replace(**chosen)
 
@@ -78,8 +78,8 @@ def joined(parts: Iterable[Recording]) -> Recording:
     if not several:
         raise ValueError("There is no recording to join; give at least one.")
     names = several[0].columns
-    whole: dict[str, Any] = {n: np.concatenate([getattr(part, n) for part in several]) for n in names}
-    return several[0]._replace(**whole)
+    columns: dict[str, Any] = {n: np.concatenate([getattr(part, n) for part in several]) for n in names}
+    return several[0]._replace(**columns)
 
 
 def choices(part: Recording, real_BL: Bool[np.ndarray, "B L"]) -> Int[np.ndarray, "N B L K"]:
@@ -97,10 +97,10 @@ def choices(part: Recording, real_BL: Bool[np.ndarray, "B L"]) -> Int[np.ndarray
 
 
 def save_recording(parts: Iterable[Recording], folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Writes parts as they come, one file each, and in the end the manifest, without which there is no recording.
+    """Writes parts as they arrive, one file each, and finally the manifest, which makes them a recording.
 
-    about: JSON that is kept with it, the config for instance. ValueError where there is a recording already, or no
-    token comes.
+    about: JSON kept with it, the config for instance. ValueError where there is a recording already, or no token
+    arrives.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():

@@ -43,7 +43,7 @@ def inspection_summary(found: Mapping[str, Any]) -> str:
         f"{found['tokens']:,} tokens of {found['sequences']:,} held-out sequences, step {found['step']:,}: "
         f"{len(found['layers'])} MoE layer{'s' if len(found['layers']) > 1 else ''} of {found['E']} experts, "
         f"{found['K']} for each token.",
-        f"{dead} dead expert{'' if dead == 1 else 's'}, {sum(map(len, alike))} with a twin by weights; "
+        f"{dead} dead expert{'' if dead == 1 else 's'}, {sum(map(len, alike))} with a duplicate by weights; "
         f"{np.mean(found['drop_rate']):.2%} of choices dropped.",
     ]
     if found["loss"] is not None:

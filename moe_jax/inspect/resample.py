@@ -1,4 +1,4 @@
-"""Ratios of sums over sequences, by group and metric, and what they become when sequences are drawn again."""
+"""Ratios of sums over sequences, by group and metric, and their bootstrap over sequences."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -40,9 +40,10 @@ def _counts(sums_QAM2: np.ndarray, resamples: int, seed: int) -> Iterator[Float[
 
 
 def _drawn(count_RQ: Float[np.ndarray, "R Q"], sums_QAM2: Float[np.ndarray, "Q A M 2"]) -> Drawn:
-    """The error of a ratio r = n / d is that of a sum: of (n_q - r d_q) / d over sequences (linearisation).
+    """Ratios and standard errors of resamples.
 
-    That of a difference takes their covariance too, as a sequence may be of both groups.
+    A ratio r = n / d has the error of the sum of (n_q - r d_q) / d over sequences q (linearisation).
+    The error of a difference includes the covariance, as a sequence may have tokens of both groups.
     """
     (R, Q), (_, A, M, _) = count_RQ.shape, sums_QAM2.shape
     total_RAM2 = (count_RQ @ sums_QAM2.reshape(Q, -1)).reshape(R, A, M, 2)

@@ -15,11 +15,11 @@ class TrainedRun(NamedTuple):
     exp: Experiment
     step: int
     params: Any
-    router: LayerState  # what routers remember
+    router: LayerState  # state of the routers
 
     @property
     def weights(self) -> dict[str, Any]:
-        """All that makes its outputs."""
+        """Parameters and router state, which determine the outputs."""
         return {"params": self.params, "router": dict(self.router)}
 
 
@@ -36,7 +36,7 @@ def examples(
 ) -> tuple[Any, list[AnyBatch]]:
     """The held-out split of an experiment, or the training split, and batches of it.
 
-    windows: at most so many examples, spread over domains, in a fixed order; all without it.
+    windows: maximum number of examples, from all domains, in a fixed order; None for all.
     """
     split = exp.data.prepare(Path(data_dir) if data_dir else default_directory())[held_out]
     return split, list(evaluation_batches(split, exp.data.B // exp.data.microbatches, windows))

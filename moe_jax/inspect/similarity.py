@@ -24,7 +24,7 @@ def weight_similarity(model: Any, params: Any, layer: int) -> Float[np.ndarray, 
 
 
 def output_similarity(model: Any, params: Any, layer: int, x_TD: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "E E"]:
-    """Mean over tokens of the cosine of what two experts write for the same input; `trace_layers` gives inputs."""
+    """Mean over tokens of the cosine between outputs of two experts for the same input; `trace_layers` gives inputs."""
     own, kind = layer_params(model, params, layer), model.moe.experts
 
     def written(e: int) -> np.ndarray:

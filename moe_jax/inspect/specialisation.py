@@ -14,8 +14,8 @@ class Specialisation(NamedTuple):
 
     class_A: Int[np.ndarray, "A"]
     tokens_A: Int[np.ndarray, "A"]
-    share_NEA: Float[np.ndarray, "N E A"]  # of the class's tokens, those that chose the expert
-    lift_NEA: Float[np.ndarray, "N E A"]  # over the share of all tokens that chose it: 1 is none; NaN if never chosen
+    share_NEA: Float[np.ndarray, "N E A"]  # fraction of the class's tokens that chose the expert
+    lift_NEA: Float[np.ndarray, "N E A"]  # share_NEA over the share of all tokens; 1: no preference; NaN: never chosen
 
 
 def specialisation_by(rec: Recording, class_T: Int[np.ndarray, "T"], least: int = 1) -> Specialisation:
@@ -39,7 +39,7 @@ def domain_specialisation(rec: Recording) -> Specialisation:
 
 
 def vocabulary_specialisation(rec: Recording, least: int = 8) -> Specialisation:
-    """Specialisation by token id, for ids that occur at least so often."""
+    """Specialisation by token id, for ids that occur at least `least` times."""
     known = rec.where(rec.token_T >= 0)
     return specialisation_by(known, known.token_T, least)
 
@@ -56,10 +56,10 @@ def counts(rec: Recording, class_T: Int[np.ndarray, "T"], classes: int) -> Int[n
 
 
 class Information(NamedTuple):
-    """Mutual information of domain and expert, by layer, and how likely it is by chance."""
+    """Mutual information of domain and expert, by layer, and its probability by chance."""
 
     nats_N: Float[np.ndarray, "N"]
-    chance_N: Float[np.ndarray, "N"]  # the mean over permutations, which is the bias of so few tokens
+    chance_N: Float[np.ndarray, "N"]  # mean over permutations: the bias of a finite sample
     p_N: Float[np.ndarray, "N"]
 
 
@@ -72,10 +72,10 @@ def mutual_information(count_ZE: np.ndarray) -> np.ndarray:
 
 
 def domain_information(rec: Recording, permutations: int = 199, seed: int = 0) -> Information:
-    """I(domain; expert) over choices, and a permutation test of its being chance.
+    """I(domain; expert) over choices, and a permutation test against chance.
 
     Whole sequences exchange their domains, as tokens of one sequence are not independent of each other.
-    p = (b + 1) / (m + 1), of m permutations b of which reach what is seen (Phipson and Smyth, arXiv:1603.05766).
+    p = (b + 1) / (m + 1), where b of m permutations reach the measured value (Phipson and Smyth, arXiv:1603.05766).
     """
     known = rec.where(rec.domain_T >= 0)
     _, first_Q, at_T = np.unique(known.sequence_T, return_index=True, return_inverse=True)
@@ -84,7 +84,7 @@ def domain_information(rec: Recording, permutations: int = 199, seed: int = 0) -
     count_NQE, rng = counts(known, at_T, len(domain_Q)).astype(float), np.random.default_rng(seed)
     seen_N = _information(domain_Q, count_NQE)
     drawn_MN = np.stack([_information(rng.permutation(domain_Q), count_NQE) for _ in range(permutations)])
-    reached_N = (drawn_MN >= seen_N - 1e-12).sum(0)  # the same table, added up in another order, is as large
+    reached_N = (drawn_MN >= seen_N - 1e-12).sum(0)  # tolerates another order of summation
     return Information(seen_N, drawn_MN.mean(0), (reached_N + 1) / (permutations + 1))
 
 
@@ -94,7 +94,7 @@ def _information(domain_Q: np.ndarray, count_NQE: np.ndarray) -> np.ndarray:
 
 
 def check_recorded(rec: Recording, domain_Q: np.ndarray, at_T: np.ndarray, permutations: int) -> None:
-    """Refuses what the permutation test says nothing of."""
+    """Refuses recordings that the permutation test does not apply to."""
     if permutations < 1:
         raise ValueError(f"permutations={permutations} must be at least 1; 199 can show p < 0.01.")
     if (domain_Q[at_T] != rec.domain_T).any():

@@ -1,6 +1,6 @@
 """Auxiliary losses: (stats, state, router) -> value, of global sums, so equal on every mesh. One line registers one.
 
-`weight` is what the value is multiplied with; `state` and `update` are as a router's; check(router) refuses a router.
+`weight` is the coefficient of the value; `state` and `update` are as a router's; check(router) refuses a router.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from moe_jax.losses.router_z import RouterZ
 from moe_jax.losses.variation import Importance, Load
 
 LOSSES = (LoadBalance, RouterZ, Importance, Load, TokenEntropy, LoadEntropy, UniformKL, Adaptive)
-# What is logged of every run, whatever it is trained with, so that runs can be compared.
+# Losses logged in every run, with any losses of its own, so that runs can be compared.
 LOGGED: dict[str, Any] = {
     "load_balance": LoadBalance(),
     "router_z": RouterZ(),
@@ -20,16 +20,4 @@ LOGGED: dict[str, Any] = {
     "uniform_kl": UniformKL(),
 }
 
-__all__ = [
-    "LOGGED",
-    "LOSSES",
-    "Adaptive",
-    "Importance",
-    "Load",
-    "LoadBalance",
-    "LoadEntropy",
-    "RouterZ",
-    "TokenEntropy",
-    "UniformKL",
-    "convert",
-]
+__all__ = ["LOGGED", "LOSSES", "convert", *(loss.__name__ for loss in LOSSES)]

@@ -69,8 +69,8 @@ class LoadBalance:
         convention, E, K = BALANCE_CONVENTIONS[self.convention], s.choices_E.shape[-1], traits(router).K
         if nulls := traits(router).nulls:
             f_E, P_E = ratio(s.choices_E, K * s.tokens[..., None]), ratio(s.probs_E, s.tokens[..., None])
-            rest = (1 - f_E.sum(-1)) / nulls * (1 - P_E.sum(-1))
-            balance = (E + nulls) * ((f_E * P_E).sum(-1) + rest)
+            null_part = (1 - f_E.sum(-1)) / nulls * (1 - P_E.sum(-1))
+            balance = (E + nulls) * ((f_E * P_E).sum(-1) + null_part)
         elif self.scope != "batch":
             balance = ratio(s.group_balance if self.scope == "group" else s.sequence_balance, s.tokens)
         else:
@@ -95,11 +95,11 @@ def convert(
     source_layers: str = "mean",
     target_layers: str = "mean",
 ) -> float:
-    """A published coefficient of one convention as that of another, for E experts, K choices, so many MoE layers.
+    """Converts a published coefficient between conventions, for E experts, K choices and a number of MoE layers.
 
     `source_layers`, `target_layers`: whether the layers' losses are averaged ("mean") or added up ("sum"). Between
-    conventions that count the same choices the loss is the same number; between first and all choices it is where
-    the load is balanced, and has the same gradient there.
+    conventions that count the same choices the loss is equal; between first and all choices loss and gradient are
+    equal where the load is balanced.
     """
     for convention in (source, target):
         if convention not in BALANCE_CONVENTIONS:
@@ -113,6 +113,6 @@ def convert(
 
 
 def check_weight(loss) -> None:
-    """Refuses a coefficient that would reward what the loss is to prevent."""
+    """Refuses a coefficient that would reward what the loss penalises."""
     if not (loss.weight >= 0 and math.isfinite(loss.weight)):
         raise ValueError(f"{type(loss).__name__}(weight={loss.weight}) must be a number that is not negative.")

@@ -1,4 +1,4 @@
-"""The modules of a layer besides attention and MoE: norms and dense feed-forward."""
+"""Norms and the dense feed-forward of a layer."""
 
 from typing import Any
 

@@ -32,7 +32,7 @@ class EncoderDecoderConfig(TransformerConfig):
     def __post_init__(self):
         super().__post_init__()
         for part in self.attention:
-            part.for_memory()  # says where it cannot
+            part.for_memory()  # raises where it cannot
             if "bias_PH" in part.params:
                 raise ValueError(
                     "A relative position table of every layer is for causal stacks; in an encoder and a decoder use "
@@ -59,7 +59,7 @@ class EncoderDecoderConfig(TransformerConfig):
     def shapes(self, M: int, L: int) -> tuple[StackShape, ...]:
         """Both stacks of layers, for sources of M and targets of L tokens.
 
-        A routing group of S tokens is of so many sources; the decoder's is of their targets.
+        A routing group of S tokens holds S / M sources; the decoder's group holds their targets.
         """
         moe = self.moe
         if (S := getattr(moe, "S", None)) is not None:
@@ -131,15 +131,15 @@ def positions(segment_BL: Int[Array, "B L"]) -> Int[Array, "B L"]:
 
 
 def concat_stacks(encoder: Aux | None, decoder: Aux | None) -> Aux | None:
-    """The reports of both stacks as one; choices of the shorter sequence are padded with E, nowhere, without a slot."""
+    """The reports of both stacks as one; choices of the shorter sequence are padded with E, without a slot."""
     if encoder is None or decoder is None:
         return None
     E, both = encoder.stats.choices_E.shape[-1], (encoder, decoder)
     longest = max((x.shape[2] for x in jax.tree.leaves([(a.expert_BLK, a.recorded) for a in both])), default=0)
 
     def pad(tree: Any, value: int = 0) -> Any:
-        widths = lambda x: ((0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0))  # noqa: E731
-        return jax.tree.map(lambda x: jnp.pad(x, widths(x), constant_values=value), tree)
+        pad_widths = lambda x: ((0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0))  # noqa: E731
+        return jax.tree.map(lambda x: jnp.pad(x, pad_widths(x), constant_values=value), tree)
 
     def long(a: Aux) -> Aux:
         recorded = a.recorded and pad(a.recorded)._replace(slot_BLK=pad(a.recorded.slot_BLK, -1))

@@ -73,7 +73,7 @@ class LM(nn.Module):
 def embed(
     cfg: TransformerConfig, embed_VD: Float[Array, "V D"], tokens_BL: Int[Array, "B L"], position_BL: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-    """Embeddings of tokens at unit variance, with those of their positions where these are added."""
+    """Embeddings of tokens at unit variance, plus those of positions where the model adds them."""
     x_BLD = embed_VD[tokens_BL].astype(cfg.dtype) * cfg.D**0.5
     return x_BLD + sinusoids(position_BL, cfg.D).astype(cfg.dtype) if cfg.embeds_positions else x_BLD
 
@@ -81,7 +81,7 @@ def embed(
 def logits(
     module: nn.Module, cfg: TransformerConfig, x_BLD: Float[Array, "B L D"], embed_VD: Float[Array, "V D"]
 ) -> Float[Array, "B L V"]:
-    """Logits over the vocabulary, in float32, by the embedding or by a matrix of their own."""
+    """Logits over the vocabulary, in float32, by the tied embedding or by a separate matrix."""
     if cfg.tied:
         head_DV = embed_VD.T
     else:

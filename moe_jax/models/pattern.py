@@ -1,4 +1,4 @@
-"""The pattern of a stack: what stands in each layer, which layers repeat, and where their parameters are."""
+"""The pattern of a stack: the parts of each layer, the repeated layers, and the paths of their parameters."""
 
 import itertools
 from collections.abc import Hashable, Iterator, Mapping
@@ -13,7 +13,7 @@ class Sublayer(NamedTuple):
     """One part of a layer: x + part(norm(x)).
 
     name: the module's, and its norm's. kind: "attention", "dense" (an expert for every token) or "moe" (a MoEConfig);
-    what is computed, counted and predicted goes by it. memory: whether the part attends to a memory.
+    it decides what is computed, counted and predicted. memory: whether the part attends to a memory.
     """
 
     name: str
@@ -27,13 +27,13 @@ class StackShape(NamedTuple):
 
     prefix: str  # of the names of its parameters
     L: int  # tokens of a sequence
-    M: int  # tokens of the memory that every layer attends to besides; 0 without
+    M: int  # tokens of the memory that every layer also attends to; 0 without
     moe: Any  # the feed-forward part of sparse layers
     order: Order = Order.CAUSAL
 
 
 class RepeatedLayers(NamedTuple):
-    """Layers in a row, repeated n times: they are compiled once."""
+    """Consecutive layers, repeated n times and compiled once."""
 
     layers: tuple[tuple[Sublayer, ...], ...]
     n: int
@@ -51,7 +51,7 @@ class RepeatedLayers(NamedTuple):
 
 
 class ParamPath(NamedTuple):
-    """The place of a module's parameters: params[stack][module][name][repeat]."""
+    """Path of a module's parameters: params[stack][module][name][repeat]."""
 
     stack: str
     module: str
@@ -68,7 +68,7 @@ class PlacedSublayer(NamedTuple):
 
 
 def sparse_layers(moe_layers: str, N: int) -> tuple[bool, ...]:
-    """Says for each of N layers whether it is sparse.
+    """Tells for each of N layers whether it is sparse.
 
     moe_layers: "every 2" (the last of each two, GLaM's), "all", "none", "first 3", "last 3", or indices "0,4,5".
     """
@@ -93,7 +93,7 @@ def sparse_layers(moe_layers: str, N: int) -> tuple[bool, ...]:
 
 
 def repeats(layers: tuple[Layer, ...]) -> list[tuple[tuple[Layer, ...], int]]:
-    """Splits layers into (block, how often it repeats), so that scanning compiles as few layers as can be.
+    """Splits layers into (block, how often it repeats), so that scanning compiles as few layers as possible.
 
     Either the shortest period, as one stack, or every run of equal layers as a stack of its own.
     """
@@ -104,11 +104,11 @@ def repeats(layers: tuple[Layer, ...]) -> list[tuple[tuple[Layer, ...], int]]:
 
 
 def blocks(cfg: Any, stack: StackShape) -> list[RepeatedLayers]:
-    """The layers of a model's stack, as they are scanned; `cfg.sublayers` says what stands in each."""
+    """The layers of a model's stack, as they are scanned; `cfg.sublayers` gives the parts of each."""
     return [RepeatedLayers(*block) for block in repeats(tuple(cfg.sublayers(stack, i) for i in range(cfg.N)))]
 
 
-def placed(cfg: Any) -> list[PlacedSublayer]:
+def placed_sublayers(cfg: Any) -> list[PlacedSublayer]:
     """Every part of every layer of a model, in order."""
     found, layer = [], 0
     for stack in cfg.stacks():
@@ -125,7 +125,7 @@ def placed(cfg: Any) -> list[PlacedSublayer]:
 
 def moe_paths(cfg: Any) -> list[ParamPath]:
     """Paths of all MoE layers, in order."""
-    return [part.path for part in placed(cfg) if part.sub.kind == "moe"]
+    return [part.path for part in placed_sublayers(cfg) if part.sub.kind == "moe"]
 
 
 def moe_path(cfg: Any, n: int) -> ParamPath:

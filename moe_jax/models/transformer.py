@@ -18,7 +18,7 @@ from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
-from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed, sparse_layers
+from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed_sublayers, sparse_layers
 from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
@@ -30,11 +30,11 @@ REMAT: dict[str, Callable] = {
 
 
 class Call(NamedTuple):
-    """The arguments of a model's call besides its batch.
+    """The arguments of a model's call, other than its batch.
 
-    key: of what is random in training; None makes nothing random (evaluation). router: state of the MoE layers
-    (`init_router`). replay: choices of the MoE layers to be made again, as `Aux.expert_BLK` has them.
-    record: what the MoE layers report of each token besides, see `moe.Recorded`.
+    key: of random draws in training; None draws nothing (evaluation). router: state of the MoE layers
+    (`init_router`). replay: recorded choices of the MoE layers, as `Aux.expert_BLK` has them.
+    record: details of each token's routing to report, see `moe.Recorded`.
     """
 
     key: Key[Array, ""] | None = None
@@ -43,7 +43,7 @@ class Call(NamedTuple):
     record: tuple[str, ...] = ()
 
     def part(self, i: int, layers: slice, L: int) -> "Call":
-        """The arguments of stack number i, with these of all MoE layers, on sequences of L tokens."""
+        """The arguments of stack number i, whose MoE layers are `layers`, on sequences of L tokens."""
         return Call(
             None if self.key is None else jax.random.fold_in(self.key, i),
             jax.tree.map(lambda a: a[layers], self.router or {}),
@@ -59,7 +59,7 @@ class TransformerConfig:
     V: vocabulary or classes, as the data says. D: width. N: layers, of each stack.
     attention: an attention, or several that layers take in turn (a window in every second layer, ...).
     ffn: the feed-forward part of dense layers.
-    moe: what the layers chosen by `moe_layers` hold: a MoEConfig, or one expert in a dense baseline.
+    moe: feed-forward part of the layers chosen by `moe_layers`: a MoEConfig, or one expert in a dense baseline.
     moe_layers: which layers are MoE layers: "every 2" (the last of each two, GLaM's), "all", "none", "first 3",
         "last 3", or indices "0,4,5".
     dense_after_moe: a dense feed-forward after each MoE layer, with a norm of its own (ST-MoE,
@@ -68,8 +68,8 @@ class TransformerConfig:
     dtype: "float32" or "bfloat16", of activations and matrix multiplications; parameters are float32.
     init_scale: attentions and dense parts start with std sqrt(init_scale / fan_in).
     causal: with False, routing that depends on later tokens is allowed (attention stays as it is).
-    remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers but for what came from
-        other devices ("save_collectives": 4 instead of 6 all-to-alls per MoE layer).
+    remat: what the backward pass computes again: nothing ("none"), layers ("full"), or layers except results of
+        collectives ("save_collectives": 4 instead of 6 all-to-alls per MoE layer).
     aux_over_layers: whether the MoE layers' auxiliary losses are averaged ("mean") or added up ("sum").
     """
 
@@ -127,7 +127,7 @@ class TransformerConfig:
         raise NotImplementedError
 
     def sublayers(self, stack: StackShape, i: int) -> tuple[Sublayer, ...]:
-        """The parts of layer i of a stack, in order: the one place that says what stands in a layer."""
+        """The parts of layer i of a stack, in order: the only definition of what a layer contains."""
         attention = self.attention[i % len(self.attention)]
         found = [Sublayer("attention", "attention", attention)]
         if stack.M:
@@ -143,8 +143,8 @@ class TransformerConfig:
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
-        """The number of the layer, over all stacks, that every MoE layer stands in."""
-        return tuple(part.layer for part in placed(self) if part.sub.kind == "moe")
+        """The layer number, over all stacks, of every MoE layer."""
+        return tuple(part.layer for part in placed_sublayers(self) if part.sub.kind == "moe")
 
     @property
     def n_moe_layers(self) -> int:
@@ -188,13 +188,15 @@ class TransformerConfig:
         if not isinstance(moe, MoEConfig):
             return self
         if moe.shared is not None and dataclasses.replace(moe.shared, F=1) != dataclasses.replace(moe.experts, F=1):
-            raise ValueError(f"The shared expert {moe.shared} is of another kind than {moe.experts}; no single twin.")
+            raise ValueError(
+                f"The shared expert {moe.shared} is of another kind than {moe.experts}; no single dense baseline."
+            )
         F = moe.router.K * moe.experts.F + (moe.shared.F if moe.shared is not None else 0)
         return dataclasses.replace(self, moe=dataclasses.replace(moe.experts, F=F))
 
 
 def not_causal(moe: MoEConfig) -> str:
-    """Says why a layer's routing depends on later tokens, and what to do."""
+    """Explains why a layer's routing depends on later tokens, and what to do."""
     if not moe.traits.causal:
         return (
             f"{type(moe.router).__name__}() decides about a token by later ones; in a language model use "
@@ -212,20 +214,20 @@ def not_causal(moe: MoEConfig) -> str:
 
 
 class StackInputs(NamedTuple):
-    """The inputs of all layers of a stack besides x."""
+    """The inputs of all layers of a stack, other than x."""
 
     sees: Sees
     ids: Ids
-    memory_BMD: Float[Array, "B M D"] | None = None  # what every layer attends to besides
-    memory_sees: Sees | None = None  # who sees whom of it
+    memory_BMD: Float[Array, "B M D"] | None = None  # what every layer also attends to
+    memory_sees: Sees | None = None  # visibility of the memory
 
 
 def stack(
     cfg: TransformerConfig, shape: StackShape, x_BLD: Float[Array, "B L D"], inputs: StackInputs, call: Call
 ) -> tuple[Float[Array, "B L D"], list[Aux]]:
-    """The layers of a stack, as modules of the one that calls this; and reports of its MoE layers, block by block.
+    """Applies the layers of a stack, as submodules of the calling module; returns reports of MoE layers by block.
 
-    call: router state and replay of the MoE layers of this stack alone.
+    call: router state and replay of the MoE layers of this stack only.
     """
     reports, first = [], 0
     for i, block in enumerate(blocks(cfg, shape)):
@@ -247,7 +249,7 @@ def stack(
 
 
 def share_params(module: nn.Module, cfg: TransformerConfig, prefix: str, sees: Sees) -> Sees:
-    """Who sees whom, with the parameters that all layers of a stack share, and what they add to scores, made once."""
+    """Visibility, with the parameters that all layers of a stack share and their bias of scores, computed once."""
     shared = {
         name: parameter(module, prefix + name, sizes, nn.initializers.zeros) for name, sizes in cfg.stack_params.items()
     }
@@ -313,7 +315,7 @@ def count_agreement(aux: Aux) -> Aux:
 
 
 def aux_loss(cfg: TransformerConfig, aux: Aux | None) -> Float[Array, ""]:
-    """The auxiliary loss of the whole model."""
+    """The auxiliary loss of the model, over all MoE layers."""
     if aux is None:
         return jnp.zeros(())
     return aux.loss.sum() if cfg.aux_over_layers == "sum" else aux.loss.mean()

@@ -23,7 +23,7 @@ class ViTConfig(TransformerConfig):
 
     patch: side of the square patches that are its tokens. image: height, width and channels.
     representation: whether a dense layer with tanh stands before the head, as in pre-training (arXiv:2010.11929).
-    Positions are learned, one for each patch; routing may go by the whole batch, since nothing is generated.
+    Positions are learned, one for each patch; routing may depend on the whole batch, since nothing is generated.
     """
 
     patch: int = 16
@@ -80,7 +80,7 @@ class ViT(nn.Module):
         task_B: Int[Array, "B"] | None = None,
         call: Call = Call(),
     ) -> tuple[Float[Array, "B 1 V"], Aux | None]:
-        """real_B: which images are no padding. task_B: a task for each image."""
+        """real_B: mask of images that are no padding. task_B: a task for each image."""
         cfg, B = self.cfg, len(image_BYXC)
         if real_B is None:
             real_B = jnp.ones(B, bool)
@@ -99,10 +99,10 @@ class ViT(nn.Module):
         class_BLD = jnp.broadcast_to(vector("class_D"), (B, 1, cfg.D))
         x_BLD = jnp.concatenate([class_BLD, x_BLD], axis=1)
         x_BLD += matrix("position_LD", nn.initializers.normal(0.02))[None]
-        of_tokens = lambda a_B: jnp.broadcast_to(a_B[:, None], (B, cfg.L))  # noqa: E731
+        per_token = lambda a_B: jnp.broadcast_to(a_B[:, None], (B, cfg.L))  # noqa: E731
         position_BL = jnp.broadcast_to(jnp.arange(cfg.L), (B, cfg.L))
-        sees = Sees(of_tokens(real_B).astype(jnp.int32), position_BL, Order.BOTH)
-        inputs = StackInputs(sees, Ids(task_BL=None if task_B is None else of_tokens(task_B)))
+        sees = Sees(per_token(real_B).astype(jnp.int32), position_BL, Order.BOTH)
+        inputs = StackInputs(sees, Ids(task_BL=None if task_B is None else per_token(task_B)))
         x_BLD, reports = stack(cfg, cfg.stacks()[0], x_BLD, inputs, call)
         x_BLD = LayerNorm(name="norm")(x_BLD[:, :1])
         if cfg.representation:

@@ -21,7 +21,7 @@ from moe_jax.costs.chips import by_device_kind
 from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
 from moe_jax.plan.schedule import Schedule
 
-# Read by libtpu when it is loaded: no lock between processes, no questions to a cloud's metadata server.
+# Read by libtpu when it is loaded: no lock between processes, no queries to a cloud's metadata server.
 ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # The memory "required for HLO temporaries" counts arguments too.
@@ -35,20 +35,20 @@ class Compiled(NamedTuple):
     """Compiled train step as the compiler reports it: bytes and FLOPs of one device, None where it reports none."""
 
     fits: bool
-    limit: int | None  # bytes that a program may have
+    limit: int | None  # bytes that a program may use
     peak: int  # bytes that it needs, arguments and temporaries; rounded where it does not fit
-    over: int  # bytes too much
+    over: int  # bytes over the limit
     arguments: int | None  # parameters, optimizer state and batch
-    temporaries: int | None  # the most that lives beside them
+    temporaries: int | None  # peak of temporaries
     output: int | None
-    alias: int | None  # of the output, what takes the place of arguments
+    alias: int | None  # of the output, bytes that reuse arguments
     collectives: list[Collective]
     flops: float | None  # of matrix multiplications, loops by their trips
     optimal_seconds: float | None  # estimated for compute and HBM of the whole schedule, loops by their trips
     overlaps: list[Overlap]
     lower_seconds: float  # to trace
     compile_seconds: float
-    host_bytes: int  # the most memory that this process has had
+    host_bytes: int  # peak memory of this process
 
 
 def available() -> str | None:
@@ -62,7 +62,7 @@ def available() -> str | None:
 def devices(topology: str) -> tuple[jax.Device, ...]:
     """Devices of a slice like "v4:8x8x16", or of several, "2*v5e:16x16"; for compilation only.
 
-    ValueError without libtpu, and for a slice that it does not know.
+    ValueError without libtpu, and for an unknown slice.
     """
     if missing := available():
         raise ValueError(f"{topology} cannot be compiled for: {missing}.")
@@ -83,8 +83,8 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
 def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
     """The experiment's train step, as training runs it, compiled for a slice that its mesh fills.
 
-    options: of the compiler, like {"xla_tpu_enable_async_all_to_all": True}. ValueError where it cannot be compiled for
-    another reason than too little memory.
+    options: of the compiler, like {"xla_tpu_enable_async_all_to_all": True}. ValueError where compilation fails for
+    a reason other than memory.
     """
     began = time.monotonic()
     program = step.Program(exp, devices=devices(topology))
@@ -102,7 +102,7 @@ def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: fl
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()
     schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), by_device_kind(kind)
-    # Older compilers say the peak; in newer ones it leaves out what lies between buffers.
+    # Newer compilers report the total allocation; their peak leaves out gaps between buffers.
     peak = getattr(memory, "total_allocation_bytes", 0) or memory.peak_memory_in_bytes
     return Compiled(
         fits=True,
@@ -150,6 +150,6 @@ def first_line(error: Exception) -> str:
 
 
 def host_bytes() -> int:
-    """The most memory that this process has had."""
+    """Peak memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

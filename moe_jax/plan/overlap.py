@@ -7,7 +7,7 @@ from moe_jax.audit import hlo
 from moe_jax.audit.hlo import OPCODES, Computation, Instruction
 from moe_jax.plan.schedule import Schedule, cycles
 
-# Cycles a second by which the compiler estimates (libtpu 0.0.52), which need not be the chip's.
+# Clock rates of the compiler's estimates (libtpu 0.0.52), in cycles a second; the chips' may differ.
 CLOCKS = {
     "TPU v3": 940e6,
     "TPU v4": 920e6,
@@ -19,10 +19,10 @@ CLOCKS = {
 
 
 class Overlap(NamedTuple):
-    """The collectives of one kind in a step which wait for one another ("synchronous"), or which do not."""
+    """Collectives of one kind in a step, by how they overlap with computation."""
 
     op: str
-    how: str  # "synchronous"; "asynchronous", started and waited for later; "fused" with what hides it
+    how: str  # "synchronous"; "asynchronous", started and waited for later; "fused" with a computation
     count: int  # type: ignore[assignment] # executions
     bytes: int  # of results, all executions together
     seconds: float | None  # estimated for what is computed between start and end; None where no clock is known
@@ -51,7 +51,7 @@ def each_overlap(schedule: Schedule) -> Iterator[tuple[str, str, int, int, int]]
 
 
 def begun(i: Instruction, computations: dict[str, Computation]) -> list[tuple[Instruction, str]]:
-    """The collectives that an instruction is, starts, or fuses."""
+    """Collectives that an instruction is, starts, or fuses, each with how it overlaps."""
     if i.op in OPCODES:
         return [(i, "synchronous")]
     if i.op.removesuffix("-start") in OPCODES:
@@ -65,7 +65,7 @@ def begun(i: Instruction, computations: dict[str, Computation]) -> list[tuple[In
 
 
 def moved(c: Instruction) -> int | tuple:
-    """Bytes of its results; a start has operands in front of them."""
+    """Bytes of a collective's results; a start lists operands before them."""
     result = hlo.byte_sizes(c.result)
     started = c.op.endswith("-start") and c.op != "all-reduce-start"
     return result[1] if started and isinstance(result, tuple) else result

@@ -18,7 +18,7 @@ from moe_jax.plan.topology import Topology
 class Site(NamedTuple):
     """Site of a run: power, carbon and price, every figure with its source."""
 
-    watts: float | None  # of a chip, on average, with its part of the host; None where nobody says
+    watts: float | None  # of a chip, on average, with its part of the host; None where it is not published
     watts_source: str
     pue: float = PUE
     pue_source: str = PUE_SOURCE
@@ -35,7 +35,7 @@ class Site(NamedTuple):
         carbon: float | None = None,
         price: float | None = None,
     ) -> "Site":
-        """Builds a site from the given figures, and published ones for the rest."""
+        """Builds a site from the given figures, and published ones where None."""
         given = "as given"
         return cls(
             *((chip.watts, chip.watts_source) if watts is None else (watts, given)),
@@ -46,7 +46,7 @@ class Site(NamedTuple):
 
 
 class RunCost(NamedTuple):
-    """A whole run, at so many seconds a step."""
+    """Cost of a run at a given step time."""
 
     seconds: float
     mfu: float
@@ -60,7 +60,7 @@ class RunCost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All there is to know of a train step before it runs."""
+    """Plan of a train step: its memory, time and cost before it runs."""
 
     exp: Experiment  # whose mesh fills the topology
     on: Topology
@@ -69,14 +69,14 @@ class Plan(NamedTuple):
     published: Mapping[str, Any]  # of the model, by its authors; {} where its config has none
     memory: Memory
     roofline: Roofline
-    runs: dict[str, RunCost]  # with everything overlapped, with nothing, and as scheduled with the network after it
+    runs: dict[str, RunCost]  # all overlapped, nothing overlapped, and as scheduled plus the network
     compiled: Any  # compile.Compiled, or None
     rows: list[ComparedCollective]  # collectives, predicted and compiled
-    missing: str  # why nothing was compiled
+    missing: str  # reason why nothing was compiled
 
     @property
     def room(self) -> float:
-        """Bytes left on a device, as predicted; negative where it does not fit."""
+        """Predicted bytes left on a device; negative where the step does not fit."""
         return self.on.chip.usable - self.memory.total
 
     @property
@@ -93,9 +93,9 @@ def plan(
     published: Mapping[str, Any] | None = None,
     analytic: bool = False,
 ) -> Plan:
-    """Plans an experiment whose mesh fills the topology; tokens: of the whole run, if not the config's steps.
+    """Plans an experiment whose mesh fills the topology; tokens: of the run; by default those of the config's steps.
 
-    Unless `analytic`, the step is compiled, where the compiler is installed. ValueError where it cannot be.
+    Unless `analytic`, the step is compiled if the compiler is installed. ValueError where that fails.
     """
     site, line = site or Site.of(on.chip), roofline(exp, on)
     missing = "not asked for" if analytic else (compiler.available() or "")
@@ -112,15 +112,15 @@ def plan(
         published or {},
         memory(exp, dict(exp.mesh)),
         line,
-        {name: whole(line, on, site, seconds, total) for name, seconds in times.items()},
+        {name: run_cost(line, on, site, seconds, total) for name, seconds in times.items()},
         compiled,
         compare_collectives(step(exp, dict(exp.mesh), "tpu"), compiled.collectives) if compiled else [],
         missing,
     )
 
 
-def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> RunCost:
-    """A run over so many tokens whose steps take so long."""
+def run_cost(line: Roofline, on: Topology, site: Site, seconds: float, tokens: float) -> RunCost:
+    """Cost of a run over `tokens` tokens, whose steps take `seconds`."""
     steps = tokens / line.tokens
     hours = steps * seconds / 3600
     spent = None if site.watts is None else energy(hours, on.chips, site.watts, site.pue, site.carbon)
@@ -130,7 +130,7 @@ def whole(line: Roofline, on: Topology, site: Site, seconds: float, tokens: floa
 
 
 def plan_to_dict(value: Any) -> Any:
-    """A plan, or a part of one, as what JSON can hold."""
+    """Converts a plan, or a part of one, to JSON types."""
     if isinstance(value, Experiment):
         return value.to_json()
     if hasattr(value, "_asdict"):

@@ -1,7 +1,7 @@
-"""The least time that a train step can take: arithmetic, memory and network, each against what the chips can do.
+"""The least time that a train step can take: arithmetic, memory and network, each at the peak rate of the chips.
 
-If all of it overlaps, a step takes as long as the longest of the three; if nothing does, as long as all together. The
-truth lies between. Nothing is run or compiled.
+If all three overlap, a step takes as long as the longest; if none do, as long as their sum. These are the bounds.
+Nothing is run or compiled.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ FLOAT32 = 4
 
 
 class Timed(NamedTuple):
-    """Collectives of one kind in a step, and how long they take alone."""
+    """Collectives of one kind in a step, and their time without overlap."""
 
     what: Collective
     wire: float  # bytes that a device sends
@@ -37,11 +37,11 @@ class Timed(NamedTuple):
 
 
 class Roofline(NamedTuple):
-    """A train step, in seconds of one device; `flops` and `executed` are one device's too."""
+    """Times of a train step on one device, in seconds; `flops` and `executed` are per device too."""
 
-    flops: float  # of matrices that active parameters make: forward, and twice that backward
-    executed: float  # with what is computed again, slots that stay empty, and dispatch by einsum
-    memory: dict[str, float]  # bytes read and written, by what for
+    flops: float  # matmuls of active parameters: forward, and twice that backward
+    executed: float  # with recomputation, empty slots, and dispatch by einsum
+    memory: dict[str, float]  # bytes read and written, by purpose
     sent: list[Timed]
     compute: float
     hbm: float
@@ -60,16 +60,16 @@ class Roofline(NamedTuple):
 
     @property
     def best(self) -> float:
-        """Everything at once."""
+        """Seconds of a step with full overlap."""
         return max(self.parts.values())
 
     @property
     def worst(self) -> float:
-        """One after another."""
+        """Seconds of a step without overlap."""
         return sum(self.parts.values())
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation of a step that takes so long (PaLM, arXiv:2204.02311, app. B)."""
+        """Model FLOPs utilisation of a step that takes `seconds` (PaLM, arXiv:2204.02311, app. B)."""
         return self.flops / self.peak / seconds
 
 
@@ -109,11 +109,11 @@ def dispatch(exp: Experiment) -> float:
 
 
 def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[str, float]:
-    """Bytes that a device reads and writes in a step, at least, by what for.
+    """Least bytes that a device reads and writes in a step, by purpose.
 
-    A matrix is read in every pass, rows go into it and come out; what is element by element is taken to be fused.
+    Every pass reads each matrix, its input rows and output rows; elementwise operations are assumed to be fused.
     """
-    model, pieces, again = exp.model, exp.data.microbatches, exp.model.remat != "none"
+    model, microbatches, again = exp.model, exp.data.microbatches, exp.model.remat != "none"
     width, tensor = jnp.dtype(model.dtype).itemsize, sizes["tensor"]
     B = exp.data.B / math.prod(n for axis, n in sizes.items() if axis != "tensor")
     stacks = model.stacks(exp.data.shapes(1))
@@ -127,14 +127,14 @@ def traffic(exp: Experiment, sizes: dict[str, int], cost: costs.Flops) -> dict[s
     weights = sum(m.layers * m.experts * m.D * m.other * (3 + again + (1 + again) * m.fetched) for m in found)
     rows = sum(m.layers * tokens(m.path) * (choices if m.routed else 1) * (m.D + m.other) for m in found)
     scores, logits = costs.score_flops(model, exp.data.shapes(1)), cost.kinds["head"] / (2 * model.D)
-    mine, remembered = sum(leaf.bytes for leaf in params), sum(leaf.bytes for leaf in opt_state)
+    param_bytes, state_bytes = sum(leaf.bytes for leaf in params), sum(leaf.bytes for leaf in opt_state)
     return {
-        "weights": float(pieces * width * weights),
+        "weights": float(microbatches * width * weights),
         "activations": B * width * rows * (3 + again),
         "attention scores": B / tensor * scores * (2 * FLOAT32 + 2 * width) * (3 + again),
         "logits": B * logits * 4 * FLOAT32,
-        "gradients": mine * (2.0 + 2 * pieces * (pieces > 1)),
-        "optimizer": 2.0 * (mine + remembered),
+        "gradients": param_bytes * (2.0 + 2 * microbatches * (microbatches > 1)),
+        "optimizer": 2.0 * (param_bytes + state_bytes),
     }
 
 
@@ -146,30 +146,30 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     local: tuple[int, ...]
     axes: tuple[tuple[str, ...], ...]
-    bytes: int  # of the part
+    bytes: int  # of the local part
 
 
 @lru_cache(maxsize=8)
-def train_state_shapes(alone: Experiment) -> State:
-    """Shapes of a train state, which depend on no mesh."""
-    tx, _ = alone.optim.build(alone.run.steps)
-    return jax.eval_shape(partial(init, alone, tx))
+def train_state_shapes(exp: Experiment) -> State:
+    """Shapes of a train state, which do not depend on the mesh."""
+    tx, _ = exp.optim.build(exp.run.steps)
+    return jax.eval_shape(partial(init, exp, tx))
 
 
 def state(exp: Experiment, sizes: dict[str, int]) -> tuple[list[Leaf], list[Leaf]]:
-    """Parameters, and what the optimizer remembers, on one device of a mesh."""
-    whole = train_state_shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
-    lies = state_specs(exp, whole, sizes).state
+    """Parameters and optimizer state on one device of a mesh."""
+    shapes = train_state_shapes(dataclasses.replace(exp, mesh=(), optim=dataclasses.replace(exp.optim, zero1=False)))
+    specs = state_specs(exp, shapes, sizes).state
 
-    def leaves(tree: Any, layouts: Any) -> list[Leaf]:
+    def leaves(tree: Any, tree_specs: Any) -> list[Leaf]:
         found = []
-        for (path, x), layout in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(layouts), strict=True):
-            local, axes = dims.local_shape(x.shape, layout, sizes), tuple(dims.axes(layout, x.ndim))
+        for (path, x), spec in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(tree_specs), strict=True):
+            local, axes = dims.local_shape(x.shape, spec, sizes), tuple(dims.axes(spec, x.ndim))
             names = names_of(path) or ("",)
             found.append(Leaf("/".join(names), names[-1], x.shape, local, axes, math.prod(local) * x.dtype.itemsize))
         return found
 
-    return leaves(whole.params, lies.params), leaves(whole.opt_state, lies.opt_state)
+    return leaves(shapes.params, specs.params), leaves(shapes.opt_state, specs.opt_state)
 
 
 def is_matrix(name: str, model: Any) -> bool:
@@ -187,20 +187,20 @@ class Matrix(NamedTuple):
     experts: int
     D: int
     other: int
-    fetched: bool  # from other devices, and written before it is read
+    fetched: bool  # gathered from other devices: written before it is read
     routed: bool  # its rows are those of experts
 
 
 def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
     letters = dims.dims_of(leaf.name)
     n, front, width = len(letters), len(leaf.shape) - len(letters), dims.fsdp_dim(letters)
-    local, whole = dict(zip(letters, leaf.local[-n:], strict=True)), dict(zip(letters, leaf.shape[-n:], strict=True))
+    local, full = dict(zip(letters, leaf.local[-n:], strict=True)), dict(zip(letters, leaf.shape[-n:], strict=True))
     routed = letters.startswith("E")
     gathers = routed and isinstance(exp.exchange, AllGather)
-    experts = (whole if gathers else local)["E"] if routed else 1
+    experts = (full if gathers else local)["E"] if routed else 1
     held = math.prod(local[c] for c in letters if c != width and not (routed and c == "E"))
-    fetched = local[width] < whole[width] or (gathers and local["E"] < whole["E"])
-    return Matrix(leaf.path, math.prod(leaf.local[:front]), experts, whole[width], held, fetched, routed)
+    fetched = local[width] < full[width] or (gathers and local["E"] < full["E"])
+    return Matrix(leaf.path, math.prod(leaf.local[:front]), experts, full[width], held, fetched, routed)
 
 
 # ---------------------------------------------------------------- network
@@ -214,7 +214,7 @@ def timed_collectives(exp: Experiment, on: Topology) -> list[Timed]:
 
 
 def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -> Timed:
-    """One kind of collective, alone on the network."""
+    """Times one kind of collective, without other traffic on the network."""
     wire = c.wire * expected(c, exp.exchange)
     inside = tuple(axis for axis in c.axes if axis != "slice")
     here = rings(on, sizes, inside) if inside else ()
@@ -225,13 +225,13 @@ def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -
 
 
 def across(c: Collective, wire: float, on: Topology, inside: int) -> float:
-    """Bytes that a chip sends to other slices: what is reduced or gathered goes over once for a whole slice."""
+    """Bytes that a chip sends to other slices: reductions and gathers cross once per slice."""
     part = (on.slices - 1) / on.slices * c.size / (c.size - 1)
     return wire * part * on.chip.devices / (1 if c.op.endswith("all-to-all") else inside)
 
 
 def expected(c: Collective, exchange: Any) -> float:
-    """Bytes that travel of those there is room for: a ragged exchange sends balanced rows, and reserves far more."""
+    """Fraction of the reserved bytes that travel: a ragged exchange reserves far more than balanced rows."""
     if c.op != "ragged-all-to-all" or not isinstance(exchange, RaggedAllToAll):
         return 1.0
     room = c.size if exchange.buffer is None else min(c.size, exchange.buffer)

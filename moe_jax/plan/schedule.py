@@ -1,4 +1,4 @@
-"""The schedule of a compiled TPU program: what runs how often, and what its compiler thinks that it takes."""
+"""Schedule of a compiled TPU program: how often each computation runs, and the cycles that the compiler estimates."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 
 
 class Schedule(NamedTuple):
-    """Computations whose instructions are scheduled one after another; fusions run as one instruction."""
+    """Computations with sequential schedules; a fusion runs as one instruction."""
 
     computations: dict[str, Computation]
-    times: dict[str, int]  # how often each scheduled one runs in a step
+    times: dict[str, int]  # runs per step of each scheduled computation
 
     @classmethod
     def of(cls, text: str) -> "Schedule":
-        """Parses `compiled.as_text()`; of a conditional, the longest branch counts."""
+        """Parses `compiled.as_text()`; a conditional counts as its longest branch."""
         entry, computations = hlo.parse_module(text)
         times: dict[str, int] = {}
         todo = [(entry, 1)]
@@ -36,7 +36,7 @@ class Schedule(NamedTuple):
 
     @property
     def instructions(self) -> Iterator[tuple[Instruction, Computation, int]]:
-        """All that is scheduled, where, and how often it runs."""
+        """Yields every scheduled instruction, its computation, and how often it runs."""
         return (
             (i, self.computations[name], n) for name, n in self.times.items() for i in self.computations[name].values()
         )
@@ -52,7 +52,7 @@ class Schedule(NamedTuple):
         return sum(n * self.multiplied(i, around) for i, around, n in self.instructions)
 
     def multiplied(self, i: Instruction, around: Computation) -> int:
-        """FLOPs of one instruction, and of what it fuses."""
+        """FLOPs of one instruction, fused computations included."""
         if i.op == "convolution":
             return convolution(i, around)
         if i.op != "fusion":
@@ -67,7 +67,7 @@ def runs(i: Instruction, around: Computation, computations: dict[str, Computatio
         body, condition = hlo.attribute(i, "body"), hlo.attribute(i, "condition")
         try:
             n = hlo.trips(i, around, computations[body], computations[condition])
-        except ValueError:  # nobody knows; such loops search or sort
+        except ValueError:  # unknown trip count; such loops search or sort
             n = 1
         return [(body, n), (condition, n + 1)]
     if i.op == "conditional":
@@ -85,7 +85,7 @@ def cycles(i: Instruction) -> int:
 
 
 def convolution(i: Instruction, around: Computation) -> int:
-    """FLOPs. A batch of matrices is written as a dimension of space where every output sees one input."""
+    """FLOPs of a convolution. A batch of matmuls is a spatial dimension in which every output has one input."""
     labels = LABELS.search(i.rest)
     assert labels is not None
     left, right = (result_shape(around[name]) for name in hlo.operands(i)[:2])
@@ -93,7 +93,7 @@ def convolution(i: Instruction, around: Computation) -> int:
         dict(zip(names, sizes, strict=True))
         for names, sizes in zip(labels.groups(), (left, right, result_shape(i)), strict=True)
     )
-    taps = math.prod(seen(given[d], kernel[d], result[d], window) for d, window in conv_windows(i) if d in kernel)
+    taps = math.prod(n_taps(given[d], kernel[d], result[d], window) for d, window in conv_windows(i) if d in kernel)
     return 2 * taps * result["b"] * result["f"] * kernel["i"]
 
 
@@ -110,9 +110,9 @@ def conv_windows(i: Instruction) -> Iterator[tuple[str, dict[str, str]]]:
         yield str(d), {name: value.split("x")[d] for name, value in fields.items()}
 
 
-def seen(n: int, size: int, out: int, window: dict[str, str]) -> int:
-    """Pairs of an output and an input that it sees, along one dimension of space."""
+def n_taps(n: int, size: int, out: int, window: dict[str, str]) -> int:
+    """Number of pairs of an output and an input in its window, along one spatial dimension."""
     step, gap, apart = (int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
     before = int(window.get("pad", "0_0").split("_")[0])
-    places = (o * step + k * apart - before for o, k in itertools.product(range(out), range(size)))
-    return sum(0 <= at <= (n - 1) * gap and at % gap == 0 for at in places)
+    inputs = (o * step + k * apart - before for o, k in itertools.product(range(out), range(size)))
+    return sum(0 <= at <= (n - 1) * gap and at % gap == 0 for at in inputs)

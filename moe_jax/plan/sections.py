@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.costs.headline import headline, mesh_words
-from moe_jax.plan.plan import Plan, RunCost, Site, whole
+from moe_jax.plan.plan import Plan, RunCost, Site, run_cost
 from moe_jax.plan.search import Found, Option
 from moe_jax.plan.topology import Topology
 
@@ -258,7 +258,7 @@ class SearchTable(NamedTuple):
     def run(self, option: Option) -> RunCost:
         """The whole run, with nothing overlapped."""
         tokens = self.tokens or float(option.exp.run.steps * option.roofline.tokens)
-        return whole(option.roofline, self.on, self.site, option.seconds, tokens)
+        return run_cost(option.roofline, self.on, self.site, option.seconds, tokens)
 
 
 def found_facts(search: SearchTable) -> dict[str, str]:

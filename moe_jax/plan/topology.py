@@ -1,4 +1,4 @@
-"""Slices of TPU pods by name, `v4:8x8x16` or `2*v5e:16x16`, and how the axes of a mesh lie on their torus."""
+"""Slices of TPU pods by name, `v4:8x8x16` or `2*v5e:16x16`, and the rings of mesh axes on their torus."""
 
 import itertools
 import math
@@ -51,8 +51,8 @@ class Topology(NamedTuple):
 
 def topology(name: str) -> Topology:
     """Parses a topology's name; ValueError with the nearest one that exists."""
-    many, star, rest = name.rpartition("*")
-    kind, colon, sides = rest.partition(":")
+    many, star, remainder = name.rpartition("*")
+    kind, colon, sides = remainder.partition(":")
     if not colon or (star and not (many.isdecimal() and int(many))):
         raise ValueError(f"Topology {name!r} is not a name; write CHIP:SHAPE like v4:8x8x16, or 2*v5e:16x16.")
     if kind not in TPUS:
@@ -84,12 +84,12 @@ def far(shape: tuple[int, ...], other: tuple[int, ...]) -> float:
 
 
 @lru_cache
-def slice_shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
+def slice_shapes(chip: Chip) -> tuple[tuple[int, ...], ...]:
     """All slices of a generation, the smallest first; their sides ascend."""
-    small = [s for s in SMALL[of.dims] if math.prod(s) <= of.largest]
-    if of.dims == 2:
+    small = [s for s in SMALL[chip.dims] if math.prod(s) <= chip.largest]
+    if chip.dims == 2:
         return tuple(small)
-    most = of.largest // CUBE**3  # cubes
+    most = chip.largest // CUBE**3  # cubes
     cubes = [
         (a * CUBE, b * CUBE, c * CUBE)
         for a in range(1, most + 1)
@@ -103,7 +103,7 @@ def slice_shapes(of: Chip) -> tuple[tuple[int, ...], ...]:
 
 
 def side_lengths(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
-    """Devices along every axis of a mesh, -1 being the rest; ValueError with the nearest that fills the topology."""
+    """Devices along every axis of a mesh, -1 inferred; ValueError with the nearest that fills the topology."""
     given = {axis: mesh.get(axis, 1) for axis in AXES}
     if given["slice"] == -1:
         given["slice"] = on.slices
@@ -113,10 +113,10 @@ def side_lengths(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
             f"or say --topology={on._replace(slices=given['slice']).name}."
         )
     known = math.prod(n for n in given.values() if n != -1)
-    rest = [axis for axis, n in given.items() if n == -1]
-    if rest and on.devices % known == 0:
-        return {**given, rest[0]: on.devices // known}
-    if not rest and known == on.devices:
+    inferred = [axis for axis, n in given.items() if n == -1]
+    if inferred and on.devices % known == 0:
+        return {**given, inferred[0]: on.devices // known}
+    if not inferred and known == on.devices:
         return given
     product = " x ".join(f"{axis}={n}" for axis, n in given.items() if n != 1) or "of one device"
     near = ", ".join(
@@ -126,7 +126,7 @@ def side_lengths(mesh: Mapping[str, int], on: Topology) -> dict[str, int]:
 
 
 def nearest_topology(given: Mapping[str, int], on: Topology) -> dict[str, int]:
-    """The mesh that fills a topology with the fewest and smallest changes; an axis of -1 may become anything."""
+    """The mesh that fills a topology with the fewest and smallest changes; an axis of -1 may have any size."""
 
     def change(new: dict[str, int]) -> float:
         moved = [abs(math.log(new[axis] / n)) for axis, n in given.items() if n != -1]
@@ -136,7 +136,7 @@ def nearest_topology(given: Mapping[str, int], on: Topology) -> dict[str, int]:
 
 
 def factorizations(devices: int, slices: int = 1) -> list[dict[str, int]]:
-    """Every mesh over so many devices in so many slices."""
+    """Every mesh over `devices` devices in `slices` slices."""
     inside = devices // slices
 
     def divisors(n: int) -> list[int]:
@@ -152,7 +152,7 @@ def factorizations(devices: int, slices: int = 1) -> list[dict[str, int]]:
 
 
 def rings(on: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> tuple[Ring, ...]:
-    """Part of each side of a slice that a group along these axes has, for a mesh that fills the topology."""
+    """Rings of a group along these axes on each side of a slice, for a mesh that fills the topology."""
     inside = tuple(1 if axis == "slice" else mesh[axis] for axis in AXES)
     shape = (*on.shape, *[1] * (3 - len(on.shape)))
     closed = (*on.closed, *[False] * (3 - len(on.shape)))

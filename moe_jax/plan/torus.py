@@ -1,6 +1,6 @@
 """Time of a collective on a torus: its group's part of each side, and the bytes on each link.
 
-JAX itself lays the mesh, over stand-ins for the devices, so that this is where the program's groups really lie.
+JAX itself places the mesh, on stand-ins for the devices, so these are the positions of the program's groups.
 """
 
 import dataclasses
@@ -35,25 +35,25 @@ class Ring(NamedTuple):
 
     @property
     def links(self) -> float:
-        """Links that a chip sends over at once, in a ring or a line; groups that lie between each other share them."""
+        """Links that a chip sends over at once, in a ring or a line; interleaved groups share them."""
         return (2 if self.closed else 1) / self.stride
 
     @property
     def carried(self) -> float:
         """Bytes over the busiest link, one way, for each byte that a chip sends evenly to all the others.
 
-        A ring of n: n/4 links to go on average, two links a chip. A line: n/2 chips send half over the middle.
+        A ring of n: n/4 hops on average, two links per chip. A line: n/2 chips send half over the middle.
         """
         return self.chips * self.stride / (8 if self.closed else 4)
 
 
 @lru_cache(maxsize=4096)
 def mesh_coordinates(shape: tuple[int, int, int], kind: str, devices: int, mesh: tuple[int, ...]) -> np.ndarray:
-    """The places of a slice in the shape of a mesh."""
+    """Devices of a slice, with coordinates, in the shape of a mesh."""
     sides = itertools.product(*map(range, reversed(shape)))
-    places = [((x, y, z), core) for z, y, x in sides for core in range(devices)]
-    given = [TorusDevice(i, kind, coords, core) for i, (coords, core) in enumerate(places)]
-    return create_device_mesh(mesh, given, allow_split_physical_axes=True)
+    coordinates = [((x, y, z), core) for z, y, x in sides for core in range(devices)]
+    stand_ins = [TorusDevice(i, kind, coords, core) for i, (coords, core) in enumerate(coordinates)]
+    return create_device_mesh(mesh, stand_ins, allow_split_physical_axes=True)
 
 
 @lru_cache(maxsize=65536)
@@ -67,18 +67,18 @@ def ring(
 ) -> tuple[Ring, ...]:
     """A ring for every side of the torus that a group along these axes of the mesh reaches along; () inside a chip."""
     corner = tuple(slice(None) if axis in axes else 0 for axis in range(len(mesh)))
-    group = [place.coords for place in mesh_coordinates(shape, kind, devices, mesh)[corner].flat]
+    group = [device.coords for device in mesh_coordinates(shape, kind, devices, mesh)[corner].flat]
     found = []
     for side, (n, ends) in enumerate(zip(shape, closed, strict=True)):
-        seen = sorted({coords[side] for coords in group})
-        if len(seen) > 1:
-            stride = min(b - a for a, b in itertools.pairwise(seen))
-            found.append(Ring(len(seen), stride, ends and len(seen) * stride == n))
+        positions = sorted({coords[side] for coords in group})
+        if len(positions) > 1:
+            stride = min(b - a for a, b in itertools.pairwise(positions))
+            found.append(Ring(len(positions), stride, ends and len(positions) * stride == n))
     return tuple(found)
 
 
 def collective_seconds(op: str, wire: float, rings: Iterable[Ring], link: float) -> float:
-    """Seconds of a collective in which a chip sends `wire` bytes, over links of so many bytes a second, one way.
+    """Seconds of a collective in which a chip sends `wire` bytes, over links of `link` bytes a second, one way.
 
     All-to-alls are limited by the busiest link, the others by the links that a chip can use at once. 0 inside a chip.
     """

@@ -1,8 +1,8 @@
 """Routers: (params, x_GSD, mask_GS, ctx) -> Routing. One line here registers one.
 
-A router declares its `params`, the number K of choices per token (at most), and where it differs from the defaults of
-`core.traits.Traits` the other traits listed there. A router with `state` has update(state, stats) -> new values, one
-that fits some numbers of experts only check(E), which raises ValueError, and one that makes no TokenChoice slots(S, E),
+A router declares its `params`, the number K of choices per token (at most), and other traits of `core.traits.Traits`
+where they differ from the defaults. A router with `state` has update(state, stats) -> new values. A router that needs
+certain numbers of experts has check(E), which raises ValueError. A router that makes no TokenChoice has slots(S, E),
 the slots of each of E experts for a group of S tokens.
 """
 
@@ -31,25 +31,4 @@ ROUTERS = (
     *(ExpertChoice, SoftMoE, MixtureOfDepths),
 )
 
-__all__ = [
-    "ROUTERS",
-    "BASELayer",
-    "CosineTopK",
-    "ExpertChoice",
-    "Hash",
-    "Hierarchical",
-    "LossFree",
-    "MixtureOfDepths",
-    "NoisyTopK",
-    "NullExperts",
-    "Random",
-    "RoundRobin",
-    "Sampled",
-    "Sinkhorn",
-    "SoftMoE",
-    "Switch",
-    "TaskTopK",
-    "Top2",
-    "TopK",
-    "TopP",
-]
+__all__ = ["ROUTERS", *(router.__name__ for router in ROUTERS)]

@@ -20,7 +20,7 @@ class BASELayer:
     Each expert takes at most ceil(n / E) of a group's n tokens; without keys (evaluation) every token goes to its best
     one. The weight is sigmoid(logit). Assigning needs the whole group, so that training is not causal.
 
-    epsilon: the total may fall short of the best by n * epsilon times the spread of the logits; the auction
+    epsilon: the total may fall short of the best by n * epsilon times the range of the logits; the auction
     (Bertsekas 1992) takes about 1 / epsilon rounds.
     """
 
@@ -51,12 +51,12 @@ class BASELayer:
         return token_choice(expert_GSK, weight_GSK, logits_GSE, jax.nn.softmax(logits_GSE), mask_GS)
 
     def _auction(self, score_SE: Float[Array, "S E"], mask_S: Bool[Array, "S"]) -> Int[Array, "S"]:
-        """Tokens without an expert bid for their best one, until every token has one; E for padding."""
+        """Assigns experts by auction: tokens without one bid for their best until all have one; E for padding."""
         S, E = score_SE.shape
         slots = -(-mask_S.sum() // E)
         step = self.epsilon * jnp.maximum(jnp.ptp(jnp.where(mask_S[:, None], score_SE, score_SE[:1])), 1e-6)
 
-        def waiting(held):
+        def unfinished(held):
             return ((held[0] == E) & mask_S).any()
 
         def bid(held):
@@ -77,5 +77,5 @@ class BASELayer:
             rank_S = jnp.zeros_like(expert_S).at[order_S].set(jnp.arange(S) - start_S)
             return jnp.where(rank_S >= slots, E, expert_S), offer_S
 
-        nobody_S = lax.full_like(score_SE, E, shape=(S,), dtype=jnp.int32)
-        return lax.while_loop(waiting, bid, (nobody_S, lax.full_like(score_SE, 0, shape=(S,))))[0]
+        unassigned_S = lax.full_like(score_SE, E, shape=(S,), dtype=jnp.int32)
+        return lax.while_loop(unfinished, bid, (unassigned_S, lax.full_like(score_SE, 0, shape=(S,))))[0]

@@ -1,4 +1,4 @@
-"""Controls: routing that has learnt nothing."""
+"""Controls: routing that is not learned."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from moe_jax.routers.hashed import mix, unlearned
 class Random:
     """K different experts at random for every token and step, each of weight 1/K (THOR's, arXiv:2110.04260).
 
-    Without keys (evaluation) the draw is a hash of the token's place in its group, and always the same.
+    Without keys (evaluation) the draw is a hash of the token's position in its group, and always the same.
     """
 
     K: int = 2

@@ -46,7 +46,7 @@ def mix(ids: Int[Array, "..."], seed: int) -> Array:
 
 
 def unlearned(expert_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"], ctx: Context) -> TokenChoice:
-    """Choices that no gate has made: of weight 1/K each, the distribution over experts uniform."""
+    """Routing without a gate: choices of weight 1/K each, with a uniform distribution over experts."""
     G, S, K = expert_GSK.shape
     expert_GSK = ctx.override(expert_GSK)
     flat_GSE = jnp.zeros((G, S, ctx.E))

@@ -76,7 +76,7 @@ class Hierarchical:
         return token_choice(expert_GSK, weight_GSK, group_GSM[..., group_of_E] + logits_GSE, probs_GSE, mask_GS)
 
     def _choose(self, group_GSM: Array, each_GSMI: Array, ctx: Context) -> Array:
-        """The best groups in order, the best experts of each in order."""
+        """Chooses the best groups in order, and the best experts of each in order."""
         G, S, _, n = each_GSMI.shape
         best_GSK = lax.top_k(group_GSM, self.outer)[1]
         inside_GSKI = jnp.take_along_axis(each_GSMI, best_GSK[..., None], axis=2)

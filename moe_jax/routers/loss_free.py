@@ -21,7 +21,7 @@ class LossFree:
     rises by `rate` where an expert had less than the mean load of the whole batch, and falls where it had more.
 
     normalize, scale: weights are score / sum of the chosen * scale (V3: "sigmoid", scale 2.5).
-    groups, limit, best: experts are chosen within the `limit` best of so many equal groups; a group's score is the
+    groups, limit, best: experts are chosen within the `limit` best of `groups` equal groups; a group's score is the
     sum of its `best` largest (V3: 8 groups, limit 4, best 2; V2, with rate 0 and "softmax": best 1).
     """
 
@@ -70,7 +70,7 @@ class LossFree:
         return token_choice(expert_GSK, weight_GSK, logits_GSE, normalize_weights(score_GSE), mask_GS)
 
     def _kept(self, biased_GSE: Array) -> Array:
-        """Scores in the best groups, minus infinity in the others."""
+        """Scores of experts in the best groups, minus infinity for the others."""
         if self.groups == 1:
             return biased_GSE
         G, S, E = biased_GSE.shape

@@ -65,7 +65,7 @@ class NoisyTopK:
         return token_choice(expert_GSK, weight_GSK, clean_GSE, probs_GSE, mask_GS, load_GSE)
 
     def _load(self, clean_GSE: Array, noisy_GSE: Array, std_GSE: Array) -> Array:
-        """The probability that an expert is among the K best if its noise were drawn again."""
+        """The probability that an expert is among the K best under a new draw of its noise."""
         best_GSK = take_experts(noisy_GSE, lax.top_k(noisy_GSE, min(self.K + 1, noisy_GSE.shape[-1]))[1])
         kth_GS1 = best_GSK[..., self.K - 1 : self.K]
         if not self.learned:  # V-MoE: the threshold counts the expert itself
@@ -78,7 +78,7 @@ class NoisyTopK:
 
 @jax.custom_jvp
 def normal_cdf(z: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The standard normal distribution function; jax 0.12 refuses its own derivative of it inside shard_map."""
+    """The standard normal distribution function; jax 0.12 cannot differentiate `norm.cdf` inside shard_map."""
     return norm.cdf(z)
 
 

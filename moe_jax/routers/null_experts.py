@@ -17,8 +17,8 @@ class NullExperts:
     """Top-K among E experts and M that do nothing and cost nothing (AdaMoE, arXiv:2406.13233, sec. 3).
 
     A token that picks nulls visits fewer experts. Its weights are the probabilities among all E + M, or, with
-    `normalize`, shares of the true ones alone, as in the paper: the task then says nothing about nulls, and only a
-    `LoadBalance` loss trains them.
+    `normalize`, among the chosen true experts only, as in the paper: the task loss then gives nulls no gradient, and
+    only a `LoadBalance` loss trains them.
     """
 
     K: int = 4
@@ -52,7 +52,7 @@ class NullExperts:
         logits_GSE = ctx.logits(linear(x_GSD, params["gate_DE"]))
         every = jnp.concatenate([logits_GSE, ctx.transform(linear(x_GSD, params["null_DM"]))], -1)
         probs_GSE = jax.nn.softmax(every)[..., :E]
-        expert_GSK = jnp.minimum(ctx.top_k(every, self.K), E)  # nulls are nowhere
+        expert_GSK = jnp.minimum(ctx.top_k(every, self.K), E)  # null experts get the padding id
         weight_GSK = take_experts(probs_GSE, expert_GSK)
         return token_choice(
             expert_GSK, normalize_weights(weight_GSK) if self.normalize else weight_GSK, logits_GSE, probs_GSE, mask_GS

@@ -20,8 +20,8 @@ class Sinkhorn:
 
     While training, every group's logits are balanced by `iterations` of Sinkhorn's algorithm, and the K experts of
     the largest logit + potential are chosen; weights are the unbalanced probabilities. The experts' potentials are
-    averaged over the batch and remembered: each step starts from them, and evaluation, which is causal, uses
-    them as they are. Balancing needs the whole group, so that training is not causal.
+    averaged over the batch and kept as state: each step starts from them, and evaluation, which is causal, uses
+    them unchanged. Balancing needs the whole group, so that training is not causal.
     """
 
     K: int = 1

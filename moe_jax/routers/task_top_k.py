@@ -13,9 +13,9 @@ from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
 @dataclasses.dataclass(frozen=True)
 class TaskTopK:
-    """A gate that sees which of M tasks or domains a token belongs to, besides the token.
+    """A gate over a token and its task (or domain), one of M.
 
-    logits = x @ gate_DE + task_ME[task]. token=False: the task alone decides, so that a task's experts can be
+    logits = x @ gate_DE + task_ME[task]. token=False: only the task decides, so that a task's experts can be
     served without the others (Task-MoE, arXiv:2110.03742, sec. 3).
     """
 

@@ -15,8 +15,8 @@ from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_we
 class TopK:
     """The K experts with the largest scores.
 
-    score: "softmax", "sigmoid", or, with exact zeros, "sparsemax" and "entmax15": a choice of score 0 goes nowhere,
-    so that K is the most a token visits.
+    score: "softmax", "sigmoid", or, with exact zeros, "sparsemax" and "entmax15": a choice of score 0 gets the
+    padding id, so that a token has at most K experts.
     normalize: divide by the sum over the chosen, so that a token's weights sum to 1 (Mixtral, arXiv:2401.04088,
     sec. 2.1: a softmax over the K selected logits is the same). Without, they sum to less (V-MoE, OLMoE).
     """

@@ -17,7 +17,7 @@ class TopP:
     """Top-p routing: the fewest experts that together reach probability p, at most K (arXiv:2403.07652, eq. 3).
 
     Weights are the probabilities themselves. The paper has p = 0.4, no limit (K = E), and adds the loss
-    `TokenEntropy(1e-4)`, without which tokens spread over more and more experts.
+    `TokenEntropy(1e-4)`, without which tokens use more and more experts.
     """
 
     p: float = 0.4

@@ -344,7 +344,7 @@ def test_a_cache_too_small_says_so(part):
     params, shared = numbers(part)
     room = 4 if part.window is None else min(4, part.window - 1)
     x, sees = tokens()[:4], lambda at: Sees(np.ones((4, len(at)), int), np.tile(at, (4, 1)), shared=shared)
-    with pytest.raises(ValueError, match=rf"{L} tokens do not fit into a cache of {room} places.*M={L}"):
+    with pytest.raises(ValueError, match=rf"{L} tokens do not fit into a cache of {room} entries.*M={L}"):
         compiled(part)(params, x, sees(np.arange(L)), part.init_cache(4, room))
     y, state = compiled(part)(params, x[:, :room], sees(np.arange(room)), part.init_cache(4, room))
     assert np.isfinite(y).all()

@@ -262,7 +262,7 @@ def run(exp, state, batch):
     program = Program(exp, devices=jax.devices()[: exp.devices])
     with jax.set_mesh(program.mesh):
         given = jax.device_put(state, program.shardings), program.to_global(batch)
-        return jax.device_get(jax.jit(partial(gradients, exp, program.layouts))(*given))
+        return jax.device_get(jax.jit(partial(gradients, exp, program.specs))(*given))
 
 
 @pytest.mark.law(1)

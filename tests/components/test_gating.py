@@ -111,7 +111,7 @@ def test_temperature_in_a_layer():
         np.testing.assert_allclose(aux.metrics["router_z"], oracle.router_z(logits / now), rtol=1e-5)
         state = cfg.update_state(state, aux.stats)
     assert state == {"step_": 4}
-    with pytest.raises(ValueError, match="remembers step_ from step to step, but was called without"):
+    with pytest.raises(ValueError, match="keeps step_ from step to step, but was called without"):
         layer.apply(params, jnp.array(X_GSD))
 
 

@@ -218,7 +218,7 @@ def test_the_ladder_has_few_rungs_and_the_balanced_one():
 
 def test_every_rung_of_a_long_ladder(monkeypatch):
     """As large layers have it: values and gradients, of experts on each rung, and of one that is larger than any."""
-    monkeypatch.setattr("moe_jax.core.kernels.by_expert.SMALL", 0)
+    monkeypatch.setattr("moe_jax.core.kernels.by_expert.SMALLEST_BUCKET", 0)
     rungs, kind, params = size_buckets(512, E, D), MLP(F=F), weights(MLP(F=F))
     assert len(rungs) == 13
     x, g = normal(2, 512, D), normal(3, 512, D)

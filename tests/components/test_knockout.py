@@ -116,7 +116,7 @@ def layer():
 def test_a_shut_expert_is_as_if_its_logit_were_minus_infinity(layer, gone):
     """To 1e-6; a token that chooses more than are left goes nowhere with the rest, and without any it gets nothing."""
     run, p, x = layer
-    y, aux = run(p, {"shut_E": np.isin(np.arange(E), gone)})
+    y, aux = run(p, {"masked_E": np.isin(np.arange(E), gone)})
     cases.close(y, by_hand(p, x, 2, gone), rel=1e-6)
     choices = np.asarray(aux.stats.choices_E)
     assert (choices[list(gone)] == 0).all()
@@ -139,7 +139,7 @@ def test_every_router_leaves_it_alone(router):
     ids = jnp.arange(G * S).reshape(G, S)
     ctx = Context(
         E,
-        state={"bias_E": jnp.array(9.0 * gone_E), "shut_E": jnp.array(gone_E)},
+        state={"bias_E": jnp.array(9.0 * gone_E), "masked_E": jnp.array(gone_E)},
         gating=(Masked(),),
         group_G=jnp.arange(G),
         token_GS=ids,
@@ -162,7 +162,7 @@ def without_expert(tree, gone):
 def test_the_model_without_an_expert(params):
     """Shut in every layer it is as good as deleted: the losses are those of a model that never had it."""
     smaller = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, E=E - 1))
-    found = masked_losses(MODEL, params, [BATCH], shut_NE=mask_experts(MODEL, [(0, 2), (1, 2)]))
+    found = masked_losses(MODEL, params, [BATCH], masked_NE=mask_experts(MODEL, [(0, 2), (1, 2)]))
     expected = masked_losses(smaller, without_expert(params, 2), [BATCH])
     np.testing.assert_allclose(found.by_domain_Z, expected.by_domain_Z, rtol=1e-6)
     whole = masked_losses(MODEL, params, [BATCH])
@@ -188,7 +188,7 @@ def test_one_layer_alone_is_masked(params):
     logits_BLE[..., 3] = -1e9
     again = np.stack([sums["expert"][0], np.argsort(-logits_BLE, axis=-1, kind="stable")[..., :2]]).astype(np.int32)
     again[:, BATCH.segment_BL == 0] = E
-    found = masked_losses(MODEL, params, [BATCH], shut_NE=mask_experts(MODEL, [(1, 3)]))
+    found = masked_losses(MODEL, params, [BATCH], masked_NE=mask_experts(MODEL, [(1, 3)]))
     np.testing.assert_allclose(found.mean, replayed(params, BATCH, again).mean(), rtol=1e-6)
 
 
@@ -201,7 +201,7 @@ def test_all_knock_outs(params):
     effects = knock_out(MODEL, strong, batches)
     assert effects.expert_P == tuple((n, e) for n in range(2) for e in range(E))
     for p, (n, e) in enumerate(effects.expert_P):
-        one = masked_losses(MODEL, strong, batches, shut_NE=mask_experts(MODEL, [(n, e)]))
+        one = masked_losses(MODEL, strong, batches, masked_NE=mask_experts(MODEL, [(n, e)]))
         np.testing.assert_allclose(effects.rise_P[p], one.mean - effects.base.mean, rtol=1e-9)
         np.testing.assert_allclose(effects.rise_PZ[p], one.by_domain_Z - effects.base.by_domain_Z, rtol=1e-9)
     shares = effects.base.targets_Z / effects.base.targets_Z.sum()
@@ -212,10 +212,10 @@ def test_all_knock_outs(params):
 def test_isolated_experts_are_the_only_ones_chosen(params):
     """In the layer nobody else is chosen, in others anybody; isolating all of them changes nothing."""
     np.testing.assert_array_equal(isolate_experts(MODEL, 1, [0, 2]), [[False] * 4, [False, True, False, True]])
-    found = masked_losses(MODEL, params, [BATCH], shut_NE=isolate_experts(MODEL, 1, [0, 2]))
-    same = masked_losses(MODEL, params, [BATCH], shut_NE=mask_experts(MODEL, [(1, 1), (1, 3)]))
+    found = masked_losses(MODEL, params, [BATCH], masked_NE=isolate_experts(MODEL, 1, [0, 2]))
+    same = masked_losses(MODEL, params, [BATCH], masked_NE=mask_experts(MODEL, [(1, 1), (1, 3)]))
     assert found.mean == same.mean
-    every = masked_losses(MODEL, params, [BATCH], shut_NE=isolate_experts(MODEL, 0, range(E)))
+    every = masked_losses(MODEL, params, [BATCH], masked_NE=isolate_experts(MODEL, 0, range(E)))
     assert every.mean == masked_losses(MODEL, params, [BATCH]).mean
 
 
@@ -346,7 +346,7 @@ def test_a_dead_expert_has_a_card(params, seen):
     found = card(MODEL, params, dead, 0, 3)
     assert (found.choices, found.load, found.domains, found.promotes) == (0, 0, (), ())
     assert (found.drop_rate, found.weight, found.writes) == (None, None, None)  # of no choices
-    assert "serves   nobody" in card_text(found)
+    assert "serves   no token" in card_text(found)
     assert "dropped" not in card_text(found)
 
 

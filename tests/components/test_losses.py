@@ -423,7 +423,7 @@ def test_what_is_logged():
         (lambda: MoEConfig(E=4, losses=(Load(),)), "Load() needs the load that a noisy router estimates, and TopK("),
         (
             lambda: MoEConfig(E=4, losses=(Adaptive(LoadBalance()), Adaptive(RouterZ()))),
-            "remembers the weight of one Adaptive() loss; leave out the others",
+            "keeps the weight of one Adaptive() loss; leave out the others",
         ),
         (
             lambda: MoEConfig(E=8, router=NullExperts(), losses=(Adaptive(LoadBalance(scope="group")),)),

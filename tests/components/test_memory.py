@@ -96,7 +96,7 @@ def test_one_small_step_by_hand():
     inside = 2 * 2 * 2 * T * D + 2 * 4 * T * H * A + (2 * 4 + 2) * B * H * L * L + 2 * 2 * T * F
     assert found.layer == inside + 2 * T * V
     assert found.head == 2 * V * D + 8 * T * V
-    assert found.pieces == 0
+    assert found.accumulated == 0
     assert found.total == found.parameters + found.optimizer + max(found.phases.values())
 
 
@@ -112,7 +112,7 @@ def test_pieces_halve_activations(remat):
     assert 4 * halves.activations == 2 * whole.activations == once.activations
     assert halves.layer < whole.layer < once.layer
     assert halves.head < whole.head < once.head
-    assert once.pieces == 0 < once.gradients < whole.pieces == halves.pieces
+    assert once.accumulated == 0 < once.gradients < whole.accumulated == halves.accumulated
 
 
 def test_rematerialisation_trades():

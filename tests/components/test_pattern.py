@@ -17,7 +17,7 @@ from moe_jax.data import Classification, Digits, SpanCorruption
 from moe_jax.dispatch import Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.models import EncoderDecoderConfig, LMConfig, ViTConfig
-from moe_jax.models.pattern import Sublayer, blocks, moe_path, moe_paths, params_at, placed
+from moe_jax.models.pattern import Sublayer, blocks, moe_path, moe_paths, params_at, placed_sublayers
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import Constant
 from moe_jax.routers import LossFree
@@ -126,7 +126,7 @@ def test_every_parameter_of_every_layer_has_a_path(name):
     cfg, data = LAID[name]
     shapes = jax.eval_shape(cfg.init, jax.random.key(0), data.shapes(1))
     params = jax.tree.map(lambda x: np.zeros(x.shape, int), shapes)
-    parts = placed(cfg)
+    parts = placed_sublayers(cfg)
     for part in parts:
         for path in (part.path, part.norm):
             for name, w in params[path.stack][path.module].items():

@@ -206,9 +206,7 @@ def test_what_sees_the_future_is_refused(moe, message):
 
 def test_a_router_without_its_state_is_refused():
     cfg = dataclasses.replace(MODEL, moe=MOE)
-    with pytest.raises(
-        ValueError, match=r"remembers bias_E, log_weight_, step_ from step to step, but was called with"
-    ):
+    with pytest.raises(ValueError, match=r"keeps bias_E, log_weight_, step_ from step to step, but was called with"):
         jax.eval_shape(LM(cfg).apply, {"params": jax.eval_shape(lambda: params_of(cfg))}, jnp.zeros((1, 8), int))
 
 

@@ -225,7 +225,7 @@ WHOLE = {"params": 15_552, "adamw": 31_112, "adafactor": 3_376}  # bytes
 def test_what_a_device_holds(run, optimizer, mesh):
     """ZeRO: after steps, every device has the part of parameters and moments that the layouts say, and no more."""
     whole, here = run(optimizer, mesh), program(optimizer, mesh)
-    for (name, x), layout in zip(named(whole.saved).items(), jax.tree.leaves(here.layouts.state), strict=True):
+    for (name, x), layout in zip(named(whole.saved).items(), jax.tree.leaves(here.specs.state), strict=True):
         assert {part.shape for part in whole.parts[name]} == {dims.local_shape(x.shape, layout, here.mesh.shape)}, name
     for name, wanted in HELD[optimizer, mesh].items():
         if isinstance(wanted, tuple):

@@ -195,8 +195,8 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
     def step(state, batch):
         here = shard.from_mesh(exp.exchange)
         rows, key = shard.token_spec(here), trainer.step_key(exp, state)
-        outputs = shard.per_shard(logits, here, (program.layouts.params, P(), rows), rows)(state.params, key, batch)
-        return *trainer.train_step(exp, tx, rate, program.layouts, state, batch), outputs
+        outputs = shard.per_shard(logits, here, (program.specs.params, P(), rows), rows)(state.params, key, batch)
+        return *trainer.train_step(exp, tx, rate, program.specs, state, batch), outputs
 
     rng, state = np.random.default_rng(26), jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program.abstract_state())
     params = jax.tree.map(lambda a: 0.5 * rng.standard_normal(a.shape, np.float32), state.params)

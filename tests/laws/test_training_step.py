@@ -204,5 +204,5 @@ def test_what_a_process_reads(mine, n, part, parts):
 
 @pytest.mark.parametrize("mine", [{0, 2}, {1, 2}, {0, 1, 2}])
 def test_rows_that_do_not_lie_together_are_refused(mine):
-    with pytest.raises(ValueError, match="do not lie together"):
+    with pytest.raises(ValueError, match="are not contiguous"):
         trainer.process_slice(mine, 8)

@@ -15,7 +15,7 @@ import pytest
 import experiments.bench.__main__ as bench
 from experiments import cli
 from experiments.bench import huggingface, peers, record, stages, steps, timing, watch, work
-from experiments.bench.layers import Place, batched_passes, drawn, layer_inputs, layer_passes, twin_inputs
+from experiments.bench.layers import Placement, baseline_inputs, batched_passes, drawn, layer_inputs, layer_passes
 from experiments.bench.shapes import QUICK, QUICK_GLU, SHAPES, masks_bytes
 from experiments.bench.tokens import ROUTINGS
 from experiments.cli import load
@@ -69,16 +69,16 @@ def test_tokens_are_routed_as_they_say(name, routing):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), QUICK_GLU], ids=lambda shape: shape.name)
-def test_twins_have_the_active_flops(shape):
+def test_dense_baselines_have_the_active_flops(shape):
     cfg = shape.layer(Sort())
     active = shape.K * shape.experts.F
-    assert (type(shape.twin), shape.twin.F) == (type(shape.experts), active)
+    assert (type(shape.dense_baseline), shape.dense_baseline.F) == (type(shape.experts), active)
     assert cfg.losses == MoEConfig(E=8).losses
     assert shape.T % shape.L == 0
     count_GE = np.full((shape.T // shape.L, shape.E), shape.L * shape.K // shape.E)
     flops = work.work(cfg, shape, count_GE, "gpu")["flops"]
     matrices = 3 if "gate_EDF" in shape.experts.params else 2
-    assert flops["done"] == flops["useful"] == flops["twin"] == 2 * matrices * shape.T * shape.D * active
+    assert flops["done"] == flops["useful"] == flops["baseline"] == 2 * matrices * shape.T * shape.D * active
 
 
 def test_published_ratios():
@@ -89,8 +89,8 @@ def test_published_ratios():
     assert len(set(sizes)) == 1
 
 
-def test_twin_parameters():
-    params, x_TD = twin_inputs(QUICK_GLU, Place())
+def test_dense_baseline_parameters():
+    params, x_TD = baseline_inputs(QUICK_GLU, Placement())
     shapes = {name: w.shape for name, w in params.items()}
     assert shapes == {"gate_EDF": (32, 32), "up_EDF": (32, 32), "down_EFD": (32, 32)}
     assert x_TD.shape == (64, 32)
@@ -98,7 +98,7 @@ def test_twin_parameters():
 
 
 def test_matmuls_alone_are_the_experts():
-    """As many rows for each expert, all of the twin's work; each has its own matrices, and a gradient of them."""
+    """Equally many rows for each expert, all of the dense layer's work; each has its own matrices, with gradients."""
     passes, (params, x_ECD) = batched_passes(QUICK_GLU)
     assert x_ECD.shape == (QUICK_GLU.E, QUICK_GLU.T * QUICK_GLU.K // QUICK_GLU.E, QUICK_GLU.D)
     y_ECD = passes.forward.run(params, x_ECD)
@@ -111,8 +111,8 @@ def test_matmuls_alone_are_the_experts():
 def test_a_layer_drops_what_is_said():
     """Kept choices, by the layer itself; its outputs, its loss, its statistics and its gradients are all there."""
     cfg, tokens = QUICK.layer(Einsum(1.25)), ROUTINGS["skewed"](QUICK)
-    inputs = layer_inputs(cfg, QUICK, tokens, Place())
-    passes = layer_passes(cfg, Place(), *inputs)
+    inputs = layer_inputs(cfg, QUICK, tokens, Placement())
+    passes = layer_passes(cfg, Placement(), *inputs)
     y_BLD, loss, stats = passes.forward.run(*inputs)
     kept = work.work(cfg, QUICK, tokens.count_GE(QUICK.L), "cpu")["kept"]
     assert float(stats.kept) == kept * QUICK.T * QUICK.K < QUICK.T * QUICK.K
@@ -219,7 +219,7 @@ def test_the_record_has_every_measurement(measured):
 def test_the_plot_names_what_it_shows(measured):
     picture = (measured[0] / "a.svg").read_text()
     xml.etree.ElementTree.fromstring(picture)
-    for words in ("Sort()", "Einsum(1.25)", "skewed, forward and backward", "dense twin"):
+    for words in ("Sort()", "Einsum(1.25)", "skewed, forward and backward", "dense baseline"):
         assert words in picture
 
 
@@ -253,17 +253,17 @@ def test_what_has_become_slower_is_told(measured):
 @pytest.mark.parametrize("dispatch", bench.DISPATCHERS)
 def test_stages_of_every_dispatcher(dispatch):
     """Each alone: sending is not in what combines, and what combines gives weighted sums of the rows that are ready."""
-    shape, place = QUICK, Place()
+    shape, placement = QUICK, Placement()
     cfg, tokens = shape.layer(bench.DISPATCHERS[dispatch]), ROUTINGS["real"](shape)
-    inputs = layer_inputs(cfg, shape, tokens, place)
-    found = stages.measure(cfg, shape, tokens, place, inputs, 2, {})
+    inputs = layer_inputs(cfg, shape, tokens, placement)
+    found = stages.measure(cfg, shape, tokens, placement, inputs, 2, {})
     assert set(found) == {"route", "dispatch", "experts", "combine"}
     assert all(q[0] <= q[1] <= q[2] for part in found.values() for q in part.values())
 
-    x_GSD, here = inputs[1].reshape(-1, shape.L, shape.D), place.here(cfg.exchange)
+    x_GSD, here = inputs[1].reshape(-1, shape.L, shape.D), placement.here(cfg.exchange)
     routing = jax.jit(stages.router(cfg, here))((inputs[0]["router_gate_DE"], x_GSD))[2]
-    rows = jnp.ones_like(stages.ready(cfg, here, shape, tokens, place))
-    combine = jax.jit(stages.dispatcher(cfg, here, stages.Ready))
+    rows = jnp.ones_like(stages.precomputed_rows(cfg, here, shape, tokens, placement))
+    combine = jax.jit(stages.dispatcher(cfg, here, stages.PrecomputedRows))
     y_GSD = combine((jnp.full_like(x_GSD, jnp.nan), rows, routing.weight_GSK), routing)
     kept_GSK = position_in_expert(routing) < stages.slots(cfg, tokens.count_GE(shape.L), shape.L)
     np.testing.assert_allclose(y_GSD[..., 0], (routing.weight_GSK * kept_GSK).sum(-1), rtol=1e-5)
@@ -327,16 +327,16 @@ def tiny(tmp_path_factory):
     return [f"--config={root / 'tiny.py'}", f"--data_dir={root / 'data'}"]
 
 
-def test_steps_of_a_config_and_its_twin(tiny, tmp_path):
+def test_steps_of_a_config_and_its_dense_baseline(tiny, tmp_path):
     flags = ["--bursts=2", "--burst=1", "--train_steps=0", "--config.model.moe.E=8"]
     outcome = programs.call(steps, *tiny, *flags, f"--json={tmp_path / 'steps.json'}")
     assert outcome.code == 0, outcome
     cells = cells_of(outcome.out)
-    assert [row[0] for row in cells] == ["", "---", "config", "twin"]
+    assert [row[0] for row in cells] == ["", "---", "config", "baseline"]
     assert cells[3][4] == "1.00"
     assert all(float(row[1].replace(",", "")) > 0 for row in cells[2:])
     found = json.loads((tmp_path / "steps.json").read_text())
-    rates = [f"{1e3 * one['tokens'] / one['step_ms'][1]:,.0f}" for one in (found["config"], found["twin"])]
+    rates = [f"{1e3 * one['tokens'] / one['step_ms'][1]:,.0f}" for one in (found["config"], found["baseline"])]
     assert rates == [row[1] for row in cells[2:]]
 
 
@@ -348,7 +348,7 @@ def test_a_run_is_watched(tiny, tmp_path):
     assert min(found.step, found.checkpoint) > 0
     assert min(found) >= 0
     assert 0 < found.share < 1
-    (row,) = cells_of(steps.outside_table({"twin": found}))[2:]
+    (row,) = cells_of(steps.outside_table({"baseline": found}))[2:]
     assert row[-1] == f"**{found.share:.2%}**"
 
 
@@ -385,7 +385,7 @@ def test_without_the_other_library(monkeypatch):
 def test_the_fastest_peer_is_compared_with(monkeypatch):
     """Peers that compute the same are found, one that does not is refused."""
     monkeypatch.setattr(peers, "OURS", {"Einsum(1.25)": Einsum(1.25)})
-    monkeypatch.setattr(peers, "alone", lambda call: call.ms)
+    monkeypatch.setattr(peers, "median_ms", lambda call: call.ms)
     want = {}
 
     class Peer:
@@ -403,7 +403,7 @@ def test_the_fastest_peer_is_compared_with(monkeypatch):
 
     off = 0.0
     row, dense = peers.compared(QUICK_GLU, "real", make, repeats=2)
-    assert dense.ours == "dense twin"
+    assert dense.ours == "dense baseline"
     assert row.peer == ("mixed", "slow")
     assert "(mixed)" in peers.table([row])
     off = 0.5
@@ -420,5 +420,5 @@ def test_weights_lie_as_the_other_library_wants_them():
 
 
 def _weights():
-    params, x_BLD, _ = layer_inputs(QUICK_GLU.layer(Sort()), QUICK_GLU, ROUTINGS["real"](QUICK_GLU), Place())
+    params, x_BLD, _ = layer_inputs(QUICK_GLU.layer(Sort()), QUICK_GLU, ROUTINGS["real"](QUICK_GLU), Placement())
     return jax.device_get(params), np.asarray(x_BLD)

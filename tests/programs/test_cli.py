@@ -141,7 +141,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ),
         ("data.tokenizer=SentencePiece(V=5)", "it needs V >= 300"),
         ("model.moe.exchange=RaggedAllToAll(buffer=2.0)", "shares its room with later tokens; in a language"),
-        ("model.moe.exchange=AllToAll(over=('tensor',))", "experts lie over the mesh axes ('expert',)"),
+        ("model.moe.exchange=AllToAll(over=('tensor',))", "experts are sharded over the mesh axes ('expert',)"),
         # routing: conventions, shares, groups, and who may not stand in a causal model
         ("model.moe.losses=LoadBalance(0.01, 'swich')", "LoadBalance(convention='swich') is unknown; use one"),
         ("model.moe.losses=('Load(0.1)',)", "Load() needs the load that a noisy router estimates"),

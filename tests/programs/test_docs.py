@@ -5,14 +5,16 @@ import dataclasses
 import importlib.util
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
 
 from configs import glam_nano
 from experiments import cli
-from moe_jax.config import COMPONENTS, SECTIONS, build
+from moe_jax.config import COMPONENTS, KINDS, SECTIONS, build
 from moe_jax.core.shard import AXES
+from moe_jax.models import Model
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/*/README.md"))]
@@ -56,7 +58,7 @@ def broken(page: Path, text: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name)
 def test_links_lead_somewhere(page):
     assert broken(page, page.read_text()) == []
 
@@ -118,8 +120,8 @@ def test_commands_are_real(page):
     for _, _, program, *words in commands(page.read_text()):
         if not program.startswith(("experiments", "moe_jax", "tests")):
             continue  # another library's
-        if "FLAGS" in words:
-            continue  # a pattern, not a command
+        if "FLAGS" in words or any("$" in word for word in words):
+            continue  # a pattern, or a line of a script, which a test of its own runs
         known, words = options(program), words[: words.index("--")] if "--" in words else words
         given = [word for word in words if word.startswith("--") and not word.startswith("--config")]
         assert [w for w in given if not {(n := w[2:].partition("=")[0]), n.removeprefix("no")} & known] == []
@@ -154,14 +156,19 @@ def fields(text: str) -> set[str]:
     code = " ".join(re.findall(r"`([^`\n]+)`", prose(text)))
     sections = {path.partition(".")[0] for path in SECTIONS if path} | {"mesh"}
     named = re.findall(rf"(?<![\w./])(?:config\.)?((?:{'|'.join(sections)})\.[\w.]*\w)", code)
-    return {path for path in named if not path.endswith((".py", ".md")) and not re.search(r"\.(apply|init)\b", path)}
+    return {
+        path for path in named if not path.endswith((".py", ".md", ".sh")) and not re.search(r"\.(apply|init)\b", path)
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_fields_of_a_config_exist(page):
     known = {f"{path}.{f.name}" for path, section in SECTIONS.items() if path for f in dataclasses.fields(section)}
     known |= {f"mesh.{axis}" for axis in AXES} | {"model.kind", "model.moe"}
-    assert sorted(path for path in fields(page.read_text()) if path not in known) == []
+    known |= {f"model.{f.name}" for kind in typing.get_args(Model) for f in dataclasses.fields(kind)}
+    inside = tuple(f"{path}." for path in known if path.rpartition(".")[2] in KINDS)  # a path goes on into a component
+    found = fields(page.read_text())
+    assert sorted(path for path in found if path not in known and not path.startswith(inside)) == []
 
 
 def test_a_field_that_does_not_exist_is_found():

@@ -83,7 +83,7 @@ def test_what_is_planted_is_told(found):
     assert found["favourites"][0][2][0]["token"] == "<t7>"
     page = report.inspection_page("run <x>", found, "config", ["card of <y>"])
     said = " ".join(re.sub(r"<[^>]*>", " ", page).split())
-    assert "2 dead experts, 2 with a twin by weights; 10.00% of choices dropped" in said
+    assert "2 dead experts, 2 with a duplicate by weights; 10.00% of choices dropped" in said
     assert "expert 0 of layer 3 is for &lt;b&gt;&amp;: 100.0% of its tokens choose it, 2.0 times" in said
     assert "92% of the experts are missed" in said  # all but the first
     assert "most of all expert 5 of layer 3, without which the loss rises by 1.1000 nats" in said

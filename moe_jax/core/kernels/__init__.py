@@ -1,1 +1,1 @@
-"""Back-ends of grouped matmuls and of moving rows, by platform; `triton` is what kernels for GPUs are written with."""
+"""Back-ends of grouped matmuls and of row moves, by platform; `triton` has the primitives of the GPU kernels."""

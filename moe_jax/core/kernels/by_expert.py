@@ -1,8 +1,8 @@
-"""Experts over rows that lie back to back, one expert after another: for platforms without a grouped matmul.
+"""Experts over contiguous rows, one expert after another: for platforms without a grouped matmul.
 
-Every expert gets a slice that is just large enough for its rows, from a ladder of static sizes. What lies between its
-matmuls stays in cache, and the gradient of its weights is written where it belongs. Experts on one rung of the ladder
-have a loop of their own: a branch inside a loop would copy all that the loop carries.
+Every expert gets the smallest slice that holds its rows, out of a few static sizes (buckets). Activations between its
+matmuls stay in cache, and the gradient of its weights is written in place. The experts of one bucket share a loop: a
+branch inside a loop would copy all that the loop carries.
 """
 
 from collections.abc import Callable
@@ -14,34 +14,34 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-SMALLEST_BUCKET = 2**18  # numbers of all rows
+SMALLEST_BUCKET = 2**18  # numbers in all rows
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_expert(
     expert: Callable, params: Any, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
-    """expert(params, x, groups) of rows of which the first sizes_E[0] are expert 0's, and so on; 0 for other rows.
+    """expert(params, x, groups) of rows: the first sizes_E[0] are expert 0's, and so on; 0 for rows of no expert.
 
-    params: a tree of arrays with E in front.
+    params: a tree of arrays [E, ...].
     """
     return _forward(expert, params, x_RD, sizes_E, [])[0]
 
 
 def size_buckets(R: int, E: int, D: int) -> tuple[int, ...]:
-    """Static row counts around R / E rows, up to twice as many: a sixteenth of it apart where most experts are.
+    """Static row counts around R / E, up to twice that, in steps of R / (16 E) where most experts are.
 
-    Every rung is a loop that has to be compiled. Small layers, whose rows take no time, have few.
+    Each bucket compiles a loop of its own, so small layers, whose rows are cheap, have few.
     """
     balanced = -(-R // E)
     most = min(R, 2 * balanced)
     sixteenths = (8,) if R * D < SMALLEST_BUCKET else (2, 4, 6, 8, *range(10, 21), 22, 24, 28)
-    rungs = {-(-balanced * n // 128) * 8 for n in sixteenths}
-    return tuple(sorted({balanced, most, *(C for C in rungs if 16 <= C < most)}))
+    buckets = {-(-balanced * n // 128) * 8 for n in sixteenths}
+    return tuple(sorted({balanced, most, *(C for C in buckets if 16 <= C < most)}))
 
 
 def _by_expert_fwd(expert, params, x_RD, sizes_E):
-    # What the last one makes is not needed again, or can be made again.
+    # The last matmul's output is not saved as a residual.
     y_RO, saved = _forward(expert, params, x_RD, sizes_E, _widths(expert, params, x_RD)[1][:-1])
     return y_RO, (params, x_RD, sizes_E, saved)
 
@@ -49,48 +49,48 @@ def _by_expert_fwd(expert, params, x_RD, sizes_E):
 def _by_expert_bwd(expert, residuals, g_RO):
     params, x_RD, sizes_E, saved = residuals
 
-    def visit(e, rows, carry):
+    def accumulate(e, rows, carry):
         dparams, dx_RD = carry
-        alone = _SingleExpert([rows.read(h_RF) for h_RF in saved])
-        _, pull = jax.vjp(lambda p, x_CD: expert(p, x_CD, alone), _of(e, params), rows.mine(x_RD))
-        dp, dx_CD = pull(rows.mine(g_RO))
-        total = lambda d, new: d[e] + new if rows.may_be_more else new  # noqa: E731
+        single = _SingleExpert([rows.read(h_RF) for h_RF in saved])
+        _, pull = jax.vjp(lambda p, x_CD: expert(p, x_CD, single), _select_expert(e, params), rows.own(x_RD))
+        dp, dx_CD = pull(rows.own(g_RO))
+        total = lambda d, new: d[e] + new if rows.accumulates else new  # noqa: E731
         dparams = jax.tree.map(lambda d, new: lax.dynamic_update_index_in_dim(d, total(d, new), e, 0), dparams, dp)
         return dparams, rows.write(dx_RD, dx_CD)
 
     start = jax.tree.map(lambda w: lax.full_like(x_RD, 0, w.dtype, w.shape), params), lax.full_like(x_RD, 0)
-    return *_each_expert(visit, sizes_E, x_RD.shape, start), None
+    return *_each_expert(accumulate, sizes_E, x_RD.shape, start), None
 
 
 by_expert.defvjp(_by_expert_fwd, _by_expert_bwd)
 
 
 def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
-    """The output, and what comes out of the first matmuls, which are so wide."""
+    """The output, and the outputs of the first len(widths) matmuls, which have these widths."""
 
-    def visit(e, rows, carry):
-        (y_RO, saved), alone = carry, _SingleExpert()
-        y_RO = rows.write(y_RO, expert(_of(e, params), rows.mine(x_RD), alone))
-        return y_RO, [rows.write(h_RF, made) for h_RF, made in zip(saved, alone.made, strict=False)]
+    def accumulate(e, rows, carry):
+        (y_RO, saved), single = carry, _SingleExpert()
+        y_RO = rows.write(y_RO, expert(_select_expert(e, params), rows.own(x_RD), single))
+        return y_RO, [rows.write(h_RF, made) for h_RF, made in zip(saved, single.made, strict=False)]
 
     out = _widths(expert, params, x_RD)[0]
     y_RO, *saved = (lax.full_like(x_RD, 0, shape=(len(x_RD), width)) for width in (out, *widths))
-    return _each_expert(visit, sizes_E, x_RD.shape, (y_RO, saved))
+    return _each_expert(accumulate, sizes_E, x_RD.shape, (y_RO, saved))
 
 
-def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, int], carry: Any) -> Any:
-    """Folds visit(e, rows, carry) over all rows, an expert's at once; those of very large ones in several pieces."""
+def _each_expert(accumulate: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, int], carry: Any) -> Any:
+    """Folds accumulate(e, rows, carry) over all rows, an expert at a time; experts with many rows in several blocks."""
     R, D = shape
-    rungs = size_buckets(R, len(sizes_E), D)
-    expert_P, start_P, size_P = _row_blocks(sizes_E, R, rungs[-1])
-    rung_P = (size_P[:, None] > jnp.array([[0, *rungs[:-1]]])).sum(1)  # 0: no rows
-    piece_P = jnp.argsort(rung_P)
-    until = (rung_P[None] <= jnp.arange(len(rungs) + 1)[:, None]).sum(1)
-    for i, C in enumerate(rungs):
+    buckets = size_buckets(R, len(sizes_E), D)
+    expert_P, start_P, size_P = _row_blocks(sizes_E, R, buckets[-1])
+    bucket_P = (size_P[:, None] > jnp.array([[0, *buckets[:-1]]])).sum(1)  # 0: no rows
+    order_P = jnp.argsort(bucket_P)
+    until = (bucket_P[None] <= jnp.arange(len(buckets) + 1)[:, None]).sum(1)
+    for i, C in enumerate(buckets):
 
         def body(n, carry, C=C):
-            p = piece_P[n]
-            return visit(expert_P[p], _Rows(C, R, start_P[p], size_P[p], C == rungs[-1]), carry)
+            p = order_P[n]
+            return accumulate(expert_P[p], _Rows(C, R, start_P[p], size_P[p], C == buckets[-1]), carry)
 
         carry = lax.fori_loop(until[i], until[i + 1], body, carry)
     return carry
@@ -99,44 +99,44 @@ def _each_expert(visit: Callable, sizes_E: Int[Array, "E"], shape: tuple[int, in
 def _row_blocks(
     sizes_E: Int[Array, "E"], R: int, most: int
 ) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]]:
-    """Expert, first row and rows of every piece, R // most + E at most; of an expert, all but the first are full."""
-    E, piece_P = len(sizes_E), jnp.arange(R // most + len(sizes_E))
-    pieces_E = -(-sizes_E // most)
-    until_E = jnp.cumsum(pieces_E)
-    expert_P = jnp.minimum((until_E[None] <= piece_P[:, None]).sum(1), E - 1)
-    left_P = until_E[expert_P] - piece_P  # of the expert's, this one included
+    """Expert, first row and size of each of the R // most + E blocks; all but an expert's first are full."""
+    E, block_P = len(sizes_E), jnp.arange(R // most + len(sizes_E))
+    blocks_E = -(-sizes_E // most)
+    until_E = jnp.cumsum(blocks_E)
+    expert_P = jnp.minimum((until_E[None] <= block_P[:, None]).sum(1), E - 1)
+    left_P = until_E[expert_P] - block_P  # blocks of the expert, from this one on
     end_P = jnp.cumsum(sizes_E)[expert_P] - most * (left_P - 1)
-    rest_P = (sizes_E - most * (pieces_E - 1))[expert_P]
-    size_P = jnp.where(left_P < 1, 0, jnp.where(left_P == pieces_E[expert_P], rest_P, most))
+    rest_P = (sizes_E - most * (blocks_E - 1))[expert_P]
+    size_P = jnp.where(left_P < 1, 0, jnp.where(left_P == blocks_E[expert_P], rest_P, most))
     return expert_P, end_P - size_P, size_P
 
 
-def _of(e: Int[Array, ""], params: Any) -> Any:
+def _select_expert(e: Int[Array, ""], params: Any) -> Any:
     return jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), params)
 
 
 class _Rows:
-    """C of R rows, those of an expert among them: neighbours come along."""
+    """C of R rows: those of one expert, and neighbouring rows, which are masked."""
 
-    def __init__(self, C: int, R: int, start: Int[Array, ""], size: Int[Array, ""], may_be_more: bool):
-        self.C, self.all, self.first, self.may_be_more = C, C == R, jnp.minimum(start, R - C), may_be_more
+    def __init__(self, C: int, R: int, start: Int[Array, ""], size: Int[Array, ""], accumulates: bool):
+        self.C, self.all, self.first, self.accumulates = C, C == R, jnp.minimum(start, R - C), accumulates
         row_C = self.first + jnp.arange(C)
-        self.mine_C1 = ((row_C >= start) & (row_C < start + size))[:, None]
+        self.own_C1 = ((row_C >= start) & (row_C < start + size))[:, None]
 
     def read(self, x_RI: Array) -> Array:
         x_CI = lax.dynamic_slice_in_dim(x_RI, self.first, self.C)
-        # All rows look the same for every expert, and what is made of them would be computed before the loop, always.
-        return lax.optimization_barrier((x_CI, self.mine_C1))[0] if self.all else x_CI
+        # With C = R the read does not depend on the expert, and XLA would hoist its use out of the loop.
+        return lax.optimization_barrier((x_CI, self.own_C1))[0] if self.all else x_CI
 
-    def mine(self, x_RI: Array) -> Array:
-        return jnp.where(self.mine_C1, self.read(x_RI), 0)
+    def own(self, x_RI: Array) -> Array:
+        return jnp.where(self.own_C1, self.read(x_RI), 0)
 
     def write(self, x_RI: Array, new_CI: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(x_RI, jnp.where(self.mine_C1, new_CI, self.read(x_RI)), self.first, 0)
+        return lax.dynamic_update_slice_in_dim(x_RI, jnp.where(self.own_C1, new_CI, self.read(x_RI)), self.first, 0)
 
 
 class _SingleExpert:
-    """One expert's rows x[C, I]. Remembers what its matmuls make; the first of them may be `known` already."""
+    """One expert's rows x[C, I]. Records the outputs of its matmuls (`made`); the first ones may be `known`."""
 
     def __init__(self, known: list[Array] | None = None):
         self.known = list(known or ())
@@ -156,7 +156,7 @@ class _SingleExpert:
 
 @jax.custom_vjp
 def _known(x_CI: Array, w_IO: Array, y_CO: Array) -> Array:
-    """x @ w, which is y: only its derivatives are computed."""
+    """Returns y = x @ w, which is known; computes only its derivatives."""
     return y_CO
 
 
@@ -167,11 +167,11 @@ _known.defvjp(
 
 
 def _widths(expert: Callable, params: Any, x_RD: Array) -> tuple[int, list[int]]:
-    """Width of the expert's output, and those of what its matmuls make."""
+    """Width of the expert's output, and the widths of its matmuls' outputs."""
 
     def made(params, x_CD):
-        alone = _SingleExpert()
-        return expert(params, x_CD, alone), alone.made
+        single = _SingleExpert()
+        return expert(params, x_CD, single), single.made
 
     one = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), params)
     y_CO, found = jax.eval_shape(made, one, jax.ShapeDtypeStruct((1, x_RD.shape[1]), x_RD.dtype))

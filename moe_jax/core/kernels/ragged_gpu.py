@@ -1,9 +1,9 @@
 """The grouped matmul and the gradient of its weights on NVIDIA GPUs: Pallas kernels, by way of Triton.
 
-Tiles begin where an expert's rows begin, so that no tile has rows of two experts, and one tile of an expert at most is
-not full. Rows may still be where their tokens are: then a tile fetches its tokens by number, and no row is ever written
-(ScatterMoE, arXiv:2403.08245). Everything is added up in float32. Matrices of float32 are multiplied as XLA multiplies
-them, in TF32 unless `jax.default_matmul_precision` says otherwise.
+Tiles start at the first row of an expert: no tile has rows of two experts, and at most one tile of an expert is
+partial. Rows need not be gathered: a tile can fetch its tokens by index, so that no row is ever written (ScatterMoE,
+arXiv:2403.08245). Sums are in float32. Float32 matrices are multiplied as XLA does, in TF32 unless
+`jax.default_matmul_precision` says otherwise.
 """
 
 from functools import partial
@@ -26,10 +26,10 @@ from moe_jax.core.kernels.triton import (
     token_slice,
 )
 
-# The fastest of a dozen, each, on an H100 (docs/speed.md).
-WIDE, NARROW = Tile(128, 256), Tile(128, 128, step=64, warps=4)  # of matmuls that sum over much, and over little
-OUTER, FETCHING = Tile(128, 256), Tile(128, 128, warps=4, most=3)  # of gradients of weights, whose rows may be fetched
-LEAST_ROWS = 512  # bytes of a row
+# The fastest of a dozen each, on an H100 (docs/speed.md).
+WIDE, NARROW = Tile(128, 256), Tile(128, 128, step=64, warps=4)  # for long and for short contractions
+OUTER, FETCHING = Tile(128, 256), Tile(128, 128, warps=4, most=3)  # for gradients of weights; rows given or fetched
+LEAST_ROWS = 512  # bytes of a row; a contraction up to this is short
 
 
 @partial(jax.jit, static_argnames=("transposed", "tile", "interpret"))
@@ -44,33 +44,33 @@ def matmul(
 ) -> Float[Array, "R O"]:
     """Every row times its expert's matrix, w_EIO, or w_EOI where it is transposed; rows past sum(sizes_E) are not set.
 
-    x: the rows, or tokens, of which row r has the token_R[r]-th.
+    x: the rows, or tokens; then row r is token token_R[r].
     """
     R, I, O = len(x if token_R is None else token_R), x.shape[1], w.shape[1 if transposed else 2]
     tile = tile or (NARROW if I * x.dtype.itemsize <= LEAST_ROWS else WIDE)
-    walk, columns = Span.of(I, tile.step // x.dtype.itemsize), Span.of(O, tile.columns)
-    visits, token = _visits(sizes_E, R, tile.rows), () if token_R is None else (token_R,)
+    contraction, columns = Span.of(I, tile.step // x.dtype.itemsize), Span.of(O, tile.columns)
+    tiles, token = _row_tiles(sizes_E, R, tile.rows), () if token_R is None else (token_R,)
 
     def kernel(expert_V, first_V, end_V, *refs):
         *token, x, w, out = refs
-        visit, column = program_ids(len(visits[0]), columns.blocks)
-        e, first, end = expert_V[visit], first_V[visit], end_V[visit]
+        index, column = program_ids(len(tiles[0]), columns.blocks)
+        e, first, end = expert_V[index], first_V[index], end_V[index]
 
         @pl.when(first < end)
         def _():
-            mine, o = row_slice(first, end, tile.rows), columns.at(column)
-            source = token_slice(mine, *token) if token else mine
+            rows, o = row_slice(first, end, tile.rows), columns.at(column)
+            source = token_slice(rows, *token) if token else rows
 
             def step(i, total):
-                i = walk.at(i)
+                i = contraction.at(i)
                 w_IO = load_block(w, o, i, e).T if transposed else load_block(w, i, o, e)
                 return total + dot(load_block(x, source, i), w_IO)
 
-            total = lax.fori_loop(0, walk.blocks, step, jnp.zeros((tile.rows, columns.size), jnp.float32))
-            store_block(out, mine, o, total)
+            total = lax.fori_loop(0, contraction.blocks, step, jnp.zeros((tile.rows, columns.size), jnp.float32))
+            store_block(out, rows, o, total)
 
-    programs, out = len(visits[0]) * columns.blocks, ((R, O), x.dtype)
-    return launch(kernel, programs, out, tile, interpret, *visits, *token, x, w)
+    programs, out = len(tiles[0]) * columns.blocks, ((R, O), x.dtype)
+    return launch(kernel, programs, out, tile, interpret, *tiles, *token, x, w)
 
 
 @partial(jax.jit, static_argnames=("tile", "interpret"))
@@ -82,7 +82,10 @@ def outer(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> Float[Array, "E I O"]:
-    """x[rows of e].T @ g[rows of e] for every expert, in the type of x: rows, or the tokens that rows have."""
+    """x[rows of e].T @ g[rows of e] for every expert, in the type of x.
+
+    x: the rows, or tokens; then row r is token token_R[r].
+    """
     (E,), I, O = sizes_E.shape, x.shape[1], g_RO.shape[1]
     tile = tile or (OUTER if token_R is None else FETCHING)
     across, columns, rows = Span.of(I, tile.rows), Span.of(O, tile.columns), tile.step // x.dtype.itemsize
@@ -94,9 +97,9 @@ def outer(
         i, o, start, end = across.at(row), columns.at(column), start_E[e], end_E[e]
 
         def step(n, total):
-            mine = row_slice(start + n * rows, end, rows)
-            source = token_slice(mine, *token) if token else mine
-            return total + dot(load_block(x, source, i).T, load_block(g, mine, o))
+            block = row_slice(start + n * rows, end, rows)
+            source = token_slice(block, *token) if token else block
+            return total + dot(load_block(x, source, i).T, load_block(g, block, o))
 
         total = lax.fori_loop(0, pl.cdiv(end - start, rows), step, jnp.zeros((across.size, columns.size), jnp.float32))
         store_block(out, i, o, total, e)
@@ -106,14 +109,14 @@ def outer(
     return launch(kernel, programs, out, tile, interpret, *bounds, *token, x, g_RO)
 
 
-def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:
-    """Expert, first row and end of its rows for every tile; there are never more than R / rows + E."""
+def _row_tiles(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:
+    """Expert, first row, and end of the expert's rows, of each of the R / rows + E tiles."""
     E = len(sizes_E)
     end_E = jnp.cumsum(sizes_E)
     tiles_E = -(-sizes_E // rows)
     until_E = jnp.cumsum(tiles_E)
-    visit_V = jnp.arange(pl.cdiv(R, rows) + E)
-    expert_V = jnp.minimum((until_E[None] <= visit_V[:, None]).sum(1), E - 1)
-    first_V = (end_E - sizes_E)[expert_V] + (visit_V - (until_E - tiles_E)[expert_V]) * rows
-    end_V = jnp.where(visit_V < until_E[-1], end_E[expert_V], 0)
+    tile_V = jnp.arange(pl.cdiv(R, rows) + E)
+    expert_V = jnp.minimum((until_E[None] <= tile_V[:, None]).sum(1), E - 1)
+    first_V = (end_E - sizes_E)[expert_V] + (tile_V - (until_E - tiles_E)[expert_V]) * rows
+    end_V = jnp.where(tile_V < until_E[-1], end_E[expert_V], 0)
     return tuple(a.astype(jnp.int32) for a in (expert_V, first_V, end_V))

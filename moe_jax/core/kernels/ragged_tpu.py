@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.triton import varying_axes
 
-ROWS = 512  # of a tile
+ROWS = 512  # rows of a tile
 
 
 def outer(
@@ -17,7 +17,7 @@ def outer(
 ) -> Float[Array, "E I O"]:
     """x[rows of e].T @ g[rows of e] for every expert, in the type of x, added up in float32: a Pallas TPU kernel.
 
-    A visit is an expert with a tile of rows in which it has some; those of an expert follow one another, and an expert
+    A visit is a pair of an expert and a tile that holds some of its rows. Visits are sorted by expert, and an expert
     without rows has one visit, which writes zeros (the schedule of MegaBlocks, arXiv:2211.15841, sec. 5.1).
     """
     (R, I), O, E = x_RI.shape, g_RO.shape[1], len(sizes_E)
@@ -49,9 +49,9 @@ def _kernel(expert_V, tile_V, start_V, end_V, x, g, out, total):
     @pl.when(start_V[v] < end_V[v])
     def _():
         row = tile_V[v] * len(x) + lax.broadcasted_iota(jnp.int32, (len(x), 1), 0)
-        mine = (row >= start_V[v]) & (row < end_V[v])  # other rows may be anything, NaN too
-        mine_of = lambda rows: jnp.where(mine, rows[...].astype(jnp.float32), 0)  # noqa: E731
-        x_IC, g_CO = mine_of(x).swapaxes(0, 1).astype(x.dtype), mine_of(g).astype(g.dtype)
+        own = (row >= start_V[v]) & (row < end_V[v])  # other rows may hold anything, NaN included
+        own_rows = lambda rows: jnp.where(own, rows[...].astype(jnp.float32), 0)  # noqa: E731
+        x_IC, g_CO = own_rows(x).swapaxes(0, 1).astype(x.dtype), own_rows(g).astype(g.dtype)
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         total[...] += jnp.dot(x_IC, g_CO, preferred_element_type=jnp.float32, precision=precision)
 
@@ -61,19 +61,19 @@ def _kernel(expert_V, tile_V, start_V, end_V, x, g, out, total):
 
 
 def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:
-    """Expert, tile, first row and last of every visit; there are never more than tiles + experts."""
+    """Expert, tile, first row and last of every visit; at most tiles + experts."""
     E, tiles = len(sizes_E), pl.cdiv(R, rows)
     end_E = jnp.cumsum(sizes_E)
     start_E = end_E - sizes_E
     tiles_E = jnp.where(sizes_E > 0, (end_E - 1) // rows - start_E // rows + 1, 1)
     until_E = jnp.cumsum(tiles_E)
     visit_V = jnp.arange(tiles + E)
-    expert_V = jnp.minimum((until_E[None] <= visit_V[:, None]).sum(1), E - 1)  # what is left over, the last expert
+    expert_V = jnp.minimum((until_E[None] <= visit_V[:, None]).sum(1), E - 1)  # unused visits belong to the last expert
     tile_V = start_E[expert_V] // rows + visit_V - (until_E - tiles_E)[expert_V]
     end_V = jnp.where(visit_V < until_E[-1], end_E[expert_V], 0)
     return tuple(a.astype(jnp.int32) for a in (expert_V, jnp.clip(tile_V, 0, tiles - 1), start_E[expert_V], end_V))
 
 
 def _tile(n: int) -> int:
-    """Tile of a width: a multiple of the lanes that divides it, or all of it."""
+    """Tile of a width: a multiple of the lane count that divides it, or the full width."""
     return next((t for t in (512, 256, 128) if n % t == 0), n)

@@ -1,4 +1,4 @@
-"""Moving rows on NVIDIA GPUs, where XLA would walk through them twice: a Pallas kernel, by way of Triton."""
+"""Gradient of weighted sums of rows on NVIDIA GPUs in one pass (XLA takes two): a Pallas kernel, by way of Triton."""
 
 from functools import partial
 
@@ -34,27 +34,27 @@ def weighted_sum_grad(
 ) -> tuple[Float[Array, "R D"], Float[Array, "R"]]:
     """Gradients of rows and of combine weights, for outputs that are weighted sums of rows.
 
-    token_R: T for rows that are nobody's, whose gradients are 0 whatever they hold.
+    token_R: T for rows without a token, whose gradients are 0 whatever they hold.
     """
     (R, D), T = y_RD.shape, len(g_TD)
     columns = Span.of(D, tile.columns)
 
     def kernel(weight, token, y, g, dy, dweight):
         (n,) = program_ids(pl.cdiv(R, tile.rows))
-        there = row_slice(n * tile.rows, R, tile.rows)
-        of = token_slice(there, token)
-        mine = there.inside & (of.at < T)
-        weight_C1 = triton.load(weight.at[there.at], mask=mine, other=0)[:, None]
-        rows, of = there._replace(inside=mine), of._replace(inside=mine)
+        block = row_slice(n * tile.rows, R, tile.rows)
+        tokens = token_slice(block, token)
+        valid = block.inside & (tokens.at < T)
+        weight_C1 = triton.load(weight.at[block.at], mask=valid, other=0)[:, None]
+        rows, tokens = block._replace(inside=valid), tokens._replace(inside=valid)
 
         def step(column, total):
             d = columns.at(column)
-            g_CD = load_block(g, of, d).astype(jnp.float32)
-            store_block(dy, there, d, weight_C1 * g_CD)
+            g_CD = load_block(g, tokens, d).astype(jnp.float32)
+            store_block(dy, block, d, weight_C1 * g_CD)
             return total + (g_CD * load_block(y, rows, d).astype(jnp.float32)).sum(1)
 
         total = lax.fori_loop(0, columns.blocks, step, jnp.zeros((tile.rows,), jnp.float32))
-        triton.store(dweight.at[there.at], total, mask=there.inside)
+        triton.store(dweight.at[block.at], total, mask=block.inside)
 
     outs = (y_RD.shape, y_RD.dtype), ((R,), jnp.dtype(jnp.float32))
     args = weight_R.astype(jnp.float32), token_R.astype(jnp.int32), y_RD, g_TD

@@ -10,10 +10,10 @@ from jaxtyping import Array
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # jax is to remove it some day
+except ImportError:  # deprecated in JAX
     triton = None  # type: ignore[assignment]
 
-TYPES = (jnp.bfloat16, jnp.float16, jnp.float32) if triton else ()  # of others, what XLA does is done
+TYPES = (jnp.bfloat16, jnp.float16, jnp.float32) if triton else ()  # other types are left to XLA
 # CUDA C++ programming guide, technical specifications by compute capability.
 KIB = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
 
@@ -29,7 +29,7 @@ def on_gpu(x: Array, kernel: Callable) -> dict[str, Callable]:
 
 
 def shared_memory() -> int:
-    """Bytes that a program may have on this machine's GPU; on an H100 where there is none."""
+    """Bytes of shared memory a program may use on this machine's GPU; on an H100 where there is none."""
     try:
         return KIB.get(jax.local_devices(backend="cuda")[0].compute_capability, 99) * 1024
     except RuntimeError:
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
     columns: int
     step: int = 128  # bytes
     warps: int = 8
-    most: int = 4  # steps that are on their way at once, where there is room
+    most: int = 4  # pipeline stages at most
 
     @property
     def stages(self) -> int:
@@ -51,9 +51,9 @@ class Tile(NamedTuple):
 
 
 class BlockSlice(NamedTuple):
-    """A part of a dimension, and which of it there is: None where it is all of it."""
+    """Part of a dimension: indices, and the mask of those inside the array; None if all are."""
 
-    at: Any  # a slice, or numbers
+    at: Any  # a slice, or indices
     inside: Array | None
 
     @property
@@ -62,7 +62,7 @@ class BlockSlice(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A width in blocks of a power of two, of which the last may be beyond its end."""
+    """A width in blocks of a power of two; the last block may reach beyond the width."""
 
     width: int
     size: int
@@ -88,34 +88,34 @@ def varying_axes(*args: Array) -> Any:
 
 def program_ids(*counts: int) -> list[Any]:
     """Indices of this program in a grid of these sizes, the last dimension fastest."""
-    left, place = pl.program_id(0), []
+    left, ids = pl.program_id(0), []
     for count in reversed(counts):
-        place.append(left % count)
+        ids.append(left % count)
         left = left // count
-    return place[::-1]
+    return ids[::-1]
 
 
 def row_slice(first: Any, end: Any, n: int) -> BlockSlice:
-    """n rows, of which those before the end are there."""
+    """Block of n rows; those before the end are inside."""
     return BlockSlice(pl.ds(first, n), first + jnp.arange(n) < end)
 
 
 def token_slice(rows: BlockSlice, token: Any) -> BlockSlice:
-    """Block of the tokens that a block of rows holds; `token` is a reference to their numbers."""
+    """Block of the tokens of a block of rows; `token` is a reference to their indices."""
     return BlockSlice(triton.load(token.at[rows.at], mask=rows.inside, other=0), rows.inside)
 
 
-def load_block(ref: Any, down: BlockSlice, across: BlockSlice, *of: Any) -> Array:
-    """0 where there is nothing: what lies there may be anything, NaN too. `of`: the indices before these two."""
-    mask, places = _mask(down, across), [down.at, across.at]
+def load_block(ref: Any, down: BlockSlice, across: BlockSlice, *leading: Any) -> Array:
+    """Loads a block, 0 outside the array; leading: indices of the dimensions before these two."""
+    mask, indices = _mask(down, across), [down.at, across.at]
     if isinstance(down.at, jax.Array):
         numbers = down.at[:, None], (across.at.start + jnp.arange(across.size))[None]
-        places = [jnp.broadcast_to(n, (down.size, across.size)) for n in numbers]
-    return triton.load(ref.at[*of, *places], mask=mask, other=None if mask is None else 0)
+        indices = [jnp.broadcast_to(n, (down.size, across.size)) for n in numbers]
+    return triton.load(ref.at[*leading, *indices], mask=mask, other=None if mask is None else 0)
 
 
-def store_block(ref: Any, down: BlockSlice, across: BlockSlice, total: Array, *of: Any) -> None:
-    triton.store(ref.at[*of, down.at, across.at], total.astype(ref.dtype), mask=_mask(down, across))
+def store_block(ref: Any, down: BlockSlice, across: BlockSlice, total: Array, *leading: Any) -> None:
+    triton.store(ref.at[*leading, down.at, across.at], total.astype(ref.dtype), mask=_mask(down, across))
 
 
 def _mask(down: BlockSlice, across: BlockSlice) -> Array | None:
@@ -128,7 +128,7 @@ def dot(a: Array, b: Array) -> Array:
 
 
 def launch(kernel: Any, programs: int, outs: Any, tile: Tile, interpret: bool, *args: Array) -> Any:
-    """Runs so many programs of a kernel. outs: (shape, type) of a result, or a tuple of them."""
+    """Runs a kernel on a grid of `programs`. outs: (shape, type) of a result, or a tuple of them."""
     varies = varying_axes(*args)
     shape = lambda out: jax.ShapeDtypeStruct(*out, manual_axis_type=varies)  # noqa: E731
     shapes = tuple(map(shape, outs)) if isinstance(outs[0][0], tuple) else shape(outs)

@@ -1,4 +1,4 @@
-"""Laws 4, 7 and 8 of a whole experiment, and that a batch may go in pieces: what one device can tell."""
+"""Checks of laws 4, 7 and 8 of an experiment, and of microbatches, on one device."""
 
 import dataclasses
 from typing import Any
@@ -19,11 +19,11 @@ def step_is_causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyB
     """Law 4 of the whole model: other tokens later in the last sequence of a group change nothing before them."""
     assert not isinstance(batch, Images), "an image has no order"
     rng, (B, L), n = np.random.default_rng(2), batch.tokens_BL.shape, rows_of_a_group(exp.model, batch)
-    mine_B1 = (np.arange(B) % n == n - 1)[:, None]
+    last_B1 = (np.arange(B) % n == n - 1)[:, None]
     later_BL = np.arange(L) >= rng.integers(1, L // 2 + 1, (B, 1))
-    other_BL = np.where(mine_B1 & later_BL, (batch.tokens_BL + 1) % exp.model.V, batch.tokens_BL)
+    other_BL = np.where(last_B1 & later_BL, (batch.tokens_BL + 1) % exp.model.V, batch.tokens_BL)
     one, other = (jax.device_get(trial(state, b)) for b in (batch, batch._replace(tokens_BL=other_BL)))
-    watched_BL = mine_B1 & ~later_BL & (batch.segment_BL > 0)
+    watched_BL = last_B1 & ~later_BL & (batch.segment_BL > 0)
     moved_BL = np.abs(one.logits_BLV - other.logits_BLV).max(-1) > ROUNDING * np.abs(one.logits_BLV).max()
     if one.expert_NBLK is not None:
         moved_BL |= np.not_equal(one.expert_NBLK, other.expert_NBLK)[:, :, :L].any((0, 3))
@@ -31,9 +31,9 @@ def step_is_causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyB
     return Verdict(not changed, f"{changed} of {watched_BL.sum()} tokens changed")
 
 
-def drops(seen: StepTrace) -> Verdict:
+def drops(trace: StepTrace) -> Verdict:
     """Law 8: evaluation drops nothing."""
-    stats = seen.evaluated.stats
+    stats = trace.evaluated.stats
     if stats is None:
         return Verdict(True, "nothing routes")
     asked_N = np.asarray(stats.choices_E, np.float64).sum(-1)
@@ -46,18 +46,18 @@ def microbatches(
 ) -> dict[str, Verdict] | None:
     """Law 1: checks that a batch in microbatches is the same step as at once; None where this does not apply.
 
-    Auxiliary losses, which are means over pieces, are left out, and so is noise, which is drawn for each piece;
-    routing groups are sequences, as a group of several has other ones in pieces.
+    Auxiliary losses, which are means over microbatches, are left out, and so is noise, which is drawn for each one.
+    Routing groups are single sequences, since a microbatch groups sequences in another way.
     """
-    calm = exp.model
-    if calm.routed is not None and not calm.routed.traits.untrained:
-        gating = tuple(t for t in calm.moe.gating if not t.random)
-        calm = dataclasses.replace(calm, moe=dataclasses.replace(calm.moe, losses=(), gating=gating, S=None))
-    if exp.data.microbatches == 1 or (calm.routed is not None and (calm.routed.random or calm.routed.losses)):
+    model = exp.model
+    if model.routed is not None and not model.routed.traits.untrained:
+        gating = tuple(t for t in model.moe.gating if not t.random)
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, losses=(), gating=gating, S=None))
+    if exp.data.microbatches == 1 or (model.routed is not None and (model.routed.random or model.routed.losses)):
         return None
-    several = dataclasses.replace(on_one_device(exp), model=calm)
+    several = dataclasses.replace(on_one_device(exp), model=model)
     at_once = dataclasses.replace(several, data=dataclasses.replace(exp.data, microbatches=1))
-    state = state._replace(router=jax.device_get(calm.init_router()))
+    state = state._replace(router=jax.device_get(model.init_router()))
     one, many = (jax.device_get(Trial(e, devices[:1])(state, batch)) for e in (at_once, several))
     return compare_with_one_device(one, many, state)
 
@@ -65,14 +65,14 @@ def microbatches(
 def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
     """Law 7: the content of padded positions changes no loss, count, gradient or parameter, bit for bit."""
     empty_BL, other = is_padding(batch, "target_BL"), fill_padding(batch, np.random.default_rng(1))
-    seen = [jax.device_get(trial(state, b)) for b in (batch, other)]
-    if isinstance(seen[0].expert_NBLK, np.ndarray):
-        E = len(seen[0].metrics.stats.choices_E[0])
-        if (seen[0].expert_NBLK[padding_mask(exp, batch)] < E).any():
+    traces = [jax.device_get(trial(state, b)) for b in (batch, other)]
+    if isinstance(traces[0].expert_NBLK, np.ndarray):
+        E = len(traces[0].metrics.stats.choices_E[0])
+        if (traces[0].expert_NBLK[padding_mask(exp, batch)] < E).any():
             return Verdict(False, "a padded token has been given an expert")
-    real = [s._replace(logits_BLV=np.where(empty_BL[..., None], 0, s.logits_BLV), expert_NBLK=None) for s in seen]
+    real = [s._replace(logits_BLV=np.where(empty_BL[..., None], 0, s.logits_BLV), expert_NBLK=None) for s in traces]
     found = worst(*(s._asdict() for s in real))
-    where = f"differs in {found.where}" if found.error else f"{int(empty_BL.sum())} of {empty_BL.size} places tried"
+    where = f"differs in {found.where}" if found.error else f"{int(empty_BL.sum())} of {empty_BL.size} positions tried"
     if found.error:
         return Verdict(False, where)
     sums = at_most(CLOSE, halves(trial, exp, state, batch))
@@ -81,15 +81,15 @@ def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -
 
 def halves(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Worst:
     """Differences between sums over a batch and over its halves, each with padding in place of the other."""
-    B, whole = len(batch.target_BL), exp.data.microbatches * rows_of_a_group(exp.model, batch)
-    first_B1 = (np.arange(B) < B // (2 * whole) * whole)[:, None]
+    B, unit = len(batch.target_BL), exp.data.microbatches * rows_of_a_group(exp.model, batch)
+    first_B1 = (np.arange(B) < B // (2 * unit) * unit)[:, None]
     if not first_B1.any():  # one routing group, which cannot be cut
         return Worst(0.0, "")
     parts = [keep_rows(batch, rows_B1) for rows_B1 in (first_B1, ~first_B1)]
 
     def sums(batch: AnyBatch) -> Any:
-        seen = jax.device_get(trial(state, batch))
-        m = seen.metrics
-        return {"targets": m.targets, "nats": m.loss * m.targets, "stats": m.stats, "evaluated": seen.evaluated}
+        trace = jax.device_get(trial(state, batch))
+        m = trace.metrics
+        return {"targets": m.targets, "nats": m.loss * m.targets, "stats": m.stats, "evaluated": trace.evaluated}
 
     return worst(sums(batch), jax.tree.map(np.add, *map(sums, parts)))
