@@ -74,7 +74,7 @@ def test_the_specialisation_notebook_shows_the_run(finished):
     printed = executed("05_specialisation.ipynb", pictures=12)
     assert "step 6: " in printed
     assert f"tokens, 1 MoE layer(s) of {E} experts, 2 for each token" in printed
-    favourites = [line for line in printed.splitlines() if line.startswith("layer 1, expert")]
+    favourites = [line for line in printed.splitlines() if line.startswith("layer 1, expert ")]
     assert len(favourites) == E
     (domain,) = re.findall(r"Domain and expert share ([\d.]+) nats", printed)
     assert f"the domain {domain}" in printed  # computed by two functions
