@@ -1,4 +1,4 @@
-# make train | make test | make matrix | make tpu | make gpu | make lint    everything is installed on the way, from uv.lock into .venv
+# make train | make test | make notebooks | make matrix | make tpu | make gpu | make lint    everything is installed on the way, from uv.lock into .venv
 PYTHON ?= python3
 UV     := .tools/bin/uv
 RUN    := .venv/bin/python
@@ -10,7 +10,7 @@ export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test matrix tpu gpu lint format clean
+.PHONY: setup train test notebooks matrix tpu gpu lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -32,6 +32,12 @@ gpu:
 	@nvidia-smi -L 2>/dev/null || { echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none here; make test interprets its kernels."; exit 2; }
 	$(MAKE) setup ENV=.venv-gpu EXTRA="--extra cuda"
 	TEST_PLATFORMS=cuda,cpu .venv-gpu/bin/python -m pytest -m gpu --durations=5
+
+# Executes the notebooks in place; 04 and 05 show these two runs, which are trained or resumed first.
+notebooks: setup
+	$(RUN) -m experiments.train --config=configs/glam_nano.py --workdir=runs/glam_nano
+	$(RUN) -m experiments.train --config=configs/dense_nano.py --workdir=runs/dense_nano
+	$(RUN) notebooks/execute.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -35,7 +35,8 @@ def draw_specialisation(lift_NEA: Any, names: Sequence[str], classes: Sequence[s
         lift_EA = np.nan_to_num(np.asarray(lift_NEA[n], float), nan=1.0)
         order_E = np.lexsort((-lift_EA.max(1), lift_EA.argmax(1)))
         panels[names[n]] = lift_EA[order_E].T
-    note = f"how often a token of the {of} chooses the expert, over the share of all tokens that do"
+    whose = "the token" if of == "token" else f"a token of the {of}"
+    note = f"how often {whose} chooses the expert, over the share of all tokens that do"
     across = 1 if np.shape(lift_NEA)[1] > 32 else min(len(panels), 2)
     height = (0.9 + 0.24 * len(classes)) * -(-len(panels) // across)
     return matrices(

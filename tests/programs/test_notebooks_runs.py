@@ -1,6 +1,8 @@
 """The notebooks about finished runs and about a config of one's own: on runs of a few steps, and on a small config."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ E = 4
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A run of a few steps in RUN and its dense twin in TWIN, on three domains of generated text in data."""
+    """A run of a few steps in RUN and its dense baseline in BASELINE, on three domains of generated text in data."""
     folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
     for domain, symbols in SYMBOLS.items():
         (folder / "text" / domain).mkdir(parents=True)
@@ -39,7 +41,7 @@ def runs(tmp_path_factory) -> Path:
         run=RunConfig(steps=6, log_every=1, eval_every=3, eval_sequences=32, save_every=6),
         mesh=(("data", 2), ("expert", 4)),
     )
-    for name, each in {"RUN": exp, "TWIN": dataclasses.replace(exp, model=model.dense_baseline())}.items():
+    for name, each in {"RUN": exp, "BASELINE": dataclasses.replace(exp, model=model.dense_baseline())}.items():
         run(each, folder / name, folder / "data")
     return folder
 
@@ -47,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture
 def finished(runs, monkeypatch) -> Path:
     """Finished runs, as the notebooks get them."""
-    for name in ("RUN", "TWIN"):
+    for name in ("RUN", "BASELINE"):
         monkeypatch.setenv(f"MOE_JAX_{name}", str(runs / name))
     monkeypatch.setenv("MOE_JAX_DATA", str(runs / "data"))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -56,9 +58,13 @@ def finished(runs, monkeypatch) -> Path:
 
 def test_training_results(finished):
     """Both runs are summed up side by side, and the restored model goes on with a prompt."""
-    printed = executed("04_training_results.ipynb", pictures=8)
+    printed = executed("04_training_results.ipynb", pictures=7)
     (row,) = [line for line in printed.splitlines() if line.startswith("held-out bits per byte  ")]
     assert all(0 < float(bits) < 9 for bits in row.split()[-2:])
+    for name, folder in {"MoE": "RUN", "dense baseline": "BASELINE"}.items():
+        records = [json.loads(line) for line in (finished / folder / "metrics.jsonl").read_text().splitlines()]
+        loss = [record["loss"] for record in records if record["kind"] == "eval"][-1]
+        assert f"{name} {loss:.4f} nats" in printed  # the sentences are those of this run
     assert "restored step 6" in printed
     assert printed.count("def __init__(self") == 2
 
@@ -68,8 +74,12 @@ def test_the_specialisation_notebook_shows_the_run(finished):
     printed = executed("05_specialisation.ipynb", pictures=12)
     assert "step 6: " in printed
     assert f"tokens, 1 MoE layer(s) of {E} experts, 2 for each token" in printed
-    favourites = [line for line in printed.splitlines() if line.startswith("layer 1, expert")]
+    favourites = [line for line in printed.splitlines() if line.startswith("layer 1, expert ")]
     assert len(favourites) == E
+    (domain,) = re.findall(r"Domain and expert share ([\d.]+) nats", printed)
+    assert f"the domain {domain}" in printed  # computed by two functions
+    (busiest,) = re.findall(r"has ([\d.]+) times the mean load, and the least", printed)
+    assert 1 <= float(busiest) <= E
     (card,) = [line for line in printed.splitlines() if "of layer 1: " in line]
     assert int(card.split()[1]) < E
     (without,) = [line for line in printed.splitlines() if line.startswith("  without")]
@@ -110,8 +120,8 @@ def test_audit_your_config(tmp_path, monkeypatch):
         "as configured, batch-independent",
         "first choices first, causal",
         "first choices first, batch-independent",
-        "experts choose, causal",
-        "experts choose, batch-independent",
+        "experts select, causal",
+        "experts select, batch-independent",
         "weight always 1, trainable",
         "weight always 1, batch-independent",
     }
