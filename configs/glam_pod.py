@@ -8,7 +8,7 @@
 second one with 64 experts of the dense layer's width. Experts are sharded over the expert axis, the batch over both
 axes; -1 takes the rest of the devices.
 Hardware: a slice of at least 16 TPU devices (v5e-16, v4-32), bfloat16. 100,000 steps of 256 sequences of 1,024 tokens,
-26.2B tokens. By the plan, 9.0 of 15.8 GiB on a device of v5e:4x4, and at least 0.21 s a step: 92 chip-hours or more.
+26.2B tokens. Time by the plan: at least 0.21 s a step, 92 chip-hours or more; 9.0 of 15.8 GiB on a device of v5e:4x4.
 Expect nothing of the loss from here: this config has not been run on a TPU by its authors.
 C4 takes a cluster to make: experiments/launch/README.md has data that one machine can prepare.
 """

@@ -404,7 +404,7 @@ def test_windows_give_the_documents_back(tokenizer, directory):
 
 
 def test_windows_are_kept_and_keyed(windows, directory, monkeypatch):
-    monkeypatch.setattr("moe_jax.data.windows.write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr("moe_jax.data.windows.write_windows", lambda *_: pytest.fail("written again"))
     train, held = prepare(CORPUS, Bytes(), L, directory)
     assert train.fingerprint == windows[0].fingerprint != held.fingerprint
     with pytest.raises(pytest.fail.Exception, match="written again"):

@@ -220,7 +220,7 @@ def test_a_layer_by_hand():
         (lambda: dims.shape_of("EDF", {"E": 2}), "Dimensions ['D', 'F'] of 'EDF' have no size"),
         (
             lambda: dims.spec("EDF", {"E": ("slice", "expert"), "D": ("expert",)}),
-            "An array [E, D, F] would be spread over mesh axis 'expert' twice",
+            "An array [E, D, F] would be sharded over mesh axis 'expert' twice",
         ),
     ],
 )

@@ -87,7 +87,7 @@ def apply(params, x):
             mesh_of("data", "expert", types=(AxisType.Auto,) * 2),
             P(),
             jax.shard_map(apply, in_specs=(P(), BOTH), out_specs=BOTH),
-            r"up_EDF has 8 experts, but a shard has 2 of E=8; give parameters in_specs that spread E over",
+            r"up_EDF has 8 experts, but a shard has 2 of E=8; give parameters in_specs that shard E over",
         ),
     ],
     ids=["foreign", "partly manual", "whole parameters"],

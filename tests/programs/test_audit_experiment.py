@@ -108,7 +108,7 @@ def test_what_is_broken_is_named(config, monkeypatch):
         ([], "No experiment was given"),
         (["--config=nothing.py"], "no config file"),
         (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
-        (["--config=configs/glam_nano.py", "--devices=0"], "devices=0: Expected a positive integer"),
+        (["--config=configs/glam_nano.py", "--devices=0"], "--devices=0: 0 is not a positive integer"),
     ],
 )
 def test_mistakes_are_one_line(argv, words):
@@ -272,5 +272,5 @@ def test_a_mesh_over_slices():
     grid = hybrid_device_mesh(pod, (2, 1, 1, 4, 1))
     assert grid.shape == (2, 1, 1, 4, 1)
     assert [[d.slice_index for d in part.flat] for part in grid] == [[0] * 4, [1] * 4]
-    with pytest.raises(ValueError, match=r"mesh.slice=1, but the devices lie in 2 slices; set mesh.slice=2"):
+    with pytest.raises(ValueError, match=r"mesh.slice=1, but the devices are in 2 slices; set mesh.slice=2"):
         make_mesh(pod, data=2, expert=4)

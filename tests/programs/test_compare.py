@@ -246,7 +246,9 @@ def test_many_groups_are_drawn(tmp_path):
 def test_figures_of_one_title_are_all_there(monkeypatch):
     """An inspection beside two runs has two figures of each comparison."""
     drawn = [[plots.lines([], "x", "y", title)] for title in ("Load", "Saturation", "Saturation 2", "Saturation")]
-    monkeypatch.setattr(report, "sections", lambda found: [report.ReportSection("", "", parts) for parts in drawn])
+    monkeypatch.setattr(
+        report, "report_sections", lambda found: [report.ReportSection("", "", parts) for parts in drawn]
+    )
     named = report.named_figures({})
     assert list(named) == ["load", "saturation", "saturation_2", "saturation_3"]
     assert list(named.values()) == [parts[0] for parts in drawn]

@@ -84,7 +84,7 @@ def test_a_config_says_what_it_is_for(name):
     question, command, *rest = text.strip().split("\n\n")
     assert re.search(r"[?.]$", question)
     assert len(question) <= 200
-    assert re.match(rf"    python -m experiments\.\w+ --config={CONFIGS[name]} --workdir=", command)
+    assert re.search(rf"^    python -m experiments\.\w+ --config={CONFIGS[name]} .*--workdir=", command, re.MULTILINE)
     rest = " ".join(rest)
     for word in ("Hardware", "time", "expect"):
         assert re.search(rf"\b{word}", rest, re.IGNORECASE), f"the docstring does not tell the {word}"

@@ -201,7 +201,7 @@ def test_data_of_a_limit_is_not_taken_for_other_data(folder, tmp_path, monkeypat
     data = DataConfig(source=Folder(str(folder)), tokenizer=Bytes(), L=16)
     found = [dataclasses.replace(data, documents=n).prepare(tmp_path)[0].fingerprint for n in (None, 30, 1000)]
     assert len(set(found)) == 3
-    monkeypatch.setattr(windows, "write", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(windows, "write_windows", lambda *_: pytest.fail("made again"))
     assert dataclasses.replace(data, documents=30).prepare(tmp_path)[0].fingerprint == found[1]
     with pytest.raises(pytest.fail.Exception, match="made again"):
         dataclasses.replace(data, documents=31).prepare(tmp_path)
@@ -226,7 +226,7 @@ def test_training_finds_what_the_program_made(config, folder, tmp_path, monkeypa
     flags = (config, "--config.data.documents=50", f"--data_dir={data_dir}", "--workers=1")
     made = call(prepare, *flags)
     assert made.code == 0, made
-    monkeypatch.setattr(windows, "write", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(windows, "write_windows", lambda *_: pytest.fail("made again"))
     data = DataConfig(source=Folder(str(folder)), tokenizer=Bytes(), L=16, documents=50)
     for name, split in zip(("train", "held_out"), data.prepare(data_dir), strict=True):
         assert any(line.startswith(name) and split.fingerprint[:16] in line for line in made.out.splitlines())

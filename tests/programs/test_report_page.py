@@ -93,7 +93,7 @@ def report(folder: Path, records: list[dict], others: dict[str, list[dict]] | No
         with Logger(folder / name, 40, quiet=True) as log:
             for record in its:
                 log.write(record)
-    path = write_report(folder / "run", "config", {name: folder / name for name in others or {}}, **given)
+    path = write_report(folder / "run", "config", [folder / name for name in others or ()], **given)
     return stands_alone(path.read_text())
 
 

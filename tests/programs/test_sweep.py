@@ -223,7 +223,8 @@ def test_a_real_sweep(tmp_path):
     assert outcome.code == 1, outcome
     notes = json.loads((tmp_path / "sweep" / "comparison.json").read_text())["notes"]
     assert any("failed" in note and f"{tmp_path}/none" in note for note in notes), notes
-    finished, failed = sorted((tmp_path / "sweep").glob("source=*"), key=lambda folder: "none" in str(folder))
+    folders = sorted((tmp_path / "sweep").glob("source=*"), key=lambda folder: not (folder / "report.html").is_file())
+    finished, failed = folders
     assert (finished / "report.html").is_file()
     assert not (failed / "metrics.jsonl").exists()
     dry = programs.call(sweep, *flags, "--grid", grid, "--dry_run").out
