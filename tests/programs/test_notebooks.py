@@ -40,7 +40,7 @@ def test_committed_notebooks_are_executed(path):
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_notebooks_define_no_library(path):
-    """What belongs into the package is not in a notebook: no class, no long function."""
+    """Notebooks define nothing that belongs into the package: no class, no long function."""
     for cell in nbformat.read(path, as_version=4).cells:
         for node in ast.walk(ast.parse(cell.source if cell.cell_type == "code" else "")):
             assert not isinstance(node, ast.ClassDef)
