@@ -4,7 +4,7 @@
     python -m experiments.sweep --config=configs/dense_nano.py --grid run.steps=1200,1536,2000 --seeds=3 \\
         --workdir=runs/dense
     python -m experiments.bench.steps --config=configs/glam_nano.py     # the ratio of step times
-    python -m experiments.headline --moe=runs/moe --dense=runs/dense --ratio=1.28 --json=docs/results.json \\
+    python -m experiments.headline --moe=runs/moe --dense=runs/dense --ratio=1.26 --json=docs/results.json \\
         --out=docs/results.svg
 
 The dense baseline has the same matrix multiplications per token, so its step is shorter. It is trained for as many
