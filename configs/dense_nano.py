@@ -4,7 +4,7 @@
 
 Derived from glam_nano by a function, so that the two cannot drift apart: every MoE layer becomes one expert of
 K times the width, everything else is equal, and so are the matrix multiplications per token.
-Hardware and time: as glam_nano. The held-out loss to expect: README, "A result to reproduce".
+Hardware and time: as glam_nano. The held-out loss to expect: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 GLaM's recipe (arXiv:2112.06905) at the smallest size that answers: dense GEGLU layers and top-2 MoE layers
 in turn, relative positions, byte tokens of eight domains, experts over 4 of 8 simulated devices.
-Hardware: 2 CPU cores, under 4 GB. Time and the held-out loss to expect: README, "A result to reproduce".
+Hardware: 2 CPU cores, under 4 GB. Time and the held-out loss to expect: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -43,8 +43,8 @@ def data_words(exp: Experiment) -> str:
 
 
 def mesh_words(mesh: Iterable[tuple[str, int]]) -> str:
-    """Axes that have more than one device, data=2 x expert=4; -1 is the rest."""
-    return " x ".join(f"{axis}={'the rest' if n == -1 else n}" for axis, n in mesh if n != 1) or "one device"
+    """Axes that have more than one device, data=2 x expert=4; -1 is inferred from the devices."""
+    return " x ".join(f"{axis}={'inferred' if n == -1 else n}" for axis, n in mesh if n != 1) or "one device"
 
 
 def short(component: Any) -> str:
