@@ -16,8 +16,9 @@ export JAX_PLATFORMS ?= cpu
 train: setup
 	$(RUN) -m experiments.train --config=configs/glam_nano.py --workdir=$(WORKDIR)
 
+# Whole files go to a worker, those that take long first: none is left alone with one at the end.
 test: setup
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/laws tests/programs tests/components
 
 matrix: setup
 	$(RUN) -m pytest -n 2 --dist loadgroup -m matrix

@@ -203,11 +203,11 @@ def run(exp: Experiment) -> tuple[Steps, tuple]:
     state = jax.device_put(state._replace(params=params), program.shardings)
     with jax.set_mesh(program.mesh):
         compiled = jax.jit(step, out_shardings=(program.shardings, None, None))
-        state, metrics, outputs = compiled(state, program.place(batch()))
+        state, metrics, outputs = compiled(state, program.to_global(batch()))
         moments = {name: optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")}
         one = jax.device_get((metrics, outputs, moments, state.params))
         for _ in range(2):
-            last = state, metrics, _ = compiled(state, program.place(batch()))
+            last = state, metrics, _ = compiled(state, program.to_global(batch()))
     return Steps(*one, float(metrics.loss)), last
 
 
