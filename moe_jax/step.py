@@ -236,7 +236,7 @@ class Program:
             return self._evaluate(state.params, state.router, self.to_global(batch))
 
     @property
-    def share(self) -> dict[str, int]:
+    def data_slice(self) -> dict[str, int]:
         """Arguments for `batches` of the part that this process reads; processes inside one shard read the same."""
         n = math.prod(self.mesh.shape[axis] for axis in TOKEN_AXES)
         indices = self.rows.addressable_devices_indices_map((n,)).values()
@@ -244,7 +244,7 @@ class Program:
 
     def to_global(self, batch: AnyBatch) -> AnyBatch:
         """This process's rows of a batch, as part of the global one."""
-        parts = self.share["processes"]
+        parts = self.data_slice["processes"]
 
         def global_array(x: Array | np.ndarray) -> Array:
             shape = (parts * len(x), *x.shape[1:])

@@ -49,7 +49,7 @@ def train(
 
     def evaluation() -> dict[str, Any]:
         began, B = time.monotonic(), data.B // data.microbatches
-        chosen = evaluation_batches(held_out, B, run.eval_sequences, **program.share)
+        chosen = evaluation_batches(held_out, B, run.eval_sequences, **program.data_slice)
         record = evaluate(partial(program.evaluate, state), chosen, held_out.domains)
         for name in ("", "_capacity"):
             if "loss" + name in record and held_out.bytes_per_token:
@@ -71,7 +71,7 @@ def train(
         start = {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
         yield start | ({"origin": origin} if origin else {})
         pending: Metrics | None = None  # fetched while the next step runs
-        for batch in batches(windows, data.B, exp.seed, step, **program.share):
+        for batch in batches(windows, data.B, exp.seed, step, **program.data_slice):
             if step >= run.steps:
                 break
             state, metrics = program.step(state, batch)

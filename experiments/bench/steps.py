@@ -107,7 +107,7 @@ class Stepper:
     def __init__(self, exp: Experiment, data_dir: pathlib.Path):
         windows, _ = exp.data.prepare(data_dir)
         self.program = Program(exp, len(windows.domains))
-        stream = batches(windows, exp.data.B, exp.seed, 0, **self.program.share)
+        stream = batches(windows, exp.data.B, exp.seed, 0, **self.program.data_slice)
         few = [self.program.to_global(batch) for batch in itertools.islice(stream, 4)]
         self.state, self.batches = self.program.init(), itertools.cycle(few)
         self.compiled = compiled(self.program, few[0])

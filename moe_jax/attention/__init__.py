@@ -8,5 +8,19 @@ from moe_jax.attention.sees import Order, Sees
 
 ATTENTION = (MHA, MLA)
 
-__all__ = ["ATTENTION", "POSITIONS", "SCALINGS", "Linear", "Llama3", "NoPE", "Order", "Relative", "Rotary", "Sees"]
-__all__ += ["Sinusoidal", "YaRN", *(part.__name__ for part in ATTENTION)]
+__all__ = [
+    "ATTENTION",
+    "MHA",
+    "MLA",
+    "POSITIONS",
+    "SCALINGS",
+    "Linear",
+    "Llama3",
+    "NoPE",
+    "Order",
+    "Relative",
+    "Rotary",
+    "Sees",
+    "Sinusoidal",
+    "YaRN",
+]

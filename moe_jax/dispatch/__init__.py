@@ -14,4 +14,4 @@ from moe_jax.dispatch.sort import Sort
 
 DISPATCHERS = (Einsum, Scatter, Sort, Gather)
 
-__all__ = ["DISPATCHERS", *(dispatcher.__name__ for dispatcher in DISPATCHERS)]
+__all__ = ["DISPATCHERS", "Einsum", "Gather", "Scatter", "Sort"]

@@ -14,4 +14,4 @@ from moe_jax.exchanges.two_level import TwoLevel
 
 EXCHANGES = (AllToAll, TwoLevel, RaggedAllToAll, AllGather)
 
-__all__ = ["EXCHANGES", *(exchange.__name__ for exchange in EXCHANGES)]
+__all__ = ["EXCHANGES", "AllGather", "AllToAll", "RaggedAllToAll", "TwoLevel"]

@@ -8,4 +8,4 @@ from moe_jax.experts.mlp import MLP
 
 EXPERTS = (MLP, GLU)
 
-__all__ = ["EXPERTS", *(expert.__name__ for expert in EXPERTS)]
+__all__ = ["EXPERTS", "GLU", "MLP"]

@@ -16,4 +16,4 @@ from moe_jax.gating.temperature import Temperature
 
 GATING = (Temperature, Jitter, Noise, SoftCap, ExpertDropout, GatingDropout)
 
-__all__ = ["GATING", *(transform.__name__ for transform in GATING)]
+__all__ = ["GATING", "ExpertDropout", "GatingDropout", "Jitter", "Noise", "SoftCap", "Temperature"]

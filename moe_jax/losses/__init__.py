@@ -20,4 +20,16 @@ LOGGED: dict[str, Any] = {
     "uniform_kl": UniformKL(),
 }
 
-__all__ = ["LOGGED", "LOSSES", "convert", *(loss.__name__ for loss in LOSSES)]
+__all__ = [
+    "LOGGED",
+    "LOSSES",
+    "Adaptive",
+    "Importance",
+    "Load",
+    "LoadBalance",
+    "LoadEntropy",
+    "RouterZ",
+    "TokenEntropy",
+    "UniformKL",
+    "convert",
+]

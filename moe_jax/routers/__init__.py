@@ -31,4 +31,25 @@ ROUTERS = (
     *(ExpertChoice, SoftMoE, MixtureOfDepths),
 )
 
-__all__ = ["ROUTERS", *(router.__name__ for router in ROUTERS)]
+__all__ = [
+    "ROUTERS",
+    "BASELayer",
+    "CosineTopK",
+    "ExpertChoice",
+    "Hash",
+    "Hierarchical",
+    "LossFree",
+    "MixtureOfDepths",
+    "NoisyTopK",
+    "NullExperts",
+    "Random",
+    "RoundRobin",
+    "Sampled",
+    "Sinkhorn",
+    "SoftMoE",
+    "Switch",
+    "TaskTopK",
+    "Top2",
+    "TopK",
+    "TopP",
+]
