@@ -100,7 +100,7 @@ def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
-    """What an executed notebook must not have, in words; [] if it may be committed."""
+    """Lists what an executed notebook must not have, in words; [] if it may be committed."""
     found = []
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in code]

@@ -6,7 +6,8 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = sorted(p for folder in ("moe_jax", "experiments", "configs", "tests") for p in (ROOT / folder).rglob("*.py"))
+FOLDERS = ("moe_jax", "experiments", "configs", "tests", "notebooks")
+FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 DANGLING = re.compile(r"(Of|That|Those|It|Its|What|Whether|Which|How)\b")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # One thing in two frameworks, on two platforms, or for two kinds of array.

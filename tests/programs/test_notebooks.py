@@ -78,7 +78,7 @@ ERROR = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceba
         ({"source": "x + 1"}, ["not the code that was executed"]),
         ({"outputs": [ERROR]}, ["code cell 2 has an error"]),
         ({"outputs": [nbformat.v4.new_output("stream", name="stderr", text="careful")]}, ["writes to stderr: careful"]),
-        ({"outputs": [nbformat.v4.new_output("stream", text="in /tmp/runs/a")]}, ["absolute path: /tmp/runs/a"]),
+        ({"outputs": [nbformat.v4.new_output("stream", text="in /home/me/a")]}, ["absolute path: /home/me/a"]),
         (
             {"outputs": [nbformat.v4.new_output("execute_result", {"text/plain": "<Plot object at 0x7fab>"})]},
             ["address in memory"],

@@ -83,7 +83,7 @@ def test_the_key_and_the_auxiliary_loss_matter(page):
 
 
 def test_evaluation_drops_nothing(page):
-    """Where training did; the same loss whenever it is asked for."""
+    """Evaluation drops nothing where training did, and gives the same loss at every call."""
     assert np.all(page["metrics"]["drop_rate"] > 0)
     assert not np.any(page["held_out_metrics"]["drop_rate"])
     assert not np.any(page["net_metrics"]["drop_rate"])
