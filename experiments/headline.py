@@ -24,8 +24,8 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.compare.runs import find, open_runs
 from moe_jax.reporting import plots
-from moe_jax.reporting.metrics import FILE, last, read
 from moe_jax.reporting.plots import Curve, Plot
 
 MOE = cli.flag(flags.DEFINE_string, "moe", None, "A folder with the MoE's runs, one for each seed.")
@@ -93,14 +93,10 @@ def collect(moe: pathlib.Path, dense: pathlib.Path, ratio: float) -> Losses:
     return Losses(next(iter(ours))[0], ratio, {seed: loss for (_, seed), loss in sorted(ours.items())}, whole)
 
 
-def finished(folder: pathlib.Path) -> dict[tuple[int, int], float]:
+def finished(folder: pathlib.Path) -> dict[tuple[int, int], Any]:
     """(steps, seed) -> last held-out loss of the finished runs below a folder."""
-    found = {}
-    for path in sorted(folder.rglob(FILE)):
-        records, config = read(path.parent), json.loads((path.parent / "config.json").read_text())
-        if last(records, "end") and last(records, "eval"):
-            found[config["run"]["steps"], config["seed"]] = last(records, "eval")["loss"]
-    return found
+    runs, _ = open_runs(find([str(folder)])[0])
+    return {(run.exp.run.steps, run.exp.seed): run.numbers["loss"] for run in runs if run.finished}
 
 
 def table(it: Losses) -> str:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from moe_jax.costs.chips import GiB
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.sections import (
     PlanSection,
@@ -13,8 +14,6 @@ from moe_jax.plan.sections import (
     verdict,
 )
 from moe_jax.reporting import page, plots
-
-GiB = 2**30
 
 
 def plan_page(plan: Plan) -> str:

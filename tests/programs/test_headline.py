@@ -6,8 +6,10 @@ import pathlib
 
 import pytest
 
+from configs import dense_nano
 from experiments import headline
 from experiments.headline import Losses
+from moe_jax.config import build
 from tests import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,7 +42,9 @@ def test_intervals_are_students():
 
 def run(folder: pathlib.Path, steps: int, seed: int, loss: float, end: bool = True) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"run": {"steps": steps}, "seed": seed}))
+    config = dense_nano.get_config()
+    config.run.steps, config.optim.schedule, config.seed = steps, "Constant(peak=0.01)", seed
+    (folder / "config.json").write_text(build(config).to_json())
     records = [
         {"kind": "eval", "step": steps, "seconds": 1.0, "loss": loss},
         {"kind": "end", "step": steps, "seconds": 1.0},
