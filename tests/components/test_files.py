@@ -92,7 +92,7 @@ def test_a_full_disk_is_told_from_other_errors(error, full):
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "nul", b"\xff"])
 def test_what_is_not_json_is_a_value_error(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"the brackets are too deep|^Expect|can't decode"):
         parse_json(text)
 
 
@@ -132,7 +132,9 @@ def test_a_change_is_seen(tmp_path, key, how):
         read_sealed(write_file(tmp_path / "a.json", json.dumps(said)))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b'{"a": 1}', b'{"sha256": {}}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b'{"a": 1}', b'{"sha256": {}}', b"[" * 100_000]
+)
 def test_what_is_not_sealed_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="is damaged: it does not match its checksum"):
         read_sealed(write_file(tmp_path / "a.json", content))

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("core", "files", "words"),
-    ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges"),
-    ("moe_config",),
+    ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges", "manifest"),
+    ("moe_config", "room"),
     ("moe",),
     ("models", "nnx"),
     ("data", "optim", "reporting", "checkpoint"),
