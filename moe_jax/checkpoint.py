@@ -116,6 +116,12 @@ class Checkpoints:
         manifest = self.directory / str(step) / MANIFEST
         return read_sealed(manifest)["leaves"], step, sha256(manifest)
 
+    def newest_meta(self) -> tuple[dict, int] | None:
+        """Meta and number of the newest step whose manifest and file sizes are right; None without one."""
+        for step in reversed(self.steps()):
+            return read_sealed(self.directory / str(step) / MANIFEST)["meta"], step
+        return None
+
     def restore_leaves(self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int) -> dict[str, jax.Array]:
         """Some leaves of a step by their names, of the shardings and dtypes that are wanted; the shapes must agree."""
         step = self._choose(step)
