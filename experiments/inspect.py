@@ -93,7 +93,7 @@ def inspected(run: TrainedRun, others: list[tuple[str, TrainedRun]]) -> tuple[di
     """All that is found of a run beside others, and the cards of a few experts."""
     exp = run.exp
     check_recordable(exp, STACK.value)
-    split, batches = examples(exp, DATA_DIR.value, WINDOWS.value)
+    split, batches = examples(run, DATA_DIR.value, WINDOWS.value)
     decode = None if not hasattr(split, "tokenizer") else lambda token: words(split.tokenizer, token)
     say("recording")
     rec = recorded(run, batches, split.domains)
@@ -112,7 +112,7 @@ def inspected(run: TrainedRun, others: list[tuple[str, TrainedRun]]) -> tuple[di
             cards = cards_of(run, batches, effects, split.domains, decode)
     for name, other in others:
         say(f"recording {name}")
-        found["compare"].append(beside(name, other, rec, exp, batches, split.domains))
+        found["compare"].append(beside(name, other, rec, run, batches, split.domains))
     return found, cards
 
 
@@ -129,14 +129,10 @@ def described(run: TrainedRun, rec: Recording, decode: Any) -> dict[str, Any]:
 
 
 def beside(
-    name: str, other: TrainedRun, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
+    name: str, other: TrainedRun, rec: Recording, run: TrainedRun, batches: list[Any], domains: tuple[str, ...]
 ) -> dict[str, Any]:
     """Another run on the same data; ValueError where it takes other data."""
-    if (other.exp.data.tokenizer, other.exp.data.L, other.exp.data.objective) != (
-        exp.data.tokenizer,
-        exp.data.L,
-        exp.data.objective,
-    ):
+    if not same_tokens(other, run):
         raise ValueError(
             f"--compare={name}: it reads other tokens, or sequences of another length; compare runs that agree."
         )
@@ -147,6 +143,13 @@ def beside(
     with suppress(ValueError):  # other layers, or other experts
         found["same"] = compare_recordings(rec, its)
     return found
+
+
+def same_tokens(one: TrainedRun, other: TrainedRun) -> bool:
+    """Tells whether two runs read the same tokens in sequences of one length; a tokenizer is trained on its text."""
+    configs = [(run.exp.data.tokenizer, run.exp.data.L, run.exp.data.objective) for run in (one, other)]
+    digests = [{name: digest for name, digest in run.data.items() if "tokenizer" in name} for run in (one, other)]
+    return configs[0] == configs[1] and (not all(digests) or digests[0] == digests[1])
 
 
 def cards_of(run: TrainedRun, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:

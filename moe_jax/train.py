@@ -1,8 +1,9 @@
 """The training loop: batches, steps, records, evaluations, checkpoints."""
 
+import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,20 @@ import numpy as np
 from moe_jax import costs, transfer
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
+from moe_jax.continuation import Change, check_config, check_data
 from moe_jax.core.stats import Stats
 from moe_jax.costs import chips
 from moe_jax.costs.energy import run_energy
-from moe_jax.data import batches, default_directory, evaluation_batches
+from moe_jax.data import (
+    batches,
+    data_identity,
+    default_directory,
+    evaluation_batches,
+    keep_tokenizers,
+    with_kept_tokenizers,
+)
 from moe_jax.evaluate import bits_per_byte, drop_rate, evaluate, per_layer
+from moe_jax.lock import WorkdirLock
 from moe_jax.moe import Aux
 from moe_jax.step import Metrics, Program, State
 
@@ -31,21 +41,39 @@ def train(
     workdir: pathlib.Path | None = None,
     data_dir: pathlib.Path | None = None,
     init_from: transfer.RunCheckpoint | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
+    lock: WorkdirLock | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains, and yields a record when it starts, every `log_every` steps, at every evaluation, and at the end.
 
-    With a workdir, checkpoints are kept there, and training goes on from the newest valid one.
+    With a workdir, checkpoints are kept there, and training goes on from the newest valid one, with the same data and
+    a config that differs in what `continuation.MAY_CHANGE` names alone (ValueError); the first record has what has
+    `changed`. One process at a time trains in a workdir (ValueError).
     init_from: a new run begins with those parameters of this checkpoint that fit, see `transfer.begin_from`. They are
         saved as its step 0, so that a continuation does not need that checkpoint.
+    stop: is asked after every step, which it is given; where it says so, this step is logged and saved, and the last
+        record is "interrupted". Several processes must be told to stop at the same step.
+    lock: of the workdir, where the caller holds it; else it is taken here, by process 0.
     TrainingDiverged after `max_bad_steps` steps in a row without a finite loss and gradient; the last record says
     so too, with `diverged`.
     """
+    if workdir is not None and lock is None and jax.process_index() == 0:
+        with WorkdirLock(workdir) as lock:
+            yield from train(exp, workdir, data_dir, init_from, stop, lock)
+        return
     run, data = exp.run, exp.data
-    windows, held_out = data.prepare(data_dir or default_directory())
-    program = Program(exp, len(windows.domains))
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
-    state, seconds, origin = restore(checkpoints, program, init_from)
+    begun = checkpoints is not None and not checkpoints.empty()
+    newest, _ = (checkpoints and checkpoints.newest_meta()) or ({}, None)
+    changed_fields(newest, exp, workdir)  # before data is prepared, and arrays are read
+    windows, held_out = prepare(exp, workdir if begun else None, data_dir)
+    check_data(newest.get("data", {}), identity := data_identity(windows, held_out), workdir)
+    program = Program(exp, len(windows.domains))
+    state, meta = restore(checkpoints, program, init_from)
+    seconds, origin, changed = meta.get("seconds", 0.0), meta.get("origin"), changed_fields(meta, exp, workdir)
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
+    if workdir is not None and jax.process_index() == 0:
+        keep_tokenizers(windows, workdir)
 
     def evaluation() -> dict[str, Any]:
         began, B = time.monotonic(), data.B // data.microbatches
@@ -61,14 +89,15 @@ def train(
 
     def save(loss: float | None = None) -> None:
         if checkpoints is not None and step not in checkpoints.steps():
-            meta = {"seconds": tally.seconds(), "experiment": exp.to_json()} | ({"origin": origin} if origin else {})
-            checkpoints.save(step, state, meta, loss)
+            meta = {"seconds": tally.seconds(), "experiment": exp.to_json(), "data": identity}
+            checkpoints.save(step, state, meta | ({"origin": origin} if origin else {}), loss)
 
     try:
         if origin and step == 0 and checkpoints is not None:
             save()
             checkpoints.wait()
-        start = {"kind": "start", "step": step, "seconds": seconds, "data": windows.fingerprint}
+        start = {"kind": "start", "step": step, "seconds": seconds, **identity, "data": windows.fingerprint}
+        start |= {"changed": {change.path: [change.old, change.new] for change in changed}} if changed else {}
         yield start | ({"origin": origin} if origin else {})
         pending: Metrics | None = None  # fetched while the next step runs
         for batch in batches(windows, data.B, exp.seed, step, **program.data_slice):
@@ -79,9 +108,13 @@ def train(
                 tally.add(pending)
             step, pending = step + 1, metrics
             due = {what for what, n in run.intervals.items() if step % n == 0 or step == run.steps}
+            stopping = stop(step) and step < run.steps
+            due |= {"log", "save"} if stopping else set()
             if due:
                 tally.add(pending)
                 pending = None
+                if lock is not None:
+                    lock.check()
             if "log" in due:
                 yield tally.record(step)
             held_out_record = evaluation() if "eval" in due else None
@@ -98,6 +131,11 @@ def train(
                     f"its parameters are the last good ones{f' and saved in {workdir}' if workdir else ''}: go on "
                     "with a lower learning rate, or look at the data."
                 )
+            if stopping:
+                if checkpoints is not None:
+                    checkpoints.wait()
+                yield {"kind": "interrupted", "step": step, "seconds": tally.seconds()}
+                return
         yield {
             "kind": "end",
             "step": step,
@@ -115,22 +153,34 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
     return dict(run_energy(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
 
+def prepare(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
+    """The training and the held-out examples, with the tokenizers that a run has kept in its workdir, if any."""
+    data = exp.data if workdir is None else with_kept_tokenizers(exp.data, workdir)
+    return data.prepare(data_dir or default_directory())
+
+
 def restore(
     checkpoints: Checkpoints | None, program: Program, init_from: transfer.RunCheckpoint | None = None
-) -> tuple[State, float, dict[str, Any] | None]:
-    """The newest valid state, the seconds it took, and the record of `transfer.begin_from`, None without it.
+) -> tuple[State, dict[str, Any]]:
+    """The newest valid state and what is kept with it.
 
-    Where there is no checkpoint, the initial state, with parameters of `init_from` if it is given.
+    Where there is no checkpoint, the initial state, with parameters of `init_from` if it is given, and the record of
+    `transfer.begin_from` as `origin`.
     """
     if checkpoints is not None and not checkpoints.empty():
         state, meta, _ = checkpoints.restore(program.abstract_state())
         if init_from is not None:
             transfer.check_origin(meta.get("origin"), init_from)
-        return state, meta["seconds"], meta.get("origin")
+        return state, meta
     if init_from is None:
-        return program.init(), 0.0, None
+        return program.init(), {}
     state, origin = transfer.begin_from(program, init_from)
-    return state, 0.0, origin
+    return state, {"origin": origin}
+
+
+def changed_fields(meta: Mapping[str, Any], exp: Experiment, workdir: pathlib.Path | None) -> list[Change]:
+    """Changes of the config since a checkpoint with this meta; ValueError where they make it another run."""
+    return check_config(json.loads(meta["experiment"]), exp, workdir) if "experiment" in meta else []
 
 
 class Tally:

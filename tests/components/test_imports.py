@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("core", "files", "words"),
+    ("core", "files", "lock", "words"),
     ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges", "manifest"),
     ("moe_config", "room"),
     ("moe",),
     ("models", "nnx"),
     ("data", "optim", "reporting", "checkpoint"),
     ("config",),
-    ("overrides",),
+    ("overrides", "continuation"),
     ("costs",),
     ("evaluate",),
     ("step",),
