@@ -20,7 +20,7 @@ ORDER = (
     ("config",),
     ("overrides", "continuation"),
     ("costs",),
-    ("evaluate",),
+    ("evaluate", "health"),
     ("step",),
     ("transfer",),
     ("train",),

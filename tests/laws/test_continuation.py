@@ -72,7 +72,7 @@ def test_a_stopped_run_has_saved_its_last_step(exp, begun, data_dir, records):
     [
         ({"seed": 7}, "seed was 0, is 7"),
         ({"model": dataclasses.replace(MODEL, D=16)}, "model.D was 8, is 16"),
-        ({"model": dataclasses.replace(MODEL, ffn=MLP(F=4, activation="gelu"))}, "model.ffn was "),,
+        ({"model": dataclasses.replace(MODEL, ffn=MLP(F=4, activation="gelu"))}, "model.ffn was "),
         ({"optim": dataclasses.replace(OPTIM, optimizer=AdamW(b1=0.8))}, "optim.optimizer was "),
     ],
 )
