@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.launch import join, pulse
+from experiments.launch.interruption import Interrupted
 from moe_jax.config import SECTIONS, Experiment, build, typed
 from moe_jax.files import write_file
 from moe_jax.overrides import known_fields, override
@@ -65,11 +66,12 @@ def run(main: Callable[..., None]) -> None:
             pulse.beat(pathlib.Path(beat))
         with stdout_for_json():
             main(*words)
-    except KeyboardInterrupt:
-        print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
-        if join.connected():
-            join.abandon(130)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'Interrupted.'}", file=sys.stderr)
+        code = interrupt.code if isinstance(interrupt, Interrupted) else 130
+        if join.connected() and not (isinstance(interrupt, Interrupted) and interrupt.together):
+            join.abandon(code)
+        sys.exit(code)
     except (ValueError, OSError, TrainingDiverged, flags.Error) as error:
         if "--traceback" in sys.argv and not join.connected():
             raise

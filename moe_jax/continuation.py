@@ -6,16 +6,9 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import Experiment, check_version
 
-# How long, how fast, and where it is computed. All else would make another run.
-MAY_CHANGE = (
-    "run",
-    "mesh",
-    "model.remat",
-    "model.moe.exchange",
-    "optim.zero1",
-    "optim.schedule",
-    "optim.clip",
-)
+# How long, and where it is computed: the same run.
+ELSEWHERE = ("run", "mesh", "model.remat", "model.moe.exchange", "optim.zero1")
+MAY_CHANGE = (*ELSEWHERE, "optim.schedule", "optim.clip")  # and how fast: the same run, led by hand
 SHOWN = 3  # changes in a message
 LONGEST = 60  # characters of a value in a message
 
@@ -27,10 +20,9 @@ class Change(NamedTuple):
     old: Any
     new: Any
 
-    @property
-    def allowed(self) -> bool:
-        """Tells whether a continuation may change it."""
-        return any(self.path == path or self.path.startswith(f"{path}.") for path in MAY_CHANGE)
+    def within(self, paths: Sequence[str]) -> bool:
+        """Tells whether it is one of these fields, or a part of one."""
+        return any(self.path == path or self.path.startswith(f"{path}.") for path in paths)
 
     def __str__(self) -> str:
         return f"{self.path or 'config'} was {_short(self.old)}, is {_short(self.new)}"
@@ -45,14 +37,16 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[Change]:
         yield Change(path, old, new)
 
 
-def check_config(saved: Mapping[str, Any], exp: Experiment, where: Any) -> list[Change]:
+def check_config(
+    saved: Mapping[str, Any], exp: Experiment, where: Any, may_change: Sequence[str] = MAY_CHANGE
+) -> list[Change]:
     """The changes of a config since a run saved it; ValueError where they make it another run.
 
-    saved: the plain values of the run's config. where: the run, for the message.
+    saved: the plain values of the run's config. where: the run, for the message. may_change: paths of fields.
     """
     check_version(saved)
     found = list(changes(saved, json.loads(exp.to_json())))
-    if refused := [change for change in found if not change.allowed]:
+    if refused := [change for change in found if not change.within(may_change)]:
         raise ValueError(
             f"{where} holds another run ({_listed(refused)}); choose another --workdir, "
             "or delete that run with --overwrite."

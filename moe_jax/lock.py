@@ -50,10 +50,12 @@ class Owner:
         return _began(self.pid) == self.began
 
     def __str__(self) -> str:
+        if self == UNKNOWN:
+            return "a process that is not known (the lock is not whole)"
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
-UNKNOWN = Owner("a host that is not known", "", 0, "", "a time that is not known", "")
+UNKNOWN = Owner("", "", 0, "", "", "")
 
 
 class WorkdirLock:
@@ -122,10 +124,7 @@ class WorkdirLock:
             log.warning("%s is locked by %s: waiting up to %g s for a sign of it", self.workdir, owner, self.silence)
             alive = self._touched(stamp)
         if alive:
-            raise ValueError(
-                f"{self.workdir} is in use by {owner}; wait until it has ended, stop it, or choose another --workdir "
-                f"(if it is certainly gone: delete {self.path})."
-            )
+            raise _in_use(self.workdir, owner)
         self._take_away(content)
 
     def _touched(self, stamp: tuple[bytes, int]) -> bool:
@@ -156,12 +155,17 @@ class WorkdirLock:
                     os.utime(self.path)
 
 
-def holder(workdir: pathlib.Path) -> Owner | None:
-    """The process that holds a workdir and is not known to be gone; None where there is none. Waits for nothing."""
-    if (stamp := _stamp(workdir / FILE)) is None:
-        return None
-    owner = _owner(stamp[0])
-    return None if owner.alive is False else owner
+def check_free(workdir: pathlib.Path) -> None:
+    """ValueError where a process that can be seen from here holds a workdir; waits for nothing."""
+    if (stamp := _stamp(workdir / FILE)) is not None and _owner(stamp[0]).alive:
+        raise _in_use(workdir, _owner(stamp[0]))
+
+
+def _in_use(workdir: pathlib.Path, owner: Owner) -> ValueError:
+    return ValueError(
+        f"{workdir} is in use by {owner}; wait until it has ended, stop it, or choose another --workdir "
+        f"(if it is certainly gone: delete {workdir / FILE})."
+    )
 
 
 def _stamp(path: pathlib.Path) -> tuple[bytes, int] | None:

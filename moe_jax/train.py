@@ -68,10 +68,9 @@ def train(
         return
     run, data = exp.run, exp.data
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
-    begun = checkpoints is not None and not checkpoints.empty()
     newest, _ = (checkpoints and checkpoints.newest_meta()) or ({}, None)
     changed_fields(newest, exp, workdir)  # before data is prepared, and arrays are read
-    windows, held_out = prepare(exp, workdir if begun else None, data_dir)
+    windows, held_out = prepare(exp, workdir, data_dir)
     check_data(newest.get("data", {}), identity := data_identity(windows, held_out), workdir)
     program = Program(exp, len(windows.domains))
     state, meta = restore(checkpoints, program, init_from)
@@ -193,8 +192,9 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
 
 
 def prepare(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
-    """The training and the held-out examples, with the tokenizers that a run has kept in its workdir, if any."""
-    data = exp.data if workdir is None else with_kept_tokenizers(exp.data, workdir)
+    """The training and the held-out examples; with the tokenizers of the run in the workdir, if it has checkpoints."""
+    begun = workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+    data = with_kept_tokenizers(exp.data, workdir) if begun else exp.data
     return data.prepare(data_dir or default_directory())
 
 

@@ -16,6 +16,7 @@ LOOK = 1.0  # seconds between two looks at the others
 DAY = 24 * 3600 * 1000  # milliseconds
 PATIENCE = 10.0  # seconds that a failed process waits for what the others say
 FAILED, SAID, LEFT = "moe_jax/failed/", "moe_jax/said/", "moe_jax/left/"  # keys of the coordinator
+PROPOSED = "moe_jax/proposed/"
 MET = threading.Event()  # there are others, and a connection to them
 ENDING = threading.Lock()  # held by the thread that ends this process
 
@@ -88,6 +89,18 @@ def agree(what: str, value: str) -> None:
         raise ValueError(
             f"The {what} of process {process} is not that of process 0; give all the same flags and files."
         )
+
+
+def propose(what: str, value: str) -> None:
+    """Proposes a value to all processes; the first one that any of them proposes holds."""
+    with contextlib.suppress(RuntimeError):  # there is one already
+        _client().key_value_set(f"{PROPOSED}{what}/value", value)
+
+
+def proposed(what: str) -> str | None:
+    """The value that holds, the same for all processes; None as long as nobody has proposed one."""
+    found = _client().key_value_dir_get(f"{PROPOSED}{what}/")
+    return found[0][1] if found else None
 
 
 # ---------------------------------------------------------------- a mistake ends all

@@ -12,6 +12,8 @@ from typing import Any
 from moe_jax.data.tokenizers import TokenizerConfig, TrainedSentencePiece
 from moe_jax.files import write_file
 
+TOKENIZERS = ("tokenizer", "source_tokenizer")  # attributes of a split
+
 
 def data_identity(train: Any, held_out: Any) -> dict[str, str]:
     """Digests of the splits that `DataConfig.prepare` has made, and of their tokenizers, by name."""
@@ -21,7 +23,7 @@ def data_identity(train: Any, held_out: Any) -> dict[str, str]:
 
 def tokenizers_of(split: Any) -> dict[str, Any]:
     """The tokenizers of a split by name: none of images, two of pairs whose sources have a vocabulary of their own."""
-    found = {name: getattr(split, name, None) for name in ("tokenizer", "source_tokenizer")}
+    found = {name: getattr(split, name, None) for name in TOKENIZERS}
     return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
 
 
@@ -50,7 +52,7 @@ class KeptTokenizer:
 def keep_tokenizers(split: Any, workdir: pathlib.Path) -> None:
     """Writes the trained tokenizers of a split into the workdir of a run, and deletes those of another one."""
     tokenizers = tokenizers_of(split)
-    for name in ("tokenizer", "source_tokenizer"):
+    for name in TOKENIZERS:
         if (model := getattr(tokenizers.get(name), "proto", None)) is None:
             kept_file(workdir, name).unlink(missing_ok=True)
         elif not kept_file(workdir, name).is_file() or kept_file(workdir, name).read_bytes() != model:
