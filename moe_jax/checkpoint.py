@@ -28,7 +28,8 @@ from moe_jax.manifest import MANIFEST, STATE, present_steps, read_manifest, step
 from moe_jax.room import room_told
 
 TRASH = "deleted-"
-PATTERN = "*?[\\"  # orbax takes a path with one of these for a pattern, or for another path
+SEPARATOR = "\\"  # orbax takes a path with one for another path
+PATTERN = "*?["  # and what it writes to a path with one of these for a pattern
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +48,7 @@ class Checkpoints:
                 f"keep_last={keep_last} and keep_best={keep_best} would delete every checkpoint: "
                 "keep_last must be at least 1 and keep_best at least 0"
             )
-        check_path(directory)
+        check_path(directory, SEPARATOR)
         self.directory = Path(directory).absolute()
         self.keep_last, self.keep_best = keep_last, keep_best
         self._manager: ocp.CheckpointManager | None = None  # made by the first save: readers leave no trace
@@ -58,9 +59,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict, loss: float | None = None) -> None:
         """Starts saving a snapshot of `state` and the JSON `meta`; `loss` (lower is better) ranks keep-best.
 
-        Raises ValueError where a valid step of this number exists, or `meta` is not JSON; NotFinite where a leaf is
-        not finite; DiskFull.
+        Raises ValueError where a valid step of this number exists, `meta` is not JSON, or at a path that `check_path`
+        refuses; NotFinite where a leaf is not finite; DiskFull.
         """
+        check_path(self.directory)
         leaves = _leaves(state)
         check_finite(leaves, step)
         self.wait()
@@ -313,9 +315,12 @@ class Checkpoints:
         _remove(remains)
 
 
-def check_path(directory: str | Path) -> None:
-    """ValueError for a path at which orbax would write nothing, or elsewhere, without a word."""
-    wrong = sorted(set(PATTERN).intersection(str(directory)))
+def check_path(directory: str | Path, forbidden: str = SEPARATOR + PATTERN) -> None:
+    """ValueError for a path at which orbax would write nothing, or elsewhere, without a word.
+
+    forbidden: characters; to read, those of a pattern do no harm.
+    """
+    wrong = sorted(set(forbidden).intersection(str(directory)))
     if wrong:
         raise ValueError(
             f"checkpoints cannot be kept in {str(directory)[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "

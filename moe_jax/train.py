@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from moe_jax import costs, transfer
-from moe_jax.checkpoint import Checkpoints, NotFinite
+from moe_jax.checkpoint import Checkpoints, NotFinite, check_path
 from moe_jax.config import Experiment
 from moe_jax.continuation import Change, check_config, check_data
 from moe_jax.core.stats import Stats
@@ -68,6 +68,8 @@ def train(
         return
     run, data = exp.run, exp.data
     checkpoints = Checkpoints(workdir / "checkpoints", run.keep_last, run.keep_best) if workdir else None
+    if workdir is not None:
+        check_path(workdir)
     newest, _ = (checkpoints and checkpoints.newest_meta()) or ({}, None)
     changed_fields(newest, exp, workdir)  # before data is prepared, and arrays are read
     windows, held_out = prepare(exp, workdir, data_dir)

@@ -445,8 +445,14 @@ def test_two_leaves_of_one_name_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "a*b", "why?", "x[y/z", "**", "surrogate\udcff"])
 def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"^checkpoints (cannot be kept in|need a path in UTF-8)"):
-        Checkpoints(tmp_path / name / "checkpoints")
+        Checkpoints(tmp_path / name / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_moved_to_such_a_path_is_read(two_steps, tmp_path):
+    moved = shutil.copytree(two_steps, tmp_path / "run [1]*?" / "checkpoints")
+    assert_same(Checkpoints(moved).restore(abstract(a_state(0)))[0], a_state(20))
+    assert Checkpoints(moved).newest_meta() == (META, 20)
 
 
 @pytest.mark.parametrize("name", ["lr 0.1", "lr{0.1,0.2}", "größe", "$HOME~#%20;'"])
@@ -459,7 +465,7 @@ def test_other_paths_work(tmp_path, name):
 @pytest.mark.parametrize("name", ["lr[0.1]", "a\\b"])
 def test_what_was_saved_is_opened_before_it_is_certified(tmp_path, monkeypatch, name):
     """At these paths orbax says that it has saved, and there are no arrays."""
-    monkeypatch.setattr(checkpointing, "check_path", lambda _: None)
+    monkeypatch.setattr(checkpointing, "check_path", lambda *_: None)
     checkpoints = Checkpoints(tmp_path / name / "checkpoints")
     checkpoints.save(1, {"x": jnp.arange(8.0)}, {})
     with pytest.raises(OSError, match=r"what was written to \S+ cannot be opened"):

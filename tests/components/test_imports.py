@@ -19,7 +19,7 @@ ORDER = (
     ("data", "optim", "reporting", "checkpoint"),
     ("config",),
     ("overrides", "continuation"),
-    ("costs",),
+    ("costs", "workdir"),
     ("evaluate", "health"),
     ("step",),
     ("transfer",),
