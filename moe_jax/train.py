@@ -97,7 +97,7 @@ def train(
 
     def save(loss: float | None = None) -> str | None:
         """Starts saving this step; returns why that cannot be."""
-        if checkpoints is not None and step not in checkpoints.steps():
+        if checkpoints is not None and workdir is not None and step not in checkpoints.steps():
             meta = {"seconds": tally.seconds(), "experiment": exp.to_json(), "data": identity}
             meta |= {"log": log_state(workdir)} | ({"origin": origin} if origin else {})
             try:
@@ -107,8 +107,8 @@ def train(
         return None
 
     def add(metrics: Metrics) -> None:
-        tally.add(metrics)
-        health.add(step, float(tally.last.loss), tally.skipped_in_a_row == 0)
+        loss = tally.add(metrics)
+        health.add(step, loss, tally.skipped_in_a_row == 0)
 
     try:
         if origin and step == 0 and checkpoints is not None:
@@ -250,8 +250,8 @@ class Tally:
         """Seconds since the run began, without interruptions."""
         return time.monotonic() - self.start
 
-    def add(self, metrics: Metrics) -> None:
-        """Waits for a step and adds it."""
+    def add(self, metrics: Metrics) -> float:
+        """Waits for a step and adds it; returns its loss."""
         self.last = last = jax.device_get(metrics)
         self.steps += 1
         self.skipped_in_a_row = int(last.skipped_in_a_row)
@@ -262,6 +262,7 @@ class Tally:
                 self.others[name] = self.others.get(name, 0.0) + float(mean * last.targets)
             if last.stats is not None:
                 self.stats = last.stats if self.stats is None else jax.tree.map(np.add, self.stats, last.stats)
+        return float(last.loss)
 
     def record(self, step: int) -> dict[str, Any]:
         """Record of the steps since the last one."""
