@@ -66,6 +66,10 @@ class ViTConfig(TransformerConfig):
         """The stack of layers."""
         return (StackShape("", self.L, 0, self.moe, Order.BOTH),)
 
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array, "B L"], ...]:
+        """The mask of the patches, and tokens to classify by, of images that are no padding."""
+        return (jnp.broadcast_to(batch.loss_mask_BL, (len(batch.loss_mask_BL), self.L)),)
+
 
 class ViT(nn.Module):
     """Logits of an image, and reports of the MoE layers, stacked over them in order (None without MoE layers)."""
