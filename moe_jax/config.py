@@ -176,6 +176,11 @@ class Experiment:
         return getattr(self.model.moe, "exchange", AllToAll())
 
     @property
+    def weighs_microbatches(self) -> bool:
+        """Tells whether a step weighs the auxiliary losses of its microbatches by their tokens."""
+        return self.data.microbatches > 1 and self.model.routed is not None and bool(self.model.routed.losses)
+
+    @property
     def devices(self) -> int | None:
         """Devices the mesh takes; None where it takes all there are."""
         sizes = [n for _, n in self.mesh]

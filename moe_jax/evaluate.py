@@ -76,13 +76,13 @@ def per_layer(metrics: Mapping[str, Any]) -> dict[str, list]:
     lists = {name: np.asarray(value).tolist() for name, value in metrics.items()}
     if "agreement" in lists:
         lists["agreement"] = with_first_layers(lists["agreement"], len(lists["load"]))
-    return {name: values for name, values in lists.items() if values}
+    return lists
 
 
 def with_first_layers(values_P: Sequence[float], N: int) -> list[float | None]:
-    """Lists P values over all N layers of equal stacks, None for the first layer of each; empty without a value."""
+    """Lists P values over all N layers of equal stacks, None for the first layer of each, which has no value."""
     per_stack = np.reshape(values_P, (N - len(values_P), -1)).tolist()
-    return [value for stack in per_stack for value in (None, *stack)] if values_P else []
+    return [value for stack in per_stack for value in (None, *stack)]
 
 
 def drop_rate(stats: Stats) -> float:

@@ -29,7 +29,7 @@ class Stats(NamedTuple):
     tokens_M: Float[Array, "*N M"]  # by task
     probs_ME: Float[Array, "*N M E"]
     entropy_M: Float[Array, "*N M"]
-    # Of every MoE layer of a stack but the first; None in a single layer, which has none before it to compare with.
+    # Of every MoE layer of a stack but the first; None where no layer has one before it to compare with.
     agreed: Float[Array, "P"] | None = None  # choices that the MoE layer before has made for the same token
     compared: Float[Array, "P"] | None = None  # choices
     sums: dict[str, Array] | None = None  # sums that the router's state is updated from

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -56,7 +57,7 @@ class EncoderDecoderConfig(TransformerConfig):
             return (StackShape("encoder_", 1, 0, self.moe, Order.BOTH), StackShape("decoder_", 1, 1, self.moe))
         return self.shapes(batch.source_BM.shape[1], batch.tokens_BL.shape[1])
 
-    def real_tokens(self, batch: Any) -> tuple[Bool[Array, "B _"], ...]:
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B _"], ...]:
         """Masks of the tokens of sources and targets that are no padding."""
         return batch.source_segment_BM > 0, batch.segment_BL > 0
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -38,7 +39,7 @@ class LMConfig(TransformerConfig):
         """The stack of layers, on batches like this one; without a batch, lengths mean nothing."""
         return (StackShape("", 1 if batch is None else batch.tokens_BL.shape[1], 0, self.moe),)
 
-    def real_tokens(self, batch: Any) -> tuple[Bool[Array, "B L"], ...]:
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B L"], ...]:
         """The mask of the tokens that are no padding."""
         return (batch.segment_BL > 0,)
 

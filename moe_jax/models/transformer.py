@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -128,7 +129,7 @@ class TransformerConfig:
         """The stacks of layers, on batches like this one; without a batch, lengths mean nothing."""
         raise NotImplementedError
 
-    def real_tokens(self, batch: Any) -> tuple[Bool[Array, "B _"], ...]:
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B _"], ...]:
         """Masks of the tokens of each stack that are no padding."""
         raise NotImplementedError
 
@@ -311,11 +312,11 @@ def stack_aux(reports: list[Aux]) -> Aux | None:
 
 def count_agreement(aux: Aux) -> Aux:
     """Counts the choices that each MoE layer of a stack but the first shares with the one before it."""
-    if aux.expert_BLK is None:
+    if aux.expert_BLK is None or len(aux.expert_BLK) < 2:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
+    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32))
     return aux._replace(stats=aux.stats._replace(agreed=shared, compared=aux.stats.choices_E[1:].sum(-1)))
 
 

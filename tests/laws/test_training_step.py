@@ -16,6 +16,7 @@ from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Batch, Bytes
 from moe_jax.dispatch import Scatter
 from moe_jax.experts import GLU, MLP
+from moe_jax.losses import LoadBalance, RouterZ, TokenEntropy, is_additive
 from moe_jax.models import LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant
@@ -92,8 +93,10 @@ def test_one_step_every_mesh(two_steps):
 
 @pytest.mark.law(1)
 def test_pieces_add_up():
-    """Accumulated gradients are the whole batch's, targets counted over all pieces (uneven by padding)."""
-    moe = dataclasses.replace(MOE, router=Top2("always"), losses=())
+    """Accumulated gradients are the whole batch's, targets and tokens counted over all pieces (uneven by padding)."""
+    losses = (RouterZ(0.1), LoadBalance(0.1, scope="sequence"), TokenEntropy(0.1))
+    assert all(map(is_additive, losses))
+    moe = dataclasses.replace(MOE, router=Top2("always"), losses=losses)
     whole = dataclasses.replace(EXP, model=dataclasses.replace(MODEL, moe=moe), mesh=(("data", -1),))
     tx = optax.sgd(1.0)
     results = []
