@@ -76,7 +76,8 @@ class DataConfig:
         are.
     L: tokens per sequence.
     B: sequences per step, of all devices together.
-    microbatches: a step goes through its batch in this many microbatches, one after another.
+    microbatches: a step goes through its batch in this many microbatches, one after another; auxiliary losses are their
+        means, weighted by tokens.
     objective: what is to be predicted, which says what a sequence is where it is not text.
     documents: at most so many training documents (or pairs) of the source, and a twentieth of it held out; None: all.
     """
