@@ -352,7 +352,9 @@ def test_other_models_are_recorded(model, batch, stack):
     params = parameters(model, batch)
     look = jax.jit(partial(recorder.routed, model, NextToken(), stack, False))
     tokens = recorder.tokens_of(model, batch, stack)
-    rec = recorder.columns(*jax.device_get(look(params, {}, None, batch)), tokens, batch.domain_B, E, ())
+    seen = jax.device_get(look(params, {}, None, batch))
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(seen)), "no NaN on the device (JAX_DEBUG_NANS)"
+    rec = recorder.columns(*seen, tokens, batch.domain_B, E, ())
     logits, aux = jax.device_get(jax.jit(model.apply)(params, batch))
     if isinstance(batch, Images):
         real, expert, targets, token = np.repeat(batch.loss_mask_BL, 5, axis=1), aux.expert_BLK, B - 1, -1
