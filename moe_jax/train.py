@@ -120,7 +120,7 @@ def train(
         start |= {"changed": {change.path: [change.old, change.new] for change in changed}} if changed else {}
         yield start | ({"origin": origin} if origin else {})
         pending: Metrics | None = None  # fetched while the next step runs
-        owed = False  # a save that was due among steps that were not finite
+        owed = False  # a save that was due among steps in trouble
         for batch in batches(windows, data.B, exp.seed, step, **program.data_slice):
             if step >= run.steps:
                 break
@@ -139,7 +139,7 @@ def train(
             if "log" in due:
                 yield tally.record(step) | {"spikes": health.take_spikes()}
             held_out_record = evaluation() if "eval" in due else None
-            healthy = math.isfinite(held_out_record["loss"]) if held_out_record else tally.skipped_in_a_row == 0
+            healthy = math.isfinite(held_out_record["loss"]) if held_out_record else health.trouble_since is None
             owed = "save" in due and not (healthy or stopping)
             refused = None
             try:
