@@ -36,6 +36,7 @@ from moe_jax.config import Experiment
 from moe_jax.continuation import Change, check_config
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
+from moe_jax.costs.fit import check_fits, device_memory
 from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data.identity import TOKENIZERS, kept_file
 from moe_jax.files import write_file
@@ -50,6 +51,7 @@ cli.define_processes()
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
+FORCE = flags.DEFINE_bool("force", False, "Try a model that cannot fit into the devices' memory, by arithmetic.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
 COMPARE = cli.compare()
 INIT_FROM = flags.DEFINE_string("init_from", None, "RUN or RUN@STEP whose parameters a new run begins with.")
@@ -74,6 +76,8 @@ def main() -> None:
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
     others = compared(COMPARE.value)
     exp = on_devices(exp)
+    if not FORCE.value:
+        check_fits(exp, dict(exp.mesh), device_memory())
     source = cli.checkpoint("init_from", INIT_FROM.value) if INIT_FROM.value else None
     run(exp, workdir, data_dir, others, OVERWRITE.value, source)
 
