@@ -44,7 +44,7 @@ from moe_jax.lock import FILE as LOCK
 from moe_jax.lock import WorkdirLock
 from moe_jax.reporting.metrics import FILE, Logger, read, summary_table
 from moe_jax.reporting.report import write_report
-from moe_jax.train import TrainingDiverged, prepare, train
+from moe_jax.train import TrainingDiverged, prepare_data, train
 
 cli.define_config()
 cli.define_processes()
@@ -108,7 +108,7 @@ def run(
     with held(workdir, exp, overwrite) as lock, Interruption(again) as interruption:
         before = claim(workdir, exp, overwrite) if lock else None
         if lock and jax.process_count() > 1:  # the others find it made, where they see the same disk
-            prepare(exp, workdir, data_dir)
+            prepare_data(exp, workdir, data_dir)
         join.meet("claimed")
         say(describe(exp))
         records = train(exp, workdir, data_dir, init_from, interruption, lock)
@@ -165,7 +165,7 @@ def logged(
 
 
 def beginning(first: dict[str, Any], steps: int) -> Iterator[str]:
-    """What is said of a run's first record."""
+    """Lines about a run's first record, for the terminal."""
     if first["step"] == 0 and "origin" in first:
         yield transfer.describe_origin(first["origin"])
     yield f"data {first['data'][:16]}, beginning at step {first['step']} of {steps}"
@@ -175,7 +175,7 @@ def beginning(first: dict[str, Any], steps: int) -> Iterator[str]:
 
 
 def goes_on(workdir: pathlib.Path, overwrite: bool) -> str:
-    """What the same command will do after an interruption: from which step it goes on, by what is whole on disk."""
+    """Says from which step the same command goes on after an interruption, by what is whole on disk."""
     steps = Checkpoints(workdir / "checkpoints").steps()
     command = "without --overwrite, the same command" if overwrite else "the same command"
     return f"{command} goes on from step {steps[-1]}" if steps else "no step has been saved: it begins anew"
