@@ -35,8 +35,8 @@ def check_fits(exp: Experiment, sizes: Mapping[str, int], room: float) -> None:
     else:
         return
     raise ValueError(
-        f"The model cannot fit: {what}, where there are {size_words(room)}; make it or its batch smaller, shard it over "
-        "more devices (config.mesh.fsdp, expert, tensor), or say --force to try it."
+        f"The model cannot fit: {what}, where there are {size_words(room)}; make it or its batch smaller, shard it "
+        "over more devices (config.mesh.fsdp, expert, tensor), or say --force to try it."
     )
 
 
