@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.live import Live
 
 from experiments import cli
-from moe_jax.config import Experiment
 from moe_jax.costs.headline import headline
 from moe_jax.files import write_file
 from moe_jax.inspect import live, report
@@ -34,6 +33,7 @@ from moe_jax.inspect.recording import Recording, joined
 from moe_jax.inspect.run import TrainedRun, examples, experiment, open_run
 from moe_jax.reporting.metrics import to_json
 from moe_jax.reporting.report import write_report
+from moe_jax.workdir import CONFIG
 
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
@@ -64,18 +64,17 @@ def main() -> None:
     if WINDOWS.value < 1:
         raise ValueError(f"--windows={WINDOWS.value} must be at least 1.")
     page, table = cli.file("report", REPORT.value), cli.file("json", JSON.value)
-    drawn = cli.folder("out", OUT.value) if OUT.value else None
+    drawn, own = cli.folder("out", OUT.value) if OUT.value else None, workdir / "inspect"
     cli.simulate(experiment(workdir))
     run, others = open_run(workdir, STEP.value), [(name, opened(name)) for name in COMPARE.value]
+    for place in [*([own] if page is None or table is None else []), *([drawn] if drawn else [])]:
+        cli.check_writable(place, "give --report=FILE, --json=FILE and --out=FOLDER elsewhere")
     found, cards = inspected(run, others)
-    if page is None or table is None:
-        (workdir / "inspect").mkdir(exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    cli.write_json(table or workdir / "inspect" / "report.json", to_json(found, DIGITS))
+    cli.write_json(table or own / "report.json", to_json(found, DIGITS))
     html = report.inspection_page(name, found, run.exp.to_json(), cards)
-    say(f"written: {write_file(page or workdir / 'inspect' / 'report.html', html)}")
+    say(f"written: {write_file(page or own / 'report.html', html)}")
     if drawn is not None:
-        drawn.mkdir(parents=True, exist_ok=True)
         for title, plot in report.named_figures(found).items():
             plot.save(drawn / f"{title}.{KIND.value}")
         say(f"figures: {drawn}")
@@ -177,8 +176,8 @@ def words(tokenizer: Any, token: int) -> str:
 
 def watch(workdir: pathlib.Path) -> None:
     """Shows a run until it ends, or somebody has seen enough."""
-    saved = workdir / "config.json"
-    exp = Experiment.from_json(saved.read_text()) if saved.is_file() else None
+    exp = experiment(workdir) if (workdir / CONFIG).is_file() else None
+    cli.check_writable(workdir, "copy the run to a place where live.html can be written")
     config, total = (exp.to_json(), exp.run.steps) if exp else ("", None)
     about = headline(exp) if exp else {}
     say(f"also as a page: {workdir / 'live.html'}")

@@ -31,7 +31,7 @@ from experiments import cli
 from experiments.launch import join
 from experiments.launch.interruption import Interrupted, Interruption
 from moe_jax import transfer
-from moe_jax.checkpoint import Checkpoints
+from moe_jax.checkpoint import Checkpoints, check_path
 from moe_jax.config import Experiment
 from moe_jax.continuation import Change, check_config
 from moe_jax.core.shard import make_mesh
@@ -42,9 +42,11 @@ from moe_jax.data.identity import TOKENIZERS, kept_file
 from moe_jax.files import write_file
 from moe_jax.lock import FILE as LOCK
 from moe_jax.lock import WorkdirLock
-from moe_jax.reporting.metrics import FILE, Logger, read, summary_table
+from moe_jax.reporting.metrics import FILE, KEPT, Logger, read, summary_table
 from moe_jax.reporting.report import write_report
+from moe_jax.room import room_told
 from moe_jax.train import TrainingDiverged, prepare_data, train
+from moe_jax.workdir import CONFIG, checked_config
 
 cli.define_config()
 cli.define_processes()
@@ -56,11 +58,10 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved conf
 COMPARE = cli.compare()
 INIT_FROM = flags.DEFINE_string("init_from", None, "RUN or RUN@STEP whose parameters a new run begins with.")
 
-CONFIG = "config.json"
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
-KEPT = [kept_file(pathlib.Path(), name).name for name in TOKENIZERS]
-FILES = (*BEGUN, "tensorboard", "report.html", PROCESSES, *KEPT, CONFIG)
+TOKENIZER_FILES = [kept_file(pathlib.Path(), name).name for name in TOKENIZERS]
+FILES = (*BEGUN, KEPT, "tensorboard", "report.html", PROCESSES, *TOKENIZER_FILES, CONFIG)  # or patterns of their names
 
 
 def main() -> None:
@@ -105,7 +106,8 @@ def run(
         check_source(exp, workdir, overwrite, init_from)
     join.agree("config", exp.to_json())
     again = partial(goes_on, workdir, overwrite)
-    with held(workdir, exp, overwrite) as lock, Interruption(again) as interruption:
+    room = room_told(workdir / "checkpoints")
+    with room, held(workdir, exp, overwrite) as lock, Interruption(again) as interruption:
         before = claim(workdir, exp, overwrite) if lock else None
         if lock and jax.process_count() > 1:  # the others find it made, where they see the same disk
             prepare_data(exp, workdir, data_dir)
@@ -169,6 +171,8 @@ def beginning(first: dict[str, Any], steps: int) -> Iterator[str]:
     if first["step"] == 0 and "origin" in first:
         yield transfer.describe_origin(first["origin"])
     yield f"data {first['data'][:16]}, beginning at step {first['step']} of {steps}"
+    if "log" in first:
+        yield f"warning: {first['log']}"
     changed = [str(Change(path, *values)) for path, values in first.get("changed", {}).items()]
     if changed:
         yield f"changed: {'; '.join(changed)}"
@@ -195,10 +199,10 @@ def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_f
 
 def check_claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
     """ValueError where a workdir is another experiment's, or holds files that are not a run's. Writes nothing."""
-    saved = workdir / CONFIG
-    if saved.is_file():
+    check_path(workdir)
+    if (workdir / CONFIG).is_file():
         if not overwrite and any((workdir / name).exists() for name in BEGUN):
-            check_config(saved_config(saved), exp, workdir)
+            check_config(checked_config(workdir), exp, workdir)
     elif workdir.is_dir() and (others := sorted({path.name for path in workdir.iterdir()} - {PROCESSES, LOCK})):
         raise ValueError(
             f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); choose an empty or a new --workdir."
@@ -225,27 +229,25 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> st
 def delete_run(workdir: pathlib.Path) -> None:
     """Deletes the run in a workdir, and no file of anybody else's."""
     for name in FILES:  # config.json last: it says that all this is a run's
-        path = workdir / name
         if name == PROCESSES and cli.supervised():  # which writes there at this moment
             continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in workdir.glob(name) if "*" in name else [workdir / name]:
+            delete(path)
+
+
+def delete(path: pathlib.Path) -> None:
+    """Deletes a file or a folder; a symbolic link stays, and what it leads to is emptied."""
+    target = path.resolve()
+    if not target.is_dir():
+        target.unlink(missing_ok=True)
+        return
+    shutil.rmtree(target)
+    if path.is_symlink():
+        target.mkdir()
 
 
 def not_writable(workdir: pathlib.Path, error: OSError) -> ValueError:
     return ValueError(f"Nothing can be written to {workdir} ({error.strerror}); choose another --workdir.")
-
-
-def saved_config(path: pathlib.Path) -> dict[str, Any]:
-    """Values of a run's config.json."""
-    try:
-        if isinstance(saved := json.loads(path.read_bytes()), dict):
-            return saved
-        raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"{path} is damaged, so that this run cannot be told from another; restore it "
-            "(--print_config shows what is in it), or begin anew with --overwrite."
-        ) from None
 
 
 def compared(workdirs: list[str]) -> list[str]:

@@ -16,7 +16,6 @@ on, and the exit code is 1. In the workdir afterwards: comparison.html and compa
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shlex
 import signal
@@ -33,6 +32,7 @@ from experiments.sweep.grid import Point, points
 from moe_jax.config import Experiment
 from moe_jax.continuation import ELSEWHERE, check_config
 from moe_jax.reporting.metrics import FILE, duration, last, read
+from moe_jax.workdir import CONFIG, confirmed_config, confirmed_experiment
 
 cli.define_config()
 FLAGS = flags.FLAGS
@@ -95,7 +95,7 @@ def runs_in(workdir: pathlib.Path) -> dict[Experiment, pathlib.Path]:
     found = {}
     for saved in sorted(workdir.glob("*/config.json")):
         with contextlib.suppress(ValueError):
-            found[Experiment.from_json(saved.read_text())] = saved.parent
+            found[confirmed_experiment(saved.parent)] = saved.parent
     return found
 
 
@@ -105,20 +105,12 @@ def job(point: Point, folder: pathlib.Path, common: Sequence[str]) -> Job:
     devices = [f"--devices={DEVICES.value}"] if DEVICES.value else []
     own = [f"--config={FLAGS['config'].value}", *common, *point.overrides, f"--workdir={folder}", *data, *devices]
     command = (sys.executable, "-m", "experiments.train", *own)
-    saved = folder / "config.json"
-    if saved.is_file():
-        check_config(_values(saved), point.exp, folder, ELSEWHERE)
+    if (folder / CONFIG).is_file():
+        check_config(confirmed_config(folder), point.exp, folder, ELSEWHERE)
     records = read(folder) if (folder / FILE).is_file() else []
     step = max((record["step"] for record in records), default=None)
     finished = bool(last(records, "end")) and step is not None and step >= point.exp.run.steps
     return Job(point, folder, command, step, finished)
-
-
-def _values(saved: pathlib.Path) -> dict:
-    try:
-        return dict(json.loads(saved.read_bytes()))
-    except (ValueError, TypeError):
-        raise ValueError(f"{saved} is damaged; restore it, or delete its folder.") from None
 
 
 def run(jobs: Sequence[Job]) -> dict[str, str]:

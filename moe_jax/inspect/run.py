@@ -1,5 +1,6 @@
 """A trained model, opened from the folder of its run."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from moe_jax.config import Experiment
 from moe_jax.continuation import check_data
 from moe_jax.data import AnyBatch, data_identity, default_directory, evaluation_batches, with_kept_tokenizers
 from moe_jax.moe import LayerState
+from moe_jax.workdir import CONFIG, check_same_run, confirmed_experiment, read_config
 
 
 class TrainedRun(NamedTuple):
@@ -29,10 +31,7 @@ class TrainedRun(NamedTuple):
 
 def experiment(workdir: str | Path) -> Experiment:
     """Experiment that was run in a workdir; ValueError where none was."""
-    config = Path(workdir) / "config.json"
-    if not config.is_file():
-        raise ValueError(f"There is no run in {workdir}: it has no config.json; give the workdir of a trained run.")
-    return Experiment.from_json(config.read_text())
+    return confirmed_experiment(workdir)
 
 
 def examples(
@@ -59,7 +58,11 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
 
     ValueError where there is no run, or no such checkpoint.
     """
-    exp = experiment(workdir)
+    values = read_config(workdir)
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         state, meta, at = checkpoints.restore(step=step)
+    if "experiment" in meta:
+        check_same_run(values, kept := json.loads(meta["experiment"]), f"{workdir}/{CONFIG} is not that of step {at}")
+        values = kept  # with which this checkpoint was trained
+    exp = Experiment.from_json(json.dumps(values))
     return TrainedRun(exp, at, state["params"], state.get("router", {}), Path(workdir), meta.get("data", {}))
