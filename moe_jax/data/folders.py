@@ -35,7 +35,7 @@ class LeftOut:
         parts = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.names.items()]
         total = sum(map(len, self.names.values()))
         lines = [f"{total} of {total + kept} files are left out: {'; '.join(parts)}."] if parts else []
-        lines += [f"No text of their own have: {_some([printable(name) for name in without])}."] if without else []
+        lines += [f"No domain is left of: {_some([printable(name) for name in without])}."] if without else []
         if lines:
             print(f"{self.source}: {' '.join(lines)}", file=sys.stderr, flush=True)
 
