@@ -137,13 +137,20 @@ def column_files(folder: str | Path) -> Iterator[Recording]:
     """The recording batch by batch, each checked when it is read; ValueError where a byte has been changed."""
     facts = manifest(folder)
     for file in facts["parts"]:
-        path = Path(folder) / file["file"]
+        path = part_file(folder, file["file"])
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
             what = "does not match its checksum" if path.is_file() else "is missing"
             raise ValueError(f"{path} {what}; record again, or take a copy.")
         with np.load(io.BytesIO(data), allow_pickle=False) as columns:
             yield Recording(**columns, E=facts["E"], domains=tuple(facts["domains"]))
+
+
+def part_file(folder: str | Path, name: str) -> Path:
+    """The file of a part, right in the folder; ValueError for a name that leads elsewhere."""
+    if Path(name).name != name:
+        raise ValueError(f"{Path(folder) / MANIFEST} names {name[:100]!r}, a file in another folder; record again.")
+    return Path(folder) / name
 
 
 def load_recording(folder: str | Path) -> Recording:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -298,6 +299,36 @@ def test_tfds_mistakes_are_one_line(source, message, tfds_directory, tmp_path, m
     with pytest.raises(ValueError, match=message) as caught:
         source.fingerprint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def cut(share: float):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("*train.array_record*", cut(0)),
+        ("*train.array_record*", cut(0.3)),
+        ("*train.array_record*", cut(0.5)),  # a whole block, in which all records read as empty
+        ("*train.array_record*", cut(0.99)),
+        ("*train.array_record*", pathlib.Path.unlink),
+        ("dataset_info.json", cut(0.5)),
+        ("features.json", cut(0)),
+        ("features.json", lambda path: path.write_text("null")),
+    ],
+)
+def test_a_damaged_data_set_is_one_line(file, damage, tfds_directory, tmp_path):
+    shutil.copytree(tfds_directory, tmp_path, dirs_exist_ok=True)
+    source = Tfds("tiny_text", text="line", held_out="test", data_dir=str(tmp_path))
+    (path,) = tmp_path.rglob(file)
+    damage(path)
+    with pytest.raises(ValueError, match=r"Tfds\(name='tiny_text'.*") as caught:
+        list(source.documents("train", tmp_path))
+    assert "\n" not in str(caught.value)
+    if "record" in file:
+        assert "its files are damaged" in str(caught.value)
+        assert "prepare the data set again" in str(caught.value)
 
 
 # tokenizers

@@ -439,6 +439,17 @@ def test_a_changed_byte_is_seen(tmp_path, name):
         recording.load_recording(tmp_path)
 
 
+@pytest.mark.parametrize("elsewhere", ["../other/part-00000.npz", "/{}/other/part-00000.npz"])
+def test_a_recording_has_no_files_in_other_folders(tmp_path, elsewhere):
+    """A manifest with a right checksum is not followed out of its folder."""
+    recording.save_recording([small()], tmp_path / "other")
+    facts = recording.manifest(recording.save_recording([small()], tmp_path / "one"))
+    facts["parts"][0]["file"] = elsewhere.format(tmp_path)
+    recording.write_sealed(tmp_path / "one" / "manifest.json", facts)
+    with pytest.raises(ValueError, match=r"manifest\.json names '.*', a file in another folder; record again"):
+        recording.load_recording(tmp_path / "one")
+
+
 def test_a_run_is_recorded_from_its_checkpoint(tmp_path):
     """By the config and the arrays in its workdir; twice the same tokens; what is wrong is said."""
     texts = tmp_path / "texts"

@@ -7,7 +7,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.reporting.plots.style import COLOURS, HATCHES, MARKS, NARROW, Legend, Number, Plot, Size, colour, fitted
+from moe_jax.reporting.plots.style import (
+    COLOURS,
+    HATCHES,
+    LONGEST_NAME,
+    MARKS,
+    NARROW,
+    Legend,
+    Number,
+    Plot,
+    Size,
+    colour,
+    fitted,
+)
 
 # How a matrix is coloured: map, limits, and what its bar says where.
 SCALES: dict[str, dict[str, Any]] = {
@@ -159,9 +171,9 @@ def matrices(
             image = axes.imshow(array, aspect="auto", interpolation="nearest", extent=extent, **look)
             if name:
                 axes.set_title(fitted(name))
-            for axis, words in ((axes.xaxis, columns), (axes.yaxis, rows)):
+            for axis, words, room in ((axes.xaxis, columns, LONGEST_NAME // 2), (axes.yaxis, rows, LONGEST_NAME)):
                 if words is not None:
-                    axis.set_ticks(range(len(words)), [fitted(word) for word in words])
+                    axis.set_ticks(range(len(words)), [fitted(word, room) for word in words])
                 elif extent is None or axis is axes.yaxis:
                     axis.get_major_locator().set_params(integer=True)
             if columns is not None and max(map(len, columns), default=0) > 3:

@@ -114,9 +114,9 @@ class Plot:
 _UNDATED: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
-def fitted(name: str) -> str:
+def fitted(name: str, most: int = LONGEST_NAME) -> str:
     """Writes somebody's name of something so that it fits beside axes and in legends."""
-    return shortened(printable(name), LONGEST_NAME)
+    return shortened(printable(name), most)
 
 
 def colour(number: int) -> str:
