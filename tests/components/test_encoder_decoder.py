@@ -298,5 +298,6 @@ def test_it_learns_and_goes_on_where_it_was(tmp_path):
     assert again[0]["step"] == 16
     losses, after = ([r["loss"] for r in records if "loss" in r] for records in (straight, again))
     assert losses[2:] == after, "the last steps, and the evaluation"
-    assert losses[0] > 4.5 > losses[2]
+    assert losses[0] > 4.2
+    assert losses[2] < 3
     assert 0.1 < straight[-2]["accuracy"] < 1
