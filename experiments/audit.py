@@ -31,7 +31,7 @@ from absl import flags
 from experiments import cli
 from moe_jax.audit.communication import ComparedCollective
 from moe_jax.audit.communication import audit as communication
-from moe_jax.audit.experiment import Finding, Scope, findings
+from moe_jax.audit.experiment import EVERYTHING, Finding, Scope, findings
 from moe_jax.audit.laws import LAWS
 from moe_jax.audit.page import findings_page
 from moe_jax.audit.placement import ParamPlacement, placement
@@ -84,7 +84,7 @@ def check(
     page: pathlib.Path | None = None,
     table: pathlib.Path | None = None,
     stop: bool = False,
-    scope: Scope = Scope(),
+    scope: Scope = EVERYTHING,
 ) -> int:
     """Says what holds of an experiment, and writes it to files; 1 if something does not that its config claims."""
     began, devices = time.monotonic(), jax.devices()

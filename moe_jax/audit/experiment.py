@@ -43,6 +43,9 @@ class Scope(NamedTuple):
         return not self.laws and not self.quick
 
 
+EVERYTHING = Scope()
+
+
 class Finding(NamedTuple):
     """Finding about a law: the result, where it was tried, and whether the config claims the law."""
 
@@ -57,14 +60,14 @@ class Finding(NamedTuple):
 
 
 def findings(
-    exp: Experiment, small: Experiment, devices: list[jax.Device], scope: Scope = Scope()
+    exp: Experiment, small: Experiment, devices: list[jax.Device], scope: Scope = EVERYTHING
 ) -> Iterator[Finding]:
     """Yields all findings of an experiment, the cheap ones first; small: the experiment shrunk for these devices."""
     yield from routing_findings(exp, small, scope)
     yield from model_findings(small, devices, scope)
 
 
-def model_findings(exp: Experiment, devices: list[jax.Device], scope: Scope = Scope()) -> Iterator[Finding]:
+def model_findings(exp: Experiment, devices: list[jax.Device], scope: Scope = EVERYTHING) -> Iterator[Finding]:
     """Yields findings on laws 1, 4, 5, 7, 8 and 11 of an experiment that fits on these devices."""
     if not any(map(scope.tries, (1, 4, 5, 7, 8, 11))):
         return
@@ -98,7 +101,7 @@ def device_findings(
         apart = exp.model.routed is None or exp.model.routed.traits.causal
         yield Finding(law(11).name, "the whole model", apart, single_device.documents(exp, state, batch))
     if scope.tries(8):
-        verdict = single_device.drops(exp, jax.device_get(trial(state, batch)))
+        verdict = single_device.drops(exp, state, jax.device_get(trial(state, batch)))
         yield Finding(law(8).name, "one device", True, verdict)
 
 
@@ -109,8 +112,8 @@ def together(verdicts: dict[str, Verdict]) -> Verdict:
     return Verdict(all(v.holds for v in verdicts.values()), "; ".join(words))
 
 
-def routing_findings(exp: Experiment, small: Experiment, scope: Scope = Scope()) -> Iterator[Finding]:
-    """Yields findings on laws 2, 3, 4 and 8 of an experiment's layer, at the widths of the small one and full length."""
+def routing_findings(exp: Experiment, small: Experiment, scope: Scope = EVERYTHING) -> Iterator[Finding]:
+    """Yields findings on laws 2, 3, 4 and 8 of an experiment's layer, at small widths and full length."""
     cfg, length = small.model.routed, max(s.L for s in exp.model.stacks(exp.data.shapes(1)))
     if cfg is None:
         return

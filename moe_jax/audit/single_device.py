@@ -5,14 +5,26 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import step
-from moe_jax.audit.meshes import CLOSE, StepTrace, Trial, Worst, at_most, compare_with_one_device, on_one_device, worst
+from moe_jax.audit.meshes import (
+    CLOSE,
+    SURE,
+    StepTrace,
+    Trial,
+    Worst,
+    at_most,
+    compare_with_one_device,
+    on_one_device,
+    worst,
+)
 from moe_jax.audit.routing import ROUNDING, Verdict
 from moe_jax.audit.samples import change_document, fill_padding, is_padding, keep_rows, layer_segments, padding_mask
 from moe_jax.audit.shrink import rows_of_a_group
 from moe_jax.config import Experiment
+from moe_jax.core.stats import Stats
 from moe_jax.data import AnyBatch, Images
 from moe_jax.models import Call, Model
 
@@ -59,8 +71,8 @@ def outputs_of(model: Model, params: Any, router: Any, batch: AnyBatch) -> tuple
     return logits_BLV, None if aux is None else aux.expert_BLK
 
 
-def drops(exp: Experiment, trace: StepTrace) -> Verdict:
-    """Law 8: evaluation drops nothing, and a step's statistics count the choices that its routing has made."""
+def drops(exp: Experiment, state: step.State, trace: StepTrace) -> Verdict:
+    """Law 8: evaluation drops nothing, and a step's statistics and auxiliary loss are of the choices it has made."""
     stats, trained, cfg = trace.evaluated.stats, trace.metrics.stats, exp.model.routed
     if stats is None or trained is None or cfg is None:
         return Verdict(True, "nothing routes")
@@ -77,7 +89,19 @@ def drops(exp: Experiment, trace: StepTrace) -> Verdict:
     counted, made = trained.choices_E.sum(), made_NE.sum()
     if np.not_equal(made_NE, np.round(trained.choices_E)).any():
         return Verdict(False, f"a step's statistics count {counted:.0f} choices, of {made} that are made, by expert")
+    said_loss, loss = float(trace.metrics.aux_loss), loss_of_stats(exp, state, trained)
+    if exp.data.microbatches == 1 and abs(said_loss - loss) > CLOSE * max(abs(loss), SURE):
+        return Verdict(False, f"a step's auxiliary loss is {said_loss:.6f}, but {loss:.6f} of its routing")
     return Verdict(True, f"{said}; {made - np.sum(trained.kept):.0f} of {made} in training, all counted")
+
+
+def loss_of_stats(exp: Experiment, state: step.State, stats: Stats) -> float:
+    """Auxiliary loss of a model with these statistics of its MoE layers."""
+    cfg = exp.model.routed
+    assert cfg is not None
+    by_layer, router = jax.tree.map(jnp.asarray, stats), jax.tree.map(jnp.asarray, state.router)
+    layers_N = sum((part.weight * part(by_layer, router, cfg.router) for part in cfg.losses), jnp.zeros(()))
+    return float(layers_N.sum() if exp.model.aux_over_layers == "sum" else layers_N.mean())
 
 
 def microbatches(

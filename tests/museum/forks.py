@@ -24,7 +24,7 @@ LIBRARIES = (
     *("jax", "jax.numpy", "jaxtyping", "numpy", "optax", "flax.linen", "flax.nnx", "orbax.checkpoint", "grain"),
     *("tensorflow_datasets", "ml_collections", "absl.flags", "pytest", "hypothesis"),
 )
-PYTEST = ("-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line")
+PYTEST = ("-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short")
 
 
 class Job(NamedTuple):
@@ -70,12 +70,12 @@ def run(jobs: Sequence[Job], at_once: int = 2, cache: pathlib.Path | None = None
 
 def prepare(cache: pathlib.Path | None) -> None:
     """Imports what the code imports, on CPUs, without starting them."""
+    if any(name.split(".")[0] in ("moe_jax", "experiments") for name in sys.modules):
+        raise RuntimeError("The code was imported before it could be mutated.")
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {}
     for name in LIBRARIES:
         importlib.import_module(name)
-    if any(name.split(".")[0] in ("moe_jax", "experiments") for name in sys.modules):
-        raise RuntimeError("The code was imported before it could be mutated.")
 
 
 def start(job: Job, file: pathlib.Path) -> int:
