@@ -16,12 +16,15 @@ import tempfile
 from typing import NamedTuple
 
 from tests.museum import forks
-from tests.museum.catch import Audit
+from tests.museum.catch import Audit, Test
 from tests.museum.mutant import Mutant
 
 
 class Mutation(NamedTuple):
-    """One edit, the law that it breaks, and flags of the audit that bring it into play; `refused`: JAX is to say no."""
+    """One edit, the law that it breaks, and flags of the audit that bring it into play.
+
+    refused: JAX is to say no. test: a test in place of a law, where the audit cannot see it.
+    """
 
     name: str
     file: str
@@ -30,14 +33,16 @@ class Mutation(NamedTuple):
     overrides: tuple[str, ...] = ()
     refused: bool = False
     law: int = 1
+    test: Test | None = None
 
     @property
     def mutant(self) -> Mutant:
         return Mutant(self.name, self.file, self.old, self.new)
 
     @property
-    def audit(self) -> Audit:
-        return Audit(self.law, self.overrides)
+    def catch(self) -> Audit | Test:
+        """What is to catch it."""
+        return self.test or Audit(self.law, self.overrides)
 
 
 def mesh(**sizes: int) -> tuple[str, ...]:
@@ -62,6 +67,8 @@ ZERO = ("--config.optim.zero1=True",)
 COPIES = ("--devices=2", *mesh(data=2))
 KEPT = (*TWO, "--config.model.remat=save_collectives")
 LATENTS = ("--devices=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
+
+NOISE = Test("tests/laws/test_training_step.py", "test_noise_is_drawn_anew_in_every_layer_microbatch_and_step")
 
 CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
 SCATTER, EXCHANGES, TRANSFORMER = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/transformer.py"
@@ -312,6 +319,13 @@ MUTATIONS = (
         LEVELS,
     ),
     Mutation(
+        "wrong_from_three_slices_on",
+        f"{EXCHANGES}/two_level.py",
+        "x_YXeCD = shard.all_to_all(x_YXeCD, outer, split=0, concat=0)",
+        "x_YXeCD = jnp.roll(shard.all_to_all(x_YXeCD, outer, split=0, concat=0)[::-1], 1, axis=0)",
+        test=Test("tests/components/test_exchanges_over_slices.py", "test_rows_reach_their_experts and TwoLevel and 3"),
+    ),
+    Mutation(
         "offsets_swapped_on_the_way_back",
         CORE,
         "return Slices(sizes, destination, source)",
@@ -334,6 +348,21 @@ MUTATIONS = (
     ),
     # routing
     Mutation("capacity_of_a_shard", MOE, "S = cfg.group(B, L, training=key is not None)", "S = B * L", law=7),
+    Mutation(
+        "noise_alike_in_repeated_layers",
+        TRANSFORMER,
+        "jax.random.split(jax.random.fold_in(call.key, i), n)",
+        "jnp.stack([jax.random.fold_in(call.key, i)] * n)",
+        test=NOISE,
+    ),
+    Mutation(
+        "noise_alike_in_layers_of_a_block",
+        TRANSFORMER,
+        "jax.random.fold_in(key, number)",
+        "jax.random.fold_in(key, 0 * number)",
+        test=NOISE,
+    ),
+    Mutation("noise_alike_in_microbatches", STEP, "jax.random.split(key, A)", "jnp.stack([key] * A)", test=NOISE),
     Mutation("noise_by_local_group", MOE, "here.batch_shard_index * G + jnp.arange(G)", "jnp.arange(G)"),
     Mutation(
         "groups_numbered_in_another_order",
@@ -408,6 +437,14 @@ MUTATIONS = (
         "moe_jax/core/scores.py",
         "jnp.where(used_GSK, take_experts(logits_GSE, expert_GSK), -jnp.inf)",
         "jnp.where(used_GSK, take_experts(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
+        law=3,
+    ),
+    Mutation(
+        "denominator_without_gradient",
+        "moe_jax/core/scores.py",
+        "return weight_GSK / jnp.where(total_GS1 > 0, total_GS1, 1)",
+        "return weight_GSK / jax.lax.stop_gradient(jnp.where(total_GS1 > 0, total_GS1, 1))",
+        ONE,
         law=3,
     ),
     Mutation(
@@ -489,27 +526,25 @@ def main() -> int:
     parser.add_argument("--cache", type=pathlib.Path, help="A folder where compiled programs are kept.")
     given = parser.parse_args()
     chosen = [m for m in MUTATIONS if given.only in m.name]
-    as_is = list(dict.fromkeys(m.audit for m in chosen if not m.refused))
+    as_is = list(dict.fromkeys(m.catch for m in chosen if not m.refused))
     with tempfile.TemporaryDirectory() as kept:
-        jobs = [audit.job() for audit in as_is] + [m.audit.job(m.mutant) for m in chosen]
+        jobs = [check.job() for check in as_is] + [m.catch.job(m.mutant) for m in chosen]
         done = forks.run(jobs, given.jobs, given.cache or pathlib.Path(kept))
-        print("| mutation | verdict | law | line | CPU s |\n|---|---|---|---|---:|", flush=True)
+        print("| mutation | verdict | caught by | line | CPU s |\n|---|---|---|---|---:|", flush=True)
         caught = refused = bad = 0
-        for audit in as_is:
-            outcome, seconds = audit.judge(end := next(done)), end.seconds
+        for check in as_is:
+            outcome, seconds = check.judge(end := next(done)), end.seconds
             bad += outcome.verdict != "holds"
-            name = " ".join(flag.removeprefix("--config.") for flag in audit.flags)
-            print(f"| none ({name}) | {outcome.verdict} | {audit.law} | {outcome.line} | {seconds:.0f} |", flush=True)
+            name = " ".join(flag.removeprefix("--config.") for flag in getattr(check, "flags", ()))
+            print(f"| none ({name}) | {outcome.verdict} | {check.name} | {outcome.line} | {seconds:.0f} |", flush=True)
         for mutation in chosen:
-            outcome, seconds = mutation.audit.judge(end := next(done)), end.seconds
+            outcome, seconds = mutation.catch.judge(end := next(done)), end.seconds
             right = outcome.verdict == ("refused" if mutation.refused else "broken")
             caught, refused = caught + (right and not mutation.refused), refused + (right and mutation.refused)
             bad += not right
-            line = f"{outcome.verdict} | {mutation.law} | {outcome.line} | {seconds:.0f}"
+            line = f"{outcome.verdict} | {mutation.catch.name} | {outcome.line} | {seconds:.0f}"
             print(f"| {mutation.name} | {line} |", flush=True)
-    print(
-        f"\n{caught} of {sum(not m.refused for m in chosen)} caught by the audit; {refused} refused by JAX's own check"
-    )
+    print(f"\n{caught} of {sum(not m.refused for m in chosen)} caught; {refused} refused by JAX's own check")
     return int(bad > 0)
 
 

@@ -14,6 +14,7 @@ from moe_jax.audit.dispatchers import dispatchers
 from moe_jax.audit.laws import law
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
 from moe_jax.audit.samples import sample
+from moe_jax.audit.slopes import gradients_are_slopes
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, Images
 from moe_jax.step import State
@@ -124,6 +125,7 @@ def routing_findings(exp: Experiment, small: Experiment, scope: Scope = EVERYTHI
         yield Finding(law(2).name, "training", True, dispatchers(cfg, **sizes))
     if scope.tries(3):
         yield Finding(law(3).name, "training", True, trainable(cfg, **sizes))
+        yield Finding(law(3).name, "gradients", True, gradients_are_slopes(cfg))
     if scope.tries(8):
         yield Finding(law(8).name, "training", True, counts(cfg, **sizes))
     modes = {"training": (cfg, True), "evaluation": (cfg, False)}

@@ -352,10 +352,21 @@ MUSEUM = (
         Mutant(
             "auxiliary_loss_over_all_layers",
             "moe_jax/models/transformer.py",
-            "else aux.loss.mean()",
-            "else aux.loss.sum() / (cfg.N + 1)",
+            'loss_N.sum() if cfg.aux_over_layers == "sum" else loss_N.mean()',
+            'loss_N.sum() if cfg.aux_over_layers == "sum" else loss_N.sum() / (cfg.N + 1)',
         ),
         COUNTED,
+    ),
+    Entry(
+        ("Megatron-LM #7213", "Megatron-LM #7197"),
+        "The loss of accumulated microbatches is normalised as if all had as many tokens.",
+        Mutant(
+            "microbatches_of_equal_size",
+            "moe_jax/models/transformer.py",
+            "aux.loss * ratio(aux.stats.tokens, tokens_N)",
+            "aux.loss / jnp.round(ratio(tokens_N, aux.stats.tokens))",
+        ),
+        Test(LOSSES, "test_microbatches_are_weighted_layer_by_layer"),
     ),
     Entry(
         ("transformers #45120", "transformers #45131"),
@@ -609,7 +620,7 @@ MUSEUM = (
             "return P(*[None] * (0 if rank is None else rank - len(dims)), *(entry or None for entry in axes))",
             "return P(*(entry or None for entry in axes))",
         ),
-        Test(SHARDINGS, "test_a_leaf_is_sharded_as_its_name_says and scan"),
+        Test("tests/programs/test_audit_experiment.py", "test_what_a_device_holds"),
     ),
     Entry(
         ("maxtext log: Fix NNX MTP zero-loss",),

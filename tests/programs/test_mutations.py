@@ -22,6 +22,8 @@ def test_a_mutation_changes_the_code(mutation):
     text = (ROOT / mutation.file).read_text(encoding="utf-8")
     assert ast.dump(ast.parse(mutation.mutant.text())) != ast.dump(ast.parse(text))
     assert LAWS[mutation.law - 1].audit, "the law is audited"
+    if mutation.test:
+        assert f"def {mutation.test.name}(" in (ROOT / mutation.test.file).read_text(encoding="utf-8")
 
 
 def test_names_are_unique():
