@@ -97,8 +97,8 @@ def check(
             print(line(finding), flush=True)
             if stop and finding.broken:
                 break
-    stopped = stop and any(f.broken for f in found)
-    rows = [] if stopped or not scope.tries(6) else communication(small)
+        stopped = stop and any(f.broken for f in found)
+        rows = [] if stopped or not scope.tries(6) else communication(small)
     for row in rows:
         print(row_line(row), flush=True)
     broken = sum(f.broken for f in found) + sum(not row.holds for row in rows)
@@ -124,12 +124,13 @@ def as_json(shrunk: list[str], found: list[Finding], rows: list[ComparedCollecti
 
 @contextlib.contextmanager
 def few_optimizations() -> Iterator[None]:
-    """Laws about numbers hold without XLA's optimizations too, and compile several times faster."""
+    """Laws about numbers and collectives hold without XLA's optimizations too, and compile several times faster."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def line(finding: Finding) -> str:

@@ -118,7 +118,7 @@ MUSEUM = (
             ROWS,
             SLOT_WEIGHT,
             SLOT_WEIGHT.replace(
-                "_at(dweight_R, maps.row_TK.reshape(-1))", 'dweight_R.at[maps.row_TK.reshape(-1)].get(mode="wrap")'
+                "_at(dweight_R, maps.row_TK.reshape(-1))", "dweight_R[maps.row_TK.reshape(-1) % len(dweight_R)]"
             ),
         ),
         Audit(2, LAYER),
