@@ -113,6 +113,7 @@ def test_padding_is_nowhere(apply):
     assert np.isfinite(nothing).all()
 
 
+@pytest.mark.law(11)
 @pytest.mark.parametrize("position", [T5, Sinusoidal()])
 def test_packed_pairs_do_not_see_each_other(params, dropless, position):
     """Two pairs in a row give the logits that each gives alone."""
