@@ -147,10 +147,13 @@ def apply(
 
     Arguments are those of `MoE`. here: the shard; by default that of the current mesh.
     """
-    x_BLD, here = jnp.asarray(x_BLD), shard.from_mesh(cfg.exchange) if here is None else here
+    x_BLD = jnp.asarray(x_BLD)
+    if here is None:
+        here = shard.with_batch_axes(shard.from_mesh(cfg.exchange), x_BLD, params)
     shard.check_axes(here, x_BLD)
     check_call(cfg, here, x_BLD, state, ids, record)
     check_local_experts(cfg, here, params.experts)
+    params, x_BLD = shard.vary_alike(here, (params, x_BLD))
     if mask_BL is None:
         mask_BL = jnp.ones(x_BLD.shape[:2], bool)
     tokens, everywhere = shard.token_spec(here), P()

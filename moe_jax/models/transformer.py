@@ -309,7 +309,8 @@ def count_agreement(aux: Aux) -> Aux:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
+    here = shard.with_batch_axes(shard.local(), aux.expert_BLK, aux.stats.choices_E)
+    shared = here.sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
     agreed = jnp.concatenate([jnp.full(1, jnp.nan), shared])
     return aux._replace(stats=aux.stats._replace(agreed=agreed))
 
