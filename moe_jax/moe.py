@@ -91,7 +91,7 @@ def forward(
         y_GSO += cfg.shared(gather_params(here, here.pvary(params.shared), x_GSD.dtype), inner_GSD, Dense())
     y_GSO = here.tensor_exit(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
-    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
+    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros((), jnp.float32))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
     recorded = collect_recorded(cfg, record, x_BLD, routing, kept) if record else None
     return y_GSO.reshape(B, L, -1), chosen, recorded, (loss, total)
@@ -203,7 +203,7 @@ class MoE(nn.Module):
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
         # The batch may have any size, on any mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
-        ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
+        ids = Ids(*(jnp.zeros((B, L), jnp.int32) for _ in range(2)))
         return apply(cfg, params, shard.replicate(x_BLD), None, key, state, ids, record, here=Shard())
 
 

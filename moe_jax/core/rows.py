@@ -46,7 +46,8 @@ def materialize(x: Array | LazyRows) -> Array:
 def row_map(row_GSK: Int[Array, "G S K"], R: int) -> RowMap:
     """Builds the maps from the row of every choice: distinct rows below R, or R for choices without a row."""
     (K,), choices = row_GSK.shape[2:], row_GSK.size
-    choice_R = jnp.full((R,), choices).at[row_GSK.reshape(-1)].set(jnp.arange(choices), mode="drop")
+    choice_R = jnp.full((R,), choices, jnp.int32)
+    choice_R = choice_R.at[row_GSK.reshape(-1)].set(jnp.arange(choices, dtype=jnp.int32), mode="drop")
     return RowMap(row_GSK.reshape(-1, K), choice_R)
 
 
@@ -59,7 +60,7 @@ def ragged_rows(
     count_GE = jnp.zeros((G, E), jnp.int32).at[jnp.arange(G)[:, None, None], expert_GSK].add(1, mode="drop")
     before_EG = jnp.cumsum(count_GE.T.reshape(-1)).reshape(E, G) - count_GE.T
     first_GSK = before_EG.at[expert_GSK, jnp.arange(G)[:, None, None]].get(mode="clip")
-    return jnp.where(kept_GSK, first_GSK + position_GSK, no_row), count_GE.sum(0)
+    return jnp.where(kept_GSK, first_GSK + position_GSK, no_row), count_GE.sum(0, dtype=jnp.int32)
 
 
 def send(x_GSD: Float[Array, "G S D"], maps: RowMap) -> LazyRows:
@@ -79,8 +80,14 @@ def _at(x: Array, index_I: Int[Array, "I"]) -> Array:
 
 
 def _sum(rows_of: Callable[[int], Array], K: int) -> Array:
-    """A sum over K choices in float32, whose addends are never stored."""
-    return sum((rows_of(k).astype(jnp.float32) for k in range(1, K)), rows_of(0).astype(jnp.float32))
+    """A sum over K choices in at least float32, whose addends are never stored."""
+    wide = lambda k: _wide(rows_of(k))  # noqa: E731
+    return sum((wide(k) for k in range(1, K)), wide(0))
+
+
+def _wide(x: Array) -> Array:
+    """x in float32, or in its own type where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def gather_grad(g_RD: Float[Array, "R D"], maps: RowMap) -> Float[Array, "T D"]:
@@ -118,13 +125,14 @@ def _combine_bwd(residuals, g_TO):
         return _weighted(_at(g_TO, maps.token_R), weight_R), None, None
     kernel = on_gpu(y_RO, rows_gpu.weighted_sum_grad)
     dy_RO, dweight_R = lax.platform_dependent(y_RO, g_TO, weight_R, maps.token_R, default=_weighted_sum_grad, **kernel)
-    return dy_RO, _at(dweight_R, maps.row_TK.reshape(-1)).reshape(weight_TK.shape), None
+    dweight_TK = _at(dweight_R, maps.row_TK.reshape(-1)).reshape(weight_TK.shape)
+    return dy_RO, dweight_TK.astype(weight_TK.dtype), None
 
 
 def _weighted_sum_grad(y_RO: Array, g_TO: Array, weight_R: Array, token_R: Array) -> tuple[Array, Array]:
     """Gradients of rows and of combine weights, for outputs that are weighted sums of rows."""
     g_RO = _at(g_TO, token_R)
-    dweight_R = (g_RO.astype(jnp.float32) * y_RO).sum(-1)
+    dweight_R = (_wide(g_RO) * y_RO).sum(-1)
     return _weighted(g_RO, weight_R), dweight_R
 
 

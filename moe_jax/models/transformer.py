@@ -310,13 +310,13 @@ def count_agreement(aux: Aux) -> Aux:
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
     here = shard.with_batch_axes(shard.local(), aux.expert_BLK, aux.stats.choices_E)
-    shared = here.sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
-    agreed = jnp.concatenate([jnp.full(1, jnp.nan), shared])
+    shared = here.sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0, jnp.float32)
+    agreed = jnp.concatenate([jnp.full(1, jnp.nan, jnp.float32), shared])
     return aux._replace(stats=aux.stats._replace(agreed=agreed))
 
 
 def aux_loss(cfg: TransformerConfig, aux: Aux | None) -> Float[Array, ""]:
     """The auxiliary loss of the model, over all MoE layers."""
     if aux is None:
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
     return aux.loss.sum() if cfg.aux_over_layers == "sum" else aux.loss.mean()

@@ -83,9 +83,9 @@ def _each_expert(accumulate: Callable, sizes_E: Int[Array, "E"], shape: tuple[in
     R, D = shape
     buckets = size_buckets(R, len(sizes_E), D)
     expert_P, start_P, size_P = _row_blocks(sizes_E, R, buckets[-1])
-    bucket_P = (size_P[:, None] > jnp.array([[0, *buckets[:-1]]])).sum(1)  # 0: no rows
+    bucket_P = (size_P[:, None] > jnp.array([[0, *buckets[:-1]]], jnp.int32)).sum(1, dtype=jnp.int32)  # 0: no rows
     order_P = jnp.argsort(bucket_P)
-    until = (bucket_P[None] <= jnp.arange(len(buckets) + 1)[:, None]).sum(1)
+    until = (bucket_P[None] <= jnp.arange(len(buckets) + 1)[:, None]).sum(1, dtype=jnp.int32)
     for i, C in enumerate(buckets):
 
         def body(n, carry, C=C):
@@ -100,10 +100,10 @@ def _row_blocks(
     sizes_E: Int[Array, "E"], R: int, most: int
 ) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]]:
     """Expert, first row and size of each of the R // most + E blocks; all but an expert's first are full."""
-    E, block_P = len(sizes_E), jnp.arange(R // most + len(sizes_E))
+    E, block_P = len(sizes_E), jnp.arange(R // most + len(sizes_E), dtype=jnp.int32)
     blocks_E = -(-sizes_E // most)
     until_E = jnp.cumsum(blocks_E)
-    expert_P = jnp.minimum((until_E[None] <= block_P[:, None]).sum(1), E - 1)
+    expert_P = jnp.minimum((until_E[None] <= block_P[:, None]).sum(1, dtype=jnp.int32), E - 1)
     left_P = until_E[expert_P] - block_P  # blocks of the expert, from this one on
     end_P = jnp.cumsum(sizes_E)[expert_P] - most * (left_P - 1)
     rest_P = (sizes_E - most * (blocks_E - 1))[expert_P]
@@ -120,7 +120,7 @@ class _Rows:
 
     def __init__(self, C: int, R: int, start: Int[Array, ""], size: Int[Array, ""], accumulates: bool):
         self.C, self.all, self.first, self.accumulates = C, C == R, jnp.minimum(start, R - C), accumulates
-        row_C = self.first + jnp.arange(C)
+        row_C = self.first + jnp.arange(C, dtype=jnp.int32)
         self.own_C1 = ((row_C >= start) & (row_C < start + size))[:, None]
 
     def read(self, x_RI: Array) -> Array:
