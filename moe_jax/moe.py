@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -148,6 +149,7 @@ def apply(
     Arguments are those of `MoE`. here: the shard; by default that of the current mesh.
     """
     x_BLD = jnp.asarray(x_BLD)
+    check_sizes(x_BLD)
     if here is None:
         here = shard.with_batch_axes(shard.from_mesh(cfg.exchange), x_BLD, params)
     shard.check_axes(here, x_BLD)
@@ -257,6 +259,15 @@ def initializer(name: str, scale: float) -> Callable:
     letters = dims.dims_of(name)
     zero = not scale or len(letters.removeprefix("E")) < 2
     return nn.initializers.zeros if zero else dims.kernel_init(letters, scale)
+
+
+def check_sizes(x_BLD: Array) -> None:
+    """Refuses tokens of a symbolic shape (`jax.export.symbolic_shape`)."""
+    if any(jax.export.is_symbolic_dim(n) for n in x_BLD.shape):
+        raise ValueError(
+            f"Tokens have the symbolic shape {x_BLD.shape}, but capacities and loops over rows are made for numbers; "
+            "export a program for each size that is needed."
+        )
 
 
 def check_call(

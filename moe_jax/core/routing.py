@@ -115,7 +115,10 @@ Routing = TokenChoice | SlotChoice | SoftSlots
 
 def _scatter_choices(value_GSK, expert_GSK, E):
     """Sums the values of choices by expert."""
-    hot = (value_GSK[..., k : k + 1] * jax.nn.one_hot(expert_GSK[..., k], E, dtype=value_GSK.dtype) for k in range(expert_GSK.shape[-1]))
+    hot = (
+        value_GSK[..., k : k + 1] * jax.nn.one_hot(expert_GSK[..., k], E, dtype=value_GSK.dtype)
+        for k in range(expert_GSK.shape[-1])
+    )
     return sum(hot, jnp.zeros((*expert_GSK.shape[:2], E), value_GSK.dtype))
 
 

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
+from moe_jax.core.linear import linear
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
@@ -233,24 +234,15 @@ class Slices(NamedTuple):
         return Slices(sizes, destination, source)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _send_slices(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
     """`ragged_all_to_all` on TPU; elsewhere all rows are gathered, and each shard selects its own."""
-    return lax.platform_dependent(
-        x, slices, tpu=partial(_ragged, rows=rows, axes=axes), default=partial(_emulated, rows=rows, axes=axes)
-    )
 
+    def sent(slices: Slices, x: Array, rows: int) -> Array:
+        ways = {"tpu": partial(_ragged, rows=rows, axes=axes), "default": partial(_emulated, rows=rows, axes=axes)}
+        return lax.platform_dependent(x, slices, **ways)
 
-def _send_forward(x, slices, rows, axes):
-    return _send_slices(x, slices, rows, axes), (slices, x.shape[0])
-
-
-def _send_backward(rows, axes, residuals, g):
-    slices, n = residuals
-    return _send_slices(g, slices.reverse(), n, axes), None
-
-
-_send_slices.defvjp(_send_forward, _send_backward)
+    forward, n = partial(sent, rows=rows), len(x)
+    return linear(forward, lambda slices, g: sent(slices.reverse(), g, n), slices, x)
 
 
 def _ragged(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
@@ -309,8 +301,8 @@ def with_batch_axes(shard: Shard, tokens: Any, params: Any) -> Shard:
     if foreign and not varies_along(lax.axis_index(foreign[0])):
         warnings.warn(
             f"This shard_map over the mesh axes {foreign} has check_vma=False, which hides whether tokens are sharded "
-            "over them: auxiliary losses, statistics and noise are those of one shard; leave out check_vma, or name the "
-            f"axes as moe_jax.make_mesh does ({', '.join(TOKEN_AXES)}).",
+            "over them: auxiliary losses, statistics and noise are those of one shard; leave out check_vma, or name "
+            f"the axes as moe_jax.make_mesh does ({', '.join(TOKEN_AXES)}).",
             stacklevel=4,
         )
     alone = set(varies_along(tokens)) - set(varies_along(params))

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.data import AnyBatch, default_directory, evaluation_batches
@@ -45,9 +48,11 @@ def examples(
 def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     """The run in a workdir at the newest valid checkpoint or that of `step`, whose bytes are checked.
 
+    Parameters and router state are JAX arrays, which a jitted function may close over.
     ValueError where there is no run, or no such checkpoint.
     """
     exp = experiment(workdir)
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         state, _, at = checkpoints.restore(step=step)
-    return TrainedRun(exp, at, state["params"], state.get("router", {}))
+    params, router = jax.tree.map(jnp.asarray, (state["params"], state.get("router", {})))
+    return TrainedRun(exp, at, params, router)

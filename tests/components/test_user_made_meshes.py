@@ -74,7 +74,7 @@ SORT = MoE.of(E=8, router=NoisyTopK(K=2, learned=False), experts=MLP(F=4), dispa
 
 
 def whole_batch(layer, params, x, over=()):
-    """Loss with its auxiliary part, and statistics; `over`: axes of a caller's shard_map that tokens are sharded over."""
+    """Loss with its auxiliary part, and statistics; `over`: axes that tokens are sharded over in a shard_map."""
     y, aux = layer.apply(params, x, None, KEY)
     total = (y**2).sum()
     return (jax.lax.psum(total, over) if over else total) + aux.loss, aux.stats

@@ -24,7 +24,7 @@ def supported(x: Array) -> bool:
 
 
 def on_gpu(x: Array, kernel: Callable) -> dict[str, Callable]:
-    """The kernel as a branch of `lax.platform_dependent`, if it knows the type of x."""
+    """The kernel as an argument of `by_platform`, if it knows the type of x."""
     return {"cuda": kernel} if supported(x) else {}
 
 
