@@ -3,8 +3,8 @@
     python -m experiments.export --workdir=runs/glam_nano --out=exports/glam_nano
     python -m experiments.export --workdir=runs/glam_nano --out=exports/glam_nano --platforms=cpu,cuda,tpu --rows=1
 
-What is exported needs jax and safetensors to run, not this package (docs/experiments.md has the lines), and computes
-what evaluation computes: no assignment is dropped.
+What is exported needs jax, flatbuffers and safetensors to run, not this package (docs/experiments.md has the lines), and
+computes what evaluation computes: no assignment is dropped.
 """
 
 from absl import flags

@@ -19,6 +19,7 @@ from moe_jax.models import Call
 
 PROGRAM, STABLEHLO, WEIGHTS, MANIFEST = "model.jax", "model.stablehlo", "weights.safetensors", "manifest.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
+KERNELS = (jax_export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton"),)  # they run with the jax of the manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def export_model(run: TrainedRun, B: int | None = None, platforms: Sequence[str]
 
     given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in weights.items()}
     inputs = used_inputs(outputs, given, shapes._asdict())
-    exported = jax_export.export(jax.jit(outputs), platforms=tuple(platforms))(given, inputs)
+    exported = jax_export.export(jax.jit(outputs), platforms=tuple(platforms), disabled_checks=KERNELS)(given, inputs)
     return ModelProgram(exported, weights, inputs)
 
 

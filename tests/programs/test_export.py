@@ -49,7 +49,7 @@ def folder(run, tmp_path_factory):
 
 
 def test_an_export_runs_without_this_package(run, folder, tmp_path):
-    """With the lines of docs/experiments.md, in a process that has only jax and safetensors: logits of evaluation."""
+    """With the lines of docs/experiments.md, in a process without flax and moe_jax: logits of evaluation."""
     code = next(c for c in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "deserialize" in c)
     rows = batch(B=B)
     inputs = {name: getattr(rows, name) for name in read_sealed(folder / "manifest.json")["inputs"]}
@@ -108,7 +108,9 @@ def test_a_run_is_opened_with_arrays_of_jax(run, tmp_path):
         checkpoints.save(3, {"params": run.params, "router": run.router}, {})
     opened = open_run(tmp_path)
     rows = jax.tree.map(jnp.asarray, batch(B=B))
-    assert jax.eval_shape(lambda rows: opened.exp.model.apply(opened.params, rows)[0], rows).shape == (B, 8, 257)
+    assert jax.eval_shape(
+        lambda rows: opened.exp.model.apply(opened.params, rows, Call(router=opened.router))[0], rows
+    ).shape == (B, 8, 257)
 
 
 def test_the_program(run, tmp_path, monkeypatch):
