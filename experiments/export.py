@@ -3,7 +3,7 @@
     python -m experiments.export --workdir=runs/glam_nano --out=exports/glam_nano
     python -m experiments.export --workdir=runs/glam_nano --out=exports/glam_nano --platforms=cpu,cuda,tpu --rows=1
 
-What is exported needs jax, flatbuffers and safetensors to run, not this package (docs/experiments.md has the lines), and
+What is exported needs jax, flatbuffers and safetensors to run, not this package (docs/experiments.md has the lines). It
 computes what evaluation computes: no assignment is dropped.
 """
 
