@@ -327,7 +327,8 @@ def count_agreement(aux: Aux) -> Aux:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32))
+    here = shard.with_batch_axes(shard.local(), aux.expert_BLK, aux.stats.choices_E)
+    shared = here.sum(same.sum((1, 2, 3), dtype=jnp.float32))
     return aux._replace(stats=aux.stats._replace(agreed=shared, compared=aux.stats.choices_E[1:].sum(-1)))
 
 
@@ -338,7 +339,7 @@ def aux_loss(cfg: TransformerConfig, aux: Aux | None, tokens_N: Float[Array, "N"
     losses of a layer are weighted by the microbatch's share of them, so that microbatches add up to the batch's.
     """
     if aux is None:
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
     loss_N = aux.loss if tokens_N is None else aux.loss * ratio(aux.stats.tokens, tokens_N)
     return loss_N.sum() if cfg.aux_over_layers == "sum" else loss_N.mean()
 

@@ -26,6 +26,7 @@ ORDER = (
     ("train",),
     ("audit",),
     ("plan", "inspect"),
+    ("export",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 COLLECTIVES = {
