@@ -71,12 +71,12 @@ def train(
     if workdir is not None:
         check_path(workdir)
     newest, _ = (checkpoints and checkpoints.newest_meta()) or ({}, None)
-    changed_fields(newest, exp, workdir)  # before data is prepared, and arrays are read
-    windows, held_out = prepare(exp, workdir, data_dir)
+    config_changes(newest, exp, workdir)  # before data is prepared, and arrays are read
+    windows, held_out = prepare_data(exp, workdir, data_dir)
     check_data(newest.get("data", {}), identity := data_identity(windows, held_out), workdir)
     program = Program(exp, len(windows.domains))
     state, meta = restore(checkpoints, program, init_from)
-    seconds, origin, changed = meta.get("seconds", 0.0), meta.get("origin"), changed_fields(meta, exp, workdir)
+    seconds, origin, changed = meta.get("seconds", 0.0), meta.get("origin"), config_changes(meta, exp, workdir)
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
     health = Health(step, int(state.skipped_in_a_row))
     log_differs = log_difference(workdir, meta.get("log")) if workdir else None
@@ -193,7 +193,7 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
     return dict(run_energy(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
 
-def prepare(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
+def prepare_data(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
     """The training and the held-out examples; with the tokenizers of the run in the workdir, if it has checkpoints."""
     begun = workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
     data = with_kept_tokenizers(exp.data, workdir) if begun else exp.data
@@ -219,7 +219,7 @@ def restore(
     return state, {"origin": origin}
 
 
-def changed_fields(meta: Mapping[str, Any], exp: Experiment, workdir: pathlib.Path | None) -> list[Change]:
+def config_changes(meta: Mapping[str, Any], exp: Experiment, workdir: pathlib.Path | None) -> list[Change]:
     """Changes of the config since a checkpoint with this meta; ValueError where they make it another run."""
     return check_config(json.loads(meta["experiment"]), exp, workdir) if "experiment" in meta else []
 
