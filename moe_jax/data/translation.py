@@ -12,7 +12,7 @@ from jaxtyping import Integer
 
 from moe_jax.data import records
 from moe_jax.data.documents import Snapshot, Split, digest, fingerprint, held_out, is_held_out
-from moe_jax.data.folders import BOM, WIDE, LeftOut, files_below, read, root_of
+from moe_jax.data.folders import BOM, WIDE, LeftOut, file_bytes, files_below, root_of
 from moe_jax.names import printable
 
 VERSION = "2"  # raise it when the same files give other pairs, or other splits
@@ -69,7 +69,7 @@ class Parallel:
                 continue
             if len(names) > 1:
                 left_out.add("in a subfolder", names)
-            elif (data := read(file, names, left_out)) is not None:
+            elif (data := file_bytes(file, names, left_out)) is not None:
                 n += 1
                 yield printable(names[0].removesuffix(".tsv")), file.path, data
         left_out.say(n, ())
