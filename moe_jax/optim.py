@@ -149,8 +149,8 @@ class OptimConfig:
         """The gradient transformation for a run of this many steps, and its learning rate by step."""
         _check(self.schedule, steps)
         rate = self.schedule(steps)
-        tx = self.optimizer(rate, self.decayed)
-        return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
+        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()  # of one state, empty
+        return optax.chain(clip, self.optimizer(rate, self.decayed)), rate
 
     def sharded(self, params: Any, specs: Any, sizes: Mapping[str, int]) -> Any:
         """PartitionSpecs of gradients and optimizer state: the parameters' own; with zero1, sharded further."""

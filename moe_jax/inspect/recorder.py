@@ -83,7 +83,7 @@ def record_run(
     """
     run = open_run(workdir, step)
     exp = run.exp if mesh is None else dataclasses.replace(run.exp, mesh=tuple(mesh.items()))
-    split, batches = examples(exp, data_dir, windows, held_out)
+    split, batches = examples(run._replace(exp=exp), data_dir, windows, held_out)
     about = {"step": run.step, "data": split.fingerprint}
     return record(exp, run.params, batches, folder, about, router=run.router, domains=split.domains, **options)
 

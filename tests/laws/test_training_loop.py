@@ -55,18 +55,17 @@ def test_resume_is_exact(text, tmp_path):
     np.testing.assert_allclose(losses(moved)[6], losses(whole)[6], rtol=1e-4)
 
 
-def test_divergence_stops_with_the_last_good_parameters(text, tmp_path):
-    """A learning rate of 1e30 is never finite again: training stops, says so, and leaves a checkpoint."""
+def test_divergence_stops_and_keeps_nothing_that_broke(text, tmp_path):
+    """A learning rate of 1e30 is never finite again: training stops, says so, and its parameters are not restored."""
     exp = experiment(
-        text, steps=50, eval_every=50, save_every=50, max_bad_steps=3, optim=OptimConfig(AdamW(), Constant(1e30), None)
+        text, steps=50, eval_every=50, save_every=1, max_bad_steps=3, optim=OptimConfig(AdamW(), Constant(1e30), None)
     )
     records = []
     with pytest.raises(TrainingDiverged, match="3 steps in a row"):
         records.extend(train(exp, tmp_path / "run", tmp_path / "data"))
     assert (records[-1]["kind"], records[-1].get("diverged")) == ("end", True)
-    again = train(exp, tmp_path / "run", tmp_path / "data")
-    assert next(again)["step"] > 0
-    again.close()
+    assert records[-1]["good"] is None
+    assert list((tmp_path / "run" / "checkpoints").glob("*")) == []
 
 
 @pytest.mark.law(8)
