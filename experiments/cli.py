@@ -40,6 +40,7 @@ flags.disclaim_key_flags()  # a flag that is defined by a function here is the c
 PROCESSES = ("coordinator", "processes", "process", "peer_timeout", "heartbeat")
 PREFIX = "config."
 OVERRIDE = re.compile(r"--?config\.")
+MOST_DEVICES = 4096  # simulated by a process
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 EXAMPLES = (
     "model.moe.router.K=4",
@@ -179,6 +180,8 @@ def simulate(exp: Experiment) -> None:
                 "change config.mesh, or the number of processes."
             )
         devices = exp.devices // processes
+    if devices and devices > MOST_DEVICES:
+        raise ValueError(f"{devices:,} simulated devices are too many for one process; take {MOST_DEVICES:,} at most.")
     if devices and devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
         jax.config.update("jax_num_cpu_devices", devices)
 

@@ -281,7 +281,8 @@ class Checkpoints:
     def _unfinished(self, step: int) -> list[Path]:
         """Folders of saves of a step that are not committed."""
         start = f"{step}.orbax-checkpoint-tmp"
-        return sorted(path for path in self.directory.iterdir() if path.name.startswith(start))
+        there = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(path for path in there if path.name.startswith(start))
 
     def _make_room(self, step: int) -> None:
         """Refuses a step that is validly there; removes an invalid one of the same number."""
@@ -386,7 +387,7 @@ def check_finite(leaves: Mapping[str, Any], step: int) -> None:
 
 @jax.jit
 def _count_not_finite(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: (~jnp.isfinite(leaf)).sum() for name, leaf in leaves.items()}
+    return {name: (~jnp.isfinite(leaf)).sum(dtype=jnp.float32) for name, leaf in leaves.items()}
 
 
 def _check_written(folder: Path, described: Mapping[str, list]) -> None:

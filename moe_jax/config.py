@@ -35,6 +35,7 @@ from moe_jax.experts import EXPERTS
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import MODELS, LMConfig, Model
+from moe_jax.models.pattern import layer_counts
 from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
@@ -579,7 +580,7 @@ def _check_batch(exp: Experiment) -> None:
         where = f"attention[{i}]" if len(model.attention) > 1 else "attention"
         cuts |= {f"{where}.{letter}": (n, list(RULES[letter])) for letter, n in part.sizes.items() if letter in RULES}
     for stack in model.stacks():
-        dense = (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind == "dense")
+        dense = (sub for layer in layer_counts(model, stack) for sub in layer if sub.kind == "dense")
         cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
     check_divides({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:

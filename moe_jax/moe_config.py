@@ -166,7 +166,7 @@ class MoEConfig:
         """State of the layer before its first step ({} for most), for `layers` of them in front."""
         sizes = {**sizes_of(self.router), "E": self.E}
         state = {
-            name: jnp.zeros((*layers, *dims.shape_of(dims.dims_of(name), sizes)))
+            name: jnp.zeros((*layers, *dims.shape_of(dims.dims_of(name), sizes)), jnp.float32)
             for part in (self.router, *self.losses)
             for name in traits(part).state
         }

@@ -76,7 +76,7 @@ ATTENTION, EVALUATE = "moe_jax/attention", "moe_jax/evaluate.py"
 REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
 OWN = "stats(routing, kept, B, ctx.task_GS, cfg.tasks)"
 ALIKE = f"total = here.sum({OWN})"
-LOSS = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))"
+LOSS = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros((), jnp.float32))"
 NATS = "here.sum((terms.nats_BL.sum(), "
 OF_A_SHARD = "jnp.maximum(objective.targets({0}).sum(), 1)"
 TARGETS = "jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)"
@@ -182,8 +182,8 @@ MUTATIONS = (
     Mutation(
         "agreement_of_one_shard",
         TRANSFORMER,
-        "shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32))",
-        "shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32) * (shard.local().batch_shard_index == 0))",
+        "here.sum(same.sum((1, 2, 3), dtype=jnp.float32))",
+        "here.sum(same.sum((1, 2, 3), dtype=jnp.float32) * (here.batch_shard_index == 0))",
     ),
     Mutation(
         "padding_in_statistics",
@@ -388,7 +388,7 @@ MUTATIONS = (
     Mutation(
         "later_tokens_first",
         "moe_jax/core/routing.py",
-        "rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]",
+        "rank_GR = jnp.arange(R, dtype=jnp.int32)[None] - first_GE[group_G1, sorted_GR]",
         "rank_GR = first_GE[group_G1, sorted_GR + 1] - 1 - jnp.arange(R)[None]",
         law=4,
     ),

@@ -14,6 +14,7 @@ from jaxtyping import Int32
 
 from moe_jax.data import cache
 
+VERSION = "2"  # raise it when the same text gives another tokenizer
 MODEL = "sentencepiece.model"
 SPACE = "\u2581"  # stands for a space in the pieces of a model
 TRAINED_ON = 8_000_000  # bytes
@@ -124,11 +125,11 @@ class TrainedSentencePiece:
 def training_lines(texts: Iterable[bytes], limit: int) -> Iterator[str]:
     """The lines of the first `limit` bytes of text, in parts that sentencepiece takes."""
     for text in texts:
-        limit -= len(text)
-        if limit < 0:
-            return
-        for line in text.decode("utf-8", "ignore").splitlines():
+        for line in text[:limit].decode("utf-8", "ignore").splitlines():
             yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 def _train(sentences: Iterator[str], V: int) -> bytes:

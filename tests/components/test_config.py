@@ -364,7 +364,7 @@ def test_the_parameters_of_glam_at_scale():
     ],
 )
 def test_moe_layers_chooses_the_sparse_layers(moe_layers, N, chosen):
-    assert sparse_layers(moe_layers, N) == tuple(i in chosen for i in range(N))
+    assert [i in sparse_layers(moe_layers, N) for i in range(N)] == [i in chosen for i in range(N)]
 
 
 @pytest.mark.parametrize(

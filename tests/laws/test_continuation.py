@@ -40,7 +40,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
-    """What the run below has told."""
+    """Records of the run below."""
     return []
 
 
