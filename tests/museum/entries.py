@@ -50,7 +50,9 @@ COUNTED = Audit(8, LAYER)
 REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
 ENTERED = "return jax.tree.map(lambda a: _varying(a, self.tensor), x)"
 LEFT = "return checkpoint_name(lax.psum(y, self.tensor), COLLECTIVES) if self.tensor else y"
-WEIGHED = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))"
+WEIGHED = (
+    "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros((), jnp.float32))"
+)
 EXITED = "y_GSO = here.tensor_exit(y_GSO)"
 ROUTED = "routing = cfg.router(here.pvary(params.router), x_GSD, mask_GS, ctx)"
 TOTALS = "total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))"
@@ -60,7 +62,7 @@ DRIFT = """
     alone = partial(jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False)
     drift = alone(lambda w: w + 1e-6 * jax.lax.axis_index("data"))
     params = jax.tree.map_with_path(lambda p, w: drift(w) if str(p[-1].key).startswith("router") else w, params)"""
-SLOT_WEIGHT = "return dy_RO, _at(dweight_R, maps.row_TK.reshape(-1)).reshape(weight_TK.shape), None"
+SLOT_WEIGHT = "dweight_TK = gather_rows(dweight_R, maps.row_TK.reshape(-1)).reshape(weight_TK.shape)"
 
 MUSEUM = (
     # ---- gradients on meshes
@@ -104,9 +106,8 @@ MUSEUM = (
         Mutant(
             "rows_nobody_wrote",
             ROWS,
-            "def _send(x_TD: Array, maps: RowMap) -> Array:\n    return _at(x_TD, maps.token_R)",
-            "def _send(x_TD: Array, maps: RowMap) -> Array:\n"
-            '    return x_TD.at[maps.token_R].get(mode="fill", fill_value=jnp.nan)',
+            "there = lambda maps, x_TD: gather_rows(x_TD, maps.token_R)",
+            'there = lambda maps, x_TD: x_TD.at[maps.token_R].get(mode="fill", fill_value=jnp.nan)',
         ),
         Audit(1, SLOTS),
     ),
@@ -118,7 +119,7 @@ MUSEUM = (
             ROWS,
             SLOT_WEIGHT,
             SLOT_WEIGHT.replace(
-                "_at(dweight_R, maps.row_TK.reshape(-1))", "dweight_R[maps.row_TK.reshape(-1) % len(dweight_R)]"
+                "gather_rows(dweight_R, maps.row_TK.reshape(-1))", "dweight_R[maps.row_TK.reshape(-1) % len(dweight_R)]"
             ),
         ),
         Audit(2, LAYER),
@@ -168,8 +169,8 @@ MUSEUM = (
         Mutant(
             "ragged_gradients_misdirected",
             SHARD,
-            "return _send_slices(g, slices.reverse(), n, axes), None",
-            "return _send_slices(g, slices, n, axes), None",
+            "lambda slices, g: sent(slices.reverse(), g, n)",
+            "lambda slices, g: sent(slices, g, n)",
         ),
         Audit(1, RAGGED),
     ),
@@ -197,8 +198,8 @@ MUSEUM = (
         Mutant(
             "gradient_of_the_first_row",
             ROWS,
-            "return _sum(lambda k: _at(g_RD, maps.row_TK[:, k]), maps.row_TK.shape[1]).astype(g_RD.dtype)",
-            "return _sum(lambda k: _at(g_RD, maps.row_TK[:, k]), 1).astype(g_RD.dtype)",
+            "return _sum(lambda k: gather_rows(g_RD, maps.row_TK[:, k]), maps.row_TK.shape[1]).astype(g_RD.dtype)",
+            "return _sum(lambda k: gather_rows(g_RD, maps.row_TK[:, k]), 1).astype(g_RD.dtype)",
         ),
         Audit(2, LAYER),
     ),
