@@ -371,10 +371,10 @@ def load(file: str) -> dict[str, Any]:
         missing = error.args == ("get_config",)
         reason = "it defines no get_config()" if missing else f"KeyError: {error}"
         raise ValueError(f"{name} is not a config file: {reason}.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{name} is not a config file: {reason} (--traceback shows where).") from error
-    if not isinstance(config, Mapping):
+    if not isinstance(config, Mapping) or not all(isinstance(section, str) for section in config):
         raise ValueError(f"{name} is not a config file: get_config() gave {quoted(config)}, not a ConfigDict.")
     return dict(config)
 

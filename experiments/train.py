@@ -33,7 +33,7 @@ from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
 from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data import default_directory
-from moe_jax.files import write_file
+from moe_jax.files import parse_json, write_file
 from moe_jax.reporting.metrics import FILE, Logger, read, summary_table
 from moe_jax.reporting.report import write_report
 from moe_jax.train import TrainingDiverged, train
@@ -169,7 +169,7 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> No
 def saved_config(path: pathlib.Path) -> dict[str, Any]:
     """Values of a run's config.json."""
     try:
-        if isinstance(saved := json.loads(path.read_bytes()), dict):
+        if isinstance(saved := parse_json(path.read_bytes()), dict):
             return saved
         raise ValueError
     except ValueError:

@@ -45,6 +45,7 @@ from moe_jax.data import (
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES, AllToAll
 from moe_jax.experts import EXPERTS
+from moe_jax.files import parse_json
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import MODELS, LMConfig, Model
@@ -78,7 +79,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 LISTS = ("attention", "gating", "losses")
 NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what ast says to it
-LONGEST, DEEPEST = 10_000, 50  # characters and levels of a text that is parsed; none that is meant has as many
+LONGEST, DEEPEST = 10_000, 50  # characters, or bits of a number, and levels of a text that is parsed
 
 
 Seed = Annotated[int, Range(0, 2**32, "[)")]
@@ -201,7 +202,7 @@ class Experiment:
 
     @classmethod
     def from_json(cls, text: str) -> "Experiment":
-        return build(json.loads(text))
+        return build(parse_json(text))
 
 
 def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
@@ -212,7 +213,7 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     sections = ("model", "data", "optim", "run", "mesh")
     config = {**{name: {} for name in sections}, "seed": 0, **config}
     for name in sections:
-        if not isinstance(config[name], Mapping):
+        if not isinstance(config[name], Mapping) or not all(isinstance(field, str) for field in config[name]):
             raise ValueError(f"config.{name}={quoted(config[name])} must be a dict of fields; set them one by one.")
     check_version(config)
     check_value("config.seed=#", config["seed"], Seed)
@@ -326,8 +327,16 @@ def syntax(text: str) -> ast.expr | None:
         return None
     level = [] if node is None else [node]
     for _ in range(DEEPEST):
+        if any(_endless(part) for part in level):
+            return None
         level = [child for parent in level for child in ast.iter_child_nodes(parent)]
     return None if level else node
+
+
+def _endless(node: ast.AST) -> bool:
+    """Tells whether a node is a whole number that Python might not print: it writes no more than 4300 digits."""
+    value = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(value, int) and value.bit_length() > LONGEST
 
 
 def literal(text: str) -> Any:

@@ -21,6 +21,14 @@ def write_file(path: Path, content: str | bytes) -> Path:
         raise
 
 
+def parse_json(data: str | bytes) -> Any:
+    """The value that JSON writes; ValueError for what is none, and for what is nested too deeply to be read."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+
+
 def sha256(path: Path) -> str:
     """Returns the SHA-256 digest of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -38,7 +46,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """Reads what `write_sealed` wrote; ValueError where the file has been changed, OSError without a file."""
     data = path.read_bytes()
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         intact = content.pop(SEAL) == _seal(content)
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False

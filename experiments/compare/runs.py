@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax import costs
 from moe_jax.config import Experiment, build, plain
+from moe_jax.files import parse_json
 from moe_jax.reporting.metrics import FILE, last, median_speed, read, wall_time
 from moe_jax.reporting.names import run_names
 
@@ -147,7 +148,7 @@ def _open(name: str, path: Path) -> Run:
     if not config.is_file():
         raise ValueError("it has no config.json")
     try:
-        values = dict(json.loads(config.read_bytes()))
+        values = dict(parse_json(config.read_bytes()))
     except (ValueError, TypeError):
         raise ValueError("its config.json is damaged") from None
     try:

@@ -31,6 +31,7 @@ from experiments.compare.__main__ import compare
 from experiments.sweep.grid import Point, points
 from experiments.train import differences
 from moe_jax.config import Experiment
+from moe_jax.files import parse_json
 from moe_jax.reporting.metrics import FILE, duration, last, read
 
 cli.define_config()
@@ -117,7 +118,7 @@ def job(point: Point, folder: pathlib.Path, common: Sequence[str]) -> Job:
 
 def _values(saved: pathlib.Path) -> dict:
     try:
-        return dict(json.loads(saved.read_bytes()))
+        return dict(parse_json(saved.read_bytes()))
     except (ValueError, TypeError):
         raise ValueError(f"{saved} is damaged; restore it, or delete its folder.") from None
 

@@ -48,9 +48,12 @@ class SpanCorruption:
         """Tokens that make a source of at most L, and tokens of their target: 568 and 114 for T5's 512."""
         if self._source(2) > L:
             raise ValueError(f"config.data.L={L} leaves no token beside a span's sentinel; make it at least 3.")
-        n = 2
-        while self._source(n + 1) <= L:
-            n += 1
+        n = beyond = 2
+        while self._source(beyond) <= L:
+            n, beyond = beyond, 2 * beyond
+        while beyond - n > 1:
+            middle = (n + beyond) // 2
+            n, beyond = (middle, beyond) if self._source(middle) <= L else (n, middle)
         noise, spans = self.left_out(n)
         if spans >= self.sentinels:
             raise ValueError(f"{self}: sources of L={L} have {spans} spans; set sentinels to {spans + 1} or more.")

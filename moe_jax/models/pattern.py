@@ -1,5 +1,6 @@
 """The pattern of a stack: the parts of each layer, the repeated layers, and the paths of their parameters."""
 
+import functools
 import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -67,6 +68,7 @@ class PlacedSublayer(NamedTuple):
     norm: ParamPath
 
 
+@functools.cache  # asked for by every layer
 def sparse_layers(moe_layers: str, N: int) -> tuple[bool, ...]:
     """Tells for each of N layers whether it is sparse.
 

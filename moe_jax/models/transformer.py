@@ -77,7 +77,7 @@ class TransformerConfig:
 
     V: PositiveInt
     D: PositiveInt
-    N: Annotated[int, Range(1, 10_000)]
+    N: Annotated[int, Range(1, 4096)]
     attention: Any
     ffn: Any = GLU(F=1024, activation="gelu")
     moe: Any = None

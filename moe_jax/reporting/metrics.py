@@ -21,7 +21,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from moe_jax.files import write_file
+from moe_jax.files import parse_json, write_file
 
 FILE = "metrics.jsonl"
 PERCENTILES = "load_percentiles"  # a list per layer that is no distribution over experts
@@ -150,7 +150,7 @@ def read(workdir: str | Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not {"kind", "step"} <= set(record):
                 raise ValueError
             records.append(record)

@@ -170,7 +170,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("optim.optimizer=Adafactor(decay=-0.8)", "Adafactor(decay=-0.8) must be a number in (0, 1]"),
         ("model.moe.losses=Adaptive(Adaptive(LoadBalance()))", "wraps another loss, like Adaptive(LoadBalance(0.01))"),
         ("data.objective=Translation(source=TopK())", "is no tokenizer; use SentencePiece()"),
-        ("model.N=10_001", "config.model.N=10001 must be a whole number in [1, 10000]"),
+        ("model.N=1_000_000_000", "config.model.N=1000000000 must be a whole number in [1, 4096]"),
         ("mesh.data=2_147_483_648", "config.mesh.data=2147483648 must be a number of devices, or -1"),
         ("model.aux_over_layers=total", "aux_over_layers='total' is unknown; use one of 'mean', 'sum'"),
     ],
@@ -182,6 +182,38 @@ def test_a_wrong_value(override, words, tmp_path):
     assert words in error
     assert not workdir.exists()
     assert "--traceback" not in error, "our own error needs none"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("run.steps", "9" * 309, "config.run.steps=99999"),
+        ("run.steps", "9" * 5000, "must be a whole number in [1, 2**31)"),
+        ("run.steps", "-" * 5000 + "1", "must be a whole number in [1, 2**31)"),
+        ("optim.clip", "9" * 309, "must be a number in (0, inf) or None"),
+        (
+            "optim.optimizer.b1",
+            "0x" + "f" * 9000,
+            "config.optim.optimizer.b1='0xffff",
+        ),
+        ("model.moe.router", "TopK(K=" + "-" * 5000 + "1)", "is not a component"),
+        ("model.moe.router", "TopK(" * 99 + ")" * 99, "is not a component"),
+        ("model.moe.losses", "Adaptive(" * 20 + "RouterZ()" + ")" * 20, "wraps another loss"),
+        ("model.moe.losses", "[" * 190 + "]" * 190, "is not a component"),
+        ("model.moe_layers", "{1:" * 150 + "2" + "}" * 150, "is not a choice of layers"),
+        ("model.attention.position", "Rotary(scaling=" * 90 + "1" + ")" * 90, "config.model.attention.position"),
+        ("x" * 5000, "1", "config has no field 'xxxxx"),
+        (".".join("x" * 2000), "1", "config has no field 'x'"),
+        ("run.steps.K", "word " * 2000, "config.run.steps=1200 has no fields"),
+        ("data.source", "Folder(path='" + "a/" * 3000 + "')", "a/a/a/"),
+    ],
+    ids=map(str, range(15)),
+)
+def test_an_endless_value(path, text, words, tmp_path):
+    """Numbers of any length, any nesting: the same sentences, which repeat at most a hundred characters of it."""
+    error = call(f"--config.{path}={text}", GLAM, f"--workdir={tmp_path / 'run'}").error
+    assert words in error
+    assert not any(error[i : i + 101] in f"{path}={text}" for i in range(len(error) - 100))
 
 
 @pytest.mark.parametrize(
