@@ -325,7 +325,7 @@ def syntax(text: str) -> ast.expr | None:
         node = ast.parse(text.strip(), mode="eval").body if len(text) <= LONGEST else None
     except NOT_LITERAL:
         return None
-    level = [] if node is None else [node]
+    level: list[ast.AST] = [] if node is None else [node]
     for _ in range(DEEPEST):
         if any(_endless(part) for part in level):
             return None

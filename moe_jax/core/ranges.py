@@ -52,8 +52,9 @@ NonNegativeFloat = Annotated[float, Range(0, math.inf, "[)")]
 
 def check_ranges(component: Any) -> None:
     """ValueError where a field of a dataclass that has a range is no such number: what is given, what is allowed."""
-    for name, hint in ranged_fields(type(component)).items():
-        check_value(f"{type(component).__name__}({name}=#)", getattr(component, name), hint)
+    cls: Any = type(component)
+    for name, hint in ranged_fields(cls).items():
+        check_value(f"{cls.__name__}({name}=#)", getattr(component, name), hint)
 
 
 def check_value(field: str, value: Any, hint: Any) -> None:
