@@ -94,7 +94,8 @@ class DataConfig:
         are.
     L: tokens per sequence.
     B: sequences per step, of all devices together.
-    microbatches: a step goes through its batch in this many microbatches, one after another.
+    microbatches: a step goes through its batch in this many microbatches, one after another; auxiliary losses are their
+        means, weighted by tokens.
     objective: what is to be predicted, which says what a sequence is where it is not text.
     documents: at most so many training documents (or pairs) of the source, and a twentieth of it held out; None: all.
     """
@@ -189,6 +190,11 @@ class Experiment:
     def exchange(self) -> Any:
         """Exchange of the MoE layers, which names the mesh axes that experts are sharded over."""
         return getattr(self.model.moe, "exchange", AllToAll())
+
+    @property
+    def weighs_microbatches(self) -> bool:
+        """Tells whether a step weighs the auxiliary losses of its microbatches by their tokens."""
+        return self.data.microbatches > 1 and self.model.routed is not None and bool(self.model.routed.losses)
 
     @property
     def devices(self) -> int | None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from moe_jax import costs
 from moe_jax.config import Experiment, build, plain
-from moe_jax.files import parse_json
 from moe_jax.reporting.metrics import FILE, last, median_speed, read, wall_time
 from moe_jax.reporting.names import run_names
+from moe_jax.workdir import CONFIG, confirmed_config, read_config
 
-PARTS = ("config.json", FILE, "checkpoints")  # one of these makes a folder a run's
+PARTS = (CONFIG, FILE, "checkpoints")  # one of these makes a folder a run's
 NUMBERS = ("loss", "drop_rate", "load_max_over_mean", "tokens_per_second", "seconds")
 
 
@@ -144,13 +144,13 @@ def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def _open(name: str, path: Path) -> Run:
     """A run; ValueError says why it cannot be compared."""
-    config = path / "config.json"
-    if not config.is_file():
-        raise ValueError("it has no config.json")
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"it has no {CONFIG}")
     try:
-        values = dict(parse_json(config.read_bytes()))
-    except (ValueError, TypeError):
-        raise ValueError("its config.json is damaged") from None
+        read_config(path)
+    except ValueError:
+        raise ValueError(f"its {CONFIG} is damaged") from None
+    values = confirmed_config(path)
     try:
         exp = build(values)
     except ValueError as error:

@@ -12,6 +12,7 @@ from moe_jax.audit.dispatchers import dispatchers
 from moe_jax.audit.laws import law
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
 from moe_jax.audit.samples import sample
+from moe_jax.audit.slopes import gradients_are_slopes
 from moe_jax.config import Experiment
 
 D = 8  # width of a layer in its own trials
@@ -75,6 +76,7 @@ def routing_findings(exp: Experiment, small: Experiment) -> Iterator[Finding]:
     trials = max(20, min(200, TRIAL_TOKENS // (sizes["B"] * length)))
     yield Finding(law(2).name, "training", True, dispatchers(cfg, **sizes))
     yield Finding(law(3).name, "training", True, trainable(cfg, **sizes))
+    yield Finding(law(3).name, "gradients", True, gradients_are_slopes(cfg))
     modes = {"training": (cfg, True), "evaluation": (cfg, False)}
     if cfg.dropless() != cfg:
         modes["evaluation without a limit"] = (cfg.dropless(), False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moe_jax.audit import communication, dispatchers, meshes, routing, single_device
+from moe_jax.audit import communication, dispatchers, meshes, routing, single_device, slopes
 
 
 class Law(NamedTuple):
@@ -54,7 +54,7 @@ LAWS = (
         3,
         "Routers are trainable",
         "the task loss alone gives every router parameter a gradient.",
-        (routing.trainable,),
+        (routing.trainable, slopes.gradients_are_slopes),
         (
             ("model.moe.router", "a weight that is constant, as of `TopK(K=1)` with normalization, trains nothing"),
             ("model.moe.gating", "noise, temperature and dropout act on the logits"),

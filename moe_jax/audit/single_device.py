@@ -12,7 +12,9 @@ from moe_jax.audit.routing import ROUNDING, Verdict
 from moe_jax.audit.samples import fill_padding, is_padding, keep_rows, padding_mask
 from moe_jax.audit.shrink import rows_of_a_group
 from moe_jax.config import Experiment
+from moe_jax.core.stats import Stats
 from moe_jax.data import AnyBatch, Images
+from moe_jax.losses import is_additive
 
 
 def step_is_causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
@@ -46,20 +48,45 @@ def microbatches(
 ) -> dict[str, Verdict] | None:
     """Law 1: checks that a batch in microbatches is the same step as at once; None where this does not apply.
 
-    Auxiliary losses, which are means over microbatches, are left out, and so is noise, which is drawn for each one.
-    Routing groups are single sequences, since a microbatch groups sequences in another way.
+    Auxiliary losses that are no means over tokens are left out (`loss_of_parts` has them), and so is noise, which is
+    drawn for each microbatch. Routing groups are single sequences, since a microbatch groups sequences in another way.
     """
-    model = exp.model
+    model, left_out = exp.model, ()
     if model.routed is not None and not model.routed.traits.untrained:
         gating = tuple(t for t in model.moe.gating if not t.random)
-        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, losses=(), gating=gating, S=None))
-    if exp.data.microbatches == 1 or (model.routed is not None and (model.routed.random or model.routed.losses)):
+        left_out = tuple(loss for loss in model.moe.losses if not is_additive(loss))
+        losses = tuple(filter(is_additive, model.moe.losses))
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, losses=losses, gating=gating, S=None))
+    routed = model.routed
+    if exp.data.microbatches == 1 or (routed and (routed.random or not all(map(is_additive, routed.losses)))):
         return None
     several = dataclasses.replace(on_one_device(exp), model=model)
     at_once = dataclasses.replace(several, data=dataclasses.replace(exp.data, microbatches=1))
     state = state._replace(router=jax.device_get(model.init_router()))
-    one, many = (jax.device_get(Trial(e, devices[:1])(state, batch)) for e in (at_once, several))
-    return compare_with_one_device(one, many, state)
+    trials = [Trial(e, devices[:1]) for e in (at_once, several)]
+    one, many = (jax.device_get(trial(state, batch)) for trial in trials)
+    found = compare_with_one_device(one, many, state)
+    if left_out:
+        parts = [trials[0](state, keep_rows(batch, rows_B1)) for rows_B1 in microbatch_rows(exp)]
+        parts_stats = jax.device_get([trace.metrics.stats for trace in parts])
+        said = (loss_of_parts(loss, exp, one.metrics.stats, parts_stats) for loss in left_out)
+        found["auxiliary losses"] = Verdict(True, "by microbatch: " + ", ".join(said))
+    return found
+
+
+def microbatch_rows(exp: Experiment) -> list[np.ndarray]:
+    """Masks [B, 1] of the rows of each microbatch."""
+    A, row_B1 = exp.data.microbatches, np.arange(exp.data.B)[:, None]
+    return [row_B1 % A == i for i in range(A)]
+
+
+def loss_of_parts(loss: Any, exp: Experiment, whole: Stats, parts: list[Stats]) -> str:
+    """Says a loss as the mean over the parts of a batch by their tokens, which a step uses, and that of the batch."""
+    cfg, router_state = exp.model.moe, exp.model.init_router()
+    of_batch, *of_parts = (np.asarray(loss(s, router_state, cfg.router)) for s in (whole, *parts))
+    tokens_PN = np.array([s.tokens for s in parts])
+    mean_N = (tokens_PN * of_parts).sum(0) / np.maximum(tokens_PN.sum(0), 1)
+    return f"{type(loss).__name__} {mean_N.mean():.4g} for {of_batch.mean():.4g}"
 
 
 def padding(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:

@@ -128,7 +128,7 @@ class Translation:
 
             folder = directory / "pairs" / key[:16] / split
             cache.ensure(folder, make)
-            return ParallelText(folder, fitted)
+            return ParallelText(folder, fitted, None if self.source is None else of_source)
 
         with how.encoder(functools.partial(encode_pairs, of_source, fitted)) as encoded:
             return made("train"), made("held_out")
@@ -137,9 +137,9 @@ class Translation:
 class ParallelText:
     """A split of pairs, at random access; its files are checked when it is opened."""
 
-    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
+    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None):
         facts = cache.read_facts(folder)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.source_tokenizer = tokenizer, source_tokenizer
         self.domains: tuple[str, ...] = tuple(facts["domains"])
         self.fingerprint: str = facts["fingerprint"]
         self.bytes_per_token: float = facts["bytes"] / facts["targets"]

@@ -92,6 +92,7 @@ class TrainedSentencePiece:
     """The tokenizer in the bytes of a sentencepiece model."""
 
     def __init__(self, model: bytes):
+        self.proto = model
         self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.V: int = self.model.vocab_size()

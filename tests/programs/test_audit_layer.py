@@ -137,6 +137,10 @@ class Broken:
         weight_GSK = jnp.take_along_axis(probs_GSE, best_GSK, -1)
         if self.mistake == "renormalised":
             weight_GSK /= weight_GSK.sum(-1, keepdims=True)
+        if self.mistake == "denominator":
+            odds_GSE = jnp.exp(logits_GSE)
+            total_GS1 = jax.lax.stop_gradient(odds_GSE.sum(-1, keepdims=True))
+            weight_GSK = jnp.take_along_axis(odds_GSE, best_GSK, -1) / total_GS1
         if self.mistake == "next id":
             best_GSK = jnp.roll(ctx.token_GS, -1, axis=1)[..., None] % ctx.E
         if self.mistake == "length":
@@ -189,6 +193,17 @@ def test_leaks_are_caught(router, experts, training, through):
 def test_what_does_not_train_is_named(mistake, verdict):
     """Law 3: a parameter that is not used, and a weight that is constant."""
     assert audit.trainable(layer(Broken(mistake)), trials=4) == verdict
+
+
+@pytest.mark.law(3)
+def test_a_gradient_in_another_direction_is_found():
+    """Law 3: a weight whose denominator has no gradient trains every parameter, but not along the loss's slope."""
+    assert audit.trainable(layer(Broken("denominator")), trials=4).holds
+    verdict = audit.gradients_are_slopes(layer(Broken("denominator")))
+    assert not verdict.holds
+    assert re.search(r"from finite differences in 1[0-6] of 16 trials, where 3e-02 is rounding", verdict.detail)
+    assert audit.gradients_are_slopes(layer(Broken("none"))).holds
+    assert audit.gradients_are_slopes(layer(Random())) == (True, "no parameters")
 
 
 # ---- the page

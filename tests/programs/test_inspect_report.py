@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import cli
 from experiments import inspect as program
 from moe_jax import inspect as i
 from moe_jax.checkpoint import Checkpoints
@@ -236,6 +237,21 @@ def test_without_a_knock_out(run):
 def test_mistakes_are_one_line(run, flags, words):
     given = [flag.format(run=run / "run", dense=run / "dense") for flag in flags]
     assert words in call(*given, f"--data_dir={run / 'data'}").error
+
+
+@pytest.mark.parametrize("flags", [[], ["--report={run}/a.html"], ["--out={run}/figures/more"], ["--live"]])
+def test_where_nothing_can_be_written_it_is_said_first(run, flags, monkeypatch):
+    """Before anything is recorded, which takes minutes."""
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", read_only)
+    for late in ("inspected", "write_report"):
+        monkeypatch.setattr(program, late, lambda *_: pytest.fail("it has begun"))
+    given = [flag.format(run=run / "run") for flag in flags]
+    error = call(f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", *given).error
+    assert re.match(r"Nothing can be written to \S+ \(Read-only file system\); (give --report|copy the run)", error)
 
 
 # ---------------------------------------------------------------- a run in progress
