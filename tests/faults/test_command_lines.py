@@ -64,7 +64,7 @@ def nothing_runs(monkeypatch, tmp_path):
 
 
 def wrong_with(argv: list[str], outcome: Outcome) -> str:
-    """What is wrong with the outcome of a command line; "" where nothing is."""
+    """Describes what is wrong with the outcome of a command line; "" where nothing is."""
     if outcome.code == 0:
         return ""
     lines = outcome.err.splitlines()
