@@ -39,6 +39,7 @@ from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 from moe_jax.words import meant, meant_field
+from moe_jax.xla import check_options
 
 LAYERS = (ATTENTION, POSITIONS, SCALINGS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
@@ -132,8 +133,10 @@ class RunConfig:
     watts: float | None = None
     pue: float = 1.1
     carbon: float = 0.429
+    xla: str = ""
 
     def __post_init__(self):
+        check_options(self.xla)
         if not (0 <= (self.watts or 0) < math.inf and 0 <= self.carbon < math.inf):
             raise ValueError(f"watts={self.watts} and carbon={self.carbon} must be numbers that are not negative.")
         if not 1 <= self.pue < math.inf:
