@@ -24,6 +24,7 @@ class Random:
 
     K: int = 2
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = True
     grouped: ClassVar[bool] = True
 
@@ -52,6 +53,7 @@ class RoundRobin:
 
     K: int = 2
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
     grouped: ClassVar[bool] = True
 

@@ -24,6 +24,7 @@ class CosineTopK:
     A: int = 8
     normalize: bool = False
     params: ClassVar = ("project_DA", "embed_AE", "scale_")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):

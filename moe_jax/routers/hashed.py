@@ -20,6 +20,7 @@ class Hash:
     K: int = 1
     seed: int = 0  # of the hash
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     needs: ClassVar = ("token",)
     random: ClassVar[bool] = False
 

@@ -34,6 +34,7 @@ class LossFree:
     limit: int = 1
     best: int = 2
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("bias_E",)
     random: ClassVar[bool] = False
 

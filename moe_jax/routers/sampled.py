@@ -22,6 +22,7 @@ class Sampled:
     temperature: float = 1.0
     normalize: bool = True
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -27,6 +27,7 @@ class Sinkhorn:
     K: int = 1
     iterations: int = 8  # of Sinkhorn's algorithm
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("potential_E",)
     random: ClassVar[bool] = True
     causal: ClassVar[bool] = False

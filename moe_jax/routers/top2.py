@@ -25,6 +25,7 @@ class Top2:
     threshold: float = 0.5
     K: ClassVar[int] = 2
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.second not in ("random", "always"):

@@ -23,6 +23,7 @@ class TopP:
     p: float = 0.4
     K: int = 4
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):
