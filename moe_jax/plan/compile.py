@@ -20,6 +20,7 @@ from moe_jax.core.traffic import Collective
 from moe_jax.costs.chips import by_device_kind
 from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
 from moe_jax.plan.schedule import Schedule
+from moe_jax.plan.topology import topology as parse_topology
 
 # Read by libtpu when it is loaded: no lock between processes, no queries to a cloud's metadata server.
 ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -71,13 +72,25 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
     if not jax.config.jax_platforms:  # type: ignore[attr-defined] # with libtpu, JAX would look for a TPU here
         jax.config.update("jax_platforms", "cpu")
     many, _, name = topology.rpartition("*")
-    given: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-    given |= {"num_slices": int(many)} if many else {}
+    given = slice_options(name) | ({"num_slices": int(many)} if many else {})
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **given)
     except Exception as error:
         raise ValueError(f"libtpu knows no slice {topology!r}: {first_line(error)}") from None
     return tuple(found.devices)
+
+
+def slice_options(name: str) -> dict[str, Any]:
+    """Options of libtpu for one slice, `v5p:4x4x4`: two cores of a v4 are one device, and sides close that do.
+
+    libtpu takes a 3D slice to be open unless told so; 2D slices close as they are sold.
+    """
+    found: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    try:
+        on = parse_topology(name)
+    except ValueError:  # libtpu may know others
+        return found
+    return found | ({"wrap": on.closed} if len(on.shape) == 3 and all(on.closed) else {})
 
 
 def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
