@@ -5,6 +5,7 @@ weights on TPU, is dense: E times the work (rows of other experts masked), and o
 kernels of this package replace these.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.kernels import ragged_gpu, ragged_tpu
+from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_tpu
 from moe_jax.core.kernels.triton import on_gpu
 from moe_jax.core.rows import RowMap, gather_grad
 
@@ -49,6 +50,21 @@ def _sent_bwd(residuals, g_RO):
 
 sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def used_rows(f: Callable, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> Float[Array, "R F"]:
+    """f of the rows of arrays, number by number; results for rows past `used` are unspecified."""
+    return _elementwise(lambda *xs: (f(*xs),), 1, used, *xs_RF)[0]
+
+
+def _used_bwd(f, residuals, g_RF):
+    used, *xs_RF = residuals
+    pull = lambda *xs: jax.vjp(f, *xs[:-1])[1](xs[-1])  # noqa: E731
+    return None, *_elementwise(pull, len(xs_RF), used, *xs_RF, g_RF)
+
+
+used_rows.defvjp(lambda f, *args: (used_rows(f, *args), args), _used_bwd)
+
 # ---------------------------------------------------------------- by platform; under vmap one after another
 
 
@@ -79,3 +95,14 @@ def _fetching_matmul(x_TI, w_EIO, sizes_E, token_R):
 @sequential_vmap
 def _fetching_outer(x_TI, g_RO, sizes_E, token_R):
     return ragged_gpu.outer(x_TI, g_RO, sizes_E, token_R)
+
+
+def _elementwise(f: Callable, results: int, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> tuple[Array, ...]:
+    """f, which returns a tuple, on the used rows: all of them but on a TPU."""
+
+    @sequential_vmap
+    def run(used, *xs_RF):
+        kernel = partial(rows_tpu.used_rows, f, results=results)
+        return lax.platform_dependent(used, *xs_RF, tpu=kernel, default=lambda _, *xs: tuple(f(*xs)))
+
+    return run(used, *xs_RF)
