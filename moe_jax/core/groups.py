@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.by_expert import by_expert
 from moe_jax.core.kernels.triton import supported
-from moe_jax.core.ragged import ragged_matmul, sent_matmul, used_rows
+from moe_jax.core.ragged import map_rows, ragged_matmul, sent_matmul
 from moe_jax.core.rows import LazyRows, materialize
 
 
@@ -103,7 +103,7 @@ class Ragged:
 
     def elementwise(self, f: Callable, *xs: Float[Array, "R F"]) -> Float[Array, "R F"]:
         """f of the rows of experts; on a TPU others are not computed."""
-        return used_rows(f, self.sizes_E.sum(), *xs)
+        return map_rows(f, self.sizes_E.sum(), *xs)
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
         """Runs grouped matmuls, or one expert after another on a CPU, whose grouped matmul does E times the work."""

@@ -52,7 +52,7 @@ sent_matmul.defvjp(lambda *args: (sent_matmul(*args), args), _sent_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def used_rows(f: Callable, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> Float[Array, "R F"]:
+def map_rows(f: Callable, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> Float[Array, "R F"]:
     """f of the rows of arrays, number by number; results for rows past `used` are unspecified."""
     return _elementwise(lambda *xs: (f(*xs),), 1, used, *xs_RF)[0]
 
@@ -63,7 +63,7 @@ def _used_bwd(f, residuals, g_RF):
     return None, *_elementwise(pull, len(xs_RF), used, *xs_RF, g_RF)
 
 
-used_rows.defvjp(lambda f, *args: (used_rows(f, *args), args), _used_bwd)
+map_rows.defvjp(lambda f, *args: (map_rows(f, *args), args), _used_bwd)
 
 # ---------------------------------------------------------------- by platform; under vmap one after another
 
@@ -102,7 +102,7 @@ def _elementwise(f: Callable, results: int, used: Int[Array, ""], *xs_RF: Float[
 
     @sequential_vmap
     def run(used, *xs_RF):
-        kernel = partial(rows_tpu.used_rows, f, results=results)
+        kernel = partial(rows_tpu.elementwise, f, results=results)
         return lax.platform_dependent(used, *xs_RF, tpu=kernel, default=lambda _, *xs: tuple(f(*xs)))
 
     return run(used, *xs_RF)

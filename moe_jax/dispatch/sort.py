@@ -2,7 +2,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core import rows

@@ -18,7 +18,9 @@ from moe_jax.audit.hlo import collectives
 from moe_jax.config import Experiment
 from moe_jax.core.traffic import Collective
 from moe_jax.costs.chips import by_device_kind
+from moe_jax.plan.kernels import Fills, Kernels, kernels, odd_fills
 from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
+from moe_jax.plan.roofline import used_fraction
 from moe_jax.plan.schedule import Schedule
 from moe_jax.plan.topology import topology as parse_topology
 
@@ -50,6 +52,22 @@ class Compiled(NamedTuple):
     lower_seconds: float  # to trace
     compile_seconds: float
     host_bytes: int  # peak memory of this process
+    kernels: tuple[Kernels, ...] = ()  # without an estimate: not in optimal_seconds
+    fills: Fills | None = None  # of memory, whose estimate is odd: in optimal_seconds
+
+    @property
+    def scheduled(self) -> float | None:
+        """Seconds of compute and memory: the compiler's estimate of its schedule, and ours of its kernels."""
+        if self.optimal_seconds is None:
+            return None
+        return self.optimal_seconds + sum(k.seconds for k in self.kernels)
+
+    @property
+    def without_fills(self) -> float | None:
+        """`scheduled`, with oddly priced fills at the memory's bandwidth instead."""
+        if self.scheduled is None or self.fills is None:
+            return None
+        return self.scheduled - self.fills.seconds + self.fills.at_bandwidth
 
 
 def available() -> str | None:
@@ -107,11 +125,13 @@ def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | No
         made = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
         return refused(error, topology, lowering, time.monotonic() - began)
-    return read_report(made, program.mesh, lowering, time.monotonic() - began)
+    return read_report(made, program.mesh, lowering, time.monotonic() - began, used_fraction(exp))
 
 
-def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
-    """Reads the report of a compiled step."""
+def read_report(
+    made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float, used: float = 1.0
+) -> Compiled:
+    """Reads the report of a compiled step; used: fraction of the rows of MoE layers that hold a token."""
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()
     schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), by_device_kind(kind)
@@ -133,6 +153,8 @@ def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: fl
         lower_seconds=lowering,
         compile_seconds=compiling,
         host_bytes=host_bytes(),
+        kernels=tuple(kernels(schedule, known, used)) if known else (),
+        fills=odd_fills(schedule, known, clock) if known and clock else None,
     )
 
 

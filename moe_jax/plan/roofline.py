@@ -231,6 +231,14 @@ def across(c: Collective, wire: float, on: Topology, inside: int) -> float:
     return wire * part * on.chip.devices / (1 if c.op.endswith("all-to-all") else inside)
 
 
+def used_fraction(exp: Experiment) -> float:
+    """Fraction of the rows of MoE layers that hold a token where loads are balanced: the rest is room."""
+    moe, X = exp.model.routed, math.prod(dict(exp.mesh)[axis] for axis in exp.exchange.over)
+    if moe is None or X == 1 or not isinstance(moe.exchange, RaggedAllToAll):
+        return 1.0
+    return min(1.0, float(1 / moe.exchange.relative_room(X, moe.E, moe.distinct)))
+
+
 def expected(c: Collective, exchange: Any, E: int, distinct: int = 1) -> float:
     """Fraction of the reserved bytes that travel: a ragged exchange reserves far more than balanced rows.
 

@@ -278,7 +278,7 @@ def test_elementwise_functions_of_used_rows(monkeypatch):
     rows, width = 40, 6
     x, y = (normal(i, rows, width).astype(jnp.bfloat16) for i in (0, 1))
     both = lambda x, y: (x * y, jnp.tanh(x) + y)  # noqa: E731
-    run = jax.jit(functools.partial(rows_tpu.used_rows, both, results=2, interpret=True))
+    run = jax.jit(functools.partial(rows_tpu.elementwise, both, results=2, interpret=True))
     for used in (0, 1, 16, 17, 40):
         kept = (np.arange(rows) < used)[:, None]
         product, total = (np.asarray(a, np.float32) for a in run(used, *(jnp.where(kept, a, jnp.nan) for a in (x, y))))

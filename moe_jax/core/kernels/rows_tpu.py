@@ -13,13 +13,13 @@ from moe_jax.core.kernels.triton import varying_axes
 ROWS, LANES = 512, 512  # of a tile
 
 
-def used_rows(
+def elementwise(
     f: Callable, used: Int[Array, ""], *xs: Float[Array, "R F"], results: int = 1, interpret: bool = False
 ) -> tuple[Float[Array, "R F"], ...]:
     """f of the first `used` rows, number by number in float32; other rows are unspecified. A Pallas TPU kernel.
 
-    f takes len(xs) arrays and returns a tuple of `results`. Tiles without a used row are neither read nor written: their
-    blocks are the last used one's, which stays where it is.
+    f takes len(xs) arrays and returns a tuple of `results`. Tiles without a used row are neither read nor
+    written: their block is that of the last used one, which stays where it is.
     """
     (R, F), n = xs[0].shape, len(xs)
     rows, lanes = min(ROWS, R), next((t for t in (LANES, 256, 128) if F % t == 0), F)
