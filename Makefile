@@ -10,7 +10,7 @@ export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test notebooks matrix tpu gpu lint format clean
+.PHONY: setup train test notebooks matrix museum mutations tpu gpu lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -22,6 +22,13 @@ test: setup
 
 matrix: setup
 	$(RUN) -m pytest -n 2 --dist loadgroup -m matrix
+
+# Bugs of other codebases, and bugs of our own, planted one by one: each must be caught.
+museum: setup
+	$(RUN) -m tests.museum
+
+mutations: setup
+	$(RUN) -m tests.mutations
 
 # Compiles for slices of TPU pods: no TPU is needed, but its compiler, which gets an environment of its own.
 tpu:

@@ -78,7 +78,7 @@ def certified(
     table: pathlib.Path | None = None,
 ) -> int:
     """Measures a run and writes its certificate; 1 where a statistic is above its limit."""
-    exp, (held_out, batches) = run.exp, examples(run.exp, DATA_DIR.value, WINDOWS.value)
+    exp, (held_out, batches) = run.exp, examples(run, DATA_DIR.value, WINDOWS.value)
     seen = trace_layers(exp.model, run.params, batches, run.router)
     effects = knock_out(exp.model, run.params, batches, run.router, domains=len(held_out.domains))
     found = statistics(seen, effects, between_domains(columns_of_trace(seen), seen.domain_T, seen.sequence_T))

@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +23,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.launch import join, pulse
+from experiments.launch.interruption import Interrupted
+from experiments.launch.supervisor import MISTAKE
 from moe_jax.config import SECTIONS, Experiment, build, typed
-from moe_jax.files import write_file
+from moe_jax.files import is_disk_full, write_file
 from moe_jax.overrides import known_fields, override
 from moe_jax.reporting.metrics import to_json
 from moe_jax.train import TrainingDiverged
@@ -37,6 +40,7 @@ flags.disclaim_key_flags()  # a flag that is defined by a function here is the c
 PROCESSES = ("coordinator", "processes", "process", "peer_timeout", "heartbeat")
 PREFIX = "config."
 OVERRIDE = re.compile(r"--?config\.")
+MOST_DEVICES = 4096  # simulated by a process
 HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 EXAMPLES = (
     "model.moe.router.K=4",
@@ -45,6 +49,7 @@ EXAMPLES = (
     "optim.schedule.peak=0.001",
     'model.moe.experts="GLU(F=256)"',
 )
+TRY_AGAIN = 75  # exit code of a disk without room, EX_TEMPFAIL of sysexits.h: the same command may succeed later
 ROOT = pathlib.Path(__file__).parents[1]  # where the packages are: the repository, or site-packages
 OWN = tuple(str(ROOT / package) for package in ("moe_jax", "experiments"))
 STDOUT: contextvars.ContextVar[TextIO] = contextvars.ContextVar("STDOUT")  # for JSON, where text goes to stderr
@@ -65,22 +70,24 @@ def run(main: Callable[..., None]) -> None:
             pulse.beat(pathlib.Path(beat))
         with stdout_for_json():
             main(*words)
-    except KeyboardInterrupt:
-        print("\nInterrupted; without --overwrite, the same command goes on from here.", file=sys.stderr)
-        if join.connected():
-            join.abandon(130)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'Interrupted.'}", file=sys.stderr)
+        code = interrupt.code if isinstance(interrupt, Interrupted) else 130
+        if join.connected() and not (isinstance(interrupt, Interrupted) and interrupt.together):
+            join.abandon(code)
+        sys.exit(code)
     except (ValueError, OSError, TrainingDiverged, flags.Error) as error:
         if "--traceback" in sys.argv and not join.connected():
             raise
         if "--traceback" in sys.argv:
             traceback.print_exc()
         line = f"error: {one_line(error)}{where(error)}"
+        code = TRY_AGAIN if is_disk_full(error) else MISTAKE
         if join.connected():
-            join.leave(line)
+            join.leave(line, code)
         if parsed or not (given("process") or join.tpu_place().process):  # the others have the same flags
             print(line, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
     except Exception:
         if join.connected():
             traceback.print_exc()
@@ -173,6 +180,8 @@ def simulate(exp: Experiment) -> None:
                 "change config.mesh, or the number of processes."
             )
         devices = exp.devices // processes
+    if devices and devices > MOST_DEVICES:
+        raise ValueError(f"{devices:,} simulated devices are too many for one process; take {MOST_DEVICES:,} at most.")
     if devices and devices != jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
         jax.config.update("jax_num_cpu_devices", devices)
 
@@ -184,6 +193,16 @@ def folder(flag: str, value: str) -> pathlib.Path:
     if pathlib.Path(value).exists() and not pathlib.Path(value).is_dir():
         raise ValueError(f"--{flag}={value} is a file; give a folder.")
     return pathlib.Path(value)
+
+
+def check_writable(folder: pathlib.Path, otherwise: str) -> None:
+    """Makes a folder; ValueError where no file can be made in it, before anything is computed for one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"Nothing can be written to {folder} ({error.strerror}); {otherwise}.") from error
 
 
 def checkpoint(flag: str, value: str) -> RunCheckpoint:

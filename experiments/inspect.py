@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.live import Live
 
 from experiments import cli
-from moe_jax.config import Experiment
 from moe_jax.costs.headline import headline
 from moe_jax.files import write_file
 from moe_jax.inspect import live, report
@@ -34,6 +33,7 @@ from moe_jax.inspect.recording import Recording, joined
 from moe_jax.inspect.run import TrainedRun, examples, experiment, open_run
 from moe_jax.reporting.metrics import to_json
 from moe_jax.reporting.report import write_report
+from moe_jax.workdir import CONFIG
 
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
@@ -64,18 +64,17 @@ def main() -> None:
     if WINDOWS.value < 1:
         raise ValueError(f"--windows={WINDOWS.value} must be at least 1.")
     page, table = cli.file("report", REPORT.value), cli.file("json", JSON.value)
-    drawn = cli.folder("out", OUT.value) if OUT.value else None
+    drawn, own = cli.folder("out", OUT.value) if OUT.value else None, workdir / "inspect"
     cli.simulate(experiment(workdir))
     run, others = open_run(workdir, STEP.value), [(name, opened(name)) for name in COMPARE.value]
+    for place in [*([own] if page is None or table is None else []), *([drawn] if drawn else [])]:
+        cli.check_writable(place, "give --report=FILE, --json=FILE and --out=FOLDER elsewhere")
     found, cards = inspected(run, others)
-    if page is None or table is None:
-        (workdir / "inspect").mkdir(exist_ok=True)
     name = f"{workdir.resolve().name}, step {run.step:,}"
-    cli.write_json(table or workdir / "inspect" / "report.json", to_json(found, DIGITS))
+    cli.write_json(table or own / "report.json", to_json(found, DIGITS))
     html = report.inspection_page(name, found, run.exp.to_json(), cards)
-    say(f"written: {write_file(page or workdir / 'inspect' / 'report.html', html)}")
+    say(f"written: {write_file(page or own / 'report.html', html)}")
     if drawn is not None:
-        drawn.mkdir(parents=True, exist_ok=True)
         for title, plot in report.named_figures(found).items():
             plot.save(drawn / f"{title}.{KIND.value}")
         say(f"figures: {drawn}")
@@ -93,7 +92,7 @@ def inspected(run: TrainedRun, others: list[tuple[str, TrainedRun]]) -> tuple[di
     """All that is found of a run beside others, and the cards of a few experts."""
     exp = run.exp
     check_recordable(exp, STACK.value)
-    split, batches = examples(exp, DATA_DIR.value, WINDOWS.value)
+    split, batches = examples(run, DATA_DIR.value, WINDOWS.value)
     decode = None if not hasattr(split, "tokenizer") else lambda token: words(split.tokenizer, token)
     say("recording")
     rec = recorded(run, batches, split.domains)
@@ -112,7 +111,7 @@ def inspected(run: TrainedRun, others: list[tuple[str, TrainedRun]]) -> tuple[di
             cards = cards_of(run, batches, effects, split.domains, decode)
     for name, other in others:
         say(f"recording {name}")
-        found["compare"].append(beside(name, other, rec, exp, batches, split.domains))
+        found["compare"].append(beside(name, other, rec, run, batches, split.domains))
     return found, cards
 
 
@@ -129,14 +128,10 @@ def described(run: TrainedRun, rec: Recording, decode: Any) -> dict[str, Any]:
 
 
 def beside(
-    name: str, other: TrainedRun, rec: Recording, exp: Experiment, batches: list[Any], domains: tuple[str, ...]
+    name: str, other: TrainedRun, rec: Recording, run: TrainedRun, batches: list[Any], domains: tuple[str, ...]
 ) -> dict[str, Any]:
     """Another run on the same data; ValueError where it takes other data."""
-    if (other.exp.data.tokenizer, other.exp.data.L, other.exp.data.objective) != (
-        exp.data.tokenizer,
-        exp.data.L,
-        exp.data.objective,
-    ):
+    if not same_tokens(other, run):
         raise ValueError(
             f"--compare={name}: it reads other tokens, or sequences of another length; compare runs that agree."
         )
@@ -147,6 +142,13 @@ def beside(
     with suppress(ValueError):  # other layers, or other experts
         found["same"] = compare_recordings(rec, its)
     return found
+
+
+def same_tokens(one: TrainedRun, other: TrainedRun) -> bool:
+    """Tells whether two runs read the same tokens in sequences of one length; a tokenizer is trained on its text."""
+    configs = [(run.exp.data.tokenizer, run.exp.data.L, run.exp.data.objective) for run in (one, other)]
+    digests = [{name: digest for name, digest in run.data.items() if "tokenizer" in name} for run in (one, other)]
+    return configs[0] == configs[1] and (not all(digests) or digests[0] == digests[1])
 
 
 def cards_of(run: TrainedRun, batches: list[Any], effects: Effects, domains: tuple[str, ...], decode: Any) -> list[str]:
@@ -174,8 +176,8 @@ def words(tokenizer: Any, token: int) -> str:
 
 def watch(workdir: pathlib.Path) -> None:
     """Shows a run until it ends, or somebody has seen enough."""
-    saved = workdir / "config.json"
-    exp = Experiment.from_json(saved.read_text()) if saved.is_file() else None
+    exp = experiment(workdir) if (workdir / CONFIG).is_file() else None
+    cli.check_writable(workdir, "copy the run to a place where live.html can be written")
     config, total = (exp.to_json(), exp.run.steps) if exp else ("", None)
     about = headline(exp) if exp else {}
     say(f"also as a page: {workdir / 'live.html'}")

@@ -8,16 +8,19 @@ step: all that have the same place and shape in the model, on any mesh. Optimize
 parameters were taken is said, and recorded in the first record of the log and in the checkpoints; to continue the run,
 the other one is not needed any more.
 
-In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, report.html. For several processes see
-experiments/launch.
+In the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, report.html. Ctrl-C and SIGTERM end it after the
+step and its checkpoint; a second one ends it at once. For several processes see experiments/launch.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,32 +29,39 @@ from absl import flags
 
 from experiments import cli
 from experiments.launch import join
+from experiments.launch.interruption import Interrupted, Interruption
 from moe_jax import transfer
-from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import Experiment, check_version
+from moe_jax.checkpoint import Checkpoints, check_path
+from moe_jax.config import Experiment
+from moe_jax.continuation import Change, check_config
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
+from moe_jax.costs.fit import check_fits, device_memory
 from moe_jax.costs.headline import headline, mesh_words
-from moe_jax.data import default_directory
+from moe_jax.data.identity import TOKENIZERS, kept_file
 from moe_jax.files import write_file
-from moe_jax.reporting.metrics import FILE, Logger, read, summary_table
+from moe_jax.lock import FILE as LOCK
+from moe_jax.lock import WorkdirLock
+from moe_jax.reporting.metrics import FILE, KEPT, Logger, read, summary_table
 from moe_jax.reporting.report import write_report
-from moe_jax.train import TrainingDiverged, train
+from moe_jax.room import room_told
+from moe_jax.train import TrainingDiverged, prepare_data, train
+from moe_jax.workdir import CONFIG, checked_config
 
 cli.define_config()
 cli.define_processes()
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
+FORCE = flags.DEFINE_bool("force", False, "Try a model that cannot fit into the devices' memory, by arithmetic.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
 COMPARE = cli.compare()
 INIT_FROM = flags.DEFINE_string("init_from", None, "RUN or RUN@STEP whose parameters a new run begins with.")
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
-FILES = (*BEGUN, "tensorboard", "report.html", PROCESSES, "config.json")
-# Between a run and its continuation: how long, and where it is computed.
-MAY_CHANGE = ("run", "mesh", "model.remat", "model.moe.exchange", "optim.zero1")
+TOKENIZER_FILES = [kept_file(pathlib.Path(), name).name for name in TOKENIZERS]
+FILES = (*BEGUN, KEPT, "tensorboard", "report.html", PROCESSES, *TOKENIZER_FILES, CONFIG)  # or patterns of their names
 
 
 def main() -> None:
@@ -67,6 +77,8 @@ def main() -> None:
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
     others = compared(COMPARE.value)
     exp = on_devices(exp)
+    if not FORCE.value:
+        check_fits(exp, dict(exp.mesh), device_memory())
     source = cli.checkpoint("init_from", INIT_FROM.value) if INIT_FROM.value else None
     run(exp, workdir, data_dir, others, OVERWRITE.value, source)
 
@@ -87,37 +99,90 @@ def run(
 ) -> None:
     """Trains, logging into the workdir, and ends with a table and a report; goes on with what is there.
 
-    TrainingDiverged of `train`, after the report.
+    TrainingDiverged of `train`, after the report; Interrupted by a signal, after the step and its checkpoint.
+    ValueError where another process trains there.
     """
     if init_from is not None:
         check_source(exp, workdir, overwrite, init_from)
     join.agree("config", exp.to_json())
-    if jax.process_index() == 0:
-        claim(workdir, exp, overwrite)
-        if jax.process_count() > 1:  # the others find it made, where they see the same disk
-            exp.data.prepare(data_dir or default_directory())
-    join.meet("claimed")
-    say(describe(exp))
-    records = train(exp, workdir, data_dir, init_from)
-    first = next(records)
-    join.agree("data", first["data"])
-    if first["step"] == 0 and "origin" in first:
-        say(transfer.describe_origin(first["origin"]))
-    say(f"data {first['data'][:16]}, beginning at step {first['step']} of {exp.run.steps}")
-    diverged: TrainingDiverged | None = None
-    with Logger(workdir, exp.run.steps, first["step"] or None) as log:
-        log.write(first | cli.told())
+    again = partial(goes_on, workdir, overwrite)
+    room = room_told(workdir / "checkpoints")
+    with room, held(workdir, exp, overwrite) as lock, Interruption(again) as interruption:
+        before = claim(workdir, exp, overwrite) if lock else None
+        if lock and jax.process_count() > 1:  # the others find it made, where they see the same disk
+            prepare_data(exp, workdir, data_dir)
+        join.meet("claimed")
+        say(describe(exp))
+        records = train(exp, workdir, data_dir, init_from, interruption, lock)
         try:
-            for record in records:
-                log.write(record)
-        except TrainingDiverged as error:
-            diverged = error
+            first = next(records)
+        except ValueError:
+            if before is not None:  # the run that is there is another
+                write_file(workdir / CONFIG, before)
+            raise
+        join.agree("data", json.dumps([first.get(name) for name in ("data", "held_out", *TOKENIZERS)]))
+        for line in beginning(first, exp.run.steps):
+            say(line)
+        last, diverged = logged(records, first, workdir, exp.run.steps)
+    if last["kind"] == "interrupted":
+        number = interruption.heard or signal.SIGTERM  # which another process has got
+        where = f"{signal.Signals(number).name} at step {last['step']} of {exp.run.steps}"
+        raise Interrupted(number, f"{where}, which is saved; {again()}", together=True)
     if jax.process_index() == 0:
         rich.console.Console(stderr=True).print(summary_table(read(workdir)))
         path = write_report(workdir, exp.to_json(), others, about=headline(exp), steps=exp.run.steps)
         say(f"report: {path}")
     if diverged is not None:
         raise diverged
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path, exp: Experiment, overwrite: bool) -> Iterator[WorkdirLock | None]:
+    """The lock on the workdir, for process 0; ValueError where it cannot be this experiment's."""
+    if jax.process_index() != 0:
+        yield None
+        return
+    check_claim(workdir, exp, overwrite)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(WorkdirLock(workdir))
+        except OSError as error:
+            raise not_writable(workdir, error) from error
+        yield lock
+
+
+def logged(
+    records: Iterator[dict[str, Any]], first: dict[str, Any], workdir: pathlib.Path, steps: int
+) -> tuple[dict[str, Any], TrainingDiverged | None]:
+    """Writes all records to the log; returns the last one, and the error of a run that diverged."""
+    last = first
+    with Logger(workdir, steps, first["step"] or None) as log:
+        log.write(first | cli.told())
+        try:
+            for last in records:
+                log.write(last)
+        except TrainingDiverged as error:
+            return last, error
+    return last, None
+
+
+def beginning(first: dict[str, Any], steps: int) -> Iterator[str]:
+    """Lines about a run's first record, for the terminal."""
+    if first["step"] == 0 and "origin" in first:
+        yield transfer.describe_origin(first["origin"])
+    yield f"data {first['data'][:16]}, beginning at step {first['step']} of {steps}"
+    if "log" in first:
+        yield f"warning: {first['log']}"
+    changed = [str(Change(path, *values)) for path, values in first.get("changed", {}).items()]
+    if changed:
+        yield f"changed: {'; '.join(changed)}"
+
+
+def goes_on(workdir: pathlib.Path, overwrite: bool) -> str:
+    """Says from which step the same command goes on after an interruption, by what is whole on disk."""
+    steps = Checkpoints(workdir / "checkpoints").steps()
+    command = "without --overwrite, the same command" if overwrite else "the same command"
+    return f"{command} goes on from step {steps[-1]}" if steps else "no step has been saved: it begins anew"
 
 
 def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_from: transfer.RunCheckpoint) -> None:
@@ -132,59 +197,57 @@ def check_source(exp: Experiment, workdir: pathlib.Path, overwrite: bool, init_f
         transfer.check_fit(exp, init_from)
 
 
-def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
-    """Makes the workdir this experiment's; ValueError if it is another's.
-
-    A run may go on for longer, or on another mesh, with another exchange.
-    """
-    saved = workdir / "config.json"
-    if overwrite and saved.is_file():
-        for name in FILES:  # config.json last: it says that all this is a run's
-            path = workdir / name
-            if name == PROCESSES and cli.supervised():  # which writes there at this moment
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif saved.is_file():
-        begun = any((workdir / name).exists() for name in BEGUN)
-        if begun:
-            check_version(saved_config(saved))
-        if begun and (changed := differences(saved_config(saved), json.loads(exp.to_json()))):
-            raise ValueError(
-                f"{workdir} holds another run ({'; '.join(changed[:3])}); choose another --workdir, "
-                "or delete that run with --overwrite."
-            )
-    elif workdir.is_dir() and (others := sorted({path.name for path in workdir.iterdir()} - {PROCESSES})):
+def check_claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> None:
+    """ValueError where a workdir is another experiment's, or holds files that are not a run's. Writes nothing."""
+    check_path(workdir)
+    if (workdir / CONFIG).is_file():
+        if not overwrite and any((workdir / name).exists() for name in BEGUN):
+            check_config(checked_config(workdir), exp, workdir)
+    elif workdir.is_dir() and (others := sorted({path.name for path in workdir.iterdir()} - {PROCESSES, LOCK})):
         raise ValueError(
             f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); choose an empty or a new --workdir."
         )
+
+
+def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> str | None:
+    """Makes the workdir this experiment's, and returns the config of the run that goes on, None of a new one.
+
+    ValueError if it is another's: a run may change as `continuation` says.
+    """
+    check_claim(workdir, exp, overwrite)
+    saved = workdir / CONFIG
+    before = saved.read_text() if saved.is_file() and not overwrite else None
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if overwrite and saved.is_file():
+            delete_run(workdir)
         write_file(saved, exp.to_json())
     except OSError as error:
-        raise ValueError(
-            f"Nothing can be written to {workdir} ({error.strerror}); choose another --workdir."
-        ) from error
+        raise not_writable(workdir, error) from error
+    return before
 
 
-def saved_config(path: pathlib.Path) -> dict[str, Any]:
-    """Values of a run's config.json."""
-    try:
-        if isinstance(saved := json.loads(path.read_bytes()), dict):
-            return saved
-        raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"{path} is damaged, so that this run cannot be told from another; restore it "
-            "(--print_config shows what is in it), or begin anew with --overwrite."
-        ) from None
+def delete_run(workdir: pathlib.Path) -> None:
+    """Deletes the run in a workdir, and no file of anybody else's."""
+    for name in FILES:  # config.json last: it says that all this is a run's
+        if name == PROCESSES and cli.supervised():  # which writes there at this moment
+            continue
+        for path in workdir.glob(name) if "*" in name else [workdir / name]:
+            delete(path)
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lists values that differ and may not differ in a continuation."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        paths = {k: f"{path}.{k}".strip(".") for k in {**old, **new}}
-        return [d for k, p in paths.items() if p not in MAY_CHANGE for d in differences(old.get(k), new.get(k), p)]
-    return [] if old == new else [f"{path or 'config'} was {old!r}, is {new!r}"]
+def delete(path: pathlib.Path) -> None:
+    """Deletes a file or a folder; a symbolic link stays, and what it leads to is emptied."""
+    target = path.resolve()
+    if not target.is_dir():
+        target.unlink(missing_ok=True)
+        return
+    shutil.rmtree(target)
+    if path.is_symlink():
+        target.mkdir()
+
+
+def not_writable(workdir: pathlib.Path, error: OSError) -> ValueError:
+    return ValueError(f"Nothing can be written to {workdir} ({error.strerror}); choose another --workdir.")
 
 
 def compared(workdirs: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ from moe_jax.experts import EXPERTS
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import MODELS, LMConfig, Model
+from moe_jax.models.pattern import layer_counts
 from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
@@ -77,7 +78,8 @@ class DataConfig:
         are.
     L: tokens per sequence.
     B: sequences per step, of all devices together.
-    microbatches: a step goes through its batch in this many microbatches, one after another.
+    microbatches: a step goes through its batch in this many microbatches, one after another; auxiliary losses are their
+        means, weighted by tokens.
     objective: what is to be predicted, which says what a sequence is where it is not text.
     documents: at most so many training documents (or pairs) of the source, and a twentieth of it held out; None: all.
     """
@@ -177,6 +179,11 @@ class Experiment:
     def exchange(self) -> Any:
         """Exchange of the MoE layers, which names the mesh axes that experts are sharded over."""
         return getattr(self.model.moe, "exchange", AllToAll())
+
+    @property
+    def weighs_microbatches(self) -> bool:
+        """Tells whether a step weighs the auxiliary losses of its microbatches by their tokens."""
+        return self.data.microbatches > 1 and self.model.routed is not None and bool(self.model.routed.losses)
 
     @property
     def devices(self) -> int | None:
@@ -576,7 +583,7 @@ def _check_batch(exp: Experiment) -> None:
         where = f"attention[{i}]" if len(model.attention) > 1 else "attention"
         cuts |= {f"{where}.{letter}": (n, list(RULES[letter])) for letter, n in part.sizes.items() if letter in RULES}
     for stack in model.stacks():
-        dense = (sub for i in range(model.N) for sub in model.sublayers(stack, i) if sub.kind == "dense")
+        dense = (sub for layer in layer_counts(model, stack) for sub in layer if sub.kind == "dense")
         cuts |= {f"{'moe' if sub.part is model.moe else sub.name}.F": (sub.part.F, ["tensor"]) for sub in dense}
     check_divides({f"config.model.{name}": cut for name, cut in cuts.items()}, sizes, "config.")
     for part in model.attention:

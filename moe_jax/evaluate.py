@@ -1,7 +1,7 @@
 """Evaluation on the held-out split: dropless, with the capacity-limited loss for comparison."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,9 +72,17 @@ def evaluate(
 
 
 def per_layer(metrics: Mapping[str, Any]) -> dict[str, list]:
-    """Metrics as lists over MoE layers, without those that no layer has measured."""
-    arrays = {name: np.asarray(value) for name, value in metrics.items()}
-    return {name: a.tolist() for name, a in arrays.items() if not np.isnan(a).all()}
+    """Metrics as lists over MoE layers, without those that no layer has measured; None where a layer has not."""
+    lists = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+    if "agreement" in lists:
+        lists["agreement"] = with_first_layers(lists["agreement"], len(lists["load"]))
+    return lists
+
+
+def with_first_layers(values_P: Sequence[float], N: int) -> list[float | None]:
+    """Lists P values over all N layers of equal stacks, None for the first layer of each, which has no value."""
+    per_stack = np.reshape(values_P, (N - len(values_P), -1)).tolist()
+    return [value for stack in per_stack for value in (None, *stack)]
 
 
 def drop_rate(stats: Stats) -> float:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -19,6 +20,7 @@ from moe_jax.core.parameter import parameter
 from moe_jax.core.routing import Routing, TokenChoice, position_in_expert
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import Stats, describe, stats
+from moe_jax.core.tokens import check_tokens
 from moe_jax.core.traits import traits
 from moe_jax.losses import LOGGED
 from moe_jax.moe_config import LayerState, MoEConfig, sizes_of
@@ -93,7 +95,7 @@ def forward(
         y_GSO += cfg.shared(gather_params(here, here.pvary(params.shared), x_GSD.dtype), inner_GSD, Dense())
     y_GSO = here.tensor_exit(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
-    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
+    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros((), jnp.float32))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
     recorded = collect_recorded(cfg, record, x_BLD, routing, kept) if record else None
     return y_GSO.reshape(B, L, -1), chosen, recorded, (loss, total)
@@ -147,14 +149,21 @@ def apply(
 ) -> tuple[Float[Array, "B L O"], Aux]:
     """The layer as a pure function of its parameters: `forward` on every shard of the current mesh.
 
-    Arguments are those of `MoE`. here: the shard; by default that of the current mesh.
+    Arguments are those of `MoE`. here: the shard; by default that of the current mesh. ValueError where x is not
+    [B, L, D] of real numbers, or something else does not fit.
     """
-    x_BLD, here = jnp.asarray(x_BLD), shard.from_mesh(cfg.exchange) if here is None else here
+    x_BLD = jnp.asarray(x_BLD)
+    check_sizes(x_BLD)
+    check_tokens(x_BLD, mask_BL)
+    if here is None:
+        here = shard.with_batch_axes(shard.from_mesh(cfg.exchange), x_BLD, params)
+    if 0 in x_BLD.shape[:2]:
+        return apply_to_nothing(cfg, params, x_BLD, key, state, ids, record, here)
     shard.check_axes(here, x_BLD)
     check_call(cfg, here, x_BLD, state, ids, record)
     check_local_experts(cfg, here, params.experts)
-    if mask_BL is None:
-        mask_BL = jnp.ones(x_BLD.shape[:2], bool)
+    params, x_BLD = shard.vary_alike(here, (params, x_BLD))
+    mask_BL = jnp.ones(x_BLD.shape[:2], bool) if mask_BL is None else jnp.asarray(mask_BL).astype(bool)
     tokens, everywhere = shard.token_spec(here), P()
     param_specs = LayerParams(everywhere, dims.specs(params.experts, here.rules), shared_specs(params.shared, here))
     specs = (param_specs, everywhere, everywhere, tokens, tokens, tokens)
@@ -163,6 +172,31 @@ def apply(
     given = (params, state or {}, key if cfg.random else None, x_BLD, mask_BL, ids)
     y_BLO, expert_BLK, recorded, (loss, total) = run(*given)
     return y_BLO, Aux(loss, total, expert_BLK, recorded)
+
+
+def apply_to_nothing(
+    cfg: MoEConfig,
+    params: LayerParams,
+    x_BLD: Float[Array, "B L D"],
+    key: Key[Array, ""] | None,
+    state: LayerState | None,
+    ids: Ids,
+    record: tuple[str, ...],
+    here: Shard,
+) -> tuple[Float[Array, "B L O"], Aux]:
+    """The layer on no tokens, B=0 or L=0: an empty output, and the report of a batch of padding alone."""
+    B, L = x_BLD.shape[:2]
+    sizes = {} if shard.in_shard_map() else dict(jax.sharding.get_abstract_mesh().shape)
+    rows, length = B or math.prod(sizes.get(axis, 1) for axis in here.tokens), L or 1
+
+    def pad(a: Array) -> Array:
+        return jnp.pad(a, [(0, rows - B), (0, length - L), *[(0, 0)] * (a.ndim - 2)])
+
+    x_BLD, ids = jax.tree.map(pad, (x_BLD, ids))
+    padding_BL, cfg = jnp.zeros((rows, length), bool), dataclasses.replace(cfg, S=None)
+    y_BLO, aux = apply(cfg, params, x_BLD, padding_BL, key, state, ids, record, here)
+    y_BLO, *by_token = jax.tree.map(lambda a: a[:B, :L], (y_BLO, aux.expert_BLK, aux.recorded))
+    return y_BLO, Aux(aux.loss, aux.stats, *by_token)
 
 
 class MoE(nn.Module):
@@ -197,12 +231,13 @@ class MoE(nn.Module):
         selection; weights and gradients are computed).
         record: names of `RECORDED` to report, like ("weight", "kept"); it changes nothing else.
         """
+        check_tokens(x_BLD, mask_BL)
         params = make_params(self.cfg, x_BLD.shape[-1], partial(linen_param, self, exchange=self.cfg.exchange))
         if not self.is_initializing():
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
         # The batch may have any size, on any mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
-        ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
+        ids = Ids(*(jnp.zeros((B, L), jnp.int32) for _ in range(2)))
         return apply(cfg, params, shard.replicate(x_BLD), None, key, state, ids, record, here=Shard())
 
 
@@ -256,6 +291,15 @@ def initializer(name: str, scale: float) -> Callable:
     letters = dims.dims_of(name)
     zero = not scale or len(letters.removeprefix("E")) < 2
     return nn.initializers.zeros if zero else dims.kernel_init(letters, scale)
+
+
+def check_sizes(x_BLD: Array) -> None:
+    """Refuses tokens of a symbolic shape (`jax.export.symbolic_shape`)."""
+    if any(jax.export.is_symbolic_dim(n) for n in x_BLD.shape):
+        raise ValueError(
+            f"Tokens have the symbolic shape {x_BLD.shape}, but capacities and loops over rows are made for numbers; "
+            "export a program for each size that is needed."
+        )
 
 
 def check_call(

@@ -29,8 +29,8 @@ class MoEConfig:
     router: decides which experts a token goes to. experts: their computation.
     dispatch: brings tokens to their experts and outputs back, and limits how many an expert takes.
     gating: transforms of the router's input, its logits, or the experts that may be chosen, in order.
-    S: tokens per routing group, in which capacity is counted; None is one sequence. It does not
-       depend on the shard, so that drops do not depend on the mesh.
+    S: tokens per routing group, in which capacity is counted; None is one sequence, whose packed documents share it. It
+       does not depend on the shard, so that drops do not depend on the mesh.
     exchange: brings rows and experts that are sharded over a mesh together.
     shared: an expert that every token visits in addition to its routed ones (n shared experts of width F are one of
        width n*F; DeepSeekMoE, arXiv:2401.06066).
@@ -171,7 +171,7 @@ class MoEConfig:
         """State of the layer before its first step ({} for most), for `layers` of them in front."""
         sizes = {**sizes_of(self.router), "E": self.E}
         state = {
-            name: jnp.zeros((*layers, *dims.shape_of(dims.dims_of(name), sizes)))
+            name: jnp.zeros((*layers, *dims.shape_of(dims.dims_of(name), sizes)), jnp.float32)
             for part in (self.router, *self.losses)
             for name in traits(part).state
         }

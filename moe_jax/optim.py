@@ -128,13 +128,16 @@ class OptimConfig:
     clip: largest norm of all gradients together, None for no limit.
     zero1: every shard of `data` and `expert` keeps state for its part and updates it (ZeRO stage 1, arXiv:1910.02054).
     no_decay: parameters whose name ends in one of these dimensions are not decayed: norms, biases, positions,
-        sinks.
+        sinks. Nor is any scalar (`router_scale_`): decay would pull a temperature to a value that means nothing.
     """
 
     optimizer: Any = AdamW()
     schedule: Any = Cosine(peak=1e-3, warmup=100)
     clip: float | None = 1.0
-    no_decay: tuple[str, ...] = ("D", "F", "EF", "ED", "PH", "V", "A", "HA", "JA", "Q", "W", "H")
+    no_decay: tuple[str, ...] = (
+        *("D", "F", "EF", "ED", "PH", "V", "A", "HA", "JA", "Q", "W", "H"),
+        *("E", "M", "O", "EO", "LD"),
+    )
     zero1: bool = False
 
     def __post_init__(self):
@@ -146,8 +149,8 @@ class OptimConfig:
         """The gradient transformation for a run of this many steps, and its learning rate by step."""
         _check(self.schedule, steps)
         rate = self.schedule(steps)
-        tx = self.optimizer(rate, self.decayed)
-        return (optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx), rate
+        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()  # of one state, empty
+        return optax.chain(clip, self.optimizer(rate, self.decayed)), rate
 
     def sharded(self, params: Any, specs: Any, sizes: Mapping[str, int]) -> Any:
         """PartitionSpecs of gradients and optimizer state: the parameters' own; with zero1, sharded further."""
@@ -155,7 +158,8 @@ class OptimConfig:
 
     def decayed(self, params: Any) -> Any:
         """A tree of booleans: which parameters weight decay acts on."""
-        return jax.tree.map_with_path(lambda path, _: str(path[-1].key).rpartition("_")[2] not in self.no_decay, params)
+        kept = ("", *self.no_decay)  # "" are the dimensions of a scalar
+        return jax.tree.map_with_path(lambda path, _: str(path[-1].key).rpartition("_")[2] not in kept, params)
 
 
 def opt_state_specs(state: Any, params: Any, specs: Any) -> Any:

@@ -20,7 +20,7 @@ from moe_jax.core.shard import RULES, TOKEN_AXES, make_mesh
 from moe_jax.core.stats import Stats
 from moe_jax.data import AnyBatch
 from moe_jax.evaluate import evaluation_step
-from moe_jax.models import Call
+from moe_jax.models import Call, layer_tokens
 from moe_jax.models import aux_loss as auxiliary
 from moe_jax.xla import compiler_options
 
@@ -82,16 +82,21 @@ class Losses(NamedTuple):
 def backward(
     exp: Experiment, specs: StateSpecs, params: Any, router: Any, key: Key[Array, ""], batch: AnyBatch
 ) -> tuple[Any, Losses]:
-    """Gradients and losses of a batch, microbatch by microbatch, on one shard; shards' gradients are summed once."""
+    """Gradients and losses of a batch, microbatch by microbatch, on one shard; shards' gradients are summed once.
+
+    The auxiliary losses of microbatches are averaged by their tokens: exact for a loss that is a mean over tokens
+    (`losses.is_additive`), else a mean of the losses of parts.
+    """
     A, here, objective = exp.data.microbatches, shard.local(), exp.data.objective
     targets = jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)
+    tokens_N = layer_tokens(exp.model, batch, here) if exp.weighs_microbatches else None
 
     def loss_of(params, microbatch: AnyBatch, key):
         output, aux = exp.model.apply(params, microbatch, Call(key, router))
         terms = objective.terms(output, microbatch, here)
         sums = here.sum((terms.nats_BL.sum(), jax.tree.map(lambda a: a.sum(dtype=jnp.float32), dict(terms.others))))
         loss, others = jax.tree.map(lambda total: total / targets, sums)
-        aux_loss = auxiliary(exp.model, aux) / A
+        aux_loss = auxiliary(exp.model, aux, tokens_N)
         return loss + aux_loss, (loss, aux_loss, others, None if aux is None else aux.stats)
 
     def gradient(microbatch: AnyBatch, key):

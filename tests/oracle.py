@@ -218,7 +218,8 @@ def count(choice, mask, taken, B=1, task=None, tasks=1):
         "tokens_M": np.array([(task == m).sum() for m in range(tasks)]),
         "probs_ME": np.stack([probs[task == m].sum(0) for m in range(tasks)]),
         "entropy_M": np.array([entropies[task == m].sum() for m in range(tasks)]),
-        "agreed": np.nan,
+        "agreed": None,  # of a layer with the one before it, and there is none
+        "compared": None,
     }
 
 
@@ -243,7 +244,6 @@ def describe(s):
         "drop_rate": 1 - s["kept"] / n,
         "active_experts": s["choices_E"].sum() / tokens,
         "router_entropy": s["entropy"] / tokens,
-        "agreement": np.nan,
         "load_balance": E * sum(load[e] * P[e] for e in range(E)),
         "router_z": s["z_squared"] / tokens,
         "importance": oracle_routing.cv(s["combine_E"]) ** 2,

@@ -18,8 +18,9 @@ from moe_jax import costs
 from moe_jax.config import Experiment, build, plain
 from moe_jax.reporting.metrics import FILE, last, median_speed, read, wall_time
 from moe_jax.reporting.names import run_names
+from moe_jax.workdir import CONFIG, confirmed_config, log_changes, read_config
 
-PARTS = ("config.json", FILE, "checkpoints")  # one of these makes a folder a run's
+PARTS = (CONFIG, FILE, "checkpoints")  # one of these makes a folder a run's
 NUMBERS = ("loss", "drop_rate", "load_max_over_mean", "tokens_per_second", "seconds")
 
 
@@ -135,6 +136,8 @@ def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             notes.append(f"{name}: left out, {' '.join(str(error).split())}")
             continue
         runs.append(run)
+        if changed := log_changes(path):
+            notes.append(f"{name}: {changed}")
         if not run.finished:
             how = "diverged" if run.diverged else "unfinished"
             notes.append(f"{name}: {how}, at step {run.step:,} of {run.exp.run.steps:,}")
@@ -143,13 +146,13 @@ def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def _open(name: str, path: Path) -> Run:
     """A run; ValueError says why it cannot be compared."""
-    config = path / "config.json"
-    if not config.is_file():
-        raise ValueError("it has no config.json")
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"it has no {CONFIG}")
     try:
-        values = dict(json.loads(config.read_bytes()))
-    except (ValueError, TypeError):
-        raise ValueError("its config.json is damaged") from None
+        read_config(path)
+    except ValueError:
+        raise ValueError(f"its {CONFIG} is damaged") from None
+    values = confirmed_config(path)
     try:
         exp = build(values)
     except ValueError as error:

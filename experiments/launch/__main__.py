@@ -83,6 +83,7 @@ def planned(given: argparse.Namespace, words: list[str]) -> Plan:
     command = (sys.executable, *program, *words)
     if given.shrink:
         can_shrink(command)
+    check_free(place)
     if set(words) & set(OVERWRITE) and (place / "config.json").is_file():
         shutil.rmtree(place / "processes", ignore_errors=True)
     names = ("processes", "devices", "restarts", "timeout", "patience", "shrink")
@@ -109,6 +110,14 @@ def whose(workdir: pathlib.Path) -> None:
                 f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); "
                 "choose an empty or a new --workdir."
             )
+
+
+def check_free(workdir: pathlib.Path) -> None:
+    """ValueError where a process of this machine trains there, whose supervisor writes there too."""
+    if (workdir / "run.lock").is_file():
+        from moe_jax.lock import check_free  # here, since that imports jax
+
+        check_free(workdir)
 
 
 def can_shrink(command: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ LOOK = 1.0  # seconds between two looks at the others
 DAY = 24 * 3600 * 1000  # milliseconds
 PATIENCE = 10.0  # seconds that a failed process waits for what the others say
 FAILED, SAID, LEFT = "moe_jax/failed/", "moe_jax/said/", "moe_jax/left/"  # keys of the coordinator
+PROPOSED = "moe_jax/proposed/"
 MET = threading.Event()  # there are others, and a connection to them
 ENDING = threading.Lock()  # held by the thread that ends this process
 
@@ -90,19 +91,31 @@ def agree(what: str, value: str) -> None:
         )
 
 
+def propose(what: str, value: str) -> None:
+    """Proposes a value to all processes; the first one that any of them proposes holds."""
+    with contextlib.suppress(RuntimeError):  # there is one already
+        _client().key_value_set(f"{PROPOSED}{what}/value", value)
+
+
+def proposed(what: str) -> str | None:
+    """The value that holds, the same for all processes; None as long as nobody has proposed one."""
+    found = _client().key_value_dir_get(f"{PROPOSED}{what}/")
+    return found[0][1] if found else None
+
+
 # ---------------------------------------------------------------- a mistake ends all
 
 
-def leave(line: str) -> NoReturn:
-    """Ends all processes with exit code 2. Process 0 says why, and of whom, where it did not fail itself."""
+def leave(line: str, code: int) -> NoReturn:
+    """Ends all processes with this exit code. Process 0 says why, and of whom, where it did not fail itself."""
     ENDING.acquire()
     with contextlib.suppress(RuntimeError):
-        _set(FAILED, line)
+        _set(FAILED, f"{code} {line}")
     if distributed.global_state.process_id == 0:
-        _end(line)
+        _end(code, line)
     if not _wait(SAID, 1):
         print(line, file=sys.stderr)
-    _end()
+    _end(code)
 
 
 def abandon(code: int) -> NoReturn:
@@ -120,11 +133,12 @@ def _watch() -> None:
             if failed := client.key_value_dir_get(FAILED):
                 time.sleep(LOOK)  # this process may be about to say the same
                 ENDING.acquire()
-                key, line = failed[0]
-                _end(f"error: process {key.rpartition('/')[2]}: {line.removeprefix('error: ')}")
+                key, said = failed[0]
+                code, _, line = said.partition(" ")
+                _end(int(code), f"error: process {key.rpartition('/')[2]}: {line.removeprefix('error: ')}")
 
 
-def _end(line: str = "") -> NoReturn:
+def _end(code: int, line: str = "") -> NoReturn:
     """Says a line if this is process 0, which goes last: jax aborts those that lose it."""
     state = distributed.global_state
     with contextlib.suppress(RuntimeError):
@@ -134,7 +148,7 @@ def _end(line: str = "") -> NoReturn:
             _wait(LEFT, state.num_processes - 1)
         else:
             _set(LEFT)
-    abandon(2)
+    abandon(code)
 
 
 def _client() -> Any:

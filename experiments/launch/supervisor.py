@@ -62,7 +62,10 @@ class Trouble(NamedTuple):
 
 
 def supervise(plan: Plan) -> int:
-    """Runs until the processes have finished (0), a mistake is the user's (2), or there were too many restarts (1)."""
+    """Runs until the processes have finished (0), a mistake is the user's (2), or there were too many restarts (1).
+
+    KeyboardInterrupt or SystemExit in it ends the processes after a step that they save (130, or the exit's code).
+    """
     plan.folder.mkdir(parents=True, exist_ok=True)
     n, before = plan.processes, plan.claim()
     for attempt in range(plan.restarts + 1):
@@ -72,10 +75,11 @@ def supervise(plan: Plan) -> int:
             say(plan, what, f"on {n} from step {plan.step()}", processes=n, step=plan.step(), pids=group.pids)
             try:
                 trouble = group.watch()
-            except KeyboardInterrupt:
-                group.kill()
-                say(plan, "interrupted", "without --overwrite, the same command goes on from here")
-                return 130
+            except (KeyboardInterrupt, SystemExit) as end:
+                group.interrupt()
+                words = f"without --overwrite, the same command goes on from step {plan.step()}"
+                say(plan, "interrupted", words, step=plan.step())
+                return 130 if isinstance(end, KeyboardInterrupt) else int(end.code or 0)
         if trouble is None:
             say(plan, "finished", f"at step {plan.step()}", step=plan.step())
             return 0
@@ -206,6 +210,16 @@ class Group:
         self.shown += len(text)
         sys.stderr.write(text.decode(errors="replace"))
         sys.stderr.flush()
+
+    def interrupt(self) -> None:
+        """Has all save their step and end, and waits for it, at most the plan's patience."""
+        print("finishing this step and saving it; a second signal leaves at once", file=sys.stderr, flush=True)
+        for process in self.processes:
+            process.send_signal(signal.SIGINT)
+        end = time.monotonic() + self.plan.patience
+        while None in self._codes() and time.monotonic() < end:
+            self._show()
+            time.sleep(LOOK)
 
     def kill(self) -> None:
         """SIGKILL for all and what they have started: jax catches anything milder, and stopped ones ignore it."""

@@ -16,9 +16,9 @@ on, and the exit code is 1. In the workdir afterwards: comparison.html and compa
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +29,10 @@ from absl import flags
 from experiments import cli
 from experiments.compare.__main__ import compare
 from experiments.sweep.grid import Point, points
-from experiments.train import differences
 from moe_jax.config import Experiment
+from moe_jax.continuation import ELSEWHERE, check_config
 from moe_jax.reporting.metrics import FILE, duration, last, read
+from moe_jax.workdir import CONFIG, confirmed_config, confirmed_experiment
 
 cli.define_config()
 FLAGS = flags.FLAGS
@@ -94,7 +95,7 @@ def runs_in(workdir: pathlib.Path) -> dict[Experiment, pathlib.Path]:
     found = {}
     for saved in sorted(workdir.glob("*/config.json")):
         with contextlib.suppress(ValueError):
-            found[Experiment.from_json(saved.read_text())] = saved.parent
+            found[confirmed_experiment(saved.parent)] = saved.parent
     return found
 
 
@@ -104,22 +105,12 @@ def job(point: Point, folder: pathlib.Path, common: Sequence[str]) -> Job:
     devices = [f"--devices={DEVICES.value}"] if DEVICES.value else []
     own = [f"--config={FLAGS['config'].value}", *common, *point.overrides, f"--workdir={folder}", *data, *devices]
     command = (sys.executable, "-m", "experiments.train", *own)
-    saved = folder / "config.json"
-    if saved.is_file() and (changed := differences(_values(saved), json.loads(point.exp.to_json()))):
-        raise ValueError(
-            f"{folder} holds another run ({'; '.join(changed[:3])}); choose another --workdir, or delete that folder."
-        )
+    if (folder / CONFIG).is_file():
+        check_config(confirmed_config(folder), point.exp, folder, ELSEWHERE)
     records = read(folder) if (folder / FILE).is_file() else []
     step = max((record["step"] for record in records), default=None)
     finished = bool(last(records, "end")) and step is not None and step >= point.exp.run.steps
     return Job(point, folder, command, step, finished)
-
-
-def _values(saved: pathlib.Path) -> dict:
-    try:
-        return dict(json.loads(saved.read_bytes()))
-    except (ValueError, TypeError):
-        raise ValueError(f"{saved} is damaged; restore it, or delete its folder.") from None
 
 
 def run(jobs: Sequence[Job]) -> dict[str, str]:
@@ -149,24 +140,40 @@ def outcome(one: Job) -> str:
 
 def train(command: Sequence[str]) -> str | None:
     """Runs a training to its end and passes on what it prints; returns why it failed, None if it did not."""
-    line = ""
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on once
     ) as process:
         try:
-            assert process.stdout is not None
-            for printed in process.stdout:
-                if printed.strip():
-                    line = printed.strip()
-                    print(f"  {printed.rstrip()}", file=sys.stderr, flush=True)
-        except BaseException:
-            process.kill()  # what it has saved is whole
+            line = passed_on(process)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # it saves its step
+            passed_on(process)
             raise
+        finally:
+            process.kill()  # where it still runs; what it has saved is whole
     if process.returncode == 0:
         return None
     if process.returncode < 0:
         return f"killed by signal {-process.returncode}"
     return line.removeprefix("error: ") or f"exit code {process.returncode}"
+
+
+def passed_on(process: subprocess.Popen) -> str:
+    """Prints what a process prints, until it ends; returns the last line."""
+    line = ""
+    assert process.stdout is not None
+    for printed in process.stdout:
+        if printed.strip():
+            line = printed.strip()
+            print(f"  {printed.rstrip()}", file=sys.stderr, flush=True)
+    process.wait()
+    return line
 
 
 def say(text: str) -> None:

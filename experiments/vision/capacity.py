@@ -23,6 +23,7 @@ from moe_jax.dispatch import Scatter
 from moe_jax.models import Call, ViTConfig
 from moe_jax.step import Program, State
 from moe_jax.train import restore
+from moe_jax.workdir import confirmed_experiment
 
 RUN = flags.DEFINE_multi_string("run", [], "Where a finished run is kept; several may be given.")
 DATA_DIR = cli.data_dir()
@@ -58,10 +59,7 @@ def main() -> None:
 
 def opened(workdir: pathlib.Path) -> tuple[Experiment, State]:
     """A run's experiment, on one device, and its last state; ValueError if it is no sparse model of images."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; give the workdir of a run that has been trained.")
-    exp = dataclasses.replace(Experiment.from_json(path.read_text()), mesh=())
+    exp = dataclasses.replace(confirmed_experiment(workdir), mesh=())
     if exp.model.batch_kind != "images" or exp.model.routed is None:
         raise ValueError(f"{workdir} is no sparse model of images; give a run of configs/vmoe_nano.py.")
     with Checkpoints(workdir / "checkpoints") as checkpoints:

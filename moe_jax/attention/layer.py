@@ -13,6 +13,7 @@ from moe_jax.attention.sees import Order, Sees
 from moe_jax.core import dims, shard
 from moe_jax.core.parameter import parameter
 from moe_jax.core.shard import Shard
+from moe_jax.core.tokens import check_tokens
 
 
 class Attention(nn.Module):
@@ -30,6 +31,7 @@ class Attention(nn.Module):
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None
     ) -> Float[Array, "B L D"]:
         """sees: None is one causal sequence in every row. memory_BMD: tokens attended to instead of x."""
+        check_tokens(x_BLD)
         part, here = self.part, Shard() if self.is_initializing() else shard.from_mesh()
         sizes = {**part.sizes, "D": x_BLD.shape[-1]}
         params = {

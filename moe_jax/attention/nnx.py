@@ -9,6 +9,7 @@ from moe_jax.attention.layer import attention_initializer, over_mesh
 from moe_jax.attention.sees import Sees
 from moe_jax.core import shard
 from moe_jax.core.parameter import draw
+from moe_jax.core.tokens import check_tokens
 
 
 class Attention(nnx.Module):
@@ -29,5 +30,6 @@ class Attention(nnx.Module):
         self, x_BLD: Float[Array, "B L D"], sees: Sees | None = None, memory_BMD: Float[Array, "B M D"] | None = None
     ) -> Float[Array, "B L D"]:
         """sees: None is one causal sequence in every row. memory_BMD: tokens attended to instead of x."""
+        check_tokens(x_BLD)
         params = {name: getattr(self, name)[...] for name in self.part.params}
         return over_mesh(self.part, shard.from_mesh(), params, x_BLD, sees, memory_BMD)

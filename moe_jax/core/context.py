@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+NO_GROUP = 2**32 - 1  # folded into keys of what all groups share: groups have smaller numbers, folded in as well
 FAR = -1e9  # the logit of an expert that cannot be chosen: as good as minus infinity, and no NaN
 
 
@@ -125,9 +126,9 @@ class Context:
 
     def _step_key(self, i: int) -> Key[Array, ""]:
         assert self.key is not None
-        return jax.random.fold_in(self.key, i)
+        return jax.random.fold_in(jax.random.fold_in(self.key, NO_GROUP), i)
 
 
 def draw_by_group(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
-    """[G, *shape] of `sample` (jax.random.uniform, ...), each group from its own key."""
-    return jax.vmap(lambda key: sample(key, shape, **options))(keys_G)
+    """[G, *shape] of `sample` (jax.random.uniform, ...) in float32, each group from its own key."""
+    return jax.vmap(lambda key: sample(key, shape, jnp.float32, **options))(keys_G)

@@ -15,7 +15,7 @@ def _entmax(z: Float[Array, "... E"], alpha: float) -> Float[Array, "... E"]:
     """Sparse softmax of alpha 2 or 1.5, exactly, by sorting."""
     z = (z - z.max(-1, keepdims=True)) * (alpha - 1)
     sorted_z = -jnp.sort(-z, axis=-1)
-    n = jnp.arange(1.0, z.shape[-1] + 1).reshape((1,) * (z.ndim - 1) + (-1,))
+    n = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype).reshape((1,) * (z.ndim - 1) + (-1,))
     if alpha == 2:
         tau = (jnp.cumsum(sorted_z, -1) - 1) / n
     else:

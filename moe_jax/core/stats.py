@@ -29,7 +29,9 @@ class Stats(NamedTuple):
     tokens_M: Float[Array, "*N M"]  # by task
     probs_ME: Float[Array, "*N M E"]
     entropy_M: Float[Array, "*N M"]
-    agreed: Float[Array, "*N"]  # choices that the MoE layer before has made for the same token; NaN: not measured
+    # Of every MoE layer of a stack but the first; None where no layer has one before it to compare with.
+    agreed: Float[Array, "P"] | None = None  # choices that the MoE layer before has made for the same token
+    compared: Float[Array, "P"] | None = None  # choices
     sums: dict[str, Array] | None = None  # sums that the router's state is updated from
 
 
@@ -43,7 +45,8 @@ def stats(
     entropy_GS = -(probs_GSE * jnp.log(jnp.maximum(routing.probs_GSE, 1e-30))).sum(-1)
     z_GS1 = jax.nn.logsumexp(routing.logits_GSE, axis=-1, keepdims=True)
     load_GSE = assignments_GSE if routing.load_GSE is None else routing.load_GSE * mask_GS1
-    task_GSM = mask_GS1 * jax.nn.one_hot(jnp.zeros(mask_GS1.shape[:2], int) if task_GS is None else task_GS, tasks)
+    task_GS = jnp.zeros(routing.mask_GS.shape, jnp.int32) if task_GS is None else task_GS
+    task_GSM = mask_GS1 * jax.nn.one_hot(task_GS, tasks, dtype=jnp.float32)
     return Stats(
         tokens=mask_GS1.sum(),
         kept=kept.sum(dtype=jnp.float32),
@@ -59,7 +62,6 @@ def stats(
         tokens_M=task_GSM.sum((0, 1)),
         probs_ME=jnp.einsum("gsm,gse->me", task_GSM, probs_GSE),
         entropy_M=jnp.einsum("gsm,gs->m", task_GSM, entropy_GS),
-        agreed=jnp.full((), jnp.nan),  # a model counts them, see `count_agreement`
         sums=routing.sums,
     )
 
@@ -86,13 +88,14 @@ def describe(s: Stats) -> dict[str, Array]:
 
     load: fractions of choices. load_percentiles: of load / mean, at 0, 25, 50, 75 and 100 %. load_cv: standard
     deviation / mean. max_violation: (max - mean) / mean (arXiv:2408.15664). agreement: choices that the MoE layer
-    before made for the same token, NaN where there is none to compare (by chance: experts per token / E;
-    arXiv:2401.04088, table 5).
+    before made for the same token, [P] for the layers that have one before them in their stack; absent where nothing
+    was compared (by chance: experts per token / E; arXiv:2401.04088, table 5).
     """
     s = jax.tree.map(jnp.asarray, s)  # sums over steps are numpy's
     choices = s.choices_E.sum(-1)
     load_E = ratio(s.choices_E, choices[..., None])
     relative_E = load_E * load_E.shape[-1]  # 1 where balanced
+    compared = {} if s.agreed is None else {"agreement": ratio(s.agreed, s.compared)}
     return {
         "load": load_E,
         "load_percentiles": jnp.moveaxis(jnp.percentile(relative_E, jnp.array([0, 25, 50, 75, 100]), axis=-1), 0, -1),
@@ -100,9 +103,8 @@ def describe(s: Stats) -> dict[str, Array]:
         "load_cv": relative_E.std(-1),
         "load_entropy": entropy(load_E),
         "max_violation": relative_E.max(-1) - 1,
-        "dead_experts": (s.choices_E == 0).sum(-1),
+        "dead_experts": (s.choices_E == 0).sum(-1, dtype=jnp.int32),
         "drop_rate": ratio(choices - s.kept, choices),
         "active_experts": ratio(choices, s.tokens),
         "router_entropy": ratio(s.entropy, s.tokens),
-        "agreement": ratio(s.agreed, choices),
-    }
+    } | compared

@@ -92,16 +92,18 @@ def passes(exp: Experiment, sizes: Sizes, platform: str = "cpu") -> Passes:
     params, aux = model_shapes(dataclasses.replace(cfg, remat="none"), data.shapes(B=1))
     specs = dims.specs(params, rules_for(exp.exchange, part.sizes))
     new = exp.optim.sharded(params, specs, part.sizes)
-    stats = n_elements(aux.stats) // cfg.n_moe_layers if aux else 0
+    of_layers = aux and aux.stats._replace(agreed=None, compared=None)
+    stats = n_elements(of_layers) // cfg.n_moe_layers if of_layers else 0
     forward, backward = model(exp, part, part.local(params, specs), stats)
     agreed = cfg.n_moe_layers // cfg.STACKS - 1 if aux and aux.expert_BLK is not None else 0
     per_microbatch = part.one("all-reduce", part.here.tokens, 1, "losses", dtype="float32")
     per_microbatch += cfg.STACKS * part.one(
         "all-reduce", part.here.tokens, agreed, "routing statistics", dtype="float32"
     )
-    targets = part.one("all-reduce", part.here.tokens, 1, "losses", dtype="float32")
+    counts = 1 + cfg.STACKS * exp.weighs_microbatches  # of targets, of the tokens of each stack
+    totals = part.one("all-reduce", part.here.tokens, counts, "losses", dtype="float32")
     return Passes(
-        forward + repeat(per_microbatch, data.microbatches) + targets,
+        forward + repeat(per_microbatch, data.microbatches) + totals,
         backward + gradient_collectives(part, params, specs, new),
         update_collectives(exp, part, params, specs, new),
     )

@@ -4,6 +4,7 @@ from moe_jax.data.batches import batches, evaluation_batches
 from moe_jax.data.cache import default_directory
 from moe_jax.data.corpus import Corpus
 from moe_jax.data.documents import Document, Source
+from moe_jax.data.identity import data_identity, keep_tokenizers, with_kept_tokenizers
 from moe_jax.data.images import Classification, Digits, Images, TfdsImages
 from moe_jax.data.objectives import NextToken
 from moe_jax.data.pairs import Pairs, Translation
@@ -56,8 +57,11 @@ __all__ = [
     "batch",
     "batches",
     "cross_entropy",
+    "data_identity",
     "default_directory",
     "evaluation_batches",
+    "keep_tokenizers",
     "predictions",
     "prepare",
+    "with_kept_tokenizers",
 ]

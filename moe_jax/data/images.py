@@ -141,7 +141,7 @@ class TfdsImages:
         if shared:
             held = np.array([is_held_out(digest(f"{self.name} {i}".encode())) for i in numbers], bool)
             numbers = numbers[held == (split == "held_out")]
-        return Pictures(opened, numbers, self.image)
+        return Pictures(self, opened, numbers)
 
     def fingerprint(self) -> str:
         """A sha256 of what TFDS knows about the data set."""
@@ -160,15 +160,15 @@ class TfdsImages:
 class Pictures(Sequence):
     """Some of a data set's images, by number, brought to one size."""
 
-    def __init__(self, opened: Sequence[dict[str, Any]], numbers: np.ndarray, size: tuple[int, int, int]):
-        self.opened, self.numbers, self.size = opened, numbers, size
+    def __init__(self, source: TfdsImages, opened: Any, numbers: np.ndarray):
+        self.source, self.opened, self.numbers = source, opened, numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, i) -> Labelled:
-        record = self.opened[int(self.numbers[i])]
-        return Labelled(scaled(record["image"], self.size), int(record["label"]))
+        (record,) = records.read_records(self.source, self.opened, [int(self.numbers[i])])
+        return Labelled(scaled(record["image"], self.source.image), int(record["label"]))
 
 
 def scaled(image_YXC: UInt8[np.ndarray, "..."], size: tuple[int, int, int]) -> UInt8[np.ndarray, "..."]:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from moe_jax.data import cache
-from moe_jax.data.documents import Split, fingerprint
+from moe_jax.data import cache, tokenizers
+from moe_jax.data.documents import Split, fingerprint, read_once
 from moe_jax.data.objectives import check_source
 from moe_jax.data.packing import RowFile
 from moe_jax.data.preparation import SERIAL, Preparation
@@ -99,11 +99,13 @@ class Translation:
         how: Preparation = SERIAL,
     ) -> tuple["ParallelText", "ParallelText"]:
         """The training and the held-out pairs, made once and kept under `directory`."""
+        cache.make_directory(directory)
+        source = read_once(source)
         text = source.fingerprint(directory)
 
         def fit(config: TokenizerConfig, sides: tuple[str, ...]) -> Tokenizer:
             texts = (getattr(pair, side) for pair in source.pairs("train", directory) for side in sides)
-            key = fingerprint([text, repr(config), *sides, VERSION])
+            key = fingerprint([text, repr(config), *sides, tokenizers.VERSION])
             return config.fit(texts, directory / "tokenizers" / key[:16])
 
         fitted = fit(tokenizer, ("source", "target") if self.source is None else ("target",))
@@ -123,7 +125,7 @@ class Translation:
 
             folder = directory / "pairs" / key[:16] / split
             cache.ensure(folder, make)
-            return ParallelText(folder, fitted)
+            return ParallelText(folder, fitted, None if self.source is None else of_source)
 
         with how.encoder(functools.partial(encode_pairs, of_source, fitted)) as encoded:
             return made("train"), made("held_out")
@@ -132,9 +134,9 @@ class Translation:
 class ParallelText:
     """A split of pairs, at random access; its files are checked when it is opened."""
 
-    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
+    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None):
         facts = cache.read_facts(folder)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.source_tokenizer = tokenizer, source_tokenizer
         self.domains: tuple[str, ...] = tuple(facts["domains"])
         self.fingerprint: str = facts["fingerprint"]
         self.bytes_per_token: float = facts["bytes"] / facts["targets"]

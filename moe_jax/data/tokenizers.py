@@ -14,6 +14,7 @@ from jaxtyping import Int32
 
 from moe_jax.data import cache
 
+VERSION = "2"  # raise it when the same text gives another tokenizer
 MODEL = "sentencepiece.model"
 SPACE = "\u2581"  # stands for a space in the pieces of a model
 TRAINED_ON = 8_000_000  # bytes
@@ -92,6 +93,7 @@ class TrainedSentencePiece:
     """The tokenizer in the bytes of a sentencepiece model."""
 
     def __init__(self, model: bytes):
+        self.proto = model
         self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.V: int = self.model.vocab_size()
@@ -123,11 +125,11 @@ class TrainedSentencePiece:
 def training_lines(texts: Iterable[bytes], limit: int) -> Iterator[str]:
     """The lines of the first `limit` bytes of text, in parts that sentencepiece takes."""
     for text in texts:
-        limit -= len(text)
-        if limit < 0:
-            return
-        for line in text.decode("utf-8", "ignore").splitlines():
+        for line in text[:limit].decode("utf-8", "ignore").splitlines():
             yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 def _train(sentences: Iterator[str], V: int) -> bytes:

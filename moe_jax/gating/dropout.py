@@ -23,7 +23,7 @@ class ExpertDropout:
         _check_rate(self)
 
     def __call__(self, ctx: Context, key: Key[Array, ""]) -> Bool[Array, "G E"]:
-        draw_E = jax.random.uniform(key, (ctx.E,))
+        draw_E = jax.random.uniform(key, (ctx.E,), jnp.float32)
         dropped_E = (draw_E < self.rate) & (draw_E < draw_E.max())
         return jnp.broadcast_to(dropped_E, (_groups(ctx), ctx.E))
 
@@ -57,7 +57,7 @@ class GatingDropout:
             assert ctx.group_G is not None
             island_E = jnp.arange(ctx.E) // (ctx.E // self.islands)
             dropped_GE = island_E[None] != (ctx.group_G % self.islands)[:, None]
-        return dropped_GE & (jax.random.uniform(key) < self.rate)
+        return dropped_GE & (jax.random.uniform(key, (), jnp.float32) < self.rate)
 
 
 def _groups(ctx: Context) -> int:

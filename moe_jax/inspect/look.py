@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -55,7 +54,7 @@ def trace_batch(
 @partial(jax.jit, static_argnums=0)
 def _trace(model: Any, params: Any, router: LayerState | None, batch: Any) -> tuple[dict[str, Array], Array]:
     traced, logits_BLV = trace_batch(model, params, router, batch)
-    return traced, jnp.where(batch.loss_mask_BL, predictions(logits_BLV, batch).nats_BL, jnp.nan)
+    return traced, predictions(logits_BLV, batch).nats_BL
 
 
 def trace_layers(
@@ -70,6 +69,7 @@ def trace_layers(
     parts, rows = [], 0
     for batch in batches:
         traced, nats_BL = jax.device_get(_trace(model, params, dict(router or {}), batch))
+        nats_BL = np.where(batch.loss_mask_BL, nats_BL, np.nan)
         real_BL, B = np.asarray(batch.segment_BL) > 0, len(batch.tokens_BL)
         names = ("input", "logits", "probs", "expert", "weight", "kept")
         columns = [np.asarray(traced[name])[:, real_BL] for name in names]

@@ -83,7 +83,7 @@ def record_run(
     """
     run = open_run(workdir, step)
     exp = run.exp if mesh is None else dataclasses.replace(run.exp, mesh=tuple(mesh.items()))
-    split, batches = examples(exp, data_dir, windows, held_out)
+    split, batches = examples(run._replace(exp=exp), data_dir, windows, held_out)
     about = {"step": run.step, "data": split.fingerprint}
     return record(exp, run.params, batches, folder, about, router=run.router, domains=split.domains, **options)
 
@@ -114,8 +114,8 @@ def recordings(
     for n, batch in enumerate(batches):
         with jax.set_mesh(program.mesh):
             now = None if key is None else jax.random.fold_in(key, n)
-            traced, nats_BL = jax.device_get(trace(params, state, now, program.to_global(batch)))
-        part = columns(traced, nats_BL, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
+            traced, nats = jax.device_get(trace(params, state, now, program.to_global(batch)))
+        part = columns(traced, nats, tokens_of(model, batch, stack), batch.domain_B, model.moe.E, domains)
         yield part._replace(sequence_T=part.sequence_T + rows, document_T=part.document_T + documents)
         rows, documents = rows + len(batch.domain_B), documents + part.document_T.max(initial=-1) + 1
 
@@ -147,11 +147,11 @@ def routed(
     router: LayerState,
     key: Key[Array, ""] | None,
     batch: AnyBatch,
-) -> tuple[Routed, Float[Array, "B L"]]:
-    """Decisions of a stack's layers on one shard's rows, and nats per target, NaN where there is none."""
+) -> tuple[Routed, tuple[Float[Array, "B L"], Bool[Array, "B L"]]]:
+    """Decisions of a stack's layers on one shard's rows; nats per position, and which of them are targets."""
     logits_BLV, aux = model.apply(params, batch, Call(key, router, record=RECORD))
     predicts_BL = objective.targets(batch) & (model.STACKS == 1 or stack == "decoder")
-    nats_BL = jnp.where(predicts_BL, objective.terms(logits_BLV, batch, shard.local()).nats_BL, jnp.nan)
+    nats_BL = objective.terms(logits_BLV, batch, shard.local()).nats_BL
     reports = cast(Any, aux)  # not None: there are MoE layers, and they record
     own, L = layers_of(model, stack), length(model, batch, stack)
     details = [getattr(reports.recorded, RECORDED[name]) for name in RECORD]
@@ -159,7 +159,7 @@ def routed(
     expert, weight, kept, slot, probs = per_layer
     top, top_id = lax.top_k(probs, min(probs.shape[-1], expert.shape[-1] + 2))
     sums = (top, top_id.astype(jnp.int16), entropy(probs), probs if keep_probs else None)
-    return Routed(expert.astype(jnp.int16), weight, kept, slot, *sums), nats_BL
+    return Routed(expert.astype(jnp.int16), weight, kept, slot, *sums), (nats_BL, predicts_BL)
 
 
 def layers_of(model: Any, stack: str) -> range:
@@ -191,13 +191,16 @@ def tokens_of(model: Any, batch: AnyBatch, stack: str = "decoder") -> Tokens:
 
 def columns(
     traced: Routed,
-    nats_BL: Float[np.ndarray, "B L"],
+    nats: tuple[Float[np.ndarray, "B L"], Bool[np.ndarray, "B L"]],
     tokens: Tokens,
     domain_B: Int[np.ndarray, "B"],
     E: int,
     domains: Sequence[str],
 ) -> Recording:
-    """A batch's real tokens, row by row, sequences and documents counted from 0."""
+    """A batch's real tokens, row by row, sequences and documents counted from 0.
+
+    nats: of the positions, and which of them are targets; the loss of the others is NaN.
+    """
     real_BL = tokens.segment_BL > 0
     *by_layer, probs_TNE = [None if a is None else np.moveaxis(np.asarray(a)[:, real_BL], 0, 1) for a in tuple(traced)]
     row_BL = np.broadcast_to(np.arange(len(real_BL))[:, None], real_BL.shape)
@@ -205,6 +208,7 @@ def columns(
     token_T, position_T, segment_T, row_T = (np.asarray(a)[real_BL].astype(np.int32) for a in of_tokens)
     document_T = np.cumsum(np.diff(row_T, prepend=0).astype(bool) | np.diff(segment_T, prepend=1).astype(bool))
     loss_BL = np.full(real_BL.shape, np.nan, np.float32)
+    nats_BL = np.where(nats[1], nats[0], np.nan)
     loss_BL[:, : nats_BL.shape[1]] = nats_BL[:, : real_BL.shape[1]]  # an image has one target, by its first token
     domain_T = np.asarray(domain_B)[row_T].astype(np.int16)
     by_token = (token_T, position_T, document_T.astype(np.int32), domain_T, row_T, loss_BL[real_BL])

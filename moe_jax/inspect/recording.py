@@ -6,6 +6,8 @@
 
 import hashlib
 import io
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from moe_jax.files import read_sealed, write_file, write_sealed
 
 MANIFEST = "manifest.json"
 VERSION = 2
+NOT_NPZ = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # of numpy, for what is none
 
 
 class Recording(NamedTuple):
@@ -103,6 +106,8 @@ def save_recording(parts: Iterable[Recording], folder: str | Path, about: Mappin
     arrives.
     """
     folder = Path(folder)
+    if taken := {"version", *FACTS}.intersection(about or {}):
+        raise ValueError(f"about has a key {min(taken)!r}, which a recording has itself; give that another name.")
     if (folder / MANIFEST).exists():
         raise ValueError(f"There is a recording in {folder} already; give another folder, or delete this one.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,14 +128,56 @@ def save_recording(parts: Iterable[Recording], folder: str | Path, about: Mappin
 
 
 def manifest(folder: str | Path) -> dict[str, Any]:
-    """Manifest of a recording; ValueError where there is none, or it has been changed."""
+    """Manifest of a recording; ValueError where there is none, it has been changed, or it lacks something."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"There is no recording in {folder}: it has no {MANIFEST}; record again, to the end.")
     found = read_sealed(path)
-    if found["version"] != VERSION:
-        raise ValueError(f"{path} has version {found['version']}, but {VERSION} is read here; record again.")
+    if found.get("version") != VERSION:
+        version = repr(found.get("version"))[:20]
+        raise ValueError(f"{path} has version {version}, but {VERSION} is read here; record again.")
+    if wrong := [name for name, is_right in FACTS.items() if not is_right(found.get(name))]:
+        raise ValueError(f"{path} has no {wrong[0]!r}, or not as a recording has it; record again, or take a copy.")
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_parts(value: Any) -> bool:
+    """Tells whether this is a list of files with checksums, all of them in the recording's own folder."""
+    kinds = {"file": str, "sha256": str, "tokens": int}
+    if not (isinstance(value, list) and value and all(isinstance(part, dict) for part in value)):
+        return False
+    if not all(isinstance(part.get(name), kind) for part in value for name, kind in kinds.items()):
+        return False
+    return all(part["file"] == Path(part["file"]).name for part in value)
+
+
+FACTS = {"E": _is_number, "N": _is_number, "K": _is_number, "domains": _is_names, "parts": _is_parts}
+
+
+def _part(path: Path, data: bytes, facts: Mapping[str, Any], tokens: int) -> Recording:
+    """The columns in a file; ValueError where there are others, or of other shapes, than the manifest says."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            columns = {name: file[name] for name in file.files}
+    except NOT_NPZ as error:
+        raise ValueError(f"{path} holds no columns ({type(error).__name__}); record again, or take a copy.") from None
+    P = columns["top_TNP"].shape[-1] if columns.get("top_TNP", np.array(0)).shape else 0
+    sizes = {"T": tokens, "P": P, **{letter: facts[letter] for letter in "NKE"}}
+    needed = [name for name in Recording._fields if name not in ("E", "domains", "probs_TNE")]
+    for name in [*needed, *columns]:
+        shape = tuple(sizes[letter] for letter in name.rpartition("_")[2] if letter in sizes)
+        if name not in (*needed, "probs_TNE") or name not in columns or columns[name].shape != shape:
+            found = f"{columns[name].shape}" if name in columns else "nothing"
+            raise ValueError(f"{path} has {found} for the column {name[:40]!r}; record again, or take a copy.")
+    return Recording(**columns, E=facts["E"], domains=tuple(facts["domains"]))
 
 
 def column_files(folder: str | Path) -> Iterator[Recording]:
@@ -142,8 +189,7 @@ def column_files(folder: str | Path) -> Iterator[Recording]:
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
             what = "does not match its checksum" if path.is_file() else "is missing"
             raise ValueError(f"{path} {what}; record again, or take a copy.")
-        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
-            yield Recording(**columns, E=facts["E"], domains=tuple(facts["domains"]))
+        yield _part(path, data, facts, file["tokens"])
 
 
 def load_recording(folder: str | Path) -> Recording:

@@ -1,6 +1,7 @@
 """Auxiliary losses: (stats, state, router) -> value, of global sums, so equal on every mesh. One line registers one.
 
 `weight` is the coefficient of the value; `state` and `update` are as a router's; check(router) refuses a router.
+`additive` tells whether the value is a mean over tokens, so that it is the same in any microbatches; default: no.
 """
 
 from typing import Any
@@ -20,6 +21,12 @@ LOGGED: dict[str, Any] = {
     "uniform_kl": UniformKL(),
 }
 
+
+def is_additive(loss: Any) -> bool:
+    """Tells whether a loss is a mean over tokens: averaged over microbatches by tokens, it is that of the batch."""
+    return getattr(loss, "additive", False)
+
+
 __all__ = [
     "LOGGED",
     "LOSSES",
@@ -32,4 +39,5 @@ __all__ = [
     "TokenEntropy",
     "UniformKL",
     "convert",
+    "is_additive",
 ]

@@ -34,6 +34,11 @@ class Adaptive:
     def weight(self) -> float:
         return self.loss.weight
 
+    @property
+    def additive(self) -> bool:
+        """As the loss that it wraps."""
+        return getattr(self.loss, "additive", False)
+
     def check(self, router: Any) -> None:
         if hasattr(self.loss, "check"):
             self.loss.check(router)

@@ -24,6 +24,11 @@ class TokenEntropy:
     def __post_init__(self):
         check_weight(self)
 
+    @property
+    def additive(self) -> bool:
+        """Tells whether it is a mean over tokens."""
+        return not self.by_task
+
     def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
         if not self.by_task:
             return ratio(s.entropy, s.tokens)

@@ -58,6 +58,11 @@ class LoadBalance:
                 f"{self.scope}; use scope='batch', or a convention that counts all choices."
             )
 
+    @property
+    def additive(self) -> bool:
+        """Tells whether it is a mean over tokens: the products of a batch's means are not, those of a group's are."""
+        return self.scope != "batch"
+
     def check(self, router: Any) -> None:
         if traits(router).nulls and (self.scope != "batch" or BALANCE_CONVENTIONS[self.convention].first):
             raise ValueError(

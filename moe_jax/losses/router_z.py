@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
@@ -13,6 +13,7 @@ class RouterZ:
     """Router z-loss, the mean squared log-partition of the logits (arXiv:2202.08906, eq. 5): keeps them small."""
 
     weight: float = 0.001
+    additive: ClassVar[bool] = True  # a mean over tokens
 
     def __post_init__(self):
         check_weight(self)

@@ -2,7 +2,7 @@
 
 from moe_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from moe_jax.models.lm import LM, LMConfig
-from moe_jax.models.transformer import Call, TransformerConfig, aux_loss
+from moe_jax.models.transformer import Call, TransformerConfig, aux_loss, layer_tokens
 from moe_jax.models.vit import ViT, ViTConfig
 
 Model = LMConfig | EncoderDecoderConfig | ViTConfig
@@ -24,4 +24,5 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "aux_loss",
+    "layer_tokens",
 ]

@@ -5,8 +5,9 @@ from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.attention import Order, Sees
 from moe_jax.core.context import Ids
@@ -55,6 +56,10 @@ class EncoderDecoderConfig(TransformerConfig):
         if batch is None:
             return (StackShape("encoder_", 1, 0, self.moe, Order.BOTH), StackShape("decoder_", 1, 1, self.moe))
         return self.shapes(batch.source_BM.shape[1], batch.tokens_BL.shape[1])
+
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B _"], ...]:
+        """Masks of the tokens of sources and targets that are no padding."""
+        return batch.source_segment_BM > 0, batch.segment_BL > 0
 
     def shapes(self, M: int, L: int) -> tuple[StackShape, ...]:
         """Both stacks of layers, for sources of M and targets of L tokens.

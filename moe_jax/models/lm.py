@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.attention import Sees
 from moe_jax.attention.positions import sinusoids
@@ -37,6 +38,10 @@ class LMConfig(TransformerConfig):
     def stacks(self, batch: Any = None) -> tuple[StackShape, ...]:
         """The stack of layers, on batches like this one; without a batch, lengths mean nothing."""
         return (StackShape("", 1 if batch is None else batch.tokens_BL.shape[1], 0, self.moe),)
+
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B L"], ...]:
+        """The mask of the tokens that are no padding."""
+        return (batch.segment_BL > 0,)
 
 
 class LM(nn.Module):

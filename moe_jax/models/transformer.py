@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.attention import ATTENTION, Sees, Sinusoidal
 from moe_jax.attention.layer import Attention
@@ -16,9 +17,19 @@ from moe_jax.attention.positions import table_bias
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
+from moe_jax.core.shard import Shard
+from moe_jax.core.stats import ratio
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
-from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed_sublayers, sparse_layers
+from moe_jax.models.pattern import (
+    RepeatedLayers,
+    StackShape,
+    Sublayer,
+    blocks,
+    layer_counts,
+    placed_sublayers,
+    sparse_layers,
+)
 from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
@@ -106,7 +117,7 @@ class TransformerConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {words}.")
         if self.embeds_positions and self.D % 2:
             raise ValueError(f"Sinusoidal positions need an even width, but D={self.D}.")
-        if any(sparse_layers(self.moe_layers, self.N)) and self.moe is None:
+        if sparse_layers(self.moe_layers, self.N) and self.moe is None:
             raise ValueError(
                 f"moe_layers={self.moe_layers!r} has sparse layers, but moe is None; set moe or moe_layers='none'."
             )
@@ -126,13 +137,17 @@ class TransformerConfig:
         """The stacks of layers, on batches like this one; without a batch, lengths mean nothing."""
         raise NotImplementedError
 
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B _"], ...]:
+        """Masks of the tokens of each stack that are no padding."""
+        raise NotImplementedError
+
     def sublayers(self, stack: StackShape, i: int) -> tuple[Sublayer, ...]:
         """The parts of layer i of a stack, in order: the only definition of what a layer contains."""
         attention = self.attention[i % len(self.attention)]
         found = [Sublayer("attention", "attention", attention)]
         if stack.M:
             found.append(Sublayer("cross", "attention", attention.for_memory(), memory=True))
-        if not sparse_layers(self.moe_layers, self.N)[i]:
+        if i not in sparse_layers(self.moe_layers, self.N):
             return (*found, Sublayer("ffn", "dense", self.ffn))
         routed = isinstance(stack.moe, MoEConfig)
         found.append(Sublayer("moe", "moe", stack.moe) if routed else Sublayer("ffn", "dense", stack.moe))
@@ -154,7 +169,10 @@ class TransformerConfig:
     @property
     def routed(self) -> MoEConfig | None:
         """The config of the MoE layers; None where no layer routes."""
-        return self.moe if isinstance(self.moe, MoEConfig) and self.n_moe_layers else None
+        if not isinstance(self.moe, MoEConfig):
+            return None
+        kinds = (layer for stack in self.stacks() for layer in layer_counts(self, stack))
+        return self.moe if any(sub.kind == "moe" for layer in kinds for sub in layer) else None
 
     @property
     def embeds_positions(self) -> bool:
@@ -304,18 +322,29 @@ def stack_aux(reports: list[Aux]) -> Aux | None:
 
 
 def count_agreement(aux: Aux) -> Aux:
-    """Counts the choices that each MoE layer of a stack shares with the one before it; NaN for the first."""
-    if aux.expert_BLK is None:
+    """Counts the choices that each MoE layer of a stack but the first shares with the one before it."""
+    if aux.expert_BLK is None or len(aux.expert_BLK) < 2:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32)) if len(same) else jnp.zeros(0)
-    agreed = jnp.concatenate([jnp.full(1, jnp.nan), shared])
-    return aux._replace(stats=aux.stats._replace(agreed=agreed))
+    here = shard.with_batch_axes(shard.local(), aux.expert_BLK, aux.stats.choices_E)
+    shared = here.sum(same.sum((1, 2, 3), dtype=jnp.float32))
+    return aux._replace(stats=aux.stats._replace(agreed=shared, compared=aux.stats.choices_E[1:].sum(-1)))
 
 
-def aux_loss(cfg: TransformerConfig, aux: Aux | None) -> Float[Array, ""]:
-    """The auxiliary loss of the model, over all MoE layers."""
+def aux_loss(cfg: TransformerConfig, aux: Aux | None, tokens_N: Float[Array, "N"] | None = None) -> Float[Array, ""]:
+    """The auxiliary loss of the model, over all MoE layers.
+
+    tokens_N: where `aux` is of a microbatch, the real tokens of each layer in the whole batch (`layer_tokens`). The
+    losses of a layer are weighted by the microbatch's share of them, so that microbatches add up to the batch's.
+    """
     if aux is None:
-        return jnp.zeros(())
-    return aux.loss.sum() if cfg.aux_over_layers == "sum" else aux.loss.mean()
+        return jnp.zeros((), jnp.float32)
+    loss_N = aux.loss if tokens_N is None else aux.loss * ratio(aux.stats.tokens, tokens_N)
+    return loss_N.sum() if cfg.aux_over_layers == "sum" else loss_N.mean()
+
+
+def layer_tokens(cfg: TransformerConfig, batch: Any, here: Shard) -> Float[Array, "N"]:
+    """The real tokens of each MoE layer in a batch, over all shards."""
+    counts = jnp.stack([real_BL.sum(dtype=jnp.float32) for real_BL in cfg.real_tokens(batch)])
+    return jnp.repeat(here.sum(counts), cfg.n_moe_layers // cfg.STACKS)

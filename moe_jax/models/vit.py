@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, cast
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -65,6 +66,10 @@ class ViTConfig(TransformerConfig):
     def stacks(self, batch: Any = None) -> tuple[StackShape, ...]:
         """The stack of layers."""
         return (StackShape("", self.L, 0, self.moe, Order.BOTH),)
+
+    def real_tokens(self, batch: Any) -> tuple[Bool[Array | np.ndarray, "B L"], ...]:
+        """The mask of the patches, and tokens to classify by, of images that are no padding."""
+        return (jnp.broadcast_to(batch.loss_mask_BL, (len(batch.loss_mask_BL), self.L)),)
 
 
 class ViT(nn.Module):

@@ -3,14 +3,20 @@
 A record is one dict per line with at least `kind` ("start", "train", "eval" or "end"), `step` and `seconds`. Losses
 are nats per token, rates fractions; `moe` holds lists with an entry per MoE layer, `moe.layer` their numbers. A start
 has the fingerprint of the data and, where they are known, the question and the command; an end may be `diverged`.
+
+Every checkpoint keeps the length and the digest of the log as it was then (`log_state`), so that a continuation can say
+where the log differs (`log_difference`).
 """
 
+import hashlib
+import itertools
 import json
+import logging
 import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +27,11 @@ import rich.console
 import rich.progress
 import rich.table
 
-from moe_jax.files import write_file
+from moe_jax.files import parse_json, write_file
 
 FILE = "metrics.jsonl"
+KEPT = "metrics.*.jsonl"  # earlier logs, whose checkpoints were lost
+log = logging.getLogger(__name__)
 PERCENTILES = "load_percentiles"  # a list per layer that is no distribution over experts
 SECONDS_BETWEEN_LINES = 10.0  # in CI and pipes
 
@@ -39,14 +47,17 @@ SHOWN = {
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
     "skipped": "skipped {:.0f}",
+    "spikes": "loss spikes {:.0f}",
 }
+UNLESS_0 = ("skipped", "spikes")
 NAMES = {"train": "step", "eval": "held-out at", "end": "ended at"}
 
 
 class Logger:
     """Writes records into `workdir`; only process 0 does anything. A context manager.
 
-    Without `resume_step` the log starts anew; with it, what the interrupted run wrote later is dropped.
+    Without `resume_step` the log starts anew, and one that has records is kept as metrics.1.jsonl, ...; with it, what
+    the interrupted run wrote later is dropped.
     """
 
     def __init__(self, workdir: str | Path, total_steps: int, resume_step: int | None = None, quiet: bool = False):
@@ -58,7 +69,7 @@ class Logger:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
-            (workdir / FILE).unlink(missing_ok=True)
+            _begin_anew(workdir)
             shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
         else:
             _drop_after(workdir / FILE, resume_step)
@@ -119,7 +130,7 @@ class _Terminal:
             self.bar.update(self.task, completed=record["step"], description=line, refresh=True)
         elif self.bar:
             self.bar.console.print(line, highlight=False, markup=False)
-        elif record["kind"] != "train" or now - self.last_line >= SECONDS_BETWEEN_LINES:
+        elif record["kind"] != "train" or record.get("spikes") or now - self.last_line >= SECONDS_BETWEEN_LINES:
             print(line, file=sys.stderr, flush=True)
             self.last_line = now
 
@@ -131,7 +142,7 @@ class _Terminal:
         if kind == "train" and steps > 0:
             parts.append(f"{duration(seconds / steps * (self.total - step))} left")
         for key, words in SHOWN.items():
-            if key in record and not (key == "skipped" and not record[key]):
+            if key in record and not (key in UNLESS_0 and not record[key]):
                 value = record[key]
                 parts.append(words.format(math.nan if value is None else value))
         return "  ".join(parts)
@@ -146,18 +157,53 @@ def read(workdir: str | Path) -> list[dict]:
     path = Path(workdir) / FILE
     if not path.is_file():
         raise ValueError(f"there is no {FILE} in {workdir}: give the workdir of a run that has started")
-    records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Yields the lines of a log and their records; ValueError for one that is none, unless it is the last and torn."""
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            if not {"kind", "step"} <= set(record):
-                raise ValueError
-            records.append(record)
-        except (ValueError, TypeError):
+            yield line, _record(line)
+        except ValueError:
             if number < len(lines):
                 raise ValueError(f"line {number} of {path} is not a record: remove that line") from None
-    return records
+
+
+def _record(line: bytes) -> dict:
+    """The record of a line; ValueError where it is none."""
+    record = parse_json(line)
+    if not (isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step")) is int):
+        raise ValueError
+    if not isinstance(record.get("seconds"), int | float | None):
+        raise ValueError
+    return record
+
+
+def log_state(workdir: str | Path) -> dict[str, Any] | None:
+    """The numbers of whole records and of bytes of a run's log, and their SHA-256 digest; None without a log."""
+    path = Path(workdir) / FILE
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    return {"records": whole.count(b"\n"), "bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+
+
+def log_difference(workdir: str | Path, saved: Mapping[str, Any] | None) -> str | None:
+    """Says how the beginning of a log differs from its `log_state` of then; None where it does not."""
+    path = Path(workdir) / FILE
+    if saved is None:
+        return None
+    if not path.is_file():
+        return f"{FILE} is missing, which had {saved['records']:,} records when the checkpoint was saved"
+    data = path.read_bytes()
+    if (there := data.count(b"\n")) < saved["records"]:
+        return f"{FILE} has {there:,} of the {saved['records']:,} records it had when the checkpoint was saved"
+    if hashlib.sha256(data[: saved["bytes"]]).hexdigest() != saved["sha256"]:
+        return f"the first {saved['records']:,} records of {FILE} have been changed since the checkpoint was saved"
+    return None
 
 
 def curve(records: list[dict], key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +249,7 @@ def summary_rows(records: list[dict]) -> list[tuple[str, str]]:
             np.sum(moe["dead_experts"]) if "dead_experts" in moe else None,
         ),
         ("updates skipped", "{:.0f}", train.get("skipped") or None),
+        ("loss spikes", "{:.0f}", sum(r.get("spikes") or 0 for r in records if r["kind"] == "train") or None),
         ("tokens per second, median", "{:,.0f}", median_speed(records)),
         ("model FLOPs utilisation", "{:.1%}", train.get("mfu")),
     ]
@@ -259,10 +306,28 @@ def to_json(value: Any, digits: int = 17) -> Any:
 
 def _drop_after(path: Path, step: int) -> None:
     """Rewrites a log without what came after `step`, without its end and without a torn line, in one move."""
+    if path.is_file():
+        kept = [line for line, record in _records(path) if record["step"] <= step and record["kind"] != "end"]
+        write_file(path, b"".join(kept))
+
+
+def _begin_anew(workdir: Path) -> None:
+    """Empties a log; one that has records of steps is kept under the next number, since no checkpoint repeats it."""
+    path = workdir / FILE
     if not path.is_file():
         return
-    kept = [r for r in read(path.parent) if r["step"] <= step and r["kind"] != "end"]
-    write_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+    if any(not _is_start(line) for line in path.read_bytes().splitlines()):
+        number = next(n for n in itertools.count(1) if not (workdir / KEPT.replace("*", str(n))).exists())
+        kept = write_file(workdir / KEPT.replace("*", str(number)), path.read_bytes())
+        log.warning("%s is of a run without a checkpoint: it is kept as %s, and the run begins anew", path, kept.name)
+    write_file(path, "")
+
+
+def _is_start(line: bytes) -> bool:
+    try:
+        return _record(line)["kind"] == "start"
+    except ValueError:
+        return False
 
 
 # ---- TensorBoard

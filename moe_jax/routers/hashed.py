@@ -50,5 +50,5 @@ def unlearned(expert_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"], ctx:
     """Routing without a gate: choices of weight 1/K each, with a uniform distribution over experts."""
     G, S, K = expert_GSK.shape
     expert_GSK = ctx.override(expert_GSK)
-    flat_GSE = jnp.zeros((G, S, ctx.E))
-    return token_choice(expert_GSK, jnp.full((G, S, K), 1 / K), flat_GSE, flat_GSE + 1 / ctx.E, mask_GS)
+    flat_GSE = jnp.zeros((G, S, ctx.E), jnp.float32)
+    return token_choice(expert_GSK, jnp.full((G, S, K), 1 / K, jnp.float32), flat_GSE, flat_GSE + 1 / ctx.E, mask_GS)

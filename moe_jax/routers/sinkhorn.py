@@ -50,7 +50,7 @@ class Sinkhorn:
         if ctx.training:
             v_G1E = self._balance(free_GSE, mask_GS, v_G1E)
         expert_GSK = ctx.top_k(free_GSE + v_G1E, self.K)
-        tokens_G11 = mask_GS.sum(-1)[:, None, None]
+        tokens_G11 = mask_GS.sum(-1, dtype=jnp.float32)[:, None, None]
         sums = {"potential_E": ((v_G1E - v_G1E.mean(-1, keepdims=True)) * tokens_G11).sum((0, 1))}
         return token_choice(
             expert_GSK, take_experts(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS, load_GSE=None, sums=sums
@@ -59,7 +59,7 @@ class Sinkhorn:
     def _balance(self, logits_GSE: Array, mask_GS: Array, v_G1E: Array) -> Array:
         """Potentials under which every expert gets an equal part of each group's real tokens."""
         real_GS1, E = mask_GS[..., None], logits_GSE.shape[-1]
-        share_G11 = jnp.log(jnp.maximum(real_GS1.sum(1, keepdims=True), 1) / E)
+        share_G11 = jnp.log(jnp.maximum(real_GS1.sum(1, keepdims=True, dtype=jnp.float32), 1) / E)
         for _ in range(self.iterations):
             u_GS1 = -jax.nn.logsumexp(logits_GSE + v_G1E, axis=-1, keepdims=True)
             full_GSE = jnp.where(real_GS1, logits_GSE + u_GS1, -1e30)

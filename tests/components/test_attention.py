@@ -132,6 +132,7 @@ def test_later_tokens_change_nothing_before(part):
     assert (abs(before - after).max(axis=2) > 1e-6).all()
 
 
+@pytest.mark.law(11)
 @every
 @pytest.mark.parametrize("order", Order)
 def test_documents_in_a_row_are_alone(part, order):

@@ -15,7 +15,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.checkpoint import MANIFEST, Checkpoints
+from moe_jax import checkpoint as checkpointing
+from moe_jax.checkpoint import MANIFEST, Checkpoints, NotFinite
+from moe_jax.files import write_sealed
+from moe_jax.room import DiskFull
 
 OPTIMIZER = optax.adamw(1e-3)
 META = {"data": {"position": 48, "epoch": 0}, "config": "LM(D=8)", "seed": 0}
@@ -162,6 +165,71 @@ def test_a_step_that_is_not_whole_is_not_listed_and_skipped(copied, damage, capl
     assert len(caplog.records) == 1
 
 
+def sealed(path: Path, **changes) -> None:
+    """Writes a manifest anew, with a right checksum; None leaves a key out."""
+    content = {**json.loads(path.read_text()), **changes}
+    write_sealed(path, {k: v for k, v in content.items() if k != "sha256" and v is not None})
+
+
+WRONG_KINDS = {  # of the folder of step 30: how it comes about, and what is said
+    "a file": (lambda at: at.write_text("step"), "it is a file, not a folder"),
+    "an empty folder": (lambda at: at.mkdir(), "manifest.json is missing"),
+    "a link to nothing": (lambda at: at.symlink_to("nowhere"), "manifest.json is missing"),
+    "a copy of another step": (lambda at: shutil.copytree(at.parent / "10", at), "manifest.json is that of step 10"),
+    "a link to another step": (lambda at: at.symlink_to("10"), "manifest.json is that of step 10"),
+}
+WRONG_MANIFESTS = {
+    "null": (lambda at: at.write_text("null"), "manifest.json is damaged"),
+    "a list": (lambda at: at.write_text("[1]"), "manifest.json is damaged"),
+    "deep": (lambda at: at.write_text("[" * 100_000), "manifest.json is damaged"),
+    "deep and closed": (lambda at: at.write_text("[" * 100_000 + "]" * 100_000), "manifest.json is damaged"),
+    "a folder": (lambda at: (at.unlink(), at.mkdir()), "manifest.json cannot be read (Is a directory)"),
+    "no files": (lambda at: sealed(at, files=None), "manifest.json lacks what a manifest says"),
+    "files are a list": (lambda at: sealed(at, files=[1]), "manifest.json lacks what a manifest says"),
+    "a file without a size": (lambda at: sealed(at, files={"state/a": "x"}), "lacks what a manifest says"),
+    "a file elsewhere": (lambda at: sealed(at, files={"../../a": [1, "x"]}), "lacks what a manifest says"),
+    "no meta": (lambda at: sealed(at, meta=None), "manifest.json lacks what a manifest says"),
+    "no leaves": (lambda at: sealed(at, leaves={"a": 3}), "manifest.json lacks what a manifest says"),
+    "a loss in words": (lambda at: sealed(at, loss="low"), "manifest.json lacks what a manifest says"),
+    "another step's": (lambda at: sealed(at, step=10), "manifest.json is that of step 10"),
+}
+
+
+@pytest.mark.parametrize("kind", [*WRONG_KINDS, *WRONG_MANIFESTS])
+def test_what_is_no_step_among_the_steps_costs_only_itself(copied, kind, caplog):
+    """The newest step is of a wrong kind: an older one is valid and is restored, and the next save goes on."""
+    if kind in WRONG_KINDS:
+        make, said = WRONG_KINDS[kind]
+        make(copied / "30")
+    else:
+        shutil.copytree(copied / "20", copied / "30")
+        sealed(copied / "30" / MANIFEST, step=30)
+        make, said = WRONG_MANIFESTS[kind]
+        make(copied / "30" / MANIFEST)
+    with Checkpoints(copied, keep_last=2) as checkpoints:
+        assert checkpoints.steps() == [10, 20]
+        assert checkpoints.newest_meta() == (META, 20)
+        assert checkpoints.best() is None
+        assert checkpoints.restore()[2] == 20
+        assert said in caplog.text
+        with pytest.raises(ValueError, match=r"30 is damaged \("):
+            checkpoints.restore(step=30)
+        checkpoints.save(30, {"x": jnp.ones(2)}, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [20, 30]
+    assert sorted(path.name for path in copied.iterdir()) == ["20", "30"]
+
+
+@pytest.mark.parametrize("name", ["020", "٣٠", "99999999999", "30.orbax-checkpoint-tmp", "-30", "1e1"])
+def test_a_name_that_no_step_has(copied, name):
+    """Python reads "020" and "٣٠" as numbers, whose folders are not there; a step is counted in 32 bits."""
+    shutil.copytree(copied / "20", copied / name)
+    with Checkpoints(copied) as checkpoints:
+        assert checkpoints.steps() == [10, 20]
+        assert checkpoints.restore()[2] == 20
+    assert (copied / name).exists()
+
+
 def test_when_nothing_valid_is_left_it_says_so(copied):
     for step in (10, 20):
         flip(copied / str(step) / "state" / "manifest.ocdbt")
@@ -242,6 +310,20 @@ def test_a_damaged_step_does_not_push_out_the_last_valid_one(copied):
         assert checkpoints.steps() == [10, 30]
 
 
+def test_what_came_after_a_step_is_discarded(copied):
+    """All of it, damaged or under way; steps of its numbers may be saved again."""
+    shutil.copytree(copied / "20", copied / "25")
+    with Checkpoints(copied) as checkpoints:
+        assert checkpoints.discard_after(30) == 20
+        checkpoints.save(30, a_state(30), META)
+        assert checkpoints.discard_after(19) == 10
+        assert [path.name for path in copied.iterdir()] == ["10"]
+        checkpoints.save(20, a_state(21), META)
+        assert_same(checkpoints.restore(abstract(a_state(0)))[0], a_state(21))
+        assert checkpoints.discard_after(0) is None
+        assert checkpoints.empty()
+
+
 def test_a_kill_during_deletion_leaves_nothing_listed(copied, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed between rename and removal
     save_steps(copied, 30, keep_last=1, keep_best=0)
@@ -280,6 +362,125 @@ def test_a_failed_save_is_not_silent(tmp_path, monkeypatch):
     checkpoints.save(1, a_state(1), META)
     checkpoints.close()
     assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")],
+)
+def test_a_full_disk_says_what_is_whole_and_what_a_step_takes(copied, monkeypatch, error, capfd):
+    takes = sum(path.stat().st_size for path in (copied / "20" / "state").rglob("*") if path.is_file())
+
+    def disk_full(*_, **__):
+        raise error
+
+    with Checkpoints(copied) as checkpoints:
+        checkpoints.save(30, a_state(30), META)
+        checkpoints.wait()
+        monkeypatch.setattr(checkpointing, "write_manifest", disk_full)
+        checkpoints.save(40, a_state(40), META)
+        with pytest.raises(DiskFull) as full:
+            checkpoints.wait()
+        assert checkpoints.steps() == [20, 30]
+        assert [path.name for path in copied.glob("40*")] == [], "what was written of it takes no room any more"
+        monkeypatch.undo()
+        checkpoints.save(40, a_state(40), META)
+    assert Checkpoints(copied).steps() == [30, 40]
+    said = str(full.value)
+    assert full.value.errno == 28
+    assert said.startswith(f"no space left on device for step 40: a step takes {takes / 1e6:.1f} MB, and ")
+    assert said.endswith("; step 30 is whole; make room, and the same command goes on from there")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
+    """What a step takes is then what its arrays have: 2,000 float32 and 3 bfloat16."""
+    state = {"x": jnp.zeros((2, 100, 1000)), "y": jnp.zeros(3, jnp.bfloat16)}
+
+    def disk_full(*_, **__):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(checkpointing, "write_manifest", disk_full)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    with pytest.raises(DiskFull, match=r"for step 1: a step takes 0\.8 MB, .*; no checkpoint is whole yet; make room"):
+        checkpoints.close()
+
+
+# ---- what is not saved
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [("params/moe/up_EDF", np.nan), ("params/bias_D", -np.inf), ("opt_state/0/nu/moe/up_EDF", np.inf), ("x", np.nan)],
+)
+def test_a_state_that_is_not_finite_is_refused(copied, leaf, value):
+    """In one value of one leaf, sharded, replicated or of numpy, of parameters or of the optimizer."""
+
+    def spoil(path, x):
+        if jax.tree_util.keystr(path, simple=True, separator="/") != leaf:
+            return x
+        return np.array([1.0, value]) if leaf == "x" else x.at[(0,) * x.ndim].set(value)
+
+    state = jax.tree_util.tree_map_with_path(spoil, {"x": np.array([1.0, 2.0])} | a_state(1)._asdict())
+    with Checkpoints(copied) as checkpoints:
+        with pytest.raises(NotFinite, match=rf"^step 30 is not saved: {leaf} has 1 of \d+ values that are not finite$"):
+            checkpoints.save(30, state, META)
+        assert checkpoints.steps() == [10, 20]
+
+
+def test_all_that_is_not_finite_is_counted(tmp_path):
+    state = {"b": jnp.full((2, 600), jnp.nan), "a": jnp.ones(3), "c": jnp.array([1, jnp.inf]), "n": jnp.arange(3)}
+    with pytest.raises(NotFinite, match=r"b \(and 1 more\) has 1,200 of 1,200 values"):
+        Checkpoints(tmp_path).save(1, state, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path):
+    """Saved under one name, one of them would be lost."""
+    with pytest.raises(ValueError, match="two leaves of the state have the same name"):
+        Checkpoints(tmp_path).save(1, {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}, {})
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "a*b", "why?", "x[y/z", "**", "surrogate\udcff"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^checkpoints (cannot be kept in|need a path in UTF-8)"):
+        Checkpoints(tmp_path / name / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_moved_to_such_a_path_is_read(two_steps, tmp_path):
+    moved = shutil.copytree(two_steps, tmp_path / "run [1]*?" / "checkpoints")
+    assert_same(Checkpoints(moved).restore(abstract(a_state(0)))[0], a_state(20))
+    assert Checkpoints(moved).newest_meta() == (META, 20)
+
+
+@pytest.mark.parametrize("name", ["lr 0.1", "lr{0.1,0.2}", "größe", "$HOME~#%20;'"])
+def test_other_paths_work(tmp_path, name):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(1, {"x": jnp.arange(3.0)}, {})
+    np.testing.assert_array_equal(Checkpoints(tmp_path / name).restore()[0]["x"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b"])
+def test_what_was_saved_is_opened_before_it_is_certified(tmp_path, monkeypatch, name):
+    """At these paths orbax says that it has saved, and there are no arrays."""
+    monkeypatch.setattr(checkpointing, "check_path", lambda *_: None)
+    checkpoints = Checkpoints(tmp_path / name / "checkpoints")
+    checkpoints.save(1, {"x": jnp.arange(8.0)}, {})
+    with pytest.raises(OSError, match=r"what was written to \S+ cannot be opened"):
+        checkpoints.close()
+    assert checkpoints.steps() == []
+
+
+def test_an_array_of_another_shape_is_not_certified(tmp_path, monkeypatch):
+    nest = checkpointing._nest
+    monkeypatch.setattr(checkpointing, "_nest", lambda leaves: nest({name: x[:5] for name, x in leaves.items()}))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.arange(8.0)}, {})
+    with pytest.raises(OSError, match=r"has float32\[5\] for x, not float32\[8\]"):
+        checkpoints.close()
+    assert checkpoints.steps() == []
 
 
 @pytest.mark.parametrize("bad", [{"x": {1, 2}}, {"x": float("nan")}])

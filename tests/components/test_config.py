@@ -26,6 +26,7 @@ from moe_jax.config import (
     parse,
     plain,
 )
+from moe_jax.core import dims
 from moe_jax.costs import flops, parameters
 from moe_jax.data import (
     Bytes,
@@ -52,6 +53,7 @@ from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant, Cosine, InverseSqrt, OptimConfig
 from moe_jax.routers import Switch, TopK
 from tests import cases
+from tests.cases_attention import ATTENTIONS
 
 CONFIGS = {p.stem: p for p in sorted(pathlib.Path("configs").glob("*.py")) if p.name != "__init__.py"}
 COMPONENT_CASES = (
@@ -362,7 +364,7 @@ def test_the_parameters_of_glam_at_scale():
     ],
 )
 def test_moe_layers_chooses_the_sparse_layers(moe_layers, N, chosen):
-    assert sparse_layers(moe_layers, N) == tuple(i in chosen for i in range(N))
+    assert [i in sparse_layers(moe_layers, N) for i in range(N)] == [i in chosen for i in range(N)]
 
 
 @pytest.mark.parametrize(
@@ -425,6 +427,19 @@ def test_matrices_decay_and_vectors_do_not():
         *("router_gate_DE", "up_EDF", "down_EFD"),
     }
     assert found[False] - {"embed_VD"} == {"scale_D", "bias_PH"}
+
+
+def test_no_component_decays_more_than_matrices():
+    """Neither scalars nor vectors, of each expert or head either, nor tables of positions: of everything registered."""
+    parts = (*cases.ROUTERS, *cases.SLOT_ROUTERS, *cases.EXPERTS, *ATTENTIONS)
+    names = {name for part in parts for name in part.params} | {"bias_PH"}  # of a part, of a stack
+    names |= {"router_scale_", "router_bias_E", "down_EO", "position_LD", "patch_D", "head_V", "embed_VD", "head_DV"}
+    assert {"scale_", "sink_H", "bias_PH", "up_EF", "down_ED", "phi_DEC"} < names
+    tables = {"HA", "JA", "PH", "LD"}  # of heads, of distances, of places
+    matrices = {n for n in names if len(dims.dims_of(n).removeprefix("E")) > 1 and dims.dims_of(n) not in tables}
+    decayed = OptimConfig().decayed(dict.fromkeys(names, 0))
+    assert {name for name in names if decayed[name]} == matrices
+    assert not OptimConfig(no_decay=()).decayed({"router_scale_": 0})["router_scale_"]
 
 
 def test_biases_do_not_decay():

@@ -186,6 +186,27 @@ def test_router_is_trained_by_the_task(router):
             assert (np.abs(grad) > 1e-6).mean() >= 1 - unknown, name
 
 
+@pytest.mark.law(3)
+@pytest.mark.parametrize("router", [r for r in EVERY_ROUTER if r.params], ids=str)
+def test_router_gradient_is_the_slope_of_its_formula(router):
+    """Law 3: not any gradient, but the task loss's, denominators of weights included: finite differences in numpy."""
+    kind, x, target = cases.EXPERTS[0], X.astype(np.float64), TARGET.astype(np.float64)
+    double = {n: w.astype(np.float64) for n, w in parameters(router).items()}
+    state = {n: np.asarray(v, np.float64) for n, v in context(router).state.items()}
+    given = oracle.Given(cases.noise(router, KEYS, S, E), 1.0, state, *IDS, E)
+
+    def task(params):
+        choice = oracle.route(router, params, x, MASK, given)
+        experts = {n: w[: choice.logits.shape[-1]].astype(np.float64) for n, w in weights(kind).items()}
+        y = oracle.combine(kind, experts, x, choice, oracle.kept(Einsum(None), choice, MASK))
+        return ((y - target) ** 2).sum()
+
+    for name, grad in routed(router)[1].items():
+        way = normal(11, *grad.shape)
+        slope = oracle.slope(lambda w, name=name: task({**double, name: w}), double[name], way)
+        np.testing.assert_allclose((grad * way).sum(), slope, atol=1e-4 * np.abs(grad * way).sum() + 1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("router", EVERY_ROUTER, ids=str)
 def test_router_computes_in_float32(router):
     """On bfloat16 inputs a router decides bit for bit as on the same numbers in float32."""

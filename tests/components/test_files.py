@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.files import read_sealed, sha256, write_file, write_sealed
+from moe_jax.files import is_disk_full, parse_json, read_sealed, sha256, write_file, write_sealed
 
 
 def test_text_and_bytes(tmp_path):
@@ -42,6 +42,58 @@ def test_nobody_sees_half_of_it(tmp_path, monkeypatch):
     write_file(file, "new")
     assert seen == ["old"]
     assert file.read_text() == "new"
+
+
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    """As of a log that a user keeps on another disk; the second link leads to the first, the third to nothing yet."""
+    (disk := tmp_path / "disk").mkdir()
+    (disk / "log").write_text("old")
+    for name, target in (("first", "disk/log"), ("second", "first"), ("third", "disk/new")):
+        (tmp_path / name).symlink_to(target)
+        assert write_file(tmp_path / name, name) == tmp_path / name
+        assert (tmp_path / name).is_symlink()
+    assert (disk / "log").read_text() == "second"
+    assert (disk / "new").read_text() == "third"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "first", "log", "new", "second", "third"]
+
+
+def test_an_error_is_not_hidden_by_what_cannot_be_removed(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(Path, "unlink", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Read-only"):
+        write_file(tmp_path / "a.txt", "new")
+
+
+def raised(text: str, cause: BaseException | None = None) -> BaseException:
+    try:
+        raise ValueError(text) from cause
+    except ValueError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (raised("RESOURCE_EXHAUSTED: Error writing local file: [OS error 28: ENOSPC No space left on device]"), True),
+        (raised("the save failed", OSError(28, "No space left on device")), True),
+        (raised("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+        (OSError(30, "Read-only file system"), False),
+        (None, False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_errors(error, full):
+    assert is_disk_full(error) == full
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "nul", b"\xff"])
+def test_what_is_not_json_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"the brackets are too deep|^Expect|can't decode"):
+        parse_json(text)
 
 
 # ---------------------------------------------------------------- sealed
@@ -80,7 +132,9 @@ def test_a_change_is_seen(tmp_path, key, how):
         read_sealed(write_file(tmp_path / "a.json", json.dumps(said)))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b'{"a": 1}', b'{"sha256": {}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe", b'{"a": 1}', b'{"sha256": {}}', b"[" * 100_000]
+)
 def test_what_is_not_sealed_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="is damaged: it does not match its checksum"):
         read_sealed(write_file(tmp_path / "a.json", content))

@@ -159,6 +159,14 @@ def test_noise_has_its_distribution_and_differs_everywhere(noise):
     np.testing.assert_allclose(drawn.std(), 2**0.5 * std, rtol=0.08)  # independent: not twice
 
 
+def test_no_two_draws_share_a_key():
+    """The router's of each group, each transform's of each group, and those of a whole step have keys of their own."""
+    ctx, places = context(KEY), range(3)
+    keys = [ctx.keys_G, *(ctx._keys(i) for i in places), *(ctx._step_key(i)[None] for i in places), KEY[None]]
+    drawn = np.concatenate([jax.random.key_data(k) for k in keys])
+    assert len({key.tobytes() for key in drawn}) == len(drawn) == G + 3 * G + 3 + 1
+
+
 @pytest.mark.parametrize("gating", [(Jitter(0.9), Noise(5.0, on="input")), (Noise(5.0), Temperature(3.0))], ids=str)
 def test_experts_see_clean_tokens(gating):
     """A layer's output is that of the experts on its tokens as they are, with the choices of a noisy router."""

@@ -11,21 +11,22 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("core", "files", "words", "xla"),
-    ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges"),
-    ("moe_config",),
+    ("core", "files", "lock", "names", "words", "xla"),
+    ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges", "manifest"),
+    ("moe_config", "room"),
     ("moe",),
     ("models", "nnx"),
     ("data", "optim", "reporting", "checkpoint"),
     ("config",),
-    ("overrides",),
-    ("costs",),
-    ("evaluate",),
+    ("overrides", "continuation"),
+    ("costs", "workdir"),
+    ("evaluate", "health"),
     ("step",),
     ("transfer",),
     ("train",),
     ("audit",),
     ("plan", "inspect"),
+    ("export",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 COLLECTIVES = {

@@ -111,7 +111,7 @@ def test_load_balancing_loss(K, value):
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_balanced_and_collapsed(K):
     """The loss is 1 when balanced, whatever K is (Switch), and E when one expert has everything."""
-    nothing = Stats(*map(jnp.zeros, ((), (), 4, 4, 4, 4, 4, (), (), (), (), 1, (1, 4), 1, ())))
+    nothing = Stats(*map(jnp.zeros, ((), (), 4, 4, 4, 4, 4, (), (), (), (), 1, (1, 4), 1)))
     for probs_E, value in ((jnp.full(4, 8.0), 1), (jnp.array([32.0, 0, 0, 0]), 4)):
         s = nothing._replace(tokens=jnp.array(32.0), choices_E=K * probs_E, probs_E=probs_E)
         assert LoadBalance()(s, {}, None) == value

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.attention import MHA
+from moe_jax.attention import MHA, NoPE
 from moe_jax.core.context import Context
 from moe_jax.core.routing import TokenChoice, token_choice
+from moe_jax.core.shard import Shard
 from moe_jax.core.stats import stats
+from moe_jax.data import Images, Pairs
 from moe_jax.dispatch import Sort
 from moe_jax.experts import MLP
 from moe_jax.losses import (
@@ -26,9 +28,10 @@ from moe_jax.losses import (
     TokenEntropy,
     UniformKL,
     convert,
+    is_additive,
 )
 from moe_jax.losses.load_balance import BALANCE_CONVENTIONS, balanced_value
-from moe_jax.models import LMConfig, aux_loss
+from moe_jax.models import EncoderDecoderConfig, LMConfig, ViTConfig, aux_loss, layer_tokens
 from moe_jax.moe import Aux, MoEConfig
 from moe_jax.routers import NoisyTopK, NullExperts, TopK
 from tests import oracle_routing as oracle
@@ -171,6 +174,56 @@ def test_any_number_of_tokens(loss):
     np.testing.assert_allclose(value(loss, nothing()), unmet)
     stacked = loss(jax.tree.map(lambda *a: jnp.stack(a), one, two), {"log_weight_": jnp.full(2, 0.5)}, ROUTER)
     np.testing.assert_allclose(stacked, [value(loss, one), value(loss, two)], rtol=1e-5, atol=1e-7)
+
+
+def parts_of_example():
+    """Sums of two groups each, uneven by padding, of groups without a token, and of all together."""
+    t, first_G1 = Tokens(0), np.arange(G)[:, None] < 2
+    masks = [t.mask_GS & first_G1, t.mask_GS & ~first_G1, np.zeros_like(t.mask_GS)]
+    *parts, whole = [sums(t.routing(mask_GS=mask_GS), t.task_GS, B=2) for mask_GS in (*masks, t.mask_GS)]
+    assert parts[0].tokens != parts[1].tokens
+    return parts, whole
+
+
+@pytest.mark.parametrize("loss", ALL, ids=str)
+def test_what_is_additive_is_the_same_in_any_microbatches(loss):
+    """A loss averaged over parts by their tokens is the whole's, an empty part included: exactly if it is additive."""
+    parts, whole = parts_of_example()
+    mean = sum(s.tokens * value(loss, s) for s in parts) / whole.tokens
+    same = np.isclose(mean, value(loss, whole), rtol=1e-5, atol=1e-9)
+    assert same == is_additive(loss) or value(loss, whole) == 0
+
+
+def test_load_balance_of_microbatches_differs_by_a_covariance():
+    """It is larger than the batch's by E sum_e cov(f_e, P_e) over microbatches, as docs/routing.md says."""
+    (*parts, _), whole = parts_of_example()
+    tokens = np.array([s.tokens for s in parts])
+    f, P = (np.stack([s.choices_E / (K * s.tokens) for s in parts]), np.stack([s.probs_E / s.tokens for s in parts]))
+    mean = lambda values: (tokens[:, None] * values).sum(0) / tokens.sum()  # noqa: E731
+    covariance = E * (mean(f * P) - mean(f) * mean(P)).sum()
+    averaged = sum(s.tokens * value(LoadBalance(), s) for s in parts) / whole.tokens
+    np.testing.assert_allclose(averaged - value(LoadBalance(), whole), covariance, rtol=1e-3)
+    assert covariance > 1e-3
+
+
+def test_microbatches_are_weighted_layer_by_layer():
+    """Two microbatches of a step: the encoder's layer has 30 + 10 tokens, the decoder's 5 + 15."""
+    pair = Pairs(None, np.array([[1, 1, 2], [1, 0, 0]]), None, None, np.array([[1, 2, 0, 0], [1, 0, 0, 0]]), None, None)
+    ffn, moe = MLP(F=4), MoEConfig(E=E, router=ROUTER)
+    cfg = EncoderDecoderConfig(V=9, D=4, N=2, attention=MHA(1, 4), ffn=ffn, moe=moe, moe_layers="all")
+    np.testing.assert_array_equal(layer_tokens(cfg, pair, Shard()), [4, 4, 3, 3])
+    first, second = (
+        Aux(jnp.array(loss), whole_stats._replace(tokens=jnp.array(tokens)))
+        for whole_stats in [example()[1]]
+        for loss, tokens in (([1.0, 1.0, 4.0, 4.0], [30.0, 30, 5, 5]), ([2.0, 2.0, 8.0, 8.0], [10.0, 10, 15, 15]))
+    )
+    tokens_N = jnp.array([40.0, 40, 20, 20])
+    mean = ((30 * 1 + 10 * 2) / 40 + (5 * 4 + 15 * 8) / 20) / 2
+    np.testing.assert_allclose(aux_loss(cfg, first, tokens_N) + aux_loss(cfg, second, tokens_N), mean, rtol=1e-6)
+    image = Images(None, None, np.array([[True], [False], [True]]), None)
+    attention, patches = MHA(1, 4, position=NoPE()), {"patch": 2, "image": (4, 4, 1)}
+    vit = ViTConfig(V=9, D=4, N=1, attention=attention, ffn=ffn, moe=moe, moe_layers="all", **patches)
+    np.testing.assert_array_equal(layer_tokens(vit, image, Shard()), [2 * 5])
 
 
 @pytest.mark.law(7)

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from moe_jax.attention import MHA, NoPE, Relative
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import DataConfig, Experiment
 from moe_jax.data import Batch, Folder, Images, NextToken, Pairs, cross_entropy
+from moe_jax.files import sha256, write_sealed
 from moe_jax.inspect import recorder, recording
 from moe_jax.models import Call
 from moe_jax.moe import RECORDED, check_record
@@ -350,7 +352,9 @@ def test_other_models_are_recorded(model, batch, stack):
     params = parameters(model, batch)
     look = jax.jit(partial(recorder.routed, model, NextToken(), stack, False))
     tokens = recorder.tokens_of(model, batch, stack)
-    rec = recorder.columns(*jax.device_get(look(params, {}, None, batch)), tokens, batch.domain_B, E, ())
+    seen = jax.device_get(look(params, {}, None, batch))
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(seen)), "no NaN on the device (JAX_DEBUG_NANS)"
+    rec = recorder.columns(*seen, tokens, batch.domain_B, E, ())
     logits, aux = jax.device_get(jax.jit(model.apply)(params, batch))
     if isinstance(batch, Images):
         real, expert, targets, token = np.repeat(batch.loss_mask_BL, 5, axis=1), aux.expert_BLK, B - 1, -1
@@ -437,6 +441,77 @@ def test_a_changed_byte_is_seen(tmp_path, name):
     path.unlink()
     with pytest.raises(ValueError, match=name):
         recording.load_recording(tmp_path)
+
+
+def written_anew(folder: Path, changes: dict, columns: dict | None = None) -> None:
+    """Changes a recording's manifest, and its only part, with right checksums everywhere; None leaves a key out."""
+    facts = recording.manifest(folder)
+    if columns is not None:
+        part = {**recording.load_recording(folder).columns, **columns}
+        with open(folder / "part-00000.npz", "wb") as file:
+            np.savez(file, **{name: a for name, a in part.items() if a is not None})
+        facts["parts"][0]["sha256"] = sha256(folder / "part-00000.npz")
+    write_sealed(folder / "manifest.json", {k: v for k, v in {**facts, **changes}.items() if v is not None})
+
+
+PART = {"file": "part-00000.npz", "sha256": "0" * 64, "tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        *[({key: None}, f"has no {key!r}, or not as") for key in ("E", "N", "K", "domains", "parts")],
+        ({"version": None}, "has version None, but 2 is read here"),
+        ({"E": "8"}, "has no 'E', or not as"),
+        ({"K": 0}, "has no 'K', or not as"),
+        ({"domains": "prose"}, "has no 'domains', or not as"),
+        ({"parts": []}, "has no 'parts', or not as"),
+        ({"parts": [{**PART, "tokens": "5"}]}, "has no 'parts', or not as"),
+        ({"parts": [{"file": "part-00000.npz", "tokens": 5}]}, "has no 'parts', or not as"),
+        ({"parts": [{**PART, "file": "../part-00000.npz"}]}, "has no 'parts', or not as"),
+        ({"parts": [{**PART, "file": "/etc/passwd"}]}, "has no 'parts', or not as"),
+        ({"N": 2}, r"part-00000.npz has \(5, 1, 2\) for the column 'expert_TNK'"),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_that_lacks_something(tmp_path, changes, said):
+    recording.save_recording([small()], tmp_path)
+    written_anew(tmp_path, changes)
+    with pytest.raises(ValueError, match=said):
+        recording.load_recording(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"token_T": None}, "has nothing for the column 'token_T'"),
+        ({"more_T": np.zeros(5)}, r"has \(5,\) for the column 'more_T'"),
+        ({"domains": np.array("x")}, r"has \(\) for the column 'domains'"),
+        ({"loss_T": np.zeros(4)}, r"has \(4,\) for the column 'loss_T'"),
+        ({"token_T": np.array([None] * 5)}, r"holds no columns \(ValueError\)"),
+    ],
+)
+def test_a_part_with_a_right_checksum_that_has_other_columns(tmp_path, columns, said):
+    recording.save_recording([small()], tmp_path)
+    written_anew(tmp_path, {}, columns)
+    with pytest.raises(ValueError, match=f"part-00000.npz {said}"):
+        recording.load_recording(tmp_path)
+
+
+def test_a_part_with_a_right_checksum_that_is_no_file_of_numpy(tmp_path):
+    recording.save_recording([small()], tmp_path)
+    for data in (b"", b"PK", b"text", (tmp_path / "part-00000.npz").read_bytes()[:-30]):
+        (tmp_path / "part-00000.npz").write_bytes(data)
+        facts = recording.manifest(tmp_path)
+        facts["parts"][0]["sha256"] = sha256(tmp_path / "part-00000.npz")
+        write_sealed(tmp_path / "manifest.json", facts)
+        with pytest.raises(ValueError, match=r"part-00000\.npz holds no columns"):
+            recording.load_recording(tmp_path)
+
+
+def test_what_is_kept_with_a_recording_cannot_replace_its_own_facts(tmp_path):
+    with pytest.raises(ValueError, match="about has a key 'E', which a recording has itself"):
+        recording.save_recording([small()], tmp_path, {"E": 5})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_recorded_from_its_checkpoint(tmp_path):

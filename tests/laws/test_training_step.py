@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import step as trainer
 from moe_jax.attention import MHA, Relative
@@ -16,20 +17,22 @@ from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.data import Batch, Bytes
 from moe_jax.dispatch import Scatter
 from moe_jax.experts import GLU, MLP
-from moe_jax.models import LMConfig
+from moe_jax.losses import LoadBalance, RouterZ, TokenEntropy, is_additive
+from moe_jax.models import Call, LMConfig
 from moe_jax.moe import MoEConfig
 from moe_jax.optim import WSD, Adafactor, AdamW, Constant
-from moe_jax.routers import Top2
+from moe_jax.routers import Random, Top2
 from moe_jax.step import Program
 from tests import oracle_lm
 
 MOE = MoEConfig(E=4, router=Top2(), experts=MLP(F=8), dispatch=Scatter(1.25), S=8)
 MODEL = LMConfig(V=257, D=8, N=2, attention=MHA(2, 4), ffn=GLU(F=8, activation="gelu"), moe=MOE, remat="none")
+CLIP = 0.1  # below the norm of the gradients, so that every step is clipped
 ALWAYS = dataclasses.replace(MOE, router=Top2("always"))
 EXP = Experiment(
     model=MODEL,
     data=DataConfig(tokenizer=Bytes(), L=8, B=16),
-    optim=OptimConfig(optimizer=AdamW(), schedule=Constant(0.01)),
+    optim=OptimConfig(optimizer=AdamW(), schedule=Constant(0.01), clip=CLIP),
     run=RunConfig(steps=6, log_every=1, eval_every=3, eval_sequences=16, save_every=3),
     mesh=(("data", 2), ("expert", 4)),
 )
@@ -92,8 +95,10 @@ def test_one_step_every_mesh(two_steps):
 
 @pytest.mark.law(1)
 def test_pieces_add_up():
-    """Accumulated gradients are the whole batch's, targets counted over all pieces (uneven by padding)."""
-    moe = dataclasses.replace(MOE, router=Top2("always"), losses=())
+    """Accumulated gradients are the whole batch's, targets and tokens counted over all pieces (uneven by padding)."""
+    losses = (RouterZ(0.1), LoadBalance(0.1, scope="sequence"), TokenEntropy(0.1))
+    assert all(map(is_additive, losses))
+    moe = dataclasses.replace(MOE, router=Top2("always"), losses=losses)
     whole = dataclasses.replace(EXP, model=dataclasses.replace(MODEL, moe=moe), mesh=(("data", -1),))
     tx = optax.sgd(1.0)
     results = []
@@ -122,8 +127,8 @@ def flat(tree):
 def test_golden_step():
     """One step of AdamW on 8 devices is that of a numpy model, and its loss a told number.
 
-    Loss and auxiliary loss directly, gradients along a direction by central differences, parameters after
-    the step from these gradients by AdamW's formulas, decay only where the suffix allows it.
+    Loss and auxiliary loss directly, gradients along a direction by central differences, their norm, parameters after
+    the step from these gradients by AdamW's formulas, clipped, decay only where the suffix allows it.
     """
     exp = dataclasses.replace(
         EXP, model=dataclasses.replace(MODEL, attention=MHA(2, 4, position=Relative()), moe=ALWAYS)
@@ -155,12 +160,48 @@ def test_golden_step():
 
     stepped, metrics = program.step(jax.device_put(state._replace(params=params), program.shardings), rows)
     np.testing.assert_allclose([metrics.loss, metrics.aux_loss], [loss, aux_loss], rtol=1e-5)
+    norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+    assert norm > 2 * CLIP
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    for k, mean in flat(
+        optax.tree.get(stepped.opt_state, "mu")
+    ).items():  # the step itself hides the norm: it is a sign
+        np.testing.assert_allclose(mean, 0.1 * grads[k] * CLIP / norm, rtol=1e-3, atol=1e-7, err_msg=k)
     expected = oracle_lm.first_adamw_step(
-        flat(params), grads, 0.01, 1.0, 0.9, 0.95, 1e-8, 0.1, lambda name: "_D'" not in name and "_PH" not in name
+        flat(params), grads, 0.01, CLIP, 0.9, 0.95, 1e-8, 0.1, lambda name: "_D'" not in name and "_PH" not in name
     )
     for k, value in flat(stepped.params).items():
         sure = np.abs(grads[k]) > 1e-4  # the first step is a sign: rounding decides about tiny gradients
         np.testing.assert_allclose(value[sure], expected[k][sure], rtol=1e-4, atol=1e-5, err_msg=k)
+
+
+def test_noise_is_drawn_anew_in_every_layer_microbatch_and_step():
+    """Random routing looks at nothing but its noise: no two MoE layers choose alike, nor two microbatches, nor steps.
+
+    The layers are two of a block that is repeated twice. A draw used in both microbatches would make all counts even.
+    """
+    moe = MoEConfig(E=8, router=Random(), experts=MLP(F=2), dispatch=Scatter(None), losses=())
+    attention = (MHA(2, 4), MHA(2, 4, window=3))
+    model = dataclasses.replace(MODEL, N=4, attention=attention, moe=moe, moe_layers="all")
+    exp = Experiment(model=model, data=dataclasses.replace(EXP.data, microbatches=2))
+    rows = jax.tree.map(jnp.asarray, batch()._replace(segment_BL=np.ones((16, 8), np.int32)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), rows)
+    params = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
+    specs = trainer.StateSpecs(*[jax.tree.map(lambda _: P(), params)] * 2, None)
+
+    @jax.jit
+    def drawn(key):
+        _, losses = trainer.backward(exp, specs, params, {}, key, rows)
+        _, aux = model.apply(params, rows, Call(key))
+        return losses.stats.choices_E, aux.expert_BLK[..., 0]
+
+    keys = [trainer.step_key(exp, trainer.State(jnp.int32(step), *[None] * 5)) for step in (0, 1)]
+    (counts_NE, first_NBL), (_, second_NBL) = (jax.device_get(drawn(key)) for key in keys)
+    draws = [*first_NBL, *second_NBL]
+    for i, one in enumerate(draws):
+        assert all((one == other).mean() < 0.4 for other in draws[:i])  # 1 / 8 by chance
+    assert counts_NE.sum() == 4 * 16 * 8 * moe.router.K
+    assert (counts_NE % 2).any(axis=1).all()
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(smallest=4)], ids=["adamw", "adafactor"])

@@ -1,6 +1,7 @@
 """The audit of a whole experiment: what it finds, what it names when something is broken, what it shrinks."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ from moe_jax.audit.dispatchers import dispatchers, fitting_dispatchers
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import fold, kinds, narrow, shrink
 from moe_jax.config import DataConfig, Experiment, OptimConfig
-from moe_jax.core.shard import Shard, hybrid_device_mesh
+from moe_jax.core.shard import AXES, Shard, hybrid_device_mesh
 from moe_jax.optim import Adafactor, Constant
 from tests import programs
 from tests.pages import stands_alone
@@ -41,6 +43,11 @@ def get_config():
 """
 
 
+EXP = Experiment(
+    LMConfig(V=257, D=8, N=2, attention=MHA(8, 4), ffn=GLU(F=8), moe=MoEConfig(E=8, experts=MLP(F=8))),
+    DataConfig(L=8, B=16),
+    OptimConfig(schedule=Constant(0.1)),
+)
 call = partial(programs.call, program)
 
 
@@ -108,6 +115,8 @@ def test_what_is_broken_is_named(config, monkeypatch):
         ([], "No experiment was given"),
         (["--config=nothing.py"], "no config file"),
         (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
+        (["--config=configs/glam_nano.py", "--law=12"], "--law=12 is no law; the laws are 1 to 11"),
+        (["--config=configs/glam_nano.py", "--law=4", "--law=9"], "--law=9 is not in the audit: It takes two runs"),
         (["--config=configs/glam_nano.py", "--devices=0"], "--devices=0: 0 is not a positive integer"),
     ],
 )
@@ -116,6 +125,43 @@ def test_mistakes_are_one_line(argv, words):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert words in err
+
+
+def test_one_law_is_tried_alone(config):
+    code, out, _ = call(config, "--law=11", "--quick")
+    assert code == 0
+    assert re.search(r"\n1 findings, 0 broken", out)
+    assert re.search(r"documents are apart, the whole model +yes +0 of \d+ tokens changed", out)
+
+
+def test_attention_across_documents_is_seen(config, monkeypatch):
+    """Law 11: every token sees all before it in its row, as in packing without a mask."""
+
+    def row_mask(sees, window=None):
+        L = sees.segment_BL.shape[1]
+        return jnp.broadcast_to(jnp.tril(jnp.ones((L, L), bool))[None], (*sees.segment_BL.shape, L))
+
+    monkeypatch.setattr("moe_jax.attention.scores.mask", row_mask)
+    code, out, _ = call(config, "--law=11")
+    assert code == 1
+    assert re.search(r"documents are apart, the whole model +NO +[1-9]\d* of \d+ tokens changed", out)
+
+
+def test_the_meshes_have_all_pairs_of_axes():
+    """On eight devices: every pair of axes shares a mesh, and every axis has more than two shards in one."""
+    large = [sizes for sizes in meshes.MESHES if math.prod(sizes.values()) == 8]
+    pairs = {frozenset(pair) for sizes in large for pair in itertools.combinations(sizes, 2)}
+    assert pairs == set(map(frozenset, itertools.combinations(AXES, 2)))
+    assert all(max(sizes.get(axis, 1) for sizes in large) > 2 for axis in AXES)
+    tiny = dataclasses.replace(EXP, mesh=(("data", 2), ("expert", 4)))
+    names = [name for name, _ in meshes.meshes(tiny, jax.devices())]
+    assert names[0] == "data=2 x expert=4"
+    assert len(names) == len(set(names))
+    assert not {"expert=4", "expert=2", "tensor=2", "fsdp=2 x tensor=2"} & set(names), "others have these axes"
+    assert [n for n, _ in meshes.meshes(dataclasses.replace(EXP, mesh=()), jax.devices()[:2])] == [
+        "expert=2",
+        "tensor=2",
+    ]
 
 
 # ---- comparing

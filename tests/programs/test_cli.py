@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from functools import partial
 
 import pytest
 
-from experiments import train
+from experiments import cli, train
+from experiments.launch.supervisor import MISTAKE
 from tests import programs
 
 GLAM = "--config=configs/glam_nano.py"
@@ -353,6 +355,54 @@ def test_a_damaged_log_is_not_written_over(tiny, copied):
     before = snapshot(copied)
     error = call(*tiny, f"--workdir={copied}").error
     assert f"line 1 of {log} is not a record: remove that line" in error
+    assert snapshot(copied) == before
+
+
+def test_a_full_disk_is_no_mistake(tiny, copied, monkeypatch):
+    """What is whole and what a step takes is said, and the exit code lets a supervisor try again."""
+
+    def full(self, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.Logger, "write", full)
+    outcome = call(*tiny, f"--workdir={copied}", "--config.run.steps=3")
+    assert outcome.code == cli.TRY_AGAIN
+    assert outcome.code != MISTAKE
+    line = outcome.err.splitlines()[-1]
+    assert re.match(r"error: no space left on device: a step takes 0\.\d MB, and [\d,.]+ MB are free in ", line), line
+    assert line.endswith("; step 2 is whole; make room, and the same command goes on from there")
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a\\b", "a*"])
+def test_a_path_where_checkpoints_would_be_lost(tiny, tmp_path, name):
+    error = call(*tiny, f"--workdir={tmp_path / name}").error
+    assert "as a pattern or a separator; choose a path without" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_stay(tiny, copied, tmp_path):
+    """A log and checkpoints that are kept on another disk, when the run goes on and when it is overwritten."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name in ("metrics.jsonl", "checkpoints"):
+        shutil.move(copied / name, disk / name)
+        (copied / name).symlink_to(disk / name)
+    for flags in (["--config.run.steps=3"], ["--overwrite"]):
+        assert call(*tiny, f"--workdir={copied}", *flags).code == 0
+        assert all((copied / name).is_symlink() for name in ("metrics.jsonl", "checkpoints"))
+        steps = "3" if flags[0] != "--overwrite" else "2"
+        assert (disk / "checkpoints" / steps / "manifest.json").is_file()
+        assert json.loads((disk / "metrics.jsonl").read_text().splitlines()[-1])["step"] == int(steps)
+    assert not (disk / "checkpoints" / "3").exists()
+
+
+def test_a_config_that_is_not_the_checkpoints_is_said(tiny, copied):
+    saved = copied / "config.json"
+    saved.write_text(saved.read_text().replace('"D": 8', '"D": 9'))
+    before = snapshot(copied)
+    for flags in ([], ["--config.model.D=9"]):
+        error = call(*tiny, f"--workdir={copied}", *flags).error
+        assert f"{saved} is not the config of the checkpoint of step 2 (model.D was 8, is 9); restore it" in error
     assert snapshot(copied) == before
 
 

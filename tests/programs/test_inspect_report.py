@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import cli
 from experiments import inspect as program
 from moe_jax import inspect as i
 from moe_jax.checkpoint import Checkpoints
@@ -42,7 +43,7 @@ N, E, K, Q, L = 2, 6, 2, 60, 10
 
 @pytest.fixture(scope="module")
 def rec():
-    """Expert 0 of the second layer is for the domain "<b>&", expert 5 is dead everywhere, position 0 is dropped."""
+    """Expert 0 of the second layer is for a domain with an odd name, expert 5 is dead, position 0 is dropped."""
     rng, T = np.random.default_rng(0), Q * L
     sequence = np.repeat(np.arange(Q), L)
     domain = sequence % 2
@@ -56,7 +57,7 @@ def rec():
     token[expert[:, 0, 0] == 2] = 7  # what expert 2 of the first layer gets
     probs = rng.dirichlet(np.ones(E), (T, N))
     return made(expert, E, domain, token, sequence, kept, probs)._replace(
-        domains=("<b>&", "other"), position_T=np.arange(T) % L
+        domains=("<b>&$x^{$", "other"), position_T=np.arange(T) % L
     )
 
 
@@ -84,11 +85,11 @@ def test_what_is_planted_is_told(found):
     page = report.inspection_page("run <x>", found, "config", ["card of <y>"])
     said = " ".join(re.sub(r"<[^>]*>", " ", page).split())
     assert "2 dead experts, 2 with a duplicate by weights; 10.00% of choices dropped" in said
-    assert "expert 0 of layer 3 is for &lt;b&gt;&amp;: 100.0% of its tokens choose it, 2.0 times" in said
+    assert "expert 0 of layer 3 is for &lt;b&gt;&amp;$x^{$: 100.0% of its tokens choose it, 2.0 times" in said
     assert "92% of the experts are missed" in said  # all but the first
     assert "most of all expert 5 of layer 3, without which the loss rises by 1.1000 nats" in said
     assert "loses one in another in 100.0% of cases; by chance 10.0%" in said
-    for word in ("<b>&", "<t7>", "<x>", "<y>"):
+    for word in ("<b>&$x^{$", "<t7>", "<x>", "<y>"):
         assert word not in page
     stands_alone(page)
 
@@ -236,6 +237,21 @@ def test_without_a_knock_out(run):
 def test_mistakes_are_one_line(run, flags, words):
     given = [flag.format(run=run / "run", dense=run / "dense") for flag in flags]
     assert words in call(*given, f"--data_dir={run / 'data'}").error
+
+
+@pytest.mark.parametrize("flags", [[], ["--report={run}/a.html"], ["--out={run}/figures/more"], ["--live"]])
+def test_where_nothing_can_be_written_it_is_said_first(run, flags, monkeypatch):
+    """Before anything is recorded, which takes minutes."""
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", read_only)
+    for late in ("inspected", "write_report"):
+        monkeypatch.setattr(program, late, lambda *_: pytest.fail("it has begun"))
+    given = [flag.format(run=run / "run") for flag in flags]
+    error = call(f"--workdir={run / 'run'}", f"--data_dir={run / 'data'}", *given).error
+    assert re.match(r"Nothing can be written to \S+ \(Read-only file system\); (give --report|copy the run)", error)
 
 
 # ---------------------------------------------------------------- a run in progress

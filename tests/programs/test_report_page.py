@@ -197,7 +197,7 @@ def test_the_docs_have_the_formulas_of_the_pages():
 
 # ---------------------------------------------------------------- what a log is told
 
-LAYERS = ((2,), (2,), *[(2, 4)] * 5, (2,), (2,), (2,), (2,), (2, 1), (2, 1, 4), (2, 1), (2,))
+LAYERS = ((2,), (2,), *[(2, 4)] * 5, (2,), (2,), (2,), (2,), (2, 1), (2, 1, 4), (2, 1))
 STATS = Stats(*(np.ones(shape, np.float32) for shape in LAYERS))  # two layers of four experts, an assignment for each
 
 
@@ -217,10 +217,10 @@ def test_a_run_is_told_its_question_and_command(tmp_path, monkeypatch):
 
 
 def test_what_no_layer_has_measured_is_not_in_a_record():
-    measured = per_layer(Aux(jnp.zeros(2), STATS._replace(agreed=jnp.array([jnp.nan, 2.0]))).metrics)
-    assert np.isnan(measured["agreement"][0])
-    assert measured["agreement"][1] == 0.5
-    never = per_layer(Aux(jnp.zeros(2), STATS._replace(agreed=jnp.full(2, jnp.nan))).metrics)
+    compared = STATS._replace(agreed=jnp.array([2.0]), compared=jnp.array([4.0]))
+    measured = per_layer(Aux(jnp.zeros(2), compared).metrics)
+    assert measured["agreement"] == [None, 0.5]
+    never = per_layer(Aux(jnp.zeros(2), STATS).metrics)
     assert set(measured) - set(never) == {"agreement"}
     assert drop_rate(STATS) == 0.75
     assert math.isnan(drop_rate(STATS._replace(choices_E=jnp.zeros((2, 4)))))
@@ -230,7 +230,7 @@ def test_a_layer_alone_has_no_agreement():
     weight, probs = jnp.ones((1, 2, 1)), jnp.full((1, 2, 4), 0.25)
     routing = token_choice(jnp.zeros((1, 2, 1), jnp.int32), weight, jnp.log(probs), probs, jnp.ones((1, 2), bool))
     found = describe(stats(routing, jnp.ones((1, 2, 1), bool), 1))
-    assert np.isnan(found["agreement"])
+    assert "agreement" not in found
     assert found["active_experts"] == 1
 
 
@@ -238,7 +238,10 @@ def test_the_first_layer_of_every_stack_has_no_agreement():
     """An encoder and a decoder of two MoE layers: a decoder's first layer is not compared."""
     stack = count_agreement(Aux(jnp.zeros(2), STATS, jnp.zeros((2, 1, 3, 1), jnp.int32)))
     metrics = concat_stacks(stack, stack).metrics
-    np.testing.assert_array_equal(metrics["agreement"], [np.nan, 0.75, np.nan, 0.75])
+    alone = Aux(jnp.zeros(1), STATS, jnp.zeros((1, 1, 3, 1), jnp.int32))
+    assert count_agreement(alone) is alone
+    np.testing.assert_array_equal(metrics["agreement"], [0.75, 0.75])
+    assert per_layer(metrics)["agreement"] == [None, 0.75, None, 0.75]
 
 
 def test_without_auxiliary_losses_there_is_no_auxiliary_loss():

@@ -156,6 +156,63 @@ def test_a_fresh_start_starts_anew(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+def test_what_a_fresh_start_finds_is_kept_once(tmp_path):
+    """Records of steps, or what cannot be read; not the start of a run that has made no step."""
+    path, start = tmp_path / metrics.FILE, {"kind": "start", "step": 0}
+    for content in (json.dumps(start) + "\n", "", '{"kind": "train", "step": 1}\n', "not JSON", '{"kind": "eval", "st'):
+        path.write_text(content)
+        Logger(tmp_path, 10, quiet=True).close()
+        assert path.read_text() == ""
+    kept = [(tmp_path / f"metrics.{n}.jsonl").read_text() for n in (1, 2, 3)]
+    assert kept == ['{"kind": "train", "step": 1}\n', "not JSON", '{"kind": "eval", "st']
+    assert not (tmp_path / "metrics.4.jsonl").exists()
+
+
+def test_a_log_that_is_a_link_stays_one(tmp_path):
+    """Begun anew, and resumed: the file behind it is written."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    link, file = tmp_path / "run" / metrics.FILE, tmp_path / "disk" / "log"
+    link.symlink_to(file)
+    run(tmp_path / "run")
+    whole = file.read_text()
+    with Logger(tmp_path / "run", 40, resume_step=20, quiet=True):
+        assert file.read_text() == "".join(whole.splitlines(keepends=True)[:6])
+    assert link.is_symlink()
+    with Logger(tmp_path / "run", 40, quiet=True) as logger:
+        logger.write(train(1))
+    assert link.is_symlink()
+    assert len(file.read_text().splitlines()) == 1
+
+
+NO_RECORDS = (
+    *("null", '["kind", "step"]', "[" * 100_000, '{"kind": 1, "step": 1}', '{"kind": "train", "step": "1"}'),
+    *('{"kind": "train", "step": 1, "seconds": "2"}', '{"kind": "train", "step": null}', '{"step": 1}'),
+)
+
+
+@pytest.mark.parametrize("line", NO_RECORDS, ids=range(8))
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    run(tmp_path)
+    path = tmp_path / metrics.FILE
+    path.write_text(line + "\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"line 1 of \S+ is not a record: remove that line"):
+        read(tmp_path)
+
+
+def test_spikes_are_said_at_once(tmp_path, capsys):
+    with Logger(tmp_path, 100) as logger:
+        for step, spikes in ((1, 0), (2, 0), (3, 2), (4, 0), (5, 1)):
+            logger.write(train(step, spikes=spikes))
+    lines = capsys.readouterr().err.splitlines()
+    assert [("loss spikes" in line, line.split()[1]) for line in lines] == [
+        (False, "1/100"),
+        (True, "3/100"),
+        (True, "5/100"),
+    ]
+    assert ("loss spikes", "3") in metrics.summary_rows(read(tmp_path))
+
+
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     with Logger(tmp_path / "run", 10) as logger:

@@ -1,0 +1,152 @@
+"""A signal ends a run after its step, which is saved; a second one at once; and what is said of it is true."""
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from experiments import train
+from experiments.launch import interruption, join
+from experiments.launch.interruption import Interrupted, Interruption
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.reporting.metrics import read
+from tests import programs
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict()
+    config.mesh = {{"data": 8}}
+    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "moe_layers": "none"}}
+    config.model.remat = "none"
+    config.data = {{"source": "Folder(path={text!r})", "L": 8, "B": 8}}
+    config.run = {{"steps": 2000, "log_every": 5, "eval_every": 2000, "save_every": 2000, "eval_sequences": 8}}
+    return config
+"""
+
+
+def signalled(number: int, when) -> threading.Thread:
+    """A thread that signals this process once a condition holds."""
+
+    def wait() -> None:
+        end = time.monotonic() + 200
+        while not when() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_run_that_is_terminated_has_saved_its_last_step(tmp_path):
+    """SIGTERM: exit code 143; the step that is named is on disk, and is the last one that was trained."""
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"text number {i}, " * 20)
+    (tmp_path / "config.py").write_text(CONFIG.format(text=str(tmp_path / "text")))
+    run = tmp_path / "run"
+
+    def midway() -> bool:
+        with contextlib.suppress(ValueError, IndexError):
+            return read(run)[-1]["step"] >= 5
+        return False
+
+    before = [signal.getsignal(number) for number in interruption.SIGNALS]
+    thread = signalled(signal.SIGTERM, midway)
+    flags = [f"--config={tmp_path / 'config.py'}", f"--data_dir={tmp_path / 'data'}", f"--workdir={run}"]
+    outcome = programs.call(train, *flags)
+    thread.join()
+    assert outcome.code == 128 + signal.SIGTERM
+    assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
+    step = read(run)[-1]["step"]
+    assert [record["kind"] for record in read(run)[-2:]] == ["train", "interrupted"]
+    lines = outcome.err.strip().splitlines()
+    assert lines[-1] == f"SIGTERM at step {step} of 2000, which is saved; the same command goes on from step {step}"
+    assert "SIGTERM: finishing this step and saving it; a second signal leaves at once" in lines
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        state, _, saved = checkpoints.restore()
+    assert saved == step == int(state["step"])
+    assert not (run / "run.lock").exists()
+    assert train.goes_on(run, True) == f"without --overwrite, the same command goes on from step {step}"
+
+
+def test_before_the_first_step_it_ends_at_once(tmp_path):
+    assert train.goes_on(tmp_path, False) == "no step has been saved: it begins anew"
+    with (
+        pytest.raises(Interrupted, match=r"SIGINT before the first step; nothing is lost") as caught,
+        Interruption(lambda: "nothing is lost"),
+    ):
+        signal.raise_signal(signal.SIGINT)
+    assert (caught.value.code, caught.value.together) == (130, False)
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch, capsys):
+    """In a computation that hears nothing too: a thread of its own ends the process."""
+    left = threading.Event()
+    codes = []
+    monkeypatch.setattr(interruption.os, "_exit", lambda code: (codes.append(code), left.set()))
+    with Interruption(lambda: "the same command goes on from step 7") as stop:
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop(2):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left.wait(60)
+    assert codes == [143]
+    assert "SIGTERM again, leaving at once; the same command goes on from step 7" in capsys.readouterr().err
+
+
+def test_without_the_main_thread_nothing_is_heard():
+    heard = []
+
+    def body() -> None:
+        with Interruption(lambda: "") as stop:
+            heard.append(stop(1))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert heard == [False]
+
+
+@pytest.mark.parametrize("signalled_ones", [(0,), (1,), (0, 1)])
+def test_processes_stop_at_the_same_step(signalled_ones, monkeypatch):
+    """Whoever is signalled, whenever, and whichever of them is ahead: by one step at most, as they wait for each other.
+
+    A process that asks after step n has begun n and ended n - 1, which the others had to begin.
+    """
+    monkeypatch.setattr(join, "connected", lambda: True)
+    for order in itertools.product((0, 1), repeat=10):
+        values: dict[str, str] = {}
+        monkeypatch.setattr(join, "propose", values.setdefault)
+        monkeypatch.setattr(join, "proposed", values.get)
+        processes = [Interruption(str), Interruption(str)]
+        begun, stopped = [0, 0], [None, None]
+        turns = itertools.chain(order, itertools.cycle((0, 1)))
+        for turn, i in enumerate(turns):
+            if None not in stopped:
+                break
+            assert turn < 60, order
+            if stopped[i] is not None or begun[i] > begun[1 - i]:
+                continue  # it waits for the other
+            if turn >= 4 and i in signalled_ones:
+                processes[i].heard = signal.SIGTERM
+            begun[i] += 1
+            if processes[i](begun[i]):
+                stopped[i] = begun[i]
+        assert stopped[0] == stopped[1], order
+
+
+def test_an_interruption_before_anything_promises_nothing(monkeypatch):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "on_devices", interrupted)
+    outcome = programs.call(train, "--config=configs/glam_nano.py", "--workdir=unused")
+    assert (outcome.code, outcome.err) == (130, "\nInterrupted.\n")
