@@ -54,6 +54,7 @@ from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 from moe_jax.words import meant, meant_field
+from moe_jax.xla import check_options
 
 LAYERS = (ATTENTION, POSITIONS, SCALINGS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
@@ -153,9 +154,11 @@ class RunConfig:
     watts: NonNegativeFloat | None = None
     pue: Annotated[float, Range(1, math.inf, "[)")] = 1.1
     carbon: NonNegativeFloat = 0.429
+    xla: str = ""
 
     def __post_init__(self):
         check_ranges(self)
+        check_options(self.xla)
 
     @property
     def intervals(self) -> dict[str, int]:

@@ -92,6 +92,11 @@ class MoEConfig:
         return traits(self.router)
 
     @property
+    def distinct(self) -> int:
+        """Choices of a token that are known to be different experts; 1 where nothing is known."""
+        return self.router.K if self.traits.distinct else 1
+
+    @property
     def causal(self) -> bool:
         """Tells whether no later token changes a token's output: none affects its choices or takes its slot."""
         d = self.dispatch

@@ -22,5 +22,6 @@ class GLU:
         activation(self.activation)
 
     def __call__(self, params: Mapping[str, Array], x: Float[Array, "... D"], groups: Groups) -> Float[Array, "... D"]:
-        gate = activation(self.activation)(groups.matmul(x, params["gate_EDF"]))
-        return groups.matmul(gate * groups.matmul(x, params["up_EDF"]), params["down_EFD"])
+        gate, up = (groups.matmul(x, params[name]) for name in ("gate_EDF", "up_EDF"))
+        hidden = groups.elementwise(lambda gate, up: activation(self.activation)(gate) * up, gate, up)
+        return groups.matmul(hidden, params["down_EFD"])

@@ -28,5 +28,5 @@ class MLP:
         h = groups.matmul(x, params["up_EDF"])
         if self.bias:
             h = groups.bias(h, params["up_EF"])
-        y = groups.matmul(activation(self.activation)(h), params["down_EFD"])
+        y = groups.matmul(groups.elementwise(activation(self.activation), h), params["down_EFD"])
         return groups.bias(y, params["down_ED"]) if self.bias else y

@@ -25,6 +25,7 @@ class Random:
 
     K: PositiveInt = 2
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = True
     grouped: ClassVar[bool] = True
 
@@ -53,6 +54,7 @@ class RoundRobin:
 
     K: PositiveInt = 2
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
     grouped: ClassVar[bool] = True
 

@@ -25,6 +25,7 @@ class CosineTopK:
     A: PositiveInt = 8
     normalize: bool = False
     params: ClassVar = ("project_DA", "embed_AE", "scale_")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):

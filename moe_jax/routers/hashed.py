@@ -21,6 +21,7 @@ class Hash:
     K: PositiveInt = 1
     seed: Annotated[int, Range(0, 2**32, "[)")] = 0  # of the hash
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     needs: ClassVar = ("token",)
     random: ClassVar[bool] = False
 

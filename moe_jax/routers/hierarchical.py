@@ -28,6 +28,7 @@ class Hierarchical:
     inner: PositiveInt = 2
     normalize: bool = False
     params: ClassVar = ("group_DM", "gate_DE")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):

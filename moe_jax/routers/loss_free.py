@@ -35,6 +35,7 @@ class LossFree:
     limit: PositiveInt = 1
     best: PositiveInt = 2
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("bias_E",)
     random: ClassVar[bool] = False
 

@@ -28,6 +28,7 @@ class NoisyTopK:
     learned: bool = True
     normalize: bool = True
     random: ClassVar[bool] = True
+    distinct: ClassVar[bool] = True
     gives: ClassVar = ("load",)
 
     def __post_init__(self):

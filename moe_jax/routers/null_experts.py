@@ -26,6 +26,7 @@ class NullExperts:
     M: PositiveInt = 8
     normalize: bool = False  # weights are shares of the true experts alone
     params: ClassVar = ("gate_DE", "null_DM")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):

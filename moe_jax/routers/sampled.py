@@ -23,6 +23,7 @@ class Sampled:
     temperature: PositiveFloat = 1.0
     normalize: bool = True
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ class Sinkhorn:
     K: PositiveInt = 1
     iterations: Annotated[int, Range(1, 10_000)] = 8  # of Sinkhorn's algorithm
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("potential_E",)
     random: ClassVar[bool] = True
     causal: ClassVar[bool] = False

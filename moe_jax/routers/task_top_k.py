@@ -26,6 +26,7 @@ class TaskTopK:
     normalize: bool = True
     needs: ClassVar = ("task",)
     random: ClassVar[bool] = False
+    distinct: ClassVar[bool] = True
 
     def __post_init__(self):
         check_choices(self)

@@ -26,6 +26,7 @@ class Top2:
     threshold: Annotated[float, Range(0, 1, "(]")] = 0.5
     K: ClassVar[int] = 2
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)

@@ -26,6 +26,7 @@ class TopK:
     score: str = "softmax"
     normalize: bool = True
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):

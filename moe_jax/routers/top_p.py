@@ -24,6 +24,7 @@ class TopP:
     p: Annotated[float, Range(0, 1, "(]")] = 0.4
     K: PositiveInt = 4
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):
