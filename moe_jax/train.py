@@ -195,8 +195,9 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
 
 def prepare_data(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
     """The training and the held-out examples; with the tokenizers of the run in the workdir, if it has checkpoints."""
-    begun = workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
-    data = with_kept_tokenizers(exp.data, workdir) if begun else exp.data
+    data = exp.data
+    if workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+        data = with_kept_tokenizers(data, workdir)
     return data.prepare(data_dir or default_directory())
 
 
