@@ -8,22 +8,39 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.files import sha256
+from moe_jax.files import parse_json, sha256
 
 MANIFEST = "manifest.json"
+ELSEWHERE = "choose another place, by --data_dir or the environment variable MOE_JAX_DATA."
 
 
 def default_directory() -> pathlib.Path:
-    """Folder of prepared data: $MOE_JAX_DATA, or ~/.cache/moe_jax."""
-    return pathlib.Path(os.environ.get("MOE_JAX_DATA") or pathlib.Path.home() / ".cache" / "moe_jax")
+    """Folder of prepared data: $MOE_JAX_DATA, or ~/.cache/moe_jax. ValueError where nobody's home is known."""
+    if given := os.environ.get("MOE_JAX_DATA"):
+        return pathlib.Path(given)
+    try:
+        return pathlib.Path.home() / ".cache" / "moe_jax"
+    except RuntimeError:
+        raise ValueError(f"There is no home to keep prepared data in; {ELSEWHERE}") from None
+
+
+def make_directory(directory: pathlib.Path) -> None:
+    """Makes a folder for prepared data, unless it is there; ValueError where it cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(directory, error) from None
 
 
 def ensure(folder: pathlib.Path, make: Callable[[pathlib.Path], dict[str, Any]]) -> None:
     """Makes `folder` unless it is there: `make` fills an empty folder and returns facts for its manifest."""
     if (folder / MANIFEST).exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    make_directory(folder.parent)
+    try:
+        unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _unusable(folder.parent, error) from None
     try:
         facts = make(unfinished)
         manifest = {
@@ -53,7 +70,7 @@ def manifest_facts(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         return {"facts": manifest["facts"], "sha256": manifest["sha256"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(folder / MANIFEST, folder) from None
@@ -70,6 +87,11 @@ def _move(unfinished: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _files(folder: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _unusable(folder: pathlib.Path, error: OSError) -> ValueError:
+    reason = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return ValueError(f"Prepared data cannot be kept in {folder} ({reason}); {ELSEWHERE}")
 
 
 def _damaged(path: pathlib.Path, folder: pathlib.Path) -> ValueError:

@@ -1,9 +1,10 @@
 """Documents with a domain, which every source of text gives, split by content into train and held-out."""
 
+import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 Split = Literal["train", "held_out"]
 HELD_OUT = 0.05  # share of the documents
@@ -30,6 +31,36 @@ class Source(Protocol):
     def fingerprint(self, directory: pathlib.Path) -> str: ...
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Snapshot:
+    """Documents (or pairs) of a source whose files have been read, once: what changes on disk later does not matter."""
+
+    source: Any
+    domains: tuple[str, ...]
+    splits: Mapping[Split, Sequence[Any]]
+    key: str  # the fingerprint
+
+    def __repr__(self) -> str:
+        return repr(self.source)
+
+    def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Any]:
+        """The documents of a split, in their order."""
+        return iter(self.splits[split])
+
+    def pairs(self, split: Split, directory: pathlib.Path) -> Iterator[Any]:
+        """The pairs of a split, in their order."""
+        return iter(self.splits[split])
+
+    def fingerprint(self, directory: pathlib.Path) -> str:
+        """The fingerprint of what was read."""
+        return self.key
+
+
+def read_once(source: Any) -> Any:
+    """The source as it is now: of one that reads files of the user's (`snapshot`), all text; any other as it is."""
+    return source.snapshot() if hasattr(source, "snapshot") else source
+
+
 def decoded(data: bytes) -> str | None:
     """The text in `data`, or None for what is not text: not UTF-8, NUL bytes, nothing but space."""
     try:
@@ -41,12 +72,13 @@ def decoded(data: bytes) -> str | None:
 
 def pieces(text: str, limit: int) -> Iterator[str]:
     """Cuts `text` after the last line that ends within `limit` characters, again and again."""
-    while len(text) > limit:
-        cut = text.rfind("\n", 0, limit) + 1 or limit
-        yield text[:cut]
-        text = text[cut:]
-    if text:
-        yield text
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1 or start + limit
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 def digest(text: bytes) -> str:

@@ -3,7 +3,7 @@
 import pathlib
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer
+from jaxtyping import Int32, Integer
 
 FLUSH = 2**22  # tokens held in memory before they are cut
 
@@ -21,7 +21,7 @@ class Packer:
         """Appends a document behind a begin-of-document token."""
         document = np.concatenate([np.array([self.bod], np.int32), tokens_N])
         self.tokens.append(document)
-        self.numbers.append(np.full(len(document), self.documents, np.int64))
+        self.numbers.append(np.full(len(document), self.documents, np.int32))
         self.held += len(document)
         self.documents += 1
 
@@ -48,10 +48,9 @@ def windows(values_N: Integer[np.ndarray, "N"], L: int) -> Integer[np.ndarray, "
     return np.lib.stride_tricks.sliding_window_view(values_N, L + 1)[::L]
 
 
-def segments(number_WM: Int64[np.ndarray, "W M"]) -> Int32[np.ndarray, "W M"]:
+def segments(number_WM: Int32[np.ndarray, "W M"]) -> Int32[np.ndarray, "W M"]:
     """Documents numbered from 1 in each window."""
-    segment_WM = number_WM - number_WM[:, :1] + 1
-    return np.where(number_WM < 0, 0, segment_WM).astype(np.int32)
+    return np.where(number_WM < 0, np.int32(0), number_WM - (number_WM[:, :1] - 1))
 
 
 class RowFile:

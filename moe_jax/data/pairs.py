@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from moe_jax.data import cache
-from moe_jax.data.documents import Split, fingerprint
+from moe_jax.core.quoted import quoted
+from moe_jax.data import cache, tokenizers
+from moe_jax.data.documents import Split, fingerprint, read_once
 from moe_jax.data.objectives import check_source
 from moe_jax.data.packing import RowFile
 from moe_jax.data.preparation import SERIAL, Preparation
@@ -81,6 +82,10 @@ class Translation:
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 
+    def __post_init__(self):
+        if self.source is not None and not (hasattr(self.source, "fit") and hasattr(self.source, "V")):
+            raise ValueError(f"Translation(source={quoted(self.source)}) is no tokenizer; use SentencePiece(), say.")
+
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
         """Sizes of the model that follow from the data."""
         check_source(self, source, "pairs")
@@ -99,11 +104,13 @@ class Translation:
         how: Preparation = SERIAL,
     ) -> tuple["ParallelText", "ParallelText"]:
         """The training and the held-out pairs, made once and kept under `directory`."""
+        cache.make_directory(directory)
+        source = read_once(source)
         text = source.fingerprint(directory)
 
         def fit(config: TokenizerConfig, sides: tuple[str, ...]) -> Tokenizer:
             texts = (getattr(pair, side) for pair in source.pairs("train", directory) for side in sides)
-            key = fingerprint([text, repr(config), *sides, VERSION])
+            key = fingerprint([text, repr(config), *sides, tokenizers.VERSION])
             return config.fit(texts, directory / "tokenizers" / key[:16])
 
         fitted = fit(tokenizer, ("source", "target") if self.source is None else ("target",))

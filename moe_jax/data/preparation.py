@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from moe_jax.data.documents import HELD_OUT, Split
+from moe_jax.data.documents import HELD_OUT, Split, read_once
 
 SIZE = 2**20  # bytes of text that a process encodes at once
 Encode = Callable[[Any], tuple[Any, ...]]  # a document or a pair, to arrays of tokens and facts
@@ -65,6 +65,10 @@ class Limited:
     def fingerprint(self, directory: pathlib.Path) -> str:
         """The source's own fingerprint, and the limit."""
         return f"{self.source.fingerprint(directory)}, the first {self.n}"
+
+    def snapshot(self) -> "Limited":
+        """The source read once, and the limit."""
+        return Limited(read_once(self.source), self.n)
 
     def limit(self, split: Split) -> int:
         """The largest number of documents in a split."""

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from moe_jax.data.documents import Split
 from moe_jax.data.preparation import SIZE
+
+LONGEST = 100  # characters of somebody else's words
 
 
 def builder(source: Any) -> tfds.core.DatasetBuilder:
@@ -26,6 +28,8 @@ def builder(source: Any) -> tfds.core.DatasetBuilder:
     except OSError as error:
         reason = f"({type(error).__name__})"
         raise ValueError(f"{source} could not be downloaded {reason}: prepare it elsewhere, set data_dir") from None
+    except Exception as error:  # what TFDS says about files of its own that it cannot parse
+        raise _damaged(source, error) from None
     if "train" not in found.info.splits:
         raise ValueError(f"{source} has the splits {sorted(found.info.splits)}: one named train is needed")
     return found
@@ -44,6 +48,18 @@ def records(source: Any, found: tfds.core.DatasetBuilder, split: str) -> Any:
     return opened
 
 
+def read_records(source: Any, opened: Any, numbers: Sequence[int]) -> list[Any]:
+    """Some records, by number; ValueError where a file of theirs is damaged, cut off or gone."""
+    try:
+        found = opened.__getitems__(numbers)  # all at once: ten times as fast as one by one
+    except Exception as error:  # readers and decoders of many kinds, each with errors of its own
+        raise _damaged(source, error) from None
+    there = sum(any(value is not None for value in record.values()) for record in found)  # the end may be cut off
+    if there != len(numbers):
+        raise _damaged(source, f"{there} of {len(numbers)} records are there")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordRange:
     """The records `start` to `stop` of a source, as its `read` makes documents of them; read where it is iterated."""
@@ -58,7 +74,7 @@ class RecordRange:
 
     def __iter__(self) -> Iterator[Any]:
         opened, shared = _opened(self.source, self.split)
-        found = opened.__getitems__(range(self.start, self.stop))  # all at once: ten times as fast as one by one
+        found = read_records(self.source, opened, range(self.start, self.stop))
         return self.source.read(found, self.split if shared else None)
 
 
@@ -83,6 +99,11 @@ def tfds_facts(source: Any, found: tfds.core.DatasetBuilder) -> list[str]:
     """Facts that TFDS has about the data set: version, features, and the size of every shard."""
     splits = (f"{key} {split.num_bytes} {split.shard_lengths}" for key, split in sorted(found.info.splits.items()))
     return [str(source), found.info.full_name, str(found.info.features), *splits]
+
+
+def _damaged(source: Any, reason: str | Exception) -> ValueError:
+    words = str(reason).partition("\n")[0][:LONGEST]
+    return ValueError(f"{source}: its files are damaged ({words}): prepare the data set again")
 
 
 def _what_to_install(error: ImportError) -> str:

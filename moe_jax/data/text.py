@@ -11,14 +11,16 @@ import tensorflow_datasets as tfds
 from moe_jax.data import records
 from moe_jax.data.documents import (
     Document,
+    Snapshot,
     Split,
-    decoded,
     digest,
     fingerprint,
     held_out,
     is_held_out,
     pieces,
 )
+from moe_jax.data.folders import LeftOut, files_below, root_of, text_of
+from moe_jax.names import printable
 
 LONGEST = 2**16  # characters of a document
 
@@ -32,41 +34,46 @@ class Folder:
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the subfolders that hold text (and the folder's own name, if it does)."""
-        return tuple(self._texts())
+        return self.snapshot().domains
 
     def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]:
         """Files, long ones in pieces, without duplicates, domains mixed."""
-        chosen: dict[str, Document] = {}
-        for domain, texts in enumerate(self._texts().values()):
-            kept = held_out(texts) if split == "held_out" else set(texts) - held_out(texts)
-            chosen |= {key: Document(texts[key], domain) for key in kept}
-        for key in sorted(chosen):
-            yield chosen[key]
+        return self.snapshot().documents(split, directory)
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of the domains and the texts."""
-        return fingerprint(f"{domain} {key}" for domain, texts in self._texts().items() for key in sorted(texts))
+        return self.snapshot().key
+
+    def snapshot(self) -> Snapshot:
+        """All text, read once; what is left out is said on stderr. ValueError if there is none."""
+        texts = self._texts()
+        splits: dict[Split, dict[str, Document]] = {"train": {}, "held_out": {}}
+        for domain, own in enumerate(texts.values()):
+            apart = held_out(own)
+            for key, text in own.items():
+                splits["held_out" if key in apart else "train"][key] = Document(text, domain)
+        key = fingerprint(f"{domain} {key}" for domain, own in texts.items() for key in sorted(own))
+        return Snapshot(self, tuple(texts), {split: [d[key] for key in sorted(d)] for split, d in splits.items()}, key)
 
     def _texts(self) -> dict[str, dict[str, bytes]]:
         """Documents of each domain by digest; ValueError if there are none."""
-        root = pathlib.Path(self.path).expanduser().resolve()
-        if not root.is_dir():
-            raise FileNotFoundError(f"Folder(path={self.path!r}): there is no such folder, give one of text files")
-        found: dict[str, dict[str, bytes]] = {}
-        seen: set[str] = set()
-        for path in sorted(root.rglob("*")):
-            names = path.relative_to(root).parts
-            if any(name.startswith(".") for name in names) or not path.is_file():
-                continue
-            domain = names[0] if len(names) > 1 else root.name
-            texts = [piece.encode() for piece in pieces(decoded(path.read_bytes()) or "", LONGEST)]
-            new = {digest(text): text for text in texts if digest(text) not in seen}
-            if new:
-                seen |= set(new)
-                found.setdefault(domain, {}).update(new)
+        root, left_out = root_of(self, "text files"), LeftOut(self)
+        found: dict[str, dict[str, bytes]] = {}  # by subfolder; "" is the folder itself
+        seen, domains, kept = set[str](), dict[str, None](), 0
+        for names, file in files_below(root, left_out):
+            domain = names[0] if len(names) > 1 else ""
+            domains[domain] = None
+            text = text_of(file, names, left_out)
+            kept += bool(text)
+            for piece in (piece.encode() for piece in pieces(text, LONGEST)):
+                if (key := digest(piece)) not in seen:
+                    seen.add(key)
+                    found.setdefault(domain, {})[key] = piece
+        left_out.say(kept, [domain or root.name for domain in domains if domain not in found])
         if not found:
-            raise ValueError(f"Folder(path={self.path!r}) holds no UTF-8 text file: put some there, or in subfolders")
-        return found
+            raise ValueError(f"{self} holds no UTF-8 text file: put some there, or in subfolders")
+        own = printable(root.name) + ("/" if root.name in found or not root.name else "")
+        return {printable(domain) or own: texts for domain, texts in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,16 @@ import io
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Protocol, SupportsInt, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.data import cache
 
+VERSION = "2"  # raise it when the same text gives another tokenizer
 MODEL = "sentencepiece.model"
 SPACE = "\u2581"  # stands for a space in the pieces of a model
 TRAINED_ON = 8_000_000  # bytes
@@ -70,11 +72,10 @@ class Bytes:
 class SentencePiece:
     """Byte-pair encoding of V pieces, all 256 bytes among them, trained on the first 8 MB of text."""
 
-    V: int = 8192
+    V: Annotated[int, Range(300, 2**31, "[)")] = 8192  # at least 256 bytes and some pieces
 
     def __post_init__(self):
-        if self.V < 300:
-            raise ValueError(f"SentencePiece(V={self.V}): it needs V >= 300, for 256 bytes and some pieces")
+        check_ranges(self)
 
     def fit(self, texts: Iterable[bytes], folder: pathlib.Path) -> "TrainedSentencePiece":
         """The tokenizer in `folder`, trained on `texts` if there is none; ValueError if they are too few."""
@@ -124,11 +125,11 @@ class TrainedSentencePiece:
 def training_lines(texts: Iterable[bytes], limit: int) -> Iterator[str]:
     """The lines of the first `limit` bytes of text, in parts that sentencepiece takes."""
     for text in texts:
-        limit -= len(text)
-        if limit < 0:
-            return
-        for line in text.decode("utf-8", "ignore").splitlines():
+        for line in text[:limit].decode("utf-8", "ignore").splitlines():
             yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 def _train(sentences: Iterator[str], V: int) -> bytes:

@@ -4,15 +4,19 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Integer
 
+from moe_jax.core.ranges import PositiveInt, Range, check_ranges
 from moe_jax.data import records
-from moe_jax.data.documents import Split, digest, fingerprint, held_out, is_held_out
+from moe_jax.data.documents import Snapshot, Split, digest, fingerprint, held_out, is_held_out
+from moe_jax.data.folders import BOM, WIDE, LeftOut, file_bytes, files_below, root_of
+from moe_jax.names import printable
 
+VERSION = "2"  # raise it when the same files give other pairs, or other splits
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 SYLLABLES = tuple(consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiou")
 
@@ -34,40 +38,58 @@ class Parallel:
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of the files."""
-        return tuple(file.stem for file in self._files())
+        return self.snapshot().domains
 
     def pairs(self, split: Split, directory: pathlib.Path) -> Iterator[Pair]:
-        """Pairs without duplicates; a source is in one split, whatever its targets."""
-        for domain, file in enumerate(self._files()):
-            lines = dict.fromkeys(read_pairs(file))
-            apart = held_out([digest(source) for source, _ in lines])
-            for source, target in lines:
-                if (digest(source) in apart) == (split == "held_out"):
-                    yield Pair(source, target, domain)
+        """Pairs without duplicates; a source is in one split, whatever its targets and their files."""
+        return self.snapshot().pairs(split, directory)
 
     def fingerprint(self, directory: pathlib.Path) -> str:
         """A sha256 of the domains and their texts."""
-        return fingerprint(f"{file.stem} {digest(file.read_bytes())}" for file in self._files())
+        return self.snapshot().key
 
-    def _files(self) -> list[pathlib.Path]:
-        root = pathlib.Path(self.path).expanduser().resolve()
-        if not root.is_dir():
-            raise FileNotFoundError(f"{self}: there is no such folder, give one of .tsv files")
-        if not (files := sorted(root.glob("*.tsv"))):
+    def snapshot(self) -> Snapshot:
+        """All pairs, read once; files that are left out are named on stderr. ValueError if there are none."""
+        found: dict[str, dict[tuple[bytes, bytes], str]] = {}  # pairs of each domain, with the digest of the source
+        texts, apart = [VERSION], set[str]()
+        for name, place, data in self._files():
+            found[name] = {pair: digest(pair[0]) for pair in pairs_in(data, place)}
+            apart |= held_out(found[name].values())
+            texts.append(f"{name} {digest(data)}")
+        splits: dict[Split, list[Pair]] = {"train": [], "held_out": []}
+        for domain, pairs in enumerate(found.values()):
+            for (source, target), key in pairs.items():
+                splits["held_out" if key in apart else "train"].append(Pair(source, target, domain))
+        return Snapshot(self, tuple(found), splits, fingerprint(texts))
+
+    def _files(self) -> Iterator[tuple[str, str, bytes]]:
+        """Domain, path and content of each file; ValueError if there are none."""
+        root, left_out, n = root_of(self, ".tsv files"), LeftOut(self), 0
+        for names, file in files_below(root, left_out):
+            if not names[-1].endswith(".tsv"):
+                continue
+            if len(names) > 1:
+                left_out.add("in a subfolder", names)
+            elif (data := file_bytes(file, names, left_out)) is not None:
+                n += 1
+                yield printable(names[0].removesuffix(".tsv")), file.path, data
+        left_out.say(n, ())
+        if not n:
             raise ValueError(f"{self} holds no .tsv file: put some there, with a line source<TAB>target for each pair")
-        return files
 
 
-def read_pairs(file: pathlib.Path) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs of a .tsv file; ValueError names the first line that is none."""
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        sides = line.split(b"\t")
+def pairs_in(data: bytes, place: str) -> Iterator[tuple[bytes, bytes]]:
+    """The pairs of a .tsv file, without byte-order marks; ValueError names the first line that is none, in `place`."""
+    if data.startswith(WIDE):
+        raise ValueError(f"{place} is in UTF-16; convert the file to UTF-8")
+    for number, line in enumerate(data.splitlines(), start=1):
+        sides = line.removeprefix(BOM).split(b"\t")
         if len(sides) != 2 or not all(side.strip() for side in sides):
-            raise ValueError(f"{file}, line {number}: there must be two texts with one tab between them")
+            raise ValueError(f"{place}, line {number}: there must be two texts with one tab between them")
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{file}, line {number} is not UTF-8; convert the file") from None
+            raise ValueError(f"{place}, line {number} is not UTF-8; convert the file") from None
         yield sides[0], sides[1]
 
 
@@ -121,17 +143,14 @@ class ToyTranslation:
     begin it with word 2, 3, ... and go round. No held-out sentence is trained on, in any language.
     """
 
-    languages: int = 4  # number of languages, each a domain
-    words: int = 40
-    sentences: int = 20000  # number of pairs
+    languages: Annotated[int, Range(1, 9)] = 4  # number of languages, each a domain
+    words: Annotated[int, Range(6, len(SYLLABLES))] = 40
+    sentences: PositiveInt = 20000  # number of pairs
     shortest: ClassVar = 3
     longest: ClassVar = 6
 
     def __post_init__(self):
-        if not self.longest <= self.words <= len(SYLLABLES):
-            raise ValueError(f"{self}: words must be from {self.longest} to {len(SYLLABLES)}.")
-        if not 1 <= self.languages <= 9 or self.sentences < 1:
-            raise ValueError(f"{self}: give 1 to 9 languages, and some sentences.")
+        check_ranges(self)
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from moe_jax.data import cache
-from moe_jax.data.documents import Document, Source, Split, fingerprint
+from moe_jax.data import cache, tokenizers
+from moe_jax.data.documents import Document, Source, Split, fingerprint, read_once
 from moe_jax.data.packing import Packer, RowFile
 from moe_jax.data.preparation import SERIAL, Preparation
 from moe_jax.data.tokenizers import Tokenizer, TokenizerConfig
@@ -90,9 +90,13 @@ def prepare(
     """The training and the held-out windows of L inputs, made once and kept under `directory`."""
     if L < 1:
         raise ValueError(f"windows of L={L} tokens were asked for: give L >= 1")
+    cache.make_directory(directory)
+    source = read_once(source)
     text = source.fingerprint(directory)
     texts = (document.text for document in source.documents("train", directory))
-    fitted = tokenizer.fit(texts, directory / "tokenizers" / fingerprint([text, repr(tokenizer), VERSION])[:16])
+    fitted = tokenizer.fit(
+        texts, directory / "tokenizers" / fingerprint([text, repr(tokenizer), tokenizers.VERSION])[:16]
+    )
     key = fingerprint([text, fitted.fingerprint, str(L), VERSION])
 
     def windows(split: Split) -> Windows:

@@ -14,7 +14,8 @@ def page(title: str, parts: Sequence[str], reload: int | None = None) -> str:
     again = f'<meta http-equiv="refresh" content="{reload}">' if reload else ""
     title = html.escape(title)
     inside = "\n".join(parts)
-    return f"{HEAD}{again}<title>{title}</title>{LOOK}<body><h1>{title}</h1><main>\n{inside}\n</main></body></html>\n"
+    whole = f"{HEAD}{again}<title>{title}</title>{LOOK}<body><h1>{title}</h1><main>\n{inside}\n</main></body></html>\n"
+    return whole.encode("utf-8", "backslashreplace").decode()  # the name of a file may be no UTF-8
 
 
 def figure(plot: Plot, wide: bool = False) -> str:

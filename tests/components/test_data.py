@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -30,11 +31,12 @@ from moe_jax.data.documents import digest, held_out, pieces
 from moe_jax.data.packing import Packer
 from moe_jax.data.tokenizers import TrainedSentencePiece
 from moe_jax.data.windows import batch
+from tests.texts import text_folder
 
 L = 256
 settings.register_profile("data", deadline=None)  # the first call of a function is slow where types are checked
 settings.load_profile("data")
-CORPUS = Corpus(megabytes=0.05)
+CORPUS = Corpus(megabytes=0.05)  # of this very Python; tests of what is made of text have text of their own
 
 
 @pytest.fixture(scope="session")
@@ -43,13 +45,21 @@ def directory(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def windows(directory) -> tuple[Windows, Windows]:
-    return prepare(CORPUS, Bytes(), L, directory)
+def own(tmp_path_factory) -> Folder:
+    """Text that does not depend on this Python; every domain has more than three windows to hold out."""
+    return text_folder(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
-def pieces_tokenizer(directory) -> TrainedSentencePiece:
-    texts = (document.text for document in CORPUS.documents("train", directory))
+def windows(own, directory) -> tuple[Windows, Windows]:
+    train, held = prepare(own, Bytes(), L, directory)
+    assert min(np.bincount(held.domain_W, minlength=8)) > 3
+    return train, held
+
+
+@pytest.fixture(scope="session")
+def pieces_tokenizer(own, directory) -> TrainedSentencePiece:
+    texts = (document.text for document in own.documents("train", directory))
     return SentencePiece(V=600).fit(texts, directory / "sentencepiece")
 
 
@@ -87,9 +97,10 @@ def test_corpus_has_eight_domains_in_both_splits_and_keeps_to_its_size(directory
     train, held = (list(CORPUS.documents(split, directory)) for split in ("train", "held_out"))
     assert len(CORPUS.domains) == 8
     assert {d.domain for d in train} == {d.domain for d in held} == set(range(8))
-    for domain in range(8):
-        size = sum(len(d.text) for d in train + held if d.domain == domain)
-        assert 0.02e6 < size <= 0.05e6, CORPUS.domains[domain]
+    for number, domain in enumerate(CORPUS.domains):
+        size = sum(len(d.text) for d in train + held if d.domain == number)
+        assert size <= 0.05e6, domain
+        assert size > 0.02e6, f"this Python and its packages have only {size} bytes of {domain}"
 
 
 def test_corpus_documents_are_distinct_and_held_out_ones_are_not_trained_on(directory):
@@ -300,6 +311,36 @@ def test_tfds_mistakes_are_one_line(source, message, tfds_directory, tmp_path, m
     assert "\n" not in str(caught.value)
 
 
+def cut(share: float):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("*train.array_record*", cut(0)),
+        ("*train.array_record*", cut(0.3)),
+        ("*train.array_record*", cut(0.5)),  # a whole block, in which all records read as empty
+        ("*train.array_record*", cut(0.99)),
+        ("*train.array_record*", pathlib.Path.unlink),
+        ("dataset_info.json", cut(0.5)),
+        ("features.json", cut(0)),
+        ("features.json", lambda path: path.write_text("null")),
+    ],
+)
+def test_a_damaged_data_set_is_one_line(file, damage, tfds_directory, tmp_path):
+    shutil.copytree(tfds_directory, tmp_path, dirs_exist_ok=True)
+    source = Tfds("tiny_text", text="line", held_out="test", data_dir=str(tmp_path))
+    (path,) = tmp_path.rglob(file)
+    damage(path)
+    with pytest.raises(ValueError, match=r"Tfds\(name='tiny_text'.*") as caught:
+        list(source.documents("train", tmp_path))
+    assert "\n" not in str(caught.value)
+    if "record" in file:
+        assert "its files are damaged" in str(caught.value)
+        assert "prepare the data set again" in str(caught.value)
+
+
 # tokenizers
 
 
@@ -323,9 +364,9 @@ def test_sentencepiece_changes_nothing_on_the_way(pieces_tokenizer, text):
     assert pieces_tokenizer.decode([pieces_tokenizer.bod, *ids]) == text.encode()
 
 
-def test_sentencepiece_is_trained_once_and_the_same_again(pieces_tokenizer, directory, tmp_path):
+def test_sentencepiece_is_trained_once_and_the_same_again(pieces_tokenizer, own, directory, tmp_path):
     assert SentencePiece(V=600).fit([], directory / "sentencepiece").fingerprint == pieces_tokenizer.fingerprint
-    texts = (document.text for document in CORPUS.documents("train", directory))
+    texts = (document.text for document in own.documents("train", directory))
     again = SentencePiece(V=600).fit(texts, tmp_path / "again")
     assert (again.fingerprint, again.V) == (pieces_tokenizer.fingerprint, 600)
     corrupt(tmp_path / "again" / "sentencepiece.model")
@@ -336,7 +377,7 @@ def test_sentencepiece_is_trained_once_and_the_same_again(pieces_tokenizer, dire
 def test_sentencepiece_with_too_large_a_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"SentencePiece\(V=9000\) cannot be trained on this text: .*too high"):
         SentencePiece(V=9000).fit([b"a short text"], tmp_path / "model")
-    with pytest.raises(ValueError, match="V >= 300"):
+    with pytest.raises(ValueError, match=r"SentencePiece\(V=\d+\) must be a whole number in \[300, 2\*\*31\)"):
         SentencePiece(V=256)
 
 
@@ -383,10 +424,10 @@ def test_a_batch_by_hand():
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), SentencePiece(V=600)])
-def test_windows_give_the_documents_back(tokenizer, directory):
-    for split, packed in zip(("train", "held_out"), prepare(CORPUS, tokenizer, L, directory), strict=True):
-        found: list[list[bytes]] = [[] for _ in CORPUS.domains]
-        ids: list[list[int]] = [[] for _ in CORPUS.domains]
+def test_windows_give_the_documents_back(tokenizer, own, directory):
+    for split, packed in zip(("train", "held_out"), prepare(own, tokenizer, L, directory), strict=True):
+        found: list[list[bytes]] = [[] for _ in packed.domains]
+        ids: list[list[int]] = [[] for _ in packed.domains]
         for i in range(len(packed)):
             window = packed[i]
             ids[window["domain"]] += window["tokens"][1:][window["segments"][1:] > 0].tolist()
@@ -394,7 +435,7 @@ def test_windows_give_the_documents_back(tokenizer, directory):
             ends = [i for i, token in enumerate(stream) if token == packed.tokenizer.bod] + [len(stream)]
             starts = [0, *(end + 1 for end in ends[:-1])]
             found[domain] = [packed.tokenizer.decode(stream[a:b]) for a, b in zip(starts, ends, strict=True)]
-        expected = list(CORPUS.documents(split, directory))
+        expected = list(own.documents(split, directory))
         for domain in range(8):
             assert found[domain] == [d.text for d in expected if d.domain == domain]
         # bits per byte = bits per target / bytes per target
@@ -403,12 +444,12 @@ def test_windows_give_the_documents_back(tokenizer, directory):
     assert (packed.bytes_per_token == 1.0) == (tokenizer == Bytes())
 
 
-def test_windows_are_kept_and_keyed(windows, directory, monkeypatch):
+def test_windows_are_kept_and_keyed(windows, own, directory, monkeypatch):
     monkeypatch.setattr("moe_jax.data.windows.write_windows", lambda *_: pytest.fail("written again"))
-    train, held = prepare(CORPUS, Bytes(), L, directory)
+    train, held = prepare(own, Bytes(), L, directory)
     assert train.fingerprint == windows[0].fingerprint != held.fingerprint
     with pytest.raises(pytest.fail.Exception, match="written again"):
-        prepare(CORPUS, Bytes(), L + 1, directory)
+        prepare(own, Bytes(), L + 1, directory)
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "segments.npy", "domains.npy", cache.MANIFEST])

@@ -13,7 +13,7 @@ from moe_jax.attention import MHA, NoPE, Relative, Sinusoidal
 from moe_jax.attention.positions import BUCKETS
 from moe_jax.audit import meshes, samples
 from moe_jax.config import DataConfig, Experiment, RunConfig
-from moe_jax.data import Corpus, Pairs, SpanCorruption
+from moe_jax.data import Pairs, SpanCorruption
 from moe_jax.dispatch import Scatter
 from moe_jax.experts import GLU, MLP
 from moe_jax.losses import LoadBalance
@@ -26,6 +26,7 @@ from moe_jax.step import Program, gradients
 from moe_jax.train import train
 from tests import oracle
 from tests.oracle_lm import gelu, norm
+from tests.texts import text_folder
 
 MOE = MoEConfig(E=4, router=Top2(second="always"), experts=MLP(F=12), dispatch=Scatter(1.0), losses=(LoadBalance(0.1),))
 T5 = Relative(shared=True)
@@ -112,6 +113,7 @@ def test_padding_is_nowhere(apply):
     assert np.isfinite(nothing).all()
 
 
+@pytest.mark.law(11)
 @pytest.mark.parametrize("position", [T5, Sinusoidal()])
 def test_packed_pairs_do_not_see_each_other(params, dropless, position):
     """Two pairs in a row give the logits that each gives alone."""
@@ -234,7 +236,6 @@ def test_what_routers_remember_is_the_encoders_first(params):
     ("change", "message"),
     [
         ({"attention": MHA(2, 8, position=Relative())}, "Relative\\(shared=True\\)"),
-        ({"V_source": 0}, "V_source=0 must be positive"),
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "choice-major"))}, "token-major"),
     ],
 )
@@ -283,7 +284,7 @@ def test_one_model_every_mesh(step, mesh):
 @pytest.mark.law(9)
 def test_it_learns_and_goes_on_where_it_was(tmp_path):
     """Law 9, with spans that are drawn anew: an interrupted run has the same losses; and they fall."""
-    data = DataConfig(Corpus(0.02), objective=SpanCorruption(sentinels=4), L=16, B=16)
+    data = DataConfig(text_folder(tmp_path / "text"), objective=SpanCorruption(sentinels=4), L=16, B=16)
     model = EncoderDecoderConfig(
         V=data.sizes["V"], D=16, N=1, attention=MHA(2, 8, position=T5), ffn=GLU(F=16), moe_layers="none", remat="none"
     )
@@ -297,5 +298,6 @@ def test_it_learns_and_goes_on_where_it_was(tmp_path):
     assert again[0]["step"] == 16
     losses, after = ([r["loss"] for r in records if "loss" in r] for records in (straight, again))
     assert losses[2:] == after, "the last steps, and the evaluation"
-    assert losses[0] > 4.5 > losses[2]
+    assert losses[0] > 4.2
+    assert losses[2] < 3
     assert 0.1 < straight[-2]["accuracy"] < 1

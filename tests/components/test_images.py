@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import io
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,16 @@ def test_a_prepared_data_set_is_read_by_number_at_one_size(tfds_directory, tmp_p
     assert values[0] | values[1] == {4 * i for i in range(60)}
     assert values[1]
     assert not values[0] & values[1]
+
+
+def test_damaged_pictures_are_one_line(tfds_directory, tmp_path):
+    """Said when they are read, since all are read while training."""
+    shutil.copytree(tfds_directory, tmp_path, dirs_exist_ok=True)
+    images = TfdsImages("tiny_pictures", V=5, side=2, held_out="test", data_dir=str(tmp_path)).images("train")
+    (file,) = tmp_path.rglob("*train.array_record*")
+    file.write_bytes(file.read_bytes()[: 2**16])
+    with pytest.raises(ValueError, match=r"its files are damaged \(.*\): prepare the data set again"):
+        images[3]
 
 
 def test_an_image_is_cut_in_the_middle_and_averaged():

@@ -43,7 +43,7 @@ N, E, K, Q, L = 2, 6, 2, 60, 10
 
 @pytest.fixture(scope="module")
 def rec():
-    """Expert 0 of the second layer is for the domain "<b>&", expert 5 is dead everywhere, position 0 is dropped."""
+    """Expert 0 of the second layer is for a domain with an odd name, expert 5 is dead, position 0 is dropped."""
     rng, T = np.random.default_rng(0), Q * L
     sequence = np.repeat(np.arange(Q), L)
     domain = sequence % 2
@@ -57,7 +57,7 @@ def rec():
     token[expert[:, 0, 0] == 2] = 7  # what expert 2 of the first layer gets
     probs = rng.dirichlet(np.ones(E), (T, N))
     return made(expert, E, domain, token, sequence, kept, probs)._replace(
-        domains=("<b>&", "other"), position_T=np.arange(T) % L
+        domains=("<b>&$x^{$", "other"), position_T=np.arange(T) % L
     )
 
 
@@ -85,11 +85,11 @@ def test_what_is_planted_is_told(found):
     page = report.inspection_page("run <x>", found, "config", ["card of <y>"])
     said = " ".join(re.sub(r"<[^>]*>", " ", page).split())
     assert "2 dead experts, 2 with a duplicate by weights; 10.00% of choices dropped" in said
-    assert "expert 0 of layer 3 is for &lt;b&gt;&amp;: 100.0% of its tokens choose it, 2.0 times" in said
+    assert "expert 0 of layer 3 is for &lt;b&gt;&amp;$x^{$: 100.0% of its tokens choose it, 2.0 times" in said
     assert "92% of the experts are missed" in said  # all but the first
     assert "most of all expert 5 of layer 3, without which the loss rises by 1.1000 nats" in said
     assert "loses one in another in 100.0% of cases; by chance 10.0%" in said
-    for word in ("<b>&", "<t7>", "<x>", "<y>"):
+    for word in ("<b>&$x^{$", "<t7>", "<x>", "<y>"):
         assert word not in page
     stands_alone(page)
 

@@ -202,6 +202,7 @@ def test_a_kill_is_no_mistake(worker, tmp_path):
         ([(1, -9)] * 2, 1),
         ([(-6, -9)] * 2, 1),  # jax aborts those that lose their coordinator
         ([(2, 1)] * 2, 1),
+        ([(2, 75)] * 2, 1),
         ([(0, 2)] * 2, 1),
         ([(-11, -9)] * 2, 0),
     ],
@@ -216,10 +217,11 @@ def test_whose_end_it_was(monkeypatch, looks, blamed):
 
 
 def test_enough_is_enough(worker, tmp_path):
-    code, said, found = launched(worker, tmp_path / "run", "sys.exit(3)", "--restarts=1")
+    """As of a disk that is full: it is tried again, for there may be room by then, and not for ever."""
+    code, said, found = launched(worker, tmp_path / "run", f"sys.exit({cli.TRY_AGAIN})", "--restarts=1")
     assert code == 1
     assert names(found) == ["started", "died", "restarted", "died", "gave up"]
-    assert "process 0 died with exit code 3" in said
+    assert "process 0 died with exit code 75" in said
 
 
 def test_a_shrunk_job_goes_on_with_fewer_processes(worker, tmp_path):

@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from moe_jax.files import write_file
+from moe_jax.names import printable
 from moe_jax.reporting import page, plots
 from moe_jax.reporting.plots.style import BLACK, COLOURS, HATCHES, INK, MARKS, style
 
@@ -111,6 +112,45 @@ def test_a_figure_is_a_picture_and_a_file(name, tmp_path):
     assert EVERY[name]._repr_png_().startswith(b"\x89PNG")
     for kind, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
         assert EVERY[name].save(tmp_path / f"a{kind}").read_bytes().startswith(start)
+
+
+NAMES = ("$x^{$", "$1 and $2", r"a\$b", "_a", "a <b> & c", "a\x01b\n", "caf\udce9", "日本語", "", "x" * 250)
+
+
+def written(figure: str) -> str:
+    """The text of an <svg>, which is well-formed."""
+    return " ".join(ET.fromstring(figure.encode()).itertext())
+
+
+LABELLED = {
+    "lines": plots.lines([plots.Curve(X, X, name) for name in NAMES], "x", "y", "$x^{$", size=(6, 4)),
+    "bars": plots.bars(NAMES, {name: [1.0] * len(NAMES) for name in NAMES[:2]}, "x", write="{:.1f}"),
+    "matrices": plots.matrices({NAMES[0]: M}, "x", "y", "z", rows=NAMES, columns=NAMES[-3:]),
+    "regions": plots.regions({NAMES[0]: np.zeros((2, 2), int)}, (0, 1, 0, 1)),
+}
+TOLD = {"regions": NAMES[:1]}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", LABELLED)
+def test_names_are_drawn_as_they_are(name):
+    """No name of a domain or a run is a formula, is hidden, breaks a file, or takes the room of the axes."""
+    words = written(LABELLED[name].svg())
+    for expected in TOLD.get(name, NAMES):
+        shown = f"{'x' * 15}…{'x' * 15}" if len(expected) == 250 else printable(expected)
+        assert shown in words
+
+
+def test_names_stand_in_pages_as_they_are():
+    html = page.page("$x^{$", [page.table(NAMES, [NAMES, NAMES]), *map(page.heading, NAMES), *map(page.text, NAMES)])
+    assert r"caf\udce9" in html.encode().decode()
+
+
+def test_logarithmic_axes_have_powers_and_no_formulas():
+    few = plots.lines([plots.Curve([1, 1e5], [0.02, 0.05])], "x", "y", xscale="log", yscale="log")
+    words = written(few.svg())
+    assert "$" not in words
+    assert {"10⁰", "10⁵", "2×10⁻²", "4×10⁻²"} <= set(words.split())  # noqa: RUF001
 
 
 def test_other_files_are_refused(tmp_path):

@@ -7,7 +7,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from moe_jax.reporting.plots.style import COLOURS, HATCHES, MARKS, NARROW, Legend, Number, Plot, Size, colour
+from moe_jax.reporting.plots.style import (
+    COLOURS,
+    HATCHES,
+    LONGEST_NAME,
+    MARKS,
+    NARROW,
+    Legend,
+    Number,
+    Plot,
+    Size,
+    colour,
+    fitted,
+)
 
 # How a matrix is coloured: map, limits, and what its bar says where.
 SCALES: dict[str, dict[str, Any]] = {
@@ -44,7 +56,7 @@ def lines(
     **axes_settings: Any,  # xscale="log", ylim=(0, 1), ...
 ) -> Plot:
     """Curves over one another."""
-    legend = Legend([curve.label for curve in curves if curve.label], size[0])
+    legend = Legend([fitted(curve.label) for curve in curves if curve.label], size[0])
 
     def draw(figure: Any) -> None:
         axes, named = figure.subplots(), []
@@ -85,7 +97,7 @@ def bars(
     """Lying bars: a row for each name, in it a bar for each of `values`, or one bar of all, stacked."""
     rows = len(names) * (1 if stacked else len(values))
     size = size or (NARROW[0], max(2.2, 0.9 + 0.2 * rows))
-    legend = Legend(list(values) if len(values) > 1 else [], size[0])
+    legend = Legend([fitted(name) for name in values] if len(values) > 1 else [], size[0])
 
     def draw(figure: Any) -> None:
         axes, places, named = figure.subplots(), np.arange(len(names)), []
@@ -105,7 +117,7 @@ def bars(
             if spread and label in spread:
                 for place, ends in zip(at, np.asarray(spread[label]).T, strict=True):
                     axes.plot(ends, [place, place], color=ink, lw=1)
-        axes.set_yticks(places, names)
+        axes.set_yticks(places, [fitted(name) for name in names])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         if write:
@@ -158,10 +170,10 @@ def matrices(
             axes.grid(False)
             image = axes.imshow(array, aspect="auto", interpolation="nearest", extent=extent, **look)
             if name:
-                axes.set_title(name)
-            for axis, words in ((axes.xaxis, columns), (axes.yaxis, rows)):
+                axes.set_title(fitted(name))
+            for axis, words, room in ((axes.xaxis, columns, LONGEST_NAME // 2), (axes.yaxis, rows, LONGEST_NAME)):
                 if words is not None:
-                    axis.set_ticks(range(len(words)), words)
+                    axis.set_ticks(range(len(words)), [fitted(word, room) for word in words])
                 elif extent is None or axis is axes.yaxis:
                     axis.get_major_locator().set_params(integer=True)
             if columns is not None and max(map(len, columns), default=0) > 3:
@@ -190,7 +202,7 @@ def histogram(
     size: Size = NARROW,
 ) -> Plot:
     """Draws histograms as outlines over one another; each adds up to 1."""
-    legend = Legend(list(values) if len(values) > 1 else [], size[0])
+    legend = Legend([fitted(name) for name in values] if len(values) > 1 else [], size[0])
 
     def draw(figure: Any) -> None:
         axes, named = figure.subplots(), []
@@ -236,7 +248,7 @@ def regions(
                 axes.text(x, y, str(number), ha="center", va="center", fontsize=8, color="black")
             if points is not None:
                 axes.scatter(*points.T, s=120, facecolors="none", edgecolors="black", linewidths=1)
-            axes.set_title(name)
+            axes.set_title(fitted(name))
 
     return Plot(draw, title, note, (11.4, 0.4 + 2.9 * down))
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.files import write_file
+from moe_jax.names import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -25,6 +27,7 @@ Size = tuple[int | float, int | float]  # inches, width and height
 INK = "#123456"  # stands for the page's text colour in a figure, so that one page serves light and dark
 BLACK = "#1f2328"
 PER_INCH = 12  # characters of a title
+LONGEST_NAME = 40  # characters
 WIDE, NARROW = (11.4, 3.0), (5.6, 3.1)
 
 
@@ -43,6 +46,7 @@ def style(ink: str = BLACK) -> Any:
         "axes.titlesize": 9.5,
         "figure.titlesize": 10.5,
         "hatch.linewidth": 0.6,
+        "text.parse_math": False,  # a dollar in the name of a domain or a run is a dollar
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "moe_jax",  # the same numbers give the same file
     }
@@ -91,17 +95,28 @@ class Plot:
         import matplotlib
         from matplotlib.figure import Figure
 
+        from moe_jax.reporting.plots.powers import label_powers
+
         written = io.BytesIO()
         with matplotlib.rc_context(style(ink)):
             figure = Figure(figsize=self.size, layout="constrained")  # no pyplot, no global state
             self.draw(figure)
+            label_powers(figure)
             if titled and self.title:
                 figure.suptitle(self.heading, x=0.01, ha="left")
-            figure.savefig(written, format=kind, **options)
+            with warnings.catch_warnings():
+                if kind == "svg":  # which leaves the font to its reader
+                    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+                figure.savefig(written, format=kind, **options)
         return written.getvalue()
 
 
 _UNDATED: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+def fitted(name: str, most: int = LONGEST_NAME) -> str:
+    """Writes somebody's name of something so that it fits beside axes and in legends."""
+    return shortened(printable(name), most)
 
 
 def colour(number: int) -> str:
