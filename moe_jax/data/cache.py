@@ -96,7 +96,7 @@ def _unusable(folder: pathlib.Path, error: OSError | UnicodeEncodeError) -> Valu
         reason = "its name is not UTF-8"
     else:
         taken = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file is in its place" if taken else error.strerror
+        reason = "a file is in its place" if taken else str(error.strerror)
     return ValueError(f"Prepared data cannot be kept in {printable(str(folder))} ({reason}); {ELSEWHERE}")
 
 
