@@ -102,7 +102,7 @@ def page() -> str:
     head = [
         "# The laws",
         "What does this code guarantee, which tests prove it, and how do you check it on your own config?",
-        "`make test` proves all ten on eight simulated devices. They apply to every registered component.",
+        "`make test` proves all of them on eight simulated devices. They apply to every registered component.",
         "\n".join(f"| {' | '.join(row)} |" for row in rows),
         "The table counts test functions; most run on many cases. `pytest --law N` runs the tests of law N; `--law`\n"
         "may be repeated. `-m matrix` selects the long cases (`make matrix`). The audit checks your own experiment:",

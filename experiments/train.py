@@ -36,6 +36,7 @@ from moe_jax.config import Experiment
 from moe_jax.continuation import Change, check_config
 from moe_jax.core.shard import make_mesh
 from moe_jax.costs import flops, parameters
+from moe_jax.costs.fit import check_fits, device_memory
 from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data.identity import TOKENIZERS, kept_file
 from moe_jax.files import write_file
@@ -44,7 +45,7 @@ from moe_jax.lock import WorkdirLock
 from moe_jax.reporting.metrics import FILE, KEPT, Logger, read, summary_table
 from moe_jax.reporting.report import write_report
 from moe_jax.room import room_told
-from moe_jax.train import TrainingDiverged, prepare, train
+from moe_jax.train import TrainingDiverged, prepare_data, train
 from moe_jax.workdir import CONFIG, checked_config
 
 cli.define_config()
@@ -52,6 +53,7 @@ cli.define_processes()
 WORKDIR = cli.workdir()
 DATA_DIR = cli.data_dir()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in workdir and begin anew.")
+FORCE = flags.DEFINE_bool("force", False, "Try a model that cannot fit into the devices' memory, by arithmetic.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config as JSON and stop.")
 COMPARE = cli.compare()
 INIT_FROM = flags.DEFINE_string("init_from", None, "RUN or RUN@STEP whose parameters a new run begins with.")
@@ -75,6 +77,8 @@ def main() -> None:
     data_dir = cli.folder("data_dir", DATA_DIR.value) if DATA_DIR.value else None
     others = compared(COMPARE.value)
     exp = on_devices(exp)
+    if not FORCE.value:
+        check_fits(exp, dict(exp.mesh), device_memory())
     source = cli.checkpoint("init_from", INIT_FROM.value) if INIT_FROM.value else None
     run(exp, workdir, data_dir, others, OVERWRITE.value, source)
 
@@ -106,7 +110,7 @@ def run(
     with room, held(workdir, exp, overwrite) as lock, Interruption(again) as interruption:
         before = claim(workdir, exp, overwrite) if lock else None
         if lock and jax.process_count() > 1:  # the others find it made, where they see the same disk
-            prepare(exp, workdir, data_dir)
+            prepare_data(exp, workdir, data_dir)
         join.meet("claimed")
         say(describe(exp))
         records = train(exp, workdir, data_dir, init_from, interruption, lock)
@@ -163,7 +167,7 @@ def logged(
 
 
 def beginning(first: dict[str, Any], steps: int) -> Iterator[str]:
-    """What is said of a run's first record."""
+    """Lines about a run's first record, for the terminal."""
     if first["step"] == 0 and "origin" in first:
         yield transfer.describe_origin(first["origin"])
     yield f"data {first['data'][:16]}, beginning at step {first['step']} of {steps}"
@@ -175,7 +179,7 @@ def beginning(first: dict[str, Any], steps: int) -> Iterator[str]:
 
 
 def goes_on(workdir: pathlib.Path, overwrite: bool) -> str:
-    """What the same command will do after an interruption: from which step it goes on, by what is whole on disk."""
+    """Says from which step the same command goes on after an interruption, by what is whole on disk."""
     steps = Checkpoints(workdir / "checkpoints").steps()
     command = "without --overwrite, the same command" if overwrite else "the same command"
     return f"{command} goes on from step {steps[-1]}" if steps else "no step has been saved: it begins anew"

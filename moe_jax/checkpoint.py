@@ -281,7 +281,8 @@ class Checkpoints:
     def _unfinished(self, step: int) -> list[Path]:
         """Folders of saves of a step that are not committed."""
         start = f"{step}.orbax-checkpoint-tmp"
-        return sorted(path for path in self.directory.iterdir() if path.name.startswith(start))
+        there = self.directory.iterdir() if self.directory.is_dir() else ()
+        return sorted(path for path in there if path.name.startswith(start))
 
     def _make_room(self, step: int) -> None:
         """Refuses a step that is validly there; removes an invalid one of the same number."""
@@ -320,16 +321,17 @@ def check_path(directory: str | Path, forbidden: str = SEPARATOR + PATTERN) -> N
 
     forbidden: characters; to read, those of a pattern do no harm.
     """
-    wrong = sorted(set(forbidden).intersection(str(directory)))
+    place = str(Path(directory).absolute())
+    wrong = sorted(set(forbidden).intersection(place))
     if wrong:
         raise ValueError(
-            f"checkpoints cannot be kept in {str(directory)[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "
+            f"checkpoints cannot be kept in {place[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "
             "pattern or a separator; choose a path without, runs/lr_0.1 for instance"
         )
     try:
-        str(directory).encode()
+        place.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"checkpoints need a path in UTF-8, and {str(directory)[-100:]!r} is none") from None
+        raise ValueError(f"checkpoints need a path in UTF-8, and {place[-100:]!r} is none") from None
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -386,7 +388,7 @@ def check_finite(leaves: Mapping[str, Any], step: int) -> None:
 
 @jax.jit
 def _count_not_finite(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: (~jnp.isfinite(leaf)).sum() for name, leaf in leaves.items()}
+    return {name: (~jnp.isfinite(leaf)).sum(dtype=jnp.float32) for name, leaf in leaves.items()}
 
 
 def _check_written(folder: Path, described: Mapping[str, list]) -> None:

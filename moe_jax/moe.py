@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -85,6 +86,8 @@ def forward(
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
     routing = cfg.router(here.pvary(params.router), x_GSD, mask_GS, ctx)
+    # Choices to replay are the caller's: they may repeat an expert.
+    here = dataclasses.replace(here, distinct=1 if ids.expert_BLK is not None else cfg.distinct)
     inner_GSD = here.tensor_enter(x_GSD)
     experts = gather_params(here, here.pvary(params.experts), x_GSD.dtype, "E")
     y_GSO, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)
@@ -92,7 +95,7 @@ def forward(
         y_GSO += cfg.shared(gather_params(here, here.pvary(params.shared), x_GSD.dtype), inner_GSD, Dense())
     y_GSO = here.tensor_exit(y_GSO)
     total = here.sum(stats(routing, kept, B, ctx.task_GS, cfg.tasks))
-    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))
+    loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros((), jnp.float32))
     chosen = routing.expert_GSK.reshape(B, L, -1) if isinstance(routing, TokenChoice) else None
     recorded = collect_recorded(cfg, record, x_BLD, routing, kept) if record else None
     return y_GSO.reshape(B, L, -1), chosen, recorded, (loss, total)
@@ -149,13 +152,17 @@ def apply(
     Arguments are those of `MoE`. here: the shard; by default that of the current mesh. ValueError where x is not
     [B, L, D] of real numbers, or something else does not fit.
     """
-    x_BLD, here = jnp.asarray(x_BLD), shard.from_mesh(cfg.exchange) if here is None else here
+    x_BLD = jnp.asarray(x_BLD)
+    check_sizes(x_BLD)
     check_tokens(x_BLD, mask_BL)
+    if here is None:
+        here = shard.with_batch_axes(shard.from_mesh(cfg.exchange), x_BLD, params)
     if 0 in x_BLD.shape[:2]:
         return apply_to_nothing(cfg, params, x_BLD, key, state, ids, record, here)
     shard.check_axes(here, x_BLD)
     check_call(cfg, here, x_BLD, state, ids, record)
     check_local_experts(cfg, here, params.experts)
+    params, x_BLD = shard.vary_alike(here, (params, x_BLD))
     mask_BL = jnp.ones(x_BLD.shape[:2], bool) if mask_BL is None else jnp.asarray(mask_BL).astype(bool)
     tokens, everywhere = shard.token_spec(here), P()
     param_specs = LayerParams(everywhere, dims.specs(params.experts, here.rules), shared_specs(params.shared, here))
@@ -230,7 +237,7 @@ class MoE(nn.Module):
             return apply(self.cfg, params, x_BLD, mask_BL, key, state, ids, record)
         # The batch may have any size, on any mesh.
         cfg, state, (B, L, _) = dataclasses.replace(self.cfg, S=None), self.cfg.init_state(), x_BLD.shape
-        ids = Ids(*(jnp.zeros((B, L), int) for _ in range(2)))
+        ids = Ids(*(jnp.zeros((B, L), jnp.int32) for _ in range(2)))
         return apply(cfg, params, shard.replicate(x_BLD), None, key, state, ids, record, here=Shard())
 
 
@@ -284,6 +291,15 @@ def initializer(name: str, scale: float) -> Callable:
     letters = dims.dims_of(name)
     zero = not scale or len(letters.removeprefix("E")) < 2
     return nn.initializers.zeros if zero else dims.kernel_init(letters, scale)
+
+
+def check_sizes(x_BLD: Array) -> None:
+    """Refuses tokens of a symbolic shape (`jax.export.symbolic_shape`)."""
+    if any(jax.export.is_symbolic_dim(n) for n in x_BLD.shape):
+        raise ValueError(
+            f"Tokens have the symbolic shape {x_BLD.shape}, but capacities and loops over rows are made for numbers; "
+            "export a program for each size that is needed."
+        )
 
 
 def check_call(

@@ -71,12 +71,12 @@ def train(
     if workdir is not None:
         check_path(workdir)
     newest, _ = (checkpoints and checkpoints.newest_meta()) or ({}, None)
-    changed_fields(newest, exp, workdir)  # before data is prepared, and arrays are read
-    windows, held_out = prepare(exp, workdir, data_dir)
+    config_changes(newest, exp, workdir)  # before data is prepared, and arrays are read
+    windows, held_out = prepare_data(exp, workdir, data_dir)
     check_data(newest.get("data", {}), identity := data_identity(windows, held_out), workdir)
     program = Program(exp, len(windows.domains))
     state, meta = restore(checkpoints, program, init_from)
-    seconds, origin, changed = meta.get("seconds", 0.0), meta.get("origin"), changed_fields(meta, exp, workdir)
+    seconds, origin, changed = meta.get("seconds", 0.0), meta.get("origin"), config_changes(meta, exp, workdir)
     step, tally = int(state.step), Tally(exp, windows.bytes_per_token, seconds)
     health = Health(step, int(state.skipped_in_a_row))
     log_differs = log_difference(workdir, meta.get("log")) if workdir else None
@@ -97,7 +97,7 @@ def train(
 
     def save(loss: float | None = None) -> str | None:
         """Starts saving this step; returns why that cannot be."""
-        if checkpoints is not None and step not in checkpoints.steps():
+        if checkpoints is not None and workdir is not None and step not in checkpoints.steps():
             meta = {"seconds": tally.seconds(), "experiment": exp.to_json(), "data": identity}
             meta |= {"log": log_state(workdir)} | ({"origin": origin} if origin else {})
             try:
@@ -107,8 +107,8 @@ def train(
         return None
 
     def add(metrics: Metrics) -> None:
-        tally.add(metrics)
-        health.add(step, float(tally.last.loss), tally.skipped_in_a_row == 0)
+        loss = tally.add(metrics)
+        health.add(step, loss, tally.skipped_in_a_row == 0)
 
     try:
         if origin and step == 0 and checkpoints is not None:
@@ -120,7 +120,7 @@ def train(
         start |= {"changed": {change.path: [change.old, change.new] for change in changed}} if changed else {}
         yield start | ({"origin": origin} if origin else {})
         pending: Metrics | None = None  # fetched while the next step runs
-        owed = False  # a save that was due among steps that were not finite
+        owed = False  # a save that was due among steps in trouble
         for batch in batches(windows, data.B, exp.seed, step, **program.data_slice):
             if step >= run.steps:
                 break
@@ -139,7 +139,7 @@ def train(
             if "log" in due:
                 yield tally.record(step) | {"spikes": health.take_spikes()}
             held_out_record = evaluation() if "eval" in due else None
-            healthy = math.isfinite(held_out_record["loss"]) if held_out_record else tally.skipped_in_a_row == 0
+            healthy = math.isfinite(held_out_record["loss"]) if held_out_record else health.trouble_since is None
             owed = "save" in due and not (healthy or stopping)
             refused = None
             try:
@@ -193,10 +193,11 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
     return dict(run_energy(seconds, kind, jax.device_count(), run.watts, run.pue, run.carbon))
 
 
-def prepare(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
+def prepare_data(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
     """The training and the held-out examples; with the tokenizers of the run in the workdir, if it has checkpoints."""
-    begun = workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
-    data = with_kept_tokenizers(exp.data, workdir) if begun else exp.data
+    data = exp.data
+    if workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+        data = with_kept_tokenizers(data, workdir)
     return data.prepare(data_dir or default_directory())
 
 
@@ -219,7 +220,7 @@ def restore(
     return state, {"origin": origin}
 
 
-def changed_fields(meta: Mapping[str, Any], exp: Experiment, workdir: pathlib.Path | None) -> list[Change]:
+def config_changes(meta: Mapping[str, Any], exp: Experiment, workdir: pathlib.Path | None) -> list[Change]:
     """Changes of the config since a checkpoint with this meta; ValueError where they make it another run."""
     return check_config(json.loads(meta["experiment"]), exp, workdir) if "experiment" in meta else []
 
@@ -250,8 +251,8 @@ class Tally:
         """Seconds since the run began, without interruptions."""
         return time.monotonic() - self.start
 
-    def add(self, metrics: Metrics) -> None:
-        """Waits for a step and adds it."""
+    def add(self, metrics: Metrics) -> float:
+        """Waits for a step and adds it; returns its loss."""
         self.last = last = jax.device_get(metrics)
         self.steps += 1
         self.skipped_in_a_row = int(last.skipped_in_a_row)
@@ -262,6 +263,7 @@ class Tally:
                 self.others[name] = self.others.get(name, 0.0) + float(mean * last.targets)
             if last.stats is not None:
                 self.stats = last.stats if self.stats is None else jax.tree.map(np.add, self.stats, last.stats)
+        return float(last.loss)
 
     def record(self, step: int) -> dict[str, Any]:
         """Record of the steps since the last one."""

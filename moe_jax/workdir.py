@@ -10,7 +10,7 @@ from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.continuation import MAY_CHANGE, changes
 from moe_jax.files import json_digest, parse_json
-from moe_jax.reporting.metrics import last, read
+from moe_jax.reporting.metrics import last, log_difference, read
 
 CONFIG = "config.json"
 SHOWN = 3  # differences in a message
@@ -71,6 +71,12 @@ def check_same_run(values: dict[str, Any], kept: dict[str, Any], problem: str) -
 def confirmed_experiment(workdir: str | Path) -> Experiment:
     """The experiment that was run in a workdir; ValueError of `confirmed_config`."""
     return Experiment.from_json(json.dumps(confirmed_config(workdir)))
+
+
+def log_changes(workdir: str | Path) -> str | None:
+    """Says how a run's log differs from what its newest checkpoint has kept of it; None where it does not."""
+    meta, _ = Checkpoints(Path(workdir) / "checkpoints").newest_meta() or ({}, 0)
+    return log_difference(workdir, meta.get("log"))
 
 
 def _checkpoint_config(workdir: str | Path) -> tuple[dict[str, Any], int] | None:

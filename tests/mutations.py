@@ -1,47 +1,30 @@
-"""Deliberate bugs: what the audit must catch, tried by putting each into a copy of the code.
+"""Deliberate bugs: what the audit must catch, tried by putting each into the code as it is imported.
 
-    python tests/mutations.py
-    python tests/mutations.py --only=stale_replica --jobs=1
+    python -m tests.mutations
+    python -m tests.mutations --only=stale_replica --jobs=1
 
-Every mutation is one edit of one file. It runs on one device, and the audit (`experiments.audit --stop`, of a tiny
-model on four simulated devices) must break a law and say where. The same audit of the code as it is must hold. What
+Every mutation is one edit of one file. The audit of its law (`experiments.audit --stop --quick --law=N`, of a tiny
+model on at most four simulated devices) must break and say where. The same audit of the code as it is must hold. What
 JAX's own check of replicas (`check_vma`) does not let through is counted apart. The exit code is 1 where a mutation
-survives or the code as it is does not hold. About 40 CPU minutes.
+survives or the code as it is does not hold. About 15 CPU minutes.
 """
 
 import argparse
-import os
 import pathlib
-import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parent.parent
-REFUSALS = ("check_vma", "manual axis types do not match")  # in what jax.shard_map says of replicas that differ
-LIMIT = 900  # seconds of one audit
-CONFIG = """
-def get_config():
-    moe = {
-        "E": 8,
-        "router": "TopK(K=2)",
-        "experts": "MLP(F=8, bias=True)",
-        "dispatch": "Scatter(capacity_factor=1.0)",
-        "gating": ("Noise(0.1)",),
-        "losses": ("LoadBalance(0.01)", "RouterZ(0.001)"),
-    }
-    model = {"D": 16, "N": 2, "attention": "MHA(2, 4)", "ffn": "GLU(F=8)", "moe_layers": "all"}
-    model |= {"remat": "none", "moe": moe}
-    data = {"source": "Corpus()", "tokenizer": "Bytes()", "L": 16, "B": 16}
-    return {"mesh": {"data": 2, "expert": 2}, "model": model, "data": data}
-"""
+from tests.museum import forks
+from tests.museum.catch import Audit, Test
+from tests.museum.mutant import Mutant
 
 
 class Mutation(NamedTuple):
-    """One edit, and flags of the audit that bring what it breaks into play; `refused`: JAX is to say no."""
+    """One edit, the law that it breaks, and flags of the audit that bring it into play.
+
+    refused: JAX is to say no. test: a test in place of a law, where the audit cannot see it.
+    """
 
     name: str
     file: str
@@ -49,6 +32,17 @@ class Mutation(NamedTuple):
     new: str
     overrides: tuple[str, ...] = ()
     refused: bool = False
+    law: int = 1
+    test: Test | None = None
+
+    @property
+    def mutant(self) -> Mutant:
+        return Mutant(self.name, self.file, self.old, self.new)
+
+    @property
+    def catch(self) -> Audit | Test:
+        """What is to catch it."""
+        return self.test or Audit(self.law, self.overrides)
 
 
 def mesh(**sizes: int) -> tuple[str, ...]:
@@ -74,13 +68,15 @@ COPIES = ("--devices=2", *mesh(data=2))
 KEPT = (*TWO, "--config.model.remat=save_collectives")
 LATENTS = ("--devices=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
 
+NOISE = Test("tests/laws/test_training_step.py", "test_noise_is_drawn_anew_in_every_layer_microbatch_and_step")
+
 CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
 SCATTER, EXCHANGES, TRANSFORMER = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/transformer.py"
 ATTENTION, EVALUATE = "moe_jax/attention", "moe_jax/evaluate.py"
 REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
 OWN = "stats(routing, kept, B, ctx.task_GS, cfg.tasks)"
 ALIKE = f"total = here.sum({OWN})"
-LOSS = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros(()))"
+LOSS = "loss = sum((part.weight * part(total, state, cfg.router) for part in cfg.losses), jnp.zeros((), jnp.float32))"
 NATS = "here.sum((terms.nats_BL.sum(), "
 OF_A_SHARD = "jnp.maximum(objective.targets({0}).sum(), 1)"
 TARGETS = "jnp.maximum(here.sum(objective.targets(batch).sum(dtype=jnp.float32)), 1)"
@@ -149,13 +145,18 @@ MUTATIONS = (
     ),
     Mutation("nats_of_one_shard", STEP, NATS, f"here.sum(({HERE_ONLY.format('terms.nats_BL.sum()')}, "),
     Mutation(
-        "padding_counts_as_target", STEP, TARGETS, "here.sum(jnp.full((), objective.targets(batch).size, jnp.float32))"
+        "padding_counts_as_target",
+        STEP,
+        TARGETS,
+        "here.sum(jnp.full((), objective.targets(batch).size, jnp.float32))",
+        law=7,
     ),
     Mutation(
         "padding_in_the_loss",
         "moe_jax/data/terms.py",
         "jnp.where(mask_BL, cross_entropy(logits_BLV, batch.target_BL), 0)",
         "cross_entropy(logits_BLV, batch.target_BL)",
+        law=7,
     ),
     Mutation(
         "auxiliary_loss_per_shard",
@@ -181,24 +182,34 @@ MUTATIONS = (
     Mutation(
         "agreement_of_one_shard",
         TRANSFORMER,
-        "shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32))",
-        "shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32) * (shard.local().batch_shard_index == 0))",
+        "here.sum(same.sum((1, 2, 3), dtype=jnp.float32))",
+        "here.sum(same.sum((1, 2, 3), dtype=jnp.float32) * (here.batch_shard_index == 0))",
     ),
     Mutation(
         "padding_in_statistics",
         STATS,
         "mask_GS1 = routing.mask_GS[..., None].astype(jnp.float32)",
         "mask_GS1 = jnp.ones_like(routing.mask_GS[..., None], jnp.float32)",
+        law=7,
     ),
-    Mutation("drops_not_counted", STATS, "kept=kept.sum(dtype=jnp.float32)", "kept=assignments_GSE.sum()"),
-    Mutation("drops_not_seen", SCATTER, "default=run), kept_GSK", "default=run), real_GSK"),
+    Mutation("drops_not_counted", STATS, "kept=kept.sum(dtype=jnp.float32)", "kept=assignments_GSE.sum()", law=2),
+    Mutation(
+        "choices_counted_after_drops",
+        STATS,
+        "choices_E=assignments_GSE.sum((0, 1)),",
+        "choices_E=routing._replace(expert_GSK=jnp.where(kept, routing.expert_GSK, routing.E))"
+        ".assignments_GSE.sum((0, 1)),",
+        ONE,
+        law=8,
+    ),
+    Mutation("drops_not_seen", SCATTER, "default=run), kept_GSK", "default=run), real_GSK", law=2),
     Mutation(
         "evaluation_of_one_shard",
         EVALUATE,
         EVALUATED,
         EVALUATED.replace("here.sum((", f"here.sum(jax.tree.map(lambda a: {HERE_ONLY.format('a')}, (") + ")",
     ),
-    Mutation("evaluation_drops", EVALUATE, "run(cfg.dropless())", "run(cfg)"),
+    Mutation("evaluation_drops", EVALUATE, "run(cfg.dropless())", "run(cfg)", law=8),
     # replicas
     Mutation(
         "stale_replica",
@@ -206,6 +217,7 @@ MUTATIONS = (
         APPLIED,
         APPLIED + REPLICA.format('jnp.where(jax.lax.axis_index("data") == 0, new["scale_D"], old["scale_D"])'),
         COPIES,
+        law=5,
     ),
     Mutation(
         "replicas_drift",
@@ -213,6 +225,7 @@ MUTATIONS = (
         APPLIED,
         APPLIED + REPLICA.format('new["scale_D"] + 1e-6 * jax.lax.axis_index("data")'),
         COPIES,
+        law=5,
     ),
     # tensor parallelism and parameters that are gathered
     Mutation(
@@ -252,6 +265,7 @@ MUTATIONS = (
         "latent_BMW, rope_BMU = here.tensor_enter((latent_BMW, rope_BMU))",
         "latent_BMW, rope_BMU = (latent_BMW, rope_BMU)",
         LATENTS,
+        law=6,
     ),
     Mutation(
         "bias_of_every_tensor_shard",
@@ -305,6 +319,13 @@ MUTATIONS = (
         LEVELS,
     ),
     Mutation(
+        "wrong_from_three_slices_on",
+        f"{EXCHANGES}/two_level.py",
+        "x_YXeCD = shard.all_to_all(x_YXeCD, outer, split=0, concat=0)",
+        "x_YXeCD = jnp.roll(shard.all_to_all(x_YXeCD, outer, split=0, concat=0)[::-1], 1, axis=0)",
+        test=Test("tests/components/test_exchanges_over_slices.py", "test_rows_reach_their_experts and TwoLevel and 3"),
+    ),
+    Mutation(
         "offsets_swapped_on_the_way_back",
         CORE,
         "return Slices(sizes, destination, source)",
@@ -326,7 +347,22 @@ MUTATIONS = (
         RAGGED,
     ),
     # routing
-    Mutation("capacity_of_a_shard", MOE, "S = cfg.group(B, L, training=key is not None)", "S = B * L"),
+    Mutation("capacity_of_a_shard", MOE, "S = cfg.group(B, L, training=key is not None)", "S = B * L", law=7),
+    Mutation(
+        "noise_alike_in_repeated_layers",
+        TRANSFORMER,
+        "jax.random.split(jax.random.fold_in(call.key, i), n)",
+        "jnp.stack([jax.random.fold_in(call.key, i)] * n)",
+        test=NOISE,
+    ),
+    Mutation(
+        "noise_alike_in_layers_of_a_block",
+        TRANSFORMER,
+        "jax.random.fold_in(key, number)",
+        "jax.random.fold_in(key, 0 * number)",
+        test=NOISE,
+    ),
+    Mutation("noise_alike_in_microbatches", STEP, "jax.random.split(key, A)", "jnp.stack([key] * A)", test=NOISE),
     Mutation("noise_by_local_group", MOE, "here.batch_shard_index * G + jnp.arange(G)", "jnp.arange(G)"),
     Mutation(
         "groups_numbered_in_another_order",
@@ -340,37 +376,53 @@ MUTATIONS = (
         '        for i, transform in enumerate(self.gating):\n            if transform.on == "input":',
         "        x_GSD += 0.01 * x_GSD.mean(1, keepdims=True)\n"
         '        for i, transform in enumerate(self.gating):\n            if transform.on == "input":',
+        law=4,
     ),
     Mutation(
         "first_choices_first",
         "moe_jax/core/routing.py",
         "_positions(expert_GSK.reshape(G, S * K), routing.E).reshape(G, S, K)",
         "_choice_major(expert_GSK, routing.E)",
+        law=4,
     ),
     Mutation(
         "later_tokens_first",
         "moe_jax/core/routing.py",
-        "rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]",
+        "rank_GR = jnp.arange(R, dtype=jnp.int32)[None] - first_GE[group_G1, sorted_GR]",
         "rank_GR = first_GE[group_G1, sorted_GR + 1] - 1 - jnp.arange(R)[None]",
+        law=4,
     ),
     Mutation(
         "attention_sees_the_next_token",
         f"{ATTENTION}/sees.py",
         "seen_BLM &= distance_BLM >= 0",
         "seen_BLM &= distance_BLM >= -1",
+        law=4,
     ),
-    Mutation("attention_ignores_segments", f"{ATTENTION}/sees.py", DOCUMENTS, f"({DOCUMENTS}) | True"),
+    Mutation("attention_ignores_segments", f"{ATTENTION}/sees.py", DOCUMENTS, f"({DOCUMENTS}) | True", law=7),
+    Mutation(
+        "documents_see_those_before",
+        f"{ATTENTION}/sees.py",
+        "distance_BLM = sees.position_BL[:, :, None] - position_BM[:, None, :]",
+        "seen_BLM = (sees.segment_BL > 0)[:, :, None] == (segment_BM > 0)[:, None, :]\n    "
+        "place_L = jax.numpy.arange(seen_BLM.shape[1])\n    "
+        "distance_BLM = place_L[None, :, None] - place_L[None, None, :]",
+        ONE,
+        law=11,
+    ),
     Mutation(
         "documents_see_each_other",
         f"{ATTENTION}/sees.py",
         DOCUMENTS,
         "(sees.segment_BL > 0)[:, :, None] == (segment_BM > 0)[:, None, :]",
+        law=4,
     ),
     Mutation(
         "padding_takes_a_slot",
         "moe_jax/core/routing.py",
         "jnp.where(real_GS1, expert_GSK, E)",
         "jnp.where(real_GS1 | True, expert_GSK, E)",
+        law=7,
     ),
     Mutation(
         "weight_is_constant",
@@ -378,18 +430,29 @@ MUTATIONS = (
         "take_experts(probs_GSE, expert_GSK), logits",
         "take_experts(probs_GSE, expert_GSK) / take_experts(probs_GSE, expert_GSK), logits",
         SWITCH,
+        law=3,
     ),
     Mutation(
         "weight_without_gradient",
         "moe_jax/core/scores.py",
         "jnp.where(used_GSK, take_experts(logits_GSE, expert_GSK), -jnp.inf)",
         "jnp.where(used_GSK, take_experts(jax.lax.stop_gradient(logits_GSE), expert_GSK), -jnp.inf)",
+        law=3,
+    ),
+    Mutation(
+        "denominator_without_gradient",
+        "moe_jax/core/scores.py",
+        "return weight_GSK / jnp.where(total_GS1 > 0, total_GS1, 1)",
+        "return weight_GSK / jax.lax.stop_gradient(jnp.where(total_GS1 > 0, total_GS1, 1))",
+        ONE,
+        law=3,
     ),
     Mutation(
         "overflowing_slot_used_again",
         SCATTER,
         "kept_GSK = real_GSK & (position_GSK < C)",
         "kept_GSK = real_GSK & (position_GSK <= C)",
+        law=2,
     ),
     Mutation(
         "too_few_slots_for_everybody",
@@ -397,6 +460,7 @@ MUTATIONS = (
         "jnp.searchsorted(np.array(counts), needed)",
         "jnp.maximum(jnp.searchsorted(np.array(counts), needed) - 1, 0)",
         DROPLESS,
+        law=2,
     ),
     Mutation(
         "rows_of_a_neighbour_in_a_gradient",
@@ -404,6 +468,7 @@ MUTATIONS = (
         "pull(rows.own(g_RO))",
         "pull(rows.read(g_RO))",
         RAGGED,
+        law=2,
     ),
     Mutation(
         "rows_back_in_the_wrong_order",
@@ -411,6 +476,7 @@ MUTATIONS = (
         "return RowMap(row_GSK.reshape(-1, K), choice_R)",
         "return RowMap(choice_R[:choices].reshape(-1, K), choice_R)",
         RAGGED,
+        law=2,
     ),
     # communication, of the same numbers
     Mutation(
@@ -420,6 +486,7 @@ MUTATIONS = (
         f"{REAL}\n    x_BLD = jax.lax.dynamic_slice_in_dim("
         "here.gather(x_BLD, here.tokens), here.batch_shard_index * B, B)",
         TWO,
+        law=6,
     ),
     Mutation(
         "rows_travel_three_times",
@@ -431,74 +498,25 @@ MUTATIONS = (
             "shard.all_to_all(part, shard.experts, split=0, concat=1), shard.experts, split=1, concat=0),",
         ),
         TWO,
+        law=6,
     ),
     Mutation(
-        "exchanged_rows_without_a_name", CORE, f"return checkpoint_name({NAMED}, COLLECTIVES)", f"return {NAMED}", KEPT
+        "exchanged_rows_without_a_name",
+        CORE,
+        f"return checkpoint_name({NAMED}, COLLECTIVES)",
+        f"return {NAMED}",
+        KEPT,
+        law=6,
     ),
     Mutation(
-        "zero1_sums_everything_everywhere", CORE, SCATTERED, OWN_SLICE.format("lax.psum(g, more)"), (*COPIES, *ZERO)
+        "zero1_sums_everything_everywhere",
+        CORE,
+        SCATTERED,
+        OWN_SLICE.format("lax.psum(g, more)"),
+        (*COPIES, *ZERO),
+        law=6,
     ),
 )
-
-
-class Outcome(NamedTuple):
-    """Outcome of an audit of a copy of the code: holds, broken, refused (by JAX), failed or late; law and line."""
-
-    verdict: str
-    law: str = ""
-    line: str = ""
-
-
-def mutated(mutation: Mutation, text: str) -> str:
-    """The file's text with the edit; ValueError where what it replaces is not there exactly once."""
-    if text.count(mutation.old) != 1:
-        raise ValueError(
-            f"{mutation.name}: {mutation.old!r} is {text.count(mutation.old)} times in {mutation.file}; "
-            "it must be there once, so write the mutation anew."
-        )
-    return text.replace(mutation.old, mutation.new)
-
-
-def audit(overrides: tuple[str, ...], cache: pathlib.Path, mutation: Mutation | None = None) -> Outcome:
-    """Audits the code, with a mutation in it or as it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder)
-        for package in ("moe_jax", "experiments"):
-            shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / "tiny.py").write_text(CONFIG, encoding="utf-8")
-        if mutation is not None:
-            file = copy / mutation.file
-            file.write_text(mutated(mutation, file.read_text(encoding="utf-8")), encoding="utf-8")
-        command = [sys.executable, "-m", "experiments.audit", "--config=tiny.py", "--stop", "--devices=4", *overrides]
-        of_jax = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        env = os.environ | of_jax | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folder}
-        try:
-            done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return Outcome("late")
-    return judged(done)
-
-
-def judged(done: subprocess.CompletedProcess[str]) -> Outcome:
-    """Outcome from the program's exit code and output."""
-    broken = [line for line in done.stdout.splitlines() if " NO   " in line]
-    if done.returncode == 1 and broken:
-        return Outcome("broken", broken[0].split(",")[0], short(broken[0]))
-    last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
-    if done.returncode == 0:
-        return Outcome("holds")
-    for words in REFUSALS:
-        if words in done.stderr:
-            return Outcome("refused", line=f"jax.shard_map: {words}")
-    return Outcome("failed", line=last)
-
-
-def short(line: str) -> str:
-    """A line of the audit without what holds."""
-    subject, _, detail = line.partition(" NO   ")
-    parts = detail.split("; ")
-    wrong = [part.partition(", where ")[0] for part in parts if part.startswith("NOT ")] or parts[1:] or parts
-    return f"{subject.strip()}: {'; '.join(wrong)}"
 
 
 def main() -> int:
@@ -508,25 +526,25 @@ def main() -> int:
     parser.add_argument("--cache", type=pathlib.Path, help="A folder where compiled programs are kept.")
     given = parser.parse_args()
     chosen = [m for m in MUTATIONS if given.only in m.name]
-    as_is = list(dict.fromkeys(m.overrides for m in chosen if not m.refused))
-    with tempfile.TemporaryDirectory() as kept, ThreadPoolExecutor(given.jobs) as pool:
-        cache = given.cache or pathlib.Path(kept)
-        found = pool.map(lambda m: audit(m.overrides, cache, m), chosen)
-        controls = pool.map(partial(audit, cache=cache), as_is)
-        print("| mutation | verdict | law | line |\n|---|---|---|---|", flush=True)
+    as_is = list(dict.fromkeys(m.catch for m in chosen if not m.refused))
+    with tempfile.TemporaryDirectory() as kept:
+        jobs = [check.job() for check in as_is] + [m.catch.job(m.mutant) for m in chosen]
+        done = forks.run(jobs, given.jobs, given.cache or pathlib.Path(kept))
+        print("| mutation | verdict | caught by | line | CPU s |\n|---|---|---|---|---:|", flush=True)
         caught = refused = bad = 0
-        for mutation, outcome in zip(chosen, found, strict=True):
+        for check in as_is:
+            outcome, seconds = check.judge(end := next(done)), end.seconds
+            bad += outcome.verdict != "holds"
+            name = " ".join(flag.removeprefix("--config.") for flag in getattr(check, "flags", ()))
+            print(f"| none ({name}) | {outcome.verdict} | {check.name} | {outcome.line} | {seconds:.0f} |", flush=True)
+        for mutation in chosen:
+            outcome, seconds = mutation.catch.judge(end := next(done)), end.seconds
             right = outcome.verdict == ("refused" if mutation.refused else "broken")
             caught, refused = caught + (right and not mutation.refused), refused + (right and mutation.refused)
             bad += not right
-            print(f"| {mutation.name} | {outcome.verdict} | {outcome.law} | {outcome.line} |", flush=True)
-        for overrides, outcome in zip(as_is, controls, strict=True):
-            bad += outcome.verdict != "holds"
-            name = " ".join(flag.removeprefix("--config.") for flag in overrides)
-            print(f"| none ({name}) | {outcome.verdict} | {outcome.law} | {outcome.line} |", flush=True)
-    print(
-        f"\n{caught} of {sum(not m.refused for m in chosen)} caught by the audit; {refused} refused by JAX's own check"
-    )
+            line = f"{outcome.verdict} | {mutation.catch.name} | {outcome.line} | {seconds:.0f}"
+            print(f"| {mutation.name} | {line} |", flush=True)
+    print(f"\n{caught} of {sum(not m.refused for m in chosen)} caught; {refused} refused by JAX's own check")
     return int(bad > 0)
 
 

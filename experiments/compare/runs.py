@@ -18,7 +18,7 @@ from moe_jax import costs
 from moe_jax.config import Experiment, build, plain
 from moe_jax.reporting.metrics import FILE, last, median_speed, read, wall_time
 from moe_jax.reporting.names import run_names
-from moe_jax.workdir import CONFIG, confirmed_config, read_config
+from moe_jax.workdir import CONFIG, confirmed_config, log_changes, read_config
 
 PARTS = (CONFIG, FILE, "checkpoints")  # one of these makes a folder a run's
 NUMBERS = ("loss", "drop_rate", "load_max_over_mean", "tokens_per_second", "seconds")
@@ -136,6 +136,8 @@ def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             notes.append(f"{name}: left out, {' '.join(str(error).split())}")
             continue
         runs.append(run)
+        if changed := log_changes(path):
+            notes.append(f"{name}: {changed}")
         if not run.finished:
             how = "diverged" if run.diverged else "unfinished"
             notes.append(f"{name}: {how}, at step {run.step:,} of {run.exp.run.steps:,}")

@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM to a program that trains: the first is heard at the end of a step, the second one ends it at once.
+"""SIGINT and SIGTERM to a program that trains: the first is heard at the end of a step, the second ends it at once.
 
-Ctrl-C and a pre-emption of the machine lose no step then. Python runs a signal's handler in the main thread alone, which
-may be in a compilation for minutes; so a thread of its own hears the signals, by the file that Python writes them to.
+Ctrl-C and a pre-emption of the machine lose no step then. Python runs a signal's handler in the main thread alone,
+which may be in a compilation for minutes; so a thread of its own hears the signals, by the file that Python writes
+them to.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""The ten laws: their sentences, the functions that check them on a user's config, the config fields that matter."""
+"""The laws: their sentences, the functions that check them on a user's config, the config fields that matter."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moe_jax.audit import communication, dispatchers, meshes, routing, single_device, slopes
+from moe_jax.audit import communication, counts, dispatchers, meshes, routing, single_device, slopes
 
 
 class Law(NamedTuple):
@@ -108,7 +108,7 @@ LAWS = (
         8,
         "Nothing is dropped in silence",
         "drop rates are in every log record; evaluation is dropless.",
-        (single_device.drops,),
+        (counts.counts, single_device.drops),
         (
             ("model.moe.dispatch", "its `capacity_factor` limits the tokens of an expert; None drops nothing"),
             ("model.moe.exchange", "`RaggedAllToAll(buffer=...)` bounds the rows that a device receives"),
@@ -136,6 +136,18 @@ LAWS = (
         (("model", "every size of the model counts"),),
         "A config of your own has no published counts. `python -m experiments.plan --config=configs/papers/...` prints "
         "the counts of a published model beside the published ones.",
+    ),
+    Law(
+        11,
+        "Documents are apart",
+        "without a capacity limit, tokens of one document change nothing in another.",
+        (single_device.documents,),
+        (
+            ("data.L", "short documents are packed into one sequence"),
+            ("model.attention", "the mask of every attention"),
+            ("model.moe.router", "routers in which experts choose tokens see the whole group"),
+            ("model.moe.dispatch", "with a capacity limit the documents of a routing group share slots"),
+        ),
     ),
 )
 

@@ -26,17 +26,19 @@ from moe_jax.models import Call
 CLOSE = 1e-5  # relative to the largest number of an array, in float32
 STEP = 1e-4  # of an update, where the gradient is more than rounding: optimizers divide by its size
 SURE = 1e-3  # of the largest gradient of a parameter: more than rounding
+# All pairs of axes, and every axis with more than two shards; the small ones are for few devices.
 MESHES: tuple[Mapping[str, int], ...] = (
-    {"data": 8},
-    {"expert": 8},
-    {"fsdp": 8},
     {"data": 2, "expert": 4},
     {"fsdp": 2, "expert": 2, "tensor": 2},
-    {"slice": 2, "expert": 2, "tensor": 2},
+    {"slice": 4, "expert": 2},
     {"slice": 2, "data": 2, "fsdp": 2},
     {"data": 4, "tensor": 2},
-    {"expert": 4},
+    {"slice": 2, "tensor": 4},
+    {"fsdp": 8},
+    {"expert": 8},
     {"fsdp": 2, "tensor": 2},
+    {"expert": 4},
+    {"slice": 2, "expert": 2},
     {"expert": 2},
     {"tensor": 2},
 )
@@ -105,17 +107,25 @@ def start(exp: Experiment) -> step.State:
 
 
 def meshes(exp: Experiment, devices: list[jax.Device]) -> Iterator[tuple[str, Experiment]]:
-    """Yields the experiment on its own mesh, and on others that it fits, with their names."""
-    tried = []
+    """Yields the experiment on its own mesh, and on others that it fits, with their names.
+
+    A mesh with no axis, and on no axis more shards, than one that was tried is left out.
+    """
+    tried: list[Mapping[str, int]] = []
     for sizes in ({a: n for a, n in exp.mesh if n > 1}, *MESHES):
         count = int(np.prod([*sizes.values()]))
-        if count <= len(devices) and count > 1 and sizes not in tried:
-            tried.append(sizes)
+        if 1 < count <= len(devices) and not any(within(sizes, other) for other in tried):
             try:
                 on_mesh = dataclasses.replace(exp, mesh=tuple(sizes.items()))
             except ValueError:  # one of its sizes does not divide
                 continue
+            tried.append(sizes)
             yield " x ".join(f"{a}={sizes[a]}" for a in AXES if a in sizes), on_mesh
+
+
+def within(sizes: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Tells whether another mesh has all axes of this one, in at least its sizes."""
+    return all(other.get(axis, 1) >= n for axis, n in sizes.items())
 
 
 def on_one_device(exp: Experiment) -> Experiment:

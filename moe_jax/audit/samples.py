@@ -98,12 +98,28 @@ def keep_rows(batch: AnyBatch, rows_B1: np.ndarray) -> AnyBatch:
 
 def padding_mask(exp: Experiment, batch: AnyBatch) -> np.ndarray:
     """Mask of the padding in each MoE layer, [N, B, L], in the order of `Aux.expert_BLK`."""
+    return layer_segments(exp, batch) == 0
+
+
+def layer_segments(exp: Experiment, batch: AnyBatch) -> np.ndarray:
+    """Documents by number in each MoE layer, 0 for padding, [N, B, L], in the order of `Aux.expert_BLK`."""
     shapes = exp.model.stacks(batch)
     fields = ("source_segment_BM", "segment_BL")[-len(shapes) :]
-    real = [batch.loss_mask_BL] if isinstance(batch, Images) else [getattr(batch, f) > 0 for f in fields]
+    segments = [batch.loss_mask_BL * 1] if isinstance(batch, Images) else [getattr(batch, f) for f in fields]
     longest, layers = max(s.L for s in shapes), exp.model.n_moe_layers // len(shapes)
     stacks = [
-        np.pad(np.broadcast_to(r, (len(r), s.L)), [(0, 0), (0, longest - s.L)])
-        for r, s in zip(real, shapes, strict=True)
+        np.pad(np.broadcast_to(segment, (len(segment), s.L)), [(0, 0), (0, longest - s.L)])
+        for segment, s in zip(segments, shapes, strict=True)
     ]
-    return ~np.repeat(np.stack(stacks), layers, axis=0)
+    return np.repeat(np.stack(stacks), layers, axis=0)
+
+
+def change_document(exp: Experiment, batch: Batch | Pairs, document: int) -> Batch | Pairs:
+    """Returns the batch with other tokens in the documents of this number."""
+    vocabulary = {"tokens_BL": exp.model.V, "source_BM": getattr(exp.model, "V_source", None) or exp.model.V}
+
+    def other(field: str) -> np.ndarray:
+        tokens, mine = getattr(batch, field), getattr(batch, SEGMENTS[field]) == document
+        return np.where(mine, (tokens + 1) % vocabulary[field], tokens)
+
+    return batch._replace(**{field: other(field) for field in vocabulary if field in batch._fields})

@@ -1,20 +1,33 @@
-"""Checks of laws 4, 7 and 8 of an experiment, and of microbatches, on one device."""
+"""Checks of laws 4, 7, 8 and 11 of an experiment, and of microbatches, on one device."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import step
-from moe_jax.audit.meshes import CLOSE, StepTrace, Trial, Worst, at_most, compare_with_one_device, on_one_device, worst
+from moe_jax.audit.meshes import (
+    CLOSE,
+    SURE,
+    StepTrace,
+    Trial,
+    Worst,
+    at_most,
+    compare_with_one_device,
+    on_one_device,
+    worst,
+)
 from moe_jax.audit.routing import ROUNDING, Verdict
-from moe_jax.audit.samples import fill_padding, is_padding, keep_rows, padding_mask
+from moe_jax.audit.samples import change_document, fill_padding, is_padding, keep_rows, layer_segments, padding_mask
 from moe_jax.audit.shrink import rows_of_a_group
 from moe_jax.config import Experiment
 from moe_jax.core.stats import Stats
 from moe_jax.data import AnyBatch, Images
 from moe_jax.losses import is_additive
+from moe_jax.models import Call, Model
 
 
 def step_is_causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
@@ -33,14 +46,63 @@ def step_is_causal(trial: Trial, exp: Experiment, state: step.State, batch: AnyB
     return Verdict(not changed, f"{changed} of {watched_BL.sum()} tokens changed")
 
 
-def drops(trace: StepTrace) -> Verdict:
-    """Law 8: evaluation drops nothing."""
-    stats = trace.evaluated.stats
-    if stats is None:
+def documents(exp: Experiment, state: step.State, batch: AnyBatch) -> Verdict:
+    """Law 11: without a capacity limit, other tokens of one document change nothing in the others of its row."""
+    assert not isinstance(batch, Images), "an image is no document"
+    run = jax.jit(partial(outputs_of, exp.model.dropless()))
+    logits_BLV, expert_NBLK = jax.device_get(run(state.params, state.router, batch))
+    moved = chosen = watched = 0
+    for document in range(1, int(batch.segment_BL.max()) + 1):
+        changed = change_document(exp, batch, document)
+        others_BLV, others_NBLK = jax.device_get(run(state.params, state.router, changed))
+        apart_BL = (batch.segment_BL > 0) & (batch.segment_BL != document)
+        differs_BL = np.abs(logits_BLV - others_BLV).max(-1) > ROUNDING * np.abs(logits_BLV).max()
+        moved, watched = moved + int((differs_BL & apart_BL).sum()), watched + int(apart_BL.sum())
+        if expert_NBLK is not None:
+            segment_NBL = layer_segments(exp, batch)
+            apart_NBL = (segment_NBL > 0) & (segment_NBL != document)
+            chosen += int((np.not_equal(expert_NBLK, others_NBLK).any(-1) & apart_NBL).sum())
+    routed = f", and the choices of {chosen}" if chosen else ""
+    return Verdict(not moved and not chosen, f"{moved} of {watched} tokens changed{routed}")
+
+
+def outputs_of(model: Model, params: Any, router: Any, batch: AnyBatch) -> tuple[Any, Any]:
+    """Logits of a model in evaluation, and the choices of all MoE layers, None where none is made."""
+    logits_BLV, aux = model.apply(params, batch, Call(router=router))
+    return logits_BLV, None if aux is None else aux.expert_BLK
+
+
+def drops(exp: Experiment, state: step.State, trace: StepTrace) -> Verdict:
+    """Law 8: evaluation drops nothing, and a step's statistics and auxiliary loss are of the choices it has made."""
+    stats, trained, cfg = trace.evaluated.stats, trace.metrics.stats, exp.model.routed
+    if stats is None or trained is None or cfg is None:
         return Verdict(True, "nothing routes")
     asked_N = np.asarray(stats.choices_E, np.float64).sum(-1)
     lost = float(np.abs(asked_N - stats.kept).sum())
-    return Verdict(lost <= CLOSE * asked_N.sum(), f"{lost:.0f} of {asked_N.sum():.0f} in evaluation")
+    if lost > CLOSE * asked_N.sum():
+        return Verdict(False, f"{lost:.0f} of {asked_N.sum():.0f} in evaluation")
+    said = f"{lost:.0f} of {asked_N.sum():.0f} in evaluation"
+    # Noise is drawn, and groups are formed, for each microbatch.
+    comparable = exp.data.microbatches == 1 or not (cfg.random or cfg.traits.grouped)
+    if trace.expert_NBLK is None or not comparable:
+        return Verdict(True, said)
+    made_NE = np.stack([np.bincount(e.reshape(-1), minlength=cfg.E + 1)[: cfg.E] for e in trace.expert_NBLK])
+    counted, made = trained.choices_E.sum(), made_NE.sum()
+    if np.not_equal(made_NE, np.round(trained.choices_E)).any():
+        return Verdict(False, f"a step's statistics count {counted:.0f} choices, of {made} that are made, by expert")
+    said_loss, loss = float(trace.metrics.aux_loss), loss_of_stats(exp, state, trained)
+    if exp.data.microbatches == 1 and abs(said_loss - loss) > CLOSE * max(abs(loss), SURE):
+        return Verdict(False, f"a step's auxiliary loss is {said_loss:.6f}, but {loss:.6f} of its routing")
+    return Verdict(True, f"{said}; {made - np.sum(trained.kept):.0f} of {made} in training, all counted")
+
+
+def loss_of_stats(exp: Experiment, state: step.State, stats: Stats) -> float:
+    """Auxiliary loss of a model with these statistics of its MoE layers."""
+    cfg = exp.model.routed
+    assert cfg is not None
+    by_layer, router = jax.tree.map(jnp.asarray, stats), jax.tree.map(jnp.asarray, state.router)
+    layers_N = sum((part.weight * part(by_layer, router, cfg.router) for part in cfg.losses), jnp.zeros(()))
+    return float(layers_N.sum() if exp.model.aux_over_layers == "sum" else layers_N.mean())
 
 
 def microbatches(

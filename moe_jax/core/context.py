@@ -130,5 +130,5 @@ class Context:
 
 
 def draw_by_group(keys_G: Key[Array, "G"], sample: Any, shape: tuple[int, ...], **options: Any) -> Array:
-    """[G, *shape] of `sample` (jax.random.uniform, ...), each group from its own key."""
-    return jax.vmap(lambda key: sample(key, shape, **options))(keys_G)
+    """[G, *shape] of `sample` (jax.random.uniform, ...) in float32, each group from its own key."""
+    return jax.vmap(lambda key: sample(key, shape, jnp.float32, **options))(keys_G)

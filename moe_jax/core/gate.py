@@ -4,6 +4,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moe_jax.core.context import Context
+from moe_jax.core.linear import linear as linear_map
 
 
 def linear(x_GSD: Float[Array, "G S I"], gate_DE: Float[Array, "I O"]) -> Float[Array, "G S O"]:
@@ -29,17 +30,23 @@ def _linear(x_GSD: Array, gate_DE: Array) -> Array:
 # ---------------------------------------------------------------- on the matrix units of a GPU
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _of_bfloat16(x_GSD: Array, gate_DE: Array) -> Array:
     return lax.platform_dependent(x_GSD, gate_DE, cuda=matmul_bf16x3, default=_linear)
 
 
-def _of_bfloat16_bwd(residuals, g_GSE):
+@_of_bfloat16.defjvp
+def _of_bfloat16_jvp(primals, tangents):
+    return _of_bfloat16(*primals), linear_map(_of_bfloat16_tangent, _of_bfloat16_grad, primals, tangents)
+
+
+def _of_bfloat16_tangent(fixed: tuple[Array, Array], tangents: tuple[Array, Array]) -> Array:
+    return jax.jvp(_linear, fixed, tangents)[1]
+
+
+def _of_bfloat16_grad(fixed: tuple[Array, Array], g_GSE: Array) -> tuple[Array, Array]:
     default_vjp = lambda x, gate, g: jax.vjp(_linear, x, gate)[1](g)  # noqa: E731
-    return lax.platform_dependent(*residuals, g_GSE, cuda=matmul_bf16x3_grad, default=default_vjp)
-
-
-_of_bfloat16.defvjp(lambda *args: (_of_bfloat16(*args), args), _of_bfloat16_bwd)
+    return lax.platform_dependent(*fixed, g_GSE, cuda=matmul_bf16x3_grad, default=default_vjp)
 
 
 def matmul_bf16x3(x_GSD: Array, gate_DE: Array) -> Array:

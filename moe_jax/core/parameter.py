@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.core import dims, shard
@@ -25,8 +26,8 @@ def parameter(
 
 
 def draw(key: jax.Array, name: str, sizes: Mapping[str, int], init: Callable, exchange: Any = None) -> jax.Array:
-    """A new parameter, sharded over the current mesh."""
-    return constrain(name, init(key, dims.shape_of(dims.dims_of(name), sizes)), exchange)
+    """A new parameter in float32, sharded over the current mesh."""
+    return constrain(name, init(key, dims.shape_of(dims.dims_of(name), sizes), jnp.float32), exchange)
 
 
 def weight(module: nn.Module, name: str, sizes: Mapping[str, int], init: Callable, dtype: Any = None) -> jax.Array:

@@ -39,7 +39,7 @@ class TokenChoice(NamedTuple):
     @property
     def top1_GSE(self) -> Float[Array, "G S E"]:
         """First choices of each token, as assignments."""
-        return jax.nn.one_hot(self.expert_GSK[..., 0], self.E)
+        return jax.nn.one_hot(self.expert_GSK[..., 0], self.E, dtype=jnp.float32)
 
     @property
     def combine_GSE(self) -> Float[Array, "G S E"]:
@@ -115,8 +115,11 @@ Routing = TokenChoice | SlotChoice | SoftSlots
 
 def _scatter_choices(value_GSK, expert_GSK, E):
     """Sums the values of choices by expert."""
-    hot = (value_GSK[..., k : k + 1] * jax.nn.one_hot(expert_GSK[..., k], E) for k in range(expert_GSK.shape[-1]))
-    return sum(hot, jnp.zeros((*expert_GSK.shape[:2], E)))
+    hot = (
+        value_GSK[..., k : k + 1] * jax.nn.one_hot(expert_GSK[..., k], E, dtype=value_GSK.dtype)
+        for k in range(expert_GSK.shape[-1])
+    )
+    return sum(hot, jnp.zeros((*expert_GSK.shape[:2], E), value_GSK.dtype))
 
 
 def token_choice(
@@ -173,19 +176,19 @@ def _positions(expert_GR: Int[Array, "G R"], E: int) -> Int[Array, "G R"]:
     sorted_GR, order_GR = _sorted(expert_GR, E)
     scan, compare_all = (partial(_first_entries, E=E, method=method) for method in ("scan", "compare_all"))
     first_GE = lax.platform_dependent(sorted_GR, cuda=compare_all, default=scan)  # a scan is slow on a GPU
-    rank_GR = jnp.arange(R)[None] - first_GE[group_G1, sorted_GR]
+    rank_GR = jnp.arange(R, dtype=jnp.int32)[None] - first_GE[group_G1, sorted_GR]
     return jnp.zeros((G, R), jnp.int32).at[group_G1, order_GR].set(rank_GR.astype(jnp.int32), unique_indices=True)
 
 
 def _first_entries(sorted_GR: Int[Array, "G R"], *, E: int, method: str) -> Int[Array, "G _"]:
     """Index of the first entry of each expert id from 0 to E."""
-    return jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1), method=method))(sorted_GR)
+    return jax.vmap(partial(jnp.searchsorted, v=jnp.arange(E + 1, dtype=sorted_GR.dtype), method=method))(sorted_GR)
 
 
 def _sorted(expert_GR: Int[Array, "G R"], E: int) -> tuple[Int[Array, "G R"], Int[Array, "G R"]]:
     """Experts sorted, and the entries that they come from; stable."""
     R = expert_GR.shape[1]
-    entry_GR = jnp.broadcast_to(jnp.arange(R)[None], expert_GR.shape)
+    entry_GR = jnp.broadcast_to(jnp.arange(R, dtype=expert_GR.dtype)[None], expert_GR.shape)
     if (E + 1) * R > jnp.iinfo(jnp.int32).max:
         sorted_GR, order_GR = lax.sort((expert_GR, entry_GR), num_keys=1)
         return sorted_GR, order_GR
@@ -202,8 +205,8 @@ class Masks(NamedTuple):
 
 def masks(routing: TokenChoice, position_GSK: Int[Array, "G S K"], C: int) -> Masks:
     """Dispatch and combine masks; choices whose position in expert is at least C are dropped."""
-    hot_GSKE = jax.nn.one_hot(routing.expert_GSK, routing.E)
-    hot_GSKC = jax.nn.one_hot(position_GSK, C)
+    hot_GSKE = jax.nn.one_hot(routing.expert_GSK, routing.E, dtype=jnp.float32)
+    hot_GSKC = jax.nn.one_hot(position_GSK, C, dtype=jnp.float32)
     return Masks(
         jnp.einsum("gske,gskc->gsec", hot_GSKE, hot_GSKC),
         jnp.einsum("gsk,gske,gskc->gsec", routing.weight_GSK, hot_GSKE, hot_GSKC),
@@ -212,5 +215,5 @@ def masks(routing: TokenChoice, position_GSK: Int[Array, "G S K"], C: int) -> Ma
 
 def slot_masks(routing: SlotChoice) -> Masks:
     """Every slot has the token that it names."""
-    hot_GSEC = jax.nn.one_hot(routing.token_GEC, routing.mask_GS.shape[1], axis=1)
+    hot_GSEC = jax.nn.one_hot(routing.token_GEC, routing.mask_GS.shape[1], axis=1, dtype=jnp.float32)
     return Masks(hot_GSEC, hot_GSEC * routing.weight_GEC[:, None])

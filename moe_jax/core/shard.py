@@ -9,6 +9,7 @@ tensor   hidden units and heads              all its shards see the same tokens
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
+from moe_jax.core.linear import linear
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
@@ -36,6 +38,7 @@ RULES: dims.Rules = {
     **{letter: ("tensor",) for letter in "FHJ"},
 }
 COLLECTIVES = "collectives"  # rematerialisation name of results of collectives
+UNSPECIFIED = 0.0  # rows of an emulated buffer that nothing is written to; a TPU leaves there what was in memory
 Tree = TypeVar("Tree")
 
 
@@ -90,6 +93,7 @@ class Shard:
     fsdp: tuple[str, ...] = ()  # that parameters are sharded over until they are gathered for use
     tensor: tuple[str, ...] = ()  # that hidden units and heads are sharded over
     exchange: Any = None  # how rows and experts meet
+    distinct: int = 1  # choices of a token that are known to be different experts
 
     @property
     def alone(self) -> bool:
@@ -206,7 +210,7 @@ class Shard:
         return lax.all_gather(x, axes, tiled=tiled) if axes else (x if tiled else x[None])
 
     def send_slices(self, x: Array, slices: "Slices", rows: int) -> Array:
-        """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; other rows are 0."""
+        """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; others are unspecified."""
         return checkpoint_name(_send_slices(x, slices, rows, self.experts), COLLECTIVES)
 
 
@@ -232,30 +236,24 @@ class Slices(NamedTuple):
         return Slices(sizes, destination, source)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _send_slices(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
-    """`ragged_all_to_all` on TPU; elsewhere all rows are gathered, and each shard selects its own."""
-    return lax.platform_dependent(
-        x, slices, tpu=partial(_ragged, rows=rows, axes=axes), default=partial(_emulated, rows=rows, axes=axes)
-    )
+    """`ragged_all_to_all` on TPU; elsewhere all rows are gathered, and each shard selects its own.
 
+    Rows that are in no slice are unspecified, in the gradient too.
+    """
 
-def _send_forward(x, slices, rows, axes):
-    return _send_slices(x, slices, rows, axes), (slices, x.shape[0])
+    def sent(slices: Slices, x: Array, rows: int) -> Array:
+        ways = {"tpu": partial(_ragged, rows=rows, axes=axes), "default": partial(_emulated, rows=rows, axes=axes)}
+        return lax.platform_dependent(x, slices, **ways)
 
-
-def _send_backward(rows, axes, residuals, g):
-    slices, n = residuals
-    return _send_slices(g, slices.reverse(), n, axes), None
-
-
-_send_slices.defvjp(_send_forward, _send_backward)
+    forward, n = partial(sent, rows=rows), len(x)
+    return linear(forward, lambda slices, g: sent(slices.reverse(), g, n), slices, x)
 
 
 def _ragged(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
     me = lax.axis_index(axes)
     bounds = (slices.at_source_XXe[me], slices.sizes_XXe[me], slices.at_destination_XXe[me], slices.sizes_XXe[:, me])
-    empty = lax.full_like(x, 0, shape=(rows, *x.shape[1:]))
+    empty = _varying(lax.empty((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
     y = lax.ragged_all_to_all(x, empty, *(a.reshape(-1) for a in bounds), axis_name=axes[0] if len(axes) == 1 else axes)
     return _varying(y, tuple(jax.typeof(x).manual_axis_type.varying))
 
@@ -274,7 +272,7 @@ def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Arr
     source_R = jnp.where(there_R, first[slice_R] + offset_R, -1)
     everything = lax.all_gather(x, axes, tiled=True)
     rows_of = everything[jnp.maximum(source_R, 0)]
-    return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, 0)
+    return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, UNSPECIFIED)
 
 
 def check_expert_axes(exchange: Any) -> None:
@@ -295,6 +293,41 @@ def from_mesh(exchange: Any = None) -> Shard:
     sizes = {} if mesh.empty else dict(mesh.shape)
     rules = rules_for(exchange, sizes)
     return Shard(rules["B"], rules["E"], rules["D"], rules["F"], exchange)
+
+
+def with_batch_axes(shard: Shard, tokens: Any, params: Any) -> Shard:
+    """The shard of a caller's shard_map: tokens are also sharded over axes of other names along which they vary alone.
+
+    Axes along which parameters vary too belong to other layers (stages of a pipeline, an ensemble): nothing is summed.
+    With check_vma=False types do not say along which axes arrays vary, and a warning says what is not summed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    foreign = [a for a in mesh.axis_names if a in mesh.manual_axes and a not in AXES and mesh.shape[a] > 1]
+    if foreign and not varies_along(lax.axis_index(foreign[0])):
+        warnings.warn(
+            f"This shard_map over the mesh axes {foreign} has check_vma=False, which hides whether tokens are sharded "
+            "over them: auxiliary losses, statistics and noise are those of one shard; leave out check_vma, or name "
+            f"the axes as moe_jax.make_mesh does ({', '.join(TOKEN_AXES)}).",
+            stacklevel=4,
+        )
+    alone = set(varies_along(tokens)) - set(varies_along(params))
+    return dataclasses.replace(shard, tokens=(*(a for a in foreign if a in alone), *shard.tokens))
+
+
+def vary_alike(shard: Shard, tree: Tree) -> Tree:
+    """Marks all arrays, inside a shard_map, as varying over the token axes and the foreign axes of any of them.
+
+    Custom derivatives ask for gradients of the same type as their arguments.
+    """
+    if not in_shard_map():
+        return tree
+    axes = (*shard.tokens, *(a for a in varies_along(tree) if a not in AXES))
+    return jax.tree.map(lambda a: _varying(a, axes), tree)
+
+
+def varies_along(tree: Any) -> set[str]:
+    """Names of the manual mesh axes along which any array of a tree varies; none outside of a shard_map."""
+    return {axis for leaf in jax.tree.leaves(tree) for axis in jax.typeof(leaf).manual_axis_type.varying}
 
 
 def in_shard_map() -> bool:
@@ -346,6 +379,11 @@ def check_axes(shard: Shard, x: Array) -> None:
         raise ValueError(
             f"This shard_map is over the mesh axes {sorted(mesh.manual_axes)} only, but the layer communicates over "
             f"{sorted(missing)} too; leave out axis_names, which makes it one over all axes, or call the layer outside."
+        )
+    if differ := sorted(varies_along(x) & set(shard.tensor)):
+        raise ValueError(
+            f"In this shard_map tokens vary along the mesh axis {differ[0]!r}, whose shards must all have the same "
+            f"tokens; give tokens in_specs over {', '.join(TOKEN_AXES)}, or call the layer outside."
         )
 
 

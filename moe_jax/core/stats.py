@@ -45,7 +45,8 @@ def stats(
     entropy_GS = -(probs_GSE * jnp.log(jnp.maximum(routing.probs_GSE, 1e-30))).sum(-1)
     z_GS1 = jax.nn.logsumexp(routing.logits_GSE, axis=-1, keepdims=True)
     load_GSE = assignments_GSE if routing.load_GSE is None else routing.load_GSE * mask_GS1
-    task_GSM = mask_GS1 * jax.nn.one_hot(jnp.zeros(mask_GS1.shape[:2], int) if task_GS is None else task_GS, tasks)
+    task_GS = jnp.zeros(routing.mask_GS.shape, jnp.int32) if task_GS is None else task_GS
+    task_GSM = mask_GS1 * jax.nn.one_hot(task_GS, tasks, dtype=jnp.float32)
     return Stats(
         tokens=mask_GS1.sum(),
         kept=kept.sum(dtype=jnp.float32),
@@ -94,7 +95,7 @@ def describe(s: Stats) -> dict[str, Array]:
     choices = s.choices_E.sum(-1)
     load_E = ratio(s.choices_E, choices[..., None])
     relative_E = load_E * load_E.shape[-1]  # 1 where balanced
-    compared = {} if s.agreed is None else {"agreement": ratio(s.agreed, s.compared)}
+    compared = {} if s.agreed is None or s.compared is None else {"agreement": ratio(s.agreed, s.compared)}
     return {
         "load": load_E,
         "load_percentiles": jnp.moveaxis(jnp.percentile(relative_E, jnp.array([0, 25, 50, 75, 100]), axis=-1), 0, -1),
@@ -102,7 +103,7 @@ def describe(s: Stats) -> dict[str, Array]:
         "load_cv": relative_E.std(-1),
         "load_entropy": entropy(load_E),
         "max_violation": relative_E.max(-1) - 1,
-        "dead_experts": (s.choices_E == 0).sum(-1),
+        "dead_experts": (s.choices_E == 0).sum(-1, dtype=jnp.int32),
         "drop_rate": ratio(choices - s.kept, choices),
         "active_experts": ratio(choices, s.tokens),
         "router_entropy": ratio(s.entropy, s.tokens),

@@ -8,7 +8,7 @@ from moe_jax.attention.layer import is_attention_matrix
 from moe_jax.core import dims
 from moe_jax.costs.parameters import n_parameters
 from moe_jax.models import Model, ViTConfig
-from moe_jax.models.pattern import StackShape, Sublayer
+from moe_jax.models.pattern import StackShape, Sublayer, layer_counts
 from moe_jax.moe import MoEConfig
 from moe_jax.moe_config import sizes_of
 
@@ -49,9 +49,9 @@ def flops(cfg: Model, batch: Any) -> Flops:
     found = Counter({"head": head_flops(cfg, batch)})
     shapes = cfg.stacks(batch)
     for stack in shapes:
-        for i in range(cfg.N):
-            for sub in cfg.sublayers(stack, i):
-                found.update(PARTS[sub.kind](sub, stack, cfg.D))
+        for layer, n in layer_counts(cfg, stack).items():
+            for sub in layer:
+                found.update({kind: n * of for kind, of in PARTS[sub.kind](sub, stack, cfg.D).items()})
     tokens = sum(stack.L for stack in shapes)
     slots = sum(stack.L * empty_slots(stack.moe if cfg.routed else None, stack.L) for stack in shapes) / tokens
     return Flops(dict(found), tokens, slots)
@@ -60,10 +60,10 @@ def flops(cfg: Model, batch: Any) -> Flops:
 def score_flops(cfg: Model, batch: Any) -> int:
     """Number of scores (query, key, head) of all layers, for one sequence of a batch like this one."""
     return sum(
-        stack.L * n_keys(sub, stack) * sub.part.sizes["H"]
+        n * stack.L * n_keys(sub, stack) * sub.part.sizes["H"]
         for stack in cfg.stacks(batch)
-        for i in range(cfg.N)
-        for sub in cfg.sublayers(stack, i)
+        for layer, n in layer_counts(cfg, stack).items()
+        for sub in layer
         if sub.kind == "attention"
     )
 

@@ -102,7 +102,7 @@ def layer_memory(exp: Experiment, sizes: Mapping[str, int], params: list[Paramet
             n = repeated.n
             here = [p for p in params if p.path[0] == f"{stack.prefix}stack_{i}" and p.cast]
             gathered = width * sum(p.used for p in here) if sizes["fsdp"] > 1 else 0
-            largest = width * max(p.used for p in here) if sizes["fsdp"] > 1 else 0
+            largest = width * max((p.used for p in here), default=0) if sizes["fsdp"] > 1 else 0
             kept = block(cfg, stack, repeated, share)
             bias = biases(repeated, stack.L, len(repeated.layers) if gathered else 1, share) + gathered + largest
             if cfg.remat == "none":
@@ -112,6 +112,13 @@ def layer_memory(exp: Experiment, sizes: Mapping[str, int], params: list[Paramet
                 activations += n * kept.between
                 layer = max(layer, kept.inside + gathered, bias)  # a gradient reuses the memory of its weight
     return activations, layer
+
+
+def activation_memory(exp: Experiment, sizes: Mapping[str, int]) -> int:
+    """Bytes of activations and logits in a step, without those of weights: arithmetic alone, for any sizes."""
+    activations, layer = layer_memory(exp, sizes, [])
+    logits = sequences(exp, sizes) * exp.data.shapes().target_BL.shape[1] * exp.model.V
+    return max(activations + layer, activations + 2 * FLOAT * logits)
 
 
 def sequences(exp: Experiment, sizes: Mapping[str, int]) -> int:
@@ -145,8 +152,7 @@ def held(exp: Experiment, sizes: Mapping[str, int]) -> tuple[list[Parameter], in
 @lru_cache
 def state_shapes(model: Any, data: Any, optimizer: Any, steps: int) -> tuple[Any, Any]:
     """Shapes of parameters and of the optimizer state."""
-    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), data.shapes())
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), batch))
+    params = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), data.shapes())
     return params, jax.eval_shape(optimizer.build(steps)[0].init, params)
 
 

@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.core import dims
 from moe_jax.models import EncoderDecoderConfig, Model, ViTConfig
 from moe_jax.models.blocks import NORM_VECTORS
-from moe_jax.models.pattern import Sublayer, placed_sublayers
+from moe_jax.models.pattern import Sublayer, layer_counts
 from moe_jax.moe import MoEConfig
 from moe_jax.moe_config import sizes_of
 
@@ -40,12 +40,19 @@ class ParameterCount(NamedTuple):
 def parameters(cfg: Model) -> ParameterCount:
     """Counts a model's parameters; a router that chooses fewer experts for some tokens counts with its most, K."""
     counts = Counter(ends(cfg))
-    for part in placed_sublayers(cfg):
-        counts.update(sublayer_parameters(cfg, part.sub))
+    for sub, n in sublayer_counts(cfg):
+        counts.update({kind: n * count for kind, count in sublayer_parameters(cfg, sub).items()})
     active = dict(counts)
     if cfg.routed is not None:
         active["experts"] = counts["experts"] * cfg.routed.router.K // cfg.routed.E
     return ParameterCount({kind: Kind(counts[kind], active.get(kind, 0)) for kind in PARAMETER_KINDS})
+
+
+def sublayer_counts(cfg: Model) -> Iterator[tuple[Sublayer, int]]:
+    """Yields the kinds of parts of a model, and how many there are of each."""
+    for stack in cfg.stacks():
+        for layer, n in layer_counts(cfg, stack).items():
+            yield from ((sub, n) for sub in layer)
 
 
 def sublayer_parameters(cfg: Model, sub: Sublayer) -> dict[str, int]:

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Experiment
 from moe_jax.continuation import check_data
@@ -56,6 +59,7 @@ def examples(
 def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
     """The run in a workdir at the newest valid checkpoint or that of `step`, whose bytes are checked.
 
+    Parameters and router state are JAX arrays, which a jitted function may close over.
     ValueError where there is no run, or no such checkpoint.
     """
     values = read_config(workdir)
@@ -65,4 +69,5 @@ def open_run(workdir: str | Path, step: int | None = None) -> TrainedRun:
         check_same_run(values, kept := json.loads(meta["experiment"]), f"{workdir}/{CONFIG} is not that of step {at}")
         values = kept  # with which this checkpoint was trained
     exp = Experiment.from_json(json.dumps(values))
-    return TrainedRun(exp, at, state["params"], state.get("router", {}), Path(workdir), meta.get("data", {}))
+    params, router = jax.tree.map(jnp.asarray, (state["params"], state.get("router", {})))
+    return TrainedRun(exp, at, params, router, Path(workdir), meta.get("data", {}))

@@ -1,11 +1,14 @@
 """The pattern of a stack: the parts of each layer, the repeated layers, and the paths of their parameters."""
 
+import functools
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from moe_jax.attention import Order
 
+DEEP = 3000  # layers that are counted one by one
 Layer = TypeVar("Layer", bound=Hashable)
 
 
@@ -67,21 +70,21 @@ class PlacedSublayer(NamedTuple):
     norm: ParamPath
 
 
-def sparse_layers(moe_layers: str, N: int) -> tuple[bool, ...]:
-    """Tells for each of N layers whether it is sparse.
+@functools.cache  # asked for by every layer
+def sparse_layers(moe_layers: str, N: int) -> Collection[int]:
+    """The numbers of the sparse ones of N layers, found without going through all of them.
 
     moe_layers: "every 2" (the last of each two, GLaM's), "all", "none", "first 3", "last 3", or indices "0,4,5".
     """
     word, _, number = moe_layers.partition(" ")
     try:
         if moe_layers in ("all", "none"):
-            chosen = set(range(N)) if moe_layers == "all" else set()
-        elif word in ("every", "first", "last"):
+            return range(N if moe_layers == "all" else 0)
+        if word in ("every", "first", "last"):
             if not 1 <= (n := int(number)) <= N:
                 raise ValueError
-            chosen = set({"every": range(n - 1, N, n), "first": range(n), "last": range(N - n, N)}[word])
-        else:
-            chosen = {int(i) for i in moe_layers.strip("()[], ").split(",")}
+            return {"every": range(n - 1, N, n), "first": range(n), "last": range(N - n, N)}[word]
+        chosen = frozenset(int(i) for i in moe_layers.strip("()[], ").split(","))
     except ValueError:
         raise ValueError(
             f"moe_layers={moe_layers!r} is not a choice of layers; use 'every n', 'first n', 'last n' (n <= N={N}), "
@@ -89,7 +92,21 @@ def sparse_layers(moe_layers: str, N: int) -> tuple[bool, ...]:
         ) from None
     if outside := sorted(i for i in chosen if not 0 <= i < N):
         raise ValueError(f"moe_layers={moe_layers!r} names layers {outside}, but there are N={N}, counted from 0.")
-    return tuple(i in chosen for i in range(N))
+    return chosen
+
+
+def layer_counts(cfg: Any, stack: StackShape) -> dict[tuple[Sublayer, ...], int]:
+    """The kinds of layers of a stack, in order, and how many there are of each.
+
+    Of more than `DEEP` layers, those of the two ends and of the middle are looked at and stand for all.
+    """
+    third = DEEP // 3
+    middle = (cfg.N - third) // 2
+    seen: Sequence[int] = range(cfg.N)
+    if cfg.N > DEEP:
+        seen = [*range(third), *range(middle, middle + third), *range(cfg.N - third, cfg.N)]
+    counts = Counter(cfg.sublayers(stack, i) for i in seen)
+    return {layer: n * cfg.N // len(seen) for layer, n in counts.items()}
 
 
 def repeats(layers: tuple[Layer, ...]) -> list[tuple[tuple[Layer, ...], int]]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,21 @@ from moe_jax.attention.positions import table_bias
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import PositiveFloat, PositiveInt, Range, check_ranges
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import ratio
 from moe_jax.experts import GLU
 from moe_jax.models.blocks import NORMS, FeedForward
-from moe_jax.models.pattern import RepeatedLayers, StackShape, Sublayer, blocks, placed_sublayers, sparse_layers
+from moe_jax.models.pattern import (
+    RepeatedLayers,
+    StackShape,
+    Sublayer,
+    blocks,
+    layer_counts,
+    placed_sublayers,
+    sparse_layers,
+)
 from moe_jax.moe import Aux, LayerState, MoE, MoEConfig
 
 SAVED = jax.checkpoint_policies.save_only_these_names(shard.COLLECTIVES)
@@ -76,9 +86,9 @@ class TransformerConfig:
     aux_over_layers: whether the MoE layers' auxiliary losses are averaged ("mean") or added up ("sum").
     """
 
-    V: int
-    D: int
-    N: int
+    V: PositiveInt
+    D: PositiveInt
+    N: Annotated[int, Range(1, 4096)]
     attention: Any
     ffn: Any = GLU(F=1024, activation="gelu")
     moe: Any = None
@@ -87,21 +97,21 @@ class TransformerConfig:
     tied: bool = True
     remat: str = "full"
     dtype: str = "float32"
-    init_scale: float = 1.0
+    init_scale: PositiveFloat = 1.0
     causal: bool = True
     aux_over_layers: str = "mean"
     STACKS: ClassVar = 1
     norm: ClassVar[str] = "rms"  # of all layers, see `blocks.NORMS`
 
     def __post_init__(self):
+        check_ranges(self)
         several = self.attention if isinstance(self.attention, tuple | list) else (self.attention,)
         object.__setattr__(self, "attention", tuple(several))
-        for name in "VDN":
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of the model must be positive.")
         if not self.attention or not all(isinstance(part, ATTENTION) for part in self.attention):
             names = ", ".join(f"{c.__name__}(...)" for c in ATTENTION)
-            raise ValueError(f"attention={self.attention!r} must be one of {names}, or several for layers in turn.")
+            raise ValueError(
+                f"attention={quoted(self.attention)} must be one of {names}, or several for layers in turn."
+            )
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT), "aux_over_layers": ("mean", "sum")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -109,7 +119,7 @@ class TransformerConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {words}.")
         if self.embeds_positions and self.D % 2:
             raise ValueError(f"Sinusoidal positions need an even width, but D={self.D}.")
-        if any(sparse_layers(self.moe_layers, self.N)) and self.moe is None:
+        if sparse_layers(self.moe_layers, self.N) and self.moe is None:
             raise ValueError(
                 f"moe_layers={self.moe_layers!r} has sparse layers, but moe is None; set moe or moe_layers='none'."
             )
@@ -139,7 +149,7 @@ class TransformerConfig:
         found = [Sublayer("attention", "attention", attention)]
         if stack.M:
             found.append(Sublayer("cross", "attention", attention.for_memory(), memory=True))
-        if not sparse_layers(self.moe_layers, self.N)[i]:
+        if i not in sparse_layers(self.moe_layers, self.N):
             return (*found, Sublayer("ffn", "dense", self.ffn))
         routed = isinstance(stack.moe, MoEConfig)
         found.append(Sublayer("moe", "moe", stack.moe) if routed else Sublayer("ffn", "dense", stack.moe))
@@ -161,7 +171,10 @@ class TransformerConfig:
     @property
     def routed(self) -> MoEConfig | None:
         """The config of the MoE layers; None where no layer routes."""
-        return self.moe if isinstance(self.moe, MoEConfig) and self.n_moe_layers else None
+        if not isinstance(self.moe, MoEConfig):
+            return None
+        kinds = (layer for stack in self.stacks() for layer in layer_counts(self, stack))
+        return self.moe if any(sub.kind == "moe" for layer in kinds for sub in layer) else None
 
     @property
     def embeds_positions(self) -> bool:
@@ -316,7 +329,8 @@ def count_agreement(aux: Aux) -> Aux:
         return aux
     now, before = aux.expert_BLK[1:, ..., None], aux.expert_BLK[:-1, ..., None, :]
     same = ((now == before) & (now < aux.stats.choices_E.shape[-1])).any(-1)
-    shared = shard.local().sum(same.sum((1, 2, 3), dtype=jnp.float32))
+    here = shard.with_batch_axes(shard.local(), aux.expert_BLK, aux.stats.choices_E)
+    shared = here.sum(same.sum((1, 2, 3), dtype=jnp.float32))
     return aux._replace(stats=aux.stats._replace(agreed=shared, compared=aux.stats.choices_E[1:].sum(-1)))
 
 
@@ -327,7 +341,7 @@ def aux_loss(cfg: TransformerConfig, aux: Aux | None, tokens_N: Float[Array, "N"
     losses of a layer are weighted by the microbatch's share of them, so that microbatches add up to the batch's.
     """
     if aux is None:
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
     loss_N = aux.loss if tokens_N is None else aux.loss * ratio(aux.stats.tokens, tokens_N)
     return loss_N.sum() if cfg.aux_over_layers == "sum" else loss_N.mean()
 

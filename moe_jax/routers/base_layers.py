@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import take_experts
 
@@ -24,15 +25,14 @@ class BASELayer:
     (Bertsekas 1992) takes about 1 / epsilon rounds.
     """
 
-    epsilon: float = 0.05
+    epsilon: Annotated[float, Range(1e-4, 1)] = 0.05
     K: ClassVar[int] = 1
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = True
     causal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not 0 < self.epsilon <= 1:
-            raise ValueError(f"BASELayer(epsilon={self.epsilon}) must lie in (0, 1]; use 0.05.")
+        check_ranges(self)
 
     def __call__(
         self,
@@ -53,7 +53,7 @@ class BASELayer:
     def _auction(self, score_SE: Float[Array, "S E"], mask_S: Bool[Array, "S"]) -> Int[Array, "S"]:
         """Assigns experts by auction: tokens without one bid for their best until all have one; E for padding."""
         S, E = score_SE.shape
-        slots = -(-mask_S.sum() // E)
+        slots = -(-mask_S.sum(dtype=jnp.int32) // E)
         step = self.epsilon * jnp.maximum(jnp.ptp(jnp.where(mask_S[:, None], score_SE, score_SE[:1])), 1e-6)
 
         def unfinished(held):
@@ -64,7 +64,7 @@ class BASELayer:
             full_E = jnp.bincount(expert_S, length=E) >= slots
             lowest_E = jnp.full_like(score_SE[0], jnp.inf).at[expert_S].min(offer_S, mode="drop")
             worth_SE = score_SE - jnp.where(full_E, lowest_E, 0)[None]  # an expert with room is free
-            wish_S = worth_SE.argmax(-1)
+            wish_S = worth_SE.argmax(-1).astype(expert_S.dtype)
             first_S = worth_SE.max(-1)
             second_S = jnp.where(jax.nn.one_hot(wish_S, E, dtype=bool), -jnp.inf, worth_SE).max(-1)
             bids_S = (expert_S == E) & mask_S
@@ -74,7 +74,7 @@ class BASELayer:
             order_S = jnp.lexsort((-offer_S, expert_S))  # by expert, the best offers first
             count_E = jnp.bincount(expert_S, length=E)
             start_S = jnp.append(jnp.cumsum(count_E) - count_E, 0)[expert_S[order_S]]
-            rank_S = jnp.zeros_like(expert_S).at[order_S].set(jnp.arange(S) - start_S)
+            rank_S = jnp.zeros_like(expert_S).at[order_S].set((jnp.arange(S) - start_S).astype(expert_S.dtype))
             return jnp.where(rank_S >= slots, E, expert_S), offer_S
 
         unassigned_S = lax.full_like(score_SE, E, shape=(S,), dtype=jnp.int32)

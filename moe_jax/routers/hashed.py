@@ -1,11 +1,12 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.context import Context
+from moe_jax.core.ranges import PositiveInt, Range
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices
 
@@ -17,9 +18,10 @@ class Hash:
     The hash is MurmurHash3's finaliser of id XOR seed * 0x9E3779B9; a token's K experts are neighbours.
     """
 
-    K: int = 1
-    seed: int = 0  # of the hash
+    K: PositiveInt = 1
+    seed: Annotated[int, Range(0, 2**32, "[)")] = 0  # of the hash
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     needs: ClassVar = ("token",)
     random: ClassVar[bool] = False
 
@@ -49,5 +51,5 @@ def unlearned(expert_GSK: Int[Array, "G S K"], mask_GS: Bool[Array, "G S"], ctx:
     """Routing without a gate: choices of weight 1/K each, with a uniform distribution over experts."""
     G, S, K = expert_GSK.shape
     expert_GSK = ctx.override(expert_GSK)
-    flat_GSE = jnp.zeros((G, S, ctx.E))
-    return token_choice(expert_GSK, jnp.full((G, S, K), 1 / K), flat_GSE, flat_GSE + 1 / ctx.E, mask_GS)
+    flat_GSE = jnp.zeros((G, S, ctx.E), jnp.float32)
+    return token_choice(expert_GSK, jnp.full((G, S, K), 1 / K, jnp.float32), flat_GSE, flat_GSE + 1 / ctx.E, mask_GS)

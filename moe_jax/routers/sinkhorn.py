@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import PositiveInt, Range
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, take_experts
 from moe_jax.core.stats import Stats, ratio
@@ -24,17 +25,16 @@ class Sinkhorn:
     them unchanged. Balancing needs the whole group, so that training is not causal.
     """
 
-    K: int = 1
-    iterations: int = 8  # of Sinkhorn's algorithm
+    K: PositiveInt = 1
+    iterations: Annotated[int, Range(1, 10_000)] = 8  # of Sinkhorn's algorithm
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("potential_E",)
     random: ClassVar[bool] = True
     causal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choices(self)
-        if self.iterations < 1:
-            raise ValueError(f"Sinkhorn(iterations={self.iterations}) balances nothing; set iterations >= 1.")
 
     def __call__(
         self,
@@ -49,7 +49,7 @@ class Sinkhorn:
         if ctx.training:
             v_G1E = self._balance(free_GSE, mask_GS, v_G1E)
         expert_GSK = ctx.top_k(free_GSE + v_G1E, self.K)
-        tokens_G11 = mask_GS.sum(-1)[:, None, None]
+        tokens_G11 = mask_GS.sum(-1, dtype=jnp.float32)[:, None, None]
         sums = {"potential_E": ((v_G1E - v_G1E.mean(-1, keepdims=True)) * tokens_G11).sum((0, 1))}
         return token_choice(
             expert_GSK, take_experts(probs_GSE, expert_GSK), logits_GSE, probs_GSE, mask_GS, load_GSE=None, sums=sums
@@ -58,7 +58,7 @@ class Sinkhorn:
     def _balance(self, logits_GSE: Array, mask_GS: Array, v_G1E: Array) -> Array:
         """Potentials under which every expert gets an equal part of each group's real tokens."""
         real_GS1, E = mask_GS[..., None], logits_GSE.shape[-1]
-        share_G11 = jnp.log(jnp.maximum(real_GS1.sum(1, keepdims=True), 1) / E)
+        share_G11 = jnp.log(jnp.maximum(real_GS1.sum(1, keepdims=True, dtype=jnp.float32), 1) / E)
         for _ in range(self.iterations):
             u_GS1 = -jax.nn.logsumexp(logits_GSE + v_G1E, axis=-1, keepdims=True)
             full_GSE = jnp.where(real_GS1, logits_GSE + u_GS1, -1e30)

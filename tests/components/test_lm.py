@@ -47,6 +47,7 @@ def test_a_suffix_changes_no_prefix(params):
         assert not np.allclose(logits[:, cut:], changed[:, cut:])
 
 
+@pytest.mark.law(11)
 def test_packed_documents_do_not_see_each_other(params):
     """Two documents in a row give the logits that each gives alone; padding gives and takes nothing."""
     cfg = CFG.dropless()

@@ -60,7 +60,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
 def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path, other):
     """In another process, and in this one; stopped is not gone."""
     run = tmp_path / "run"
-    words = rf"{run} is in use by process {other.pid} on .*, since 20.*; wait .* another --workdir \(.*delete {run / FILE}\)"
+    words = rf"{run} is in use by process {other.pid} on .*, since 20.*; wait .* --workdir \(.*delete {run / FILE}\)"
     os.kill(other.pid, signal.SIGSTOP)
     for use in (lambda: WorkdirLock(run).__enter__(), lambda: check_free(run)):
         with pytest.raises(ValueError, match=words):
@@ -103,7 +103,7 @@ def test_an_owner_that_cannot_be_seen_is_watched(tmp_path, changes, caplog):
     touching = threading.Timer(0.3, os.utime, [run / FILE])
     touching.start()
     began = time.monotonic()
-    with pytest.raises(ValueError, match="in use by process .* on tpu-7"):
+    with pytest.raises(ValueError, match=r"in use by process .* on tpu-7"):
         WorkdirLock(run, silence=60.0).__enter__()
     assert time.monotonic() - began < 30
     assert json.loads((run / FILE).read_text()) == dataclasses.asdict(owner), "it is still the other's"
@@ -119,7 +119,7 @@ def test_an_owner_shows_that_it_lives(tmp_path):
 
 
 def test_an_owner_that_lost_its_lock_writes_nothing_more(tmp_path):
-    """It was stopped for too long; it leaves the successor's lock alone. One that was deleted by hand is made again."""
+    """Stopped for too long, it leaves the successor's lock alone. One that was deleted by hand is made again."""
     with WorkdirLock(tmp_path) as held:
         (tmp_path / FILE).unlink()
         held.check()

@@ -3,12 +3,13 @@
 from contextlib import nullcontext
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import MLP, MoE, NoisyTopK, Scatter
+from moe_jax import MLP, MoE, NoisyTopK, Scatter, Sort
 from tests.cases import close, normal
 
 LAYER = MoE.of(E=8, router=NoisyTopK(K=2, learned=False), experts=MLP(F=4), dispatch=Scatter(1.0))
@@ -69,6 +70,64 @@ def test_outputs_beside_parameters_are_those_of_the_input(mesh):
     assert np.abs(y).max() > 0
 
 
+SORT = MoE.of(E=8, router=NoisyTopK(K=2, learned=False), experts=MLP(F=4), dispatch=Sort())
+
+
+def whole_batch(layer, params, x, over=()):
+    """Loss with its auxiliary part, and statistics; `over`: axes that tokens are sharded over in a shard_map."""
+    y, aux = layer.apply(params, x, None, KEY)
+    total = (y**2).sum()
+    return (jax.lax.psum(total, over) if over else total) + aux.loss, aux.stats
+
+
+@pytest.mark.law(1)
+@pytest.mark.parametrize(("layer", "inside"), [(LAYER, False), (SORT, True)], ids=["Scatter", "Sort, gradient inside"])
+def test_a_shard_map_over_axes_of_other_names(layer, inside):
+    """Noise, auxiliary loss, statistics and gradients are those of one device."""
+
+    def gradient(f, params, x):
+        return jax.value_and_grad(f, has_aux=True)(params, x)
+
+    def mapped(f):
+        return jax.shard_map(f, in_specs=(P(), P("batch")), out_specs=P())
+
+    one = lambda params, x: whole_batch(layer, params, x)  # noqa: E731
+    shard = lambda params, x: whole_batch(layer, params, x, ("batch",))  # noqa: E731
+    right = jax.device_get(jax.jit(lambda p, x: gradient(one, p, x))(PARAMS, X))
+    with jax.set_mesh(mesh_of("batch", types=(AxisType.Auto,))):
+        run = mapped(lambda p, x: gradient(shard, p, x)) if inside else lambda p, x: gradient(mapped(shard), p, x)
+        close(jax.device_get(jax.jit(run)(PARAMS, X)), right)
+
+
+def test_axes_along_which_parameters_vary_too_hold_other_layers():
+    """An ensemble: eight layers of their own parameters on the same tokens, each with its own statistics."""
+    several = jax.tree.map(lambda w: np.stack([w * (1 + i) for i in range(8)]), PARAMS)
+
+    def member(params, x):
+        y, aux = LAYER.apply(jax.tree.map(lambda w: w[0], params), x)
+        return y[None], aux.stats.probs_E[None]
+
+    with jax.set_mesh(mesh_of("batch", types=(AxisType.Auto,))):
+        run = jax.shard_map(member, in_specs=(P("batch"), P()), out_specs=P("batch"))
+        loss = lambda params, x: (run(params, x)[0] ** 2).sum()  # noqa: E731
+        (y, probs), dx = jax.device_get((jax.jit(run)(several, X), jax.jit(jax.grad(loss, 1))(several, X)))
+
+    def alone(x):
+        found = jax.vmap(lambda p: LAYER.apply(p, x))(several)
+        return (found[0] ** 2).sum(), (found[0], found[1].stats.probs_E)
+
+    (_, right), right_dx = jax.jit(jax.value_and_grad(alone, has_aux=True))(jnp.asarray(X))
+    close(((y, probs), dx), jax.device_get((right, right_dx)))
+
+
+def test_statistics_of_one_shard_are_announced():
+    """With check_vma=False nobody can tell whether tokens are sharded over an axis of another name."""
+    with jax.set_mesh(mesh_of("batch", types=(AxisType.Auto,))):
+        run = jax.shard_map(apply, in_specs=(P(), P("batch")), out_specs=P("batch"), check_vma=False)
+        with pytest.warns(UserWarning, match=r"\['batch'\] has check_vma=False.* are those of one shard; leave out"):
+            jax.eval_shape(run, PARAMS, X)
+
+
 def apply(params, x):
     return LAYER.apply(params, x)[0]
 
@@ -89,8 +148,14 @@ def apply(params, x):
             jax.shard_map(apply, in_specs=(P(), BOTH), out_specs=BOTH),
             r"up_EDF has 8 experts, but a shard has 2 of E=8; give parameters in_specs that shard E over",
         ),
+        (
+            mesh_of("data", "tensor", types=(AxisType.Auto,) * 2),
+            P(),
+            jax.shard_map(apply, in_specs=(P(), P(("data", "tensor"))), out_specs=P(("data", "tensor"))),
+            r"tokens vary along the mesh axis 'tensor', whose shards must all have the same tokens; give",
+        ),
     ],
-    ids=["foreign", "partly manual", "whole parameters"],
+    ids=["foreign", "partly manual", "whole parameters", "tokens over tensor"],
 )
 def test_what_cannot_work_is_refused(mesh, spec, f, message):
     """In one sentence, which says what to do."""

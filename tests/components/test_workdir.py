@@ -135,6 +135,20 @@ def test_a_damaged_config_is_one_line(run):
                 opens(run)
 
 
+def test_a_comparison_says_that_a_log_was_changed(run):
+    """By any bit of what it was when the checkpoint was saved, where it can still be read."""
+    assert [note for note in open_runs([run])[1] if "changed" in note] == []
+    read_on = 0
+    for _ in flips(run / FILE, 60):
+        runs, notes = open_runs([run])
+        read_on += len(runs)
+        assert any(
+            "left out" in note or "metrics.jsonl have been changed since" in note or "of the 3 records" in note
+            for note in notes
+        )
+    assert read_on > 20
+
+
 def test_a_sweep_takes_no_run_by_its_config_alone(run):
     assert sweep.runs_in(run.parent) == {EXP: run}
     (run / CONFIG).write_text((run / CONFIG).read_text().replace('"seed": 3', '"seed": 4'))

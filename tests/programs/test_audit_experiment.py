@@ -1,6 +1,7 @@
 """The audit of a whole experiment: what it finds, what it names when something is broken, what it shrinks."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,9 +21,13 @@ from moe_jax.audit import meshes
 from moe_jax.audit.dispatchers import dispatchers, fitting_dispatchers
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import fold, kinds, narrow, shrink
+from moe_jax.audit.single_device import loss_of_parts, microbatch_rows
 from moe_jax.config import DataConfig, Experiment, OptimConfig
-from moe_jax.core.shard import Shard, hybrid_device_mesh
+from moe_jax.core.shard import AXES, Shard, hybrid_device_mesh
+from moe_jax.core.stats import Stats
+from moe_jax.losses import LoadBalance
 from moe_jax.optim import Adafactor, Constant
+from moe_jax.step import split_microbatches
 from tests import programs
 from tests.pages import stands_alone
 
@@ -41,6 +47,11 @@ def get_config():
 """
 
 
+EXP = Experiment(
+    LMConfig(V=257, D=8, N=2, attention=MHA(8, 4), ffn=GLU(F=8), moe=MoEConfig(E=8, experts=MLP(F=8))),
+    DataConfig(L=8, B=16),
+    OptimConfig(schedule=Constant(0.1)),
+)
 call = partial(programs.call, program)
 
 
@@ -108,6 +119,8 @@ def test_what_is_broken_is_named(config, monkeypatch):
         ([], "No experiment was given"),
         (["--config=nothing.py"], "no config file"),
         (["--config=configs/glam_nano.py", "--report=no/where.html"], "there is no folder no"),
+        (["--config=configs/glam_nano.py", "--law=12"], "--law=12 is no law; the laws are 1 to 11"),
+        (["--config=configs/glam_nano.py", "--law=4", "--law=9"], "--law=9 is not in the audit: It takes two runs"),
         (["--config=configs/glam_nano.py", "--devices=0"], "--devices=0: 0 is not a positive integer"),
     ],
 )
@@ -118,7 +131,60 @@ def test_mistakes_are_one_line(argv, words):
     assert words in err
 
 
+def test_one_law_is_tried_alone(config):
+    code, out, _ = call(config, "--law=11", "--quick")
+    assert code == 0
+    assert re.search(r"\n1 findings, 0 broken", out)
+    assert re.search(r"documents are apart, the whole model +yes +0 of \d+ tokens changed", out)
+
+
+def test_attention_across_documents_is_seen(config, monkeypatch):
+    """Law 11: every token sees all before it in its row, as in packing without a mask."""
+
+    def row_mask(sees, window=None):
+        L = sees.segment_BL.shape[1]
+        return jnp.broadcast_to(jnp.tril(jnp.ones((L, L), bool))[None], (*sees.segment_BL.shape, L))
+
+    monkeypatch.setattr("moe_jax.attention.scores.mask", row_mask)
+    code, out, _ = call(config, "--law=11")
+    assert code == 1
+    assert re.search(r"documents are apart, the whole model +NO +[1-9]\d* of \d+ tokens changed", out)
+
+
+def test_the_meshes_have_all_pairs_of_axes():
+    """On eight devices: every pair of axes shares a mesh, and every axis has more than two shards in one."""
+    large = [sizes for sizes in meshes.MESHES if math.prod(sizes.values()) == 8]
+    pairs = {frozenset(pair) for sizes in large for pair in itertools.combinations(sizes, 2)}
+    assert pairs == set(map(frozenset, itertools.combinations(AXES, 2)))
+    assert all(max(sizes.get(axis, 1) for sizes in large) > 2 for axis in AXES)
+    tiny = dataclasses.replace(EXP, mesh=(("data", 2), ("expert", 4)))
+    names = [name for name, _ in meshes.meshes(tiny, jax.devices())]
+    assert names[0] == "data=2 x expert=4"
+    assert len(names) == len(set(names))
+    assert not {"expert=4", "expert=2", "tensor=2", "fsdp=2 x tensor=2"} & set(names), "others have these axes"
+    assert [n for n, _ in meshes.meshes(dataclasses.replace(EXP, mesh=()), jax.devices()[:2])] == [
+        "expert=2",
+        "tensor=2",
+    ]
+
+
 # ---- comparing
+
+
+def test_losses_of_microbatches_are_told():
+    """Their rows are those of a step's microbatches; the mean over them by tokens stands beside the batch's value."""
+    model = LMConfig(V=257, D=8, N=1, attention=MHA(1, 4), moe=MoEConfig(E=2, router=TopK(K=2)), moe_layers="all")
+    exp = Experiment(model=model, data=DataConfig(L=8, B=6, microbatches=3))
+    split_AB = split_microbatches(3, jax.numpy.arange(6))
+    assert [np.flatnonzero(rows_B1).tolist() for rows_B1 in microbatch_rows(exp)] == split_AB.tolist()
+    shapes = ((1,), (1,), *[(1, 2)] * 5, (1,), (1,), (1,), (1,), (1, 1), (1, 1, 2), (1, 1))
+    nothing = Stats(*(np.zeros(shape, np.float32) for shape in shapes))
+    collapsed, balanced, whole = (
+        nothing._replace(tokens=np.array([n]), choices_E=2 * np.array([[n - b, b]]), probs_E=np.array([[n - b, b]]))
+        for n, b in ((30.0, 0.0), (10.0, 5.0), (40.0, 5.0))
+    )
+    # (30 * 2 + 10 * 1) / 40; 2 * ((35 / 40)^2 + (5 / 40)^2)
+    assert loss_of_parts(LoadBalance(), exp, whole, [collapsed, balanced, nothing]) == "LoadBalance 1.75 for 1.562"
 
 
 def test_the_worst_difference_is_named():

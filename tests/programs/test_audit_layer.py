@@ -13,12 +13,14 @@ import pytest
 
 from experiments import laws
 from moe_jax import audit
+from moe_jax.audit.counts import counts
 from moe_jax.core.capacity import CAPACITY_CONVENTIONS, capacity
 from moe_jax.core.routing import token_choice
+from moe_jax.core.stats import stats
 from moe_jax.dispatch import Einsum, Gather, Scatter, Sort
 from moe_jax.experts import MLP
 from moe_jax.gating import ExpertDropout, Temperature
-from moe_jax.losses import load_balance
+from moe_jax.losses import LoadBalance, load_balance
 from moe_jax.moe import MoEConfig
 from moe_jax.routers import (
     ROUTERS,
@@ -201,9 +203,59 @@ def test_a_gradient_in_another_direction_is_found():
     assert audit.trainable(layer(Broken("denominator")), trials=4).holds
     verdict = audit.gradients_are_slopes(layer(Broken("denominator")))
     assert not verdict.holds
-    assert re.search(r"from finite differences in 1[0-6] of 16 trials, where 3e-02 is rounding", verdict.detail)
+    assert re.search(r"from finite differences in 1[0-6] of 16 trials, where 1e-02 is rounding", verdict.detail)
     assert audit.gradients_are_slopes(layer(Broken("none"))).holds
     assert audit.gradients_are_slopes(layer(Random())) == (True, "no parameters")
+
+
+# ---- law 8
+
+
+@pytest.mark.law(8)
+@pytest.mark.parametrize(
+    "cfg",
+    [layer(TopK()), layer(NullExperts()), layer(ExpertChoice(), Gather()), layer(SoftMoE(), Einsum(None))],
+    ids=short,
+)
+def test_choices_and_drops_are_counted(cfg):
+    """Law 8: of null experts, of experts that choose and of soft slots too."""
+    verdict = counts(cfg, **SIZES)
+    assert verdict.holds, verdict
+    assert re.fullmatch(r"\d+ of \d+ choices dropped, all counted", verdict.detail)
+    assert verdict.detail.startswith("0 ") == (cfg.dispatch.capacity_factor is None)
+
+
+def after_drops(routing, kept, *rest):
+    """Statistics that count choices after some were dropped."""
+    left = routing._replace(expert_GSK=jnp.where(kept, routing.expert_GSK, routing.E))
+    return stats(left, kept, *rest)._replace(tokens=stats(routing, kept, *rest).tokens)
+
+
+@pytest.mark.law(8)
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"stats": after_drops}, r"the statistics have \d+ choices_E, but the routing 48, by expert"),
+        (
+            {"part": lambda s, *_: 0 * s.tokens},
+            r"the auxiliary losses are 0.000000, but 0.0\d+ of the routing's choices",
+        ),
+    ],
+    ids=["after drops", "no loss"],
+)
+def test_counts_that_are_wrong_are_named(monkeypatch, broken, said):
+    """Law 8: loss and drop rate of choices that were counted after drops; a loss that is not of the routing."""
+    cfg = layer(TopK(), losses=(LoadBalance(0.01),))
+    if "stats" in broken:
+        monkeypatch.setattr("moe_jax.moe.stats", broken["stats"])
+        verdict = counts(cfg, **SIZES)
+    else:
+        tried = iter([broken["part"]])  # the layer's own call comes first
+        usual = LoadBalance.__call__
+        monkeypatch.setattr(LoadBalance, "__call__", lambda self, *given: next(tried, partial(usual, self))(*given))
+        verdict = counts(cfg, **SIZES)
+    assert not verdict.holds
+    assert re.fullmatch(said, verdict.detail), verdict.detail
 
 
 # ---- the page

@@ -2,27 +2,28 @@
 
 import ast
 import re
-import subprocess
 
 import pytest
 
 from experiments import cli
+from moe_jax.audit.laws import LAWS
 from moe_jax.config import build
-from tests.mutations import CONFIG, MUTATIONS, ROOT, Mutation, judged, mutated
+from tests.museum.catch import TINY, Audit
+from tests.museum.forks import Done
+from tests.museum.mutant import ROOT, Mutant
+from tests.mutations import MUTATIONS
 
 OVERRIDES = sorted({m.overrides for m in MUTATIONS})
 ROW = f"{'one model, every mesh, data=2':<60} {{}} outputs 1e+00 in stack_0/moe_0/up_EDF"
 
 
-def done(code: int, out: str = "", err: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.CompletedProcess([], code, out, err)
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name for m in MUTATIONS])
 def test_a_mutation_changes_the_code(mutation):
     text = (ROOT / mutation.file).read_text(encoding="utf-8")
-    changed = mutated(mutation, text)
-    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(text))
+    assert ast.dump(ast.parse(mutation.mutant.text())) != ast.dump(ast.parse(text))
+    assert LAWS[mutation.law - 1].audit, "the law is audited"
+    if mutation.test:
+        assert f"def {mutation.test.name}(" in (ROOT / mutation.test.file).read_text(encoding="utf-8")
 
 
 def test_names_are_unique():
@@ -31,36 +32,37 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("overrides", OVERRIDES, ids=" ".join)
 def test_flags_make_an_experiment(overrides):
-    given: dict = {}
-    exec(CONFIG, given)
-    assert build(cli.overridden(given["get_config"](), [o for o in overrides if o.startswith("--config.")]))
+    config = cli.load(str(TINY))
+    assert build(cli.overridden(config, [o for o in overrides if o.startswith("--config.")]))
 
 
 @pytest.mark.parametrize("text", ["b = 1", "a = 1; a = 1"])
-def test_what_is_not_there_once_is_refused(text):
+def test_what_is_not_there_once_is_refused(text, tmp_path):
+    (tmp_path / "m.py").write_text(text)
     with pytest.raises(ValueError, match="must be there once"):
-        mutated(Mutation("m", "m.py", "a = 1", "a = 2"), text)
+        Mutant("m", str(tmp_path / "m.py"), "a = 1", "a = 2").text()
 
 
 @pytest.mark.parametrize(
-    ("audit", "verdict"),
+    ("done", "verdict"),
     [
-        (done(0, ROW.format("yes ")), "holds"),
-        (done(1, ROW.format("NO  ")), "broken"),
-        (done(2, ROW.format("yes "), "error: out_specs ... or pass check_vma=False"), "refused"),
-        (done(1, ROW.format("yes "), "TypeError: carry ... so the manual axis types do not match."), "refused"),
-        (done(1, ROW.format("yes "), "Traceback\nTypeError: shapes differ"), "failed"),
-        (done(2, "", "error: B does not divide"), "failed"),
+        (Done(0, ROW.format("yes "), "", 1), "holds"),
+        (Done(1, ROW.format("NO  "), "", 1), "broken"),
+        (Done(2, ROW.format("yes "), "error: out_specs ... or pass check_vma=False", 1), "refused"),
+        (Done(1, ROW.format("yes "), "TypeError: carry ... so the manual axis types do not match.", 1), "refused"),
+        (Done(1, ROW.format("yes "), "Traceback\nTypeError: shapes differ", 1), "failed"),
+        (Done(2, "", "error: B does not divide", 1), "failed"),
+        (Done(-9, "", "", 240), "failed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_crash_is_not_a_broken_law(audit, verdict):
-    assert judged(audit).verdict == verdict
+def test_a_crash_is_not_a_broken_law(done, verdict):
+    assert Audit(1).judge(done).verdict == verdict
 
 
 def test_the_first_broken_law_is_named():
-    found = judged(done(1, ROW.format("yes ") + "\n" + ROW.format("NO  ")))
-    assert found.law == "one model"
+    found = Audit(1).judge(Done(1, ROW.format("yes ") + "\n" + ROW.format("NO  "), "", 1))
+    assert "one model" in found.line
     assert "up_EDF" in found.line
 
 

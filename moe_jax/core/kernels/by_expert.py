@@ -5,6 +5,7 @@ matmuls stay in cache, and the gradient of its weights is written in place. The 
 branch inside a loop would copy all that the loop carries.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moe_jax.core.kernels.dense import dense_matmul
+from moe_jax.core.linear import linear
+
 SMALLEST_BUCKET = 2**18  # numbers in all rows
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def by_expert(
     expert: Callable, params: Any, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
@@ -26,6 +30,41 @@ def by_expert(
     params: a tree of arrays [E, ...].
     """
     return _forward(expert, params, x_RD, sizes_E, [])[0]
+
+
+@by_expert.defjvp
+def _by_expert_jvp(expert, primals, tangents):
+    y_RO, saved = _with_residuals(expert, *primals)
+    tangent = partial(_tangent, partial(by_expert_at_once, expert))
+    fixed, moving = (*primals, saved), tangents[:2]
+    return y_RO, linear(tangent, partial(_gradient, expert), fixed, moving)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_residuals(expert, params, x_RD, sizes_E):
+    """The output, and what its gradient needs: the outputs of all matmuls but the last, constants to derivatives."""
+    return _forward(expert, params, x_RD, sizes_E, _widths(expert, params, x_RD)[1][:-1])
+
+
+@_with_residuals.defjvp
+def _with_residuals_jvp(expert, primals, tangents):
+    y_RO, saved = _with_residuals(expert, *primals)
+    _, dy_RO = _by_expert_jvp(expert, primals, tangents)
+    return (y_RO, saved), (dy_RO, jax.tree.map(jnp.zeros_like, saved))
+
+
+def _tangent(f: Callable, fixed: tuple, moving: tuple[Any, Array]) -> Array:
+    params, x_RD, sizes_E, _ = fixed
+    return jax.jvp(lambda params, x_RD: f(params, x_RD, sizes_E), (params, x_RD), moving)[1]
+
+
+def by_expert_at_once(
+    expert: Callable, params: Any, x_RD: Float[Array, "R D"], sizes_E: Int[Array, "E"]
+) -> Float[Array, "R O"]:
+    """The same as `by_expert` by matmuls with derivatives of every kind and order, in E times the work."""
+    real_R1 = (jnp.arange(len(x_RD)) < sizes_E.sum())[:, None]
+    y_RO = expert(params, jnp.where(real_R1, x_RD, 0), _AllExperts(sizes_E))
+    return jnp.where(real_R1, y_RO, 0)
 
 
 def size_buckets(R: int, E: int, D: int) -> tuple[int, ...]:
@@ -40,14 +79,9 @@ def size_buckets(R: int, E: int, D: int) -> tuple[int, ...]:
     return tuple(sorted({balanced, most, *(C for C in buckets if 16 <= C < most)}))
 
 
-def _by_expert_fwd(expert, params, x_RD, sizes_E):
-    # The last matmul's output is not saved as a residual.
-    y_RO, saved = _forward(expert, params, x_RD, sizes_E, _widths(expert, params, x_RD)[1][:-1])
-    return y_RO, (params, x_RD, sizes_E, saved)
-
-
-def _by_expert_bwd(expert, residuals, g_RO):
-    params, x_RD, sizes_E, saved = residuals
+def _gradient(expert: Callable, fixed: tuple, g_RO: Array) -> tuple[Any, Array]:
+    """Gradients of params and rows, of one expert after another."""
+    params, x_RD, sizes_E, saved = fixed
 
     def accumulate(e, rows, carry):
         dparams, dx_RD = carry
@@ -59,10 +93,7 @@ def _by_expert_bwd(expert, residuals, g_RO):
         return dparams, rows.write(dx_RD, dx_CD)
 
     start = jax.tree.map(lambda w: lax.full_like(x_RD, 0, w.dtype, w.shape), params), lax.full_like(x_RD, 0)
-    return *_each_expert(accumulate, sizes_E, x_RD.shape, start), None
-
-
-by_expert.defvjp(_by_expert_fwd, _by_expert_bwd)
+    return _each_expert(accumulate, sizes_E, x_RD.shape, start)
 
 
 def _forward(expert, params, x_RD, sizes_E, widths: list[int]):
@@ -83,9 +114,9 @@ def _each_expert(accumulate: Callable, sizes_E: Int[Array, "E"], shape: tuple[in
     R, D = shape
     buckets = size_buckets(R, len(sizes_E), D)
     expert_P, start_P, size_P = _row_blocks(sizes_E, R, buckets[-1])
-    bucket_P = (size_P[:, None] > jnp.array([[0, *buckets[:-1]]])).sum(1)  # 0: no rows
+    bucket_P = (size_P[:, None] > jnp.array([[0, *buckets[:-1]]], jnp.int32)).sum(1, dtype=jnp.int32)  # 0: no rows
     order_P = jnp.argsort(bucket_P)
-    until = (bucket_P[None] <= jnp.arange(len(buckets) + 1)[:, None]).sum(1)
+    until = (bucket_P[None] <= jnp.arange(len(buckets) + 1)[:, None]).sum(1, dtype=jnp.int32)
     for i, C in enumerate(buckets):
 
         def body(n, carry, C=C):
@@ -100,10 +131,10 @@ def _row_blocks(
     sizes_E: Int[Array, "E"], R: int, most: int
 ) -> tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]]:
     """Expert, first row and size of each of the R // most + E blocks; all but an expert's first are full."""
-    E, block_P = len(sizes_E), jnp.arange(R // most + len(sizes_E))
+    E, block_P = len(sizes_E), jnp.arange(R // most + len(sizes_E), dtype=jnp.int32)
     blocks_E = -(-sizes_E // most)
     until_E = jnp.cumsum(blocks_E)
-    expert_P = jnp.minimum((until_E[None] <= block_P[:, None]).sum(1), E - 1)
+    expert_P = jnp.minimum((until_E[None] <= block_P[:, None]).sum(1, dtype=jnp.int32), E - 1)
     left_P = until_E[expert_P] - block_P  # blocks of the expert, from this one on
     end_P = jnp.cumsum(sizes_E)[expert_P] - most * (left_P - 1)
     rest_P = (sizes_E - most * (blocks_E - 1))[expert_P]
@@ -120,7 +151,7 @@ class _Rows:
 
     def __init__(self, C: int, R: int, start: Int[Array, ""], size: Int[Array, ""], accumulates: bool):
         self.C, self.all, self.first, self.accumulates = C, C == R, jnp.minimum(start, R - C), accumulates
-        row_C = self.first + jnp.arange(C)
+        row_C = self.first + jnp.arange(C, dtype=jnp.int32)
         self.own_C1 = ((row_C >= start) & (row_C < start + size))[:, None]
 
     def read(self, x_RI: Array) -> Array:
@@ -150,8 +181,27 @@ class _SingleExpert:
     def bias(self, x_CO: Array, b_O: Array) -> Array:
         return x_CO + jnp.broadcast_to(b_O.astype(x_CO.dtype), x_CO.shape)
 
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        return f(*xs)
+
     def apply(self, expert: Callable, params: Any, x_CI: Array) -> Array:
         return expert(params, x_CI, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AllExperts:
+    """Rows x[R, I] of all experts, back to back."""
+
+    sizes_E: Int[Array, "E"]
+
+    def matmul(self, x_RI: Array, w_EIO: Array) -> Array:
+        return dense_matmul(x_RI, w_EIO.astype(x_RI.dtype), self.sizes_E)
+
+    def bias(self, x_RO: Array, b_EO: Array) -> Array:
+        return x_RO + jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=len(x_RO)).astype(x_RO.dtype)
+
+    def apply(self, expert: Callable, params: Any, x_RI: Array) -> Array:
+        return expert(params, x_RI, self)
 
 
 @jax.custom_vjp

@@ -101,7 +101,8 @@ def outer(
             source = token_slice(block, *token) if token else block
             return total + dot(load_block(x, source, i).T, load_block(g, block, o))
 
-        total = lax.fori_loop(0, pl.cdiv(end - start, rows), step, jnp.zeros((across.size, columns.size), jnp.float32))
+        blocks = lax.div(end - start + jnp.int32(rows - 1), jnp.int32(rows))
+        total = lax.fori_loop(0, blocks, step, jnp.zeros((across.size, columns.size), jnp.float32))
         store_block(out, i, o, total, e)
 
     programs, out = E * across.blocks * columns.blocks, ((E, I, O), x.dtype)
@@ -111,11 +112,11 @@ def outer(
 
 def _row_tiles(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:
     """Expert, first row, and end of the expert's rows, of each of the R / rows + E tiles."""
-    E = len(sizes_E)
+    E, sizes_E = len(sizes_E), sizes_E.astype(jnp.int32)
     end_E = jnp.cumsum(sizes_E)
     tiles_E = -(-sizes_E // rows)
     until_E = jnp.cumsum(tiles_E)
-    tile_V = jnp.arange(pl.cdiv(R, rows) + E)
+    tile_V = jnp.arange(pl.cdiv(R, rows) + E, dtype=jnp.int32)
     expert_V = jnp.minimum((until_E[None] <= tile_V[:, None]).sum(1), E - 1)
     first_V = (end_E - sizes_E)[expert_V] + (tile_V - (until_E - tiles_E)[expert_V]) * rows
     end_V = jnp.where(tile_V < until_E[-1], end_E[expert_V], 0)

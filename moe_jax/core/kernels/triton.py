@@ -24,7 +24,7 @@ def supported(x: Array) -> bool:
 
 
 def on_gpu(x: Array, kernel: Callable) -> dict[str, Callable]:
-    """The kernel as a branch of `lax.platform_dependent`, if it knows the type of x."""
+    """The kernel as an argument of `by_platform`, if it knows the type of x."""
     return {"cuda": kernel} if supported(x) else {}
 
 
@@ -75,8 +75,8 @@ class Span(NamedTuple):
         return cls(width, size, pl.cdiv(width, size))
 
     def at(self, n: Any) -> BlockSlice:
-        first = n * self.size
-        inside = first + jnp.arange(self.size) < self.width if self.width % self.size else None
+        first = jnp.asarray(n, jnp.int32) * self.size
+        inside = first + jnp.arange(self.size, dtype=jnp.int32) < self.width if self.width % self.size else None
         return BlockSlice(pl.ds(first, self.size), inside)
 
 
@@ -97,7 +97,7 @@ def program_ids(*counts: int) -> list[Any]:
 
 def row_slice(first: Any, end: Any, n: int) -> BlockSlice:
     """Block of n rows; those before the end are inside."""
-    return BlockSlice(pl.ds(first, n), first + jnp.arange(n) < end)
+    return BlockSlice(pl.ds(first, n), first + jnp.arange(n, dtype=jnp.int32) < end)
 
 
 def token_slice(rows: BlockSlice, token: Any) -> BlockSlice:
@@ -109,7 +109,7 @@ def load_block(ref: Any, down: BlockSlice, across: BlockSlice, *leading: Any) ->
     """Loads a block, 0 outside the array; leading: indices of the dimensions before these two."""
     mask, indices = _mask(down, across), [down.at, across.at]
     if isinstance(down.at, jax.Array):
-        numbers = down.at[:, None], (across.at.start + jnp.arange(across.size))[None]
+        numbers = down.at[:, None], (across.at.start + jnp.arange(across.size, dtype=jnp.int32))[None]
         indices = [jnp.broadcast_to(n, (down.size, across.size)) for n in numbers]
     return triton.load(ref.at[*leading, *indices], mask=mask, other=None if mask is None else 0)
 
