@@ -324,6 +324,11 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         cache.ensure(tmp_path / "made", never_read)
 
 
+def test_a_place_whose_name_is_not_utf8_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be kept in .*/caf\\udce9 \(its name is not UTF-8\)"):
+        prepare(Folder(str(tmp_path)), Bytes(), 8, tmp_path / "caf\udce9")
+
+
 def test_nobody_without_a_home_is_asked_for_one(monkeypatch):
     def refuse():
         raise RuntimeError("Could not determine home directory.")
