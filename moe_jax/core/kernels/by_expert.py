@@ -181,6 +181,9 @@ class _SingleExpert:
     def bias(self, x_CO: Array, b_O: Array) -> Array:
         return x_CO + jnp.broadcast_to(b_O.astype(x_CO.dtype), x_CO.shape)
 
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        return f(*xs)
+
     def apply(self, expert: Callable, params: Any, x_CI: Array) -> Array:
         return expert(params, x_CI, self)
 
