@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_tpu
 from moe_jax.core.kernels.dense import dense_matmul
 from moe_jax.core.kernels.triton import on_gpu
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from moe_jax.core.platforms import by_platform
 from moe_jax.core.rows import LazyRows, RowMap, gather_grad, gather_rows
 
@@ -107,7 +107,7 @@ class _Product(NamedTuple):
         """The product with a tangent; 0.0 without one."""
         if isinstance(tangent, SymbolicZero):
             return 0.0
-        return linear(self.forward, self.transpose, fixed, tangent, self.native)
+        return linear_map(self.forward, self.transpose, fixed, tangent, self.native)
 
 
 # ---------------------------------------------------------------- by platform; under vmap one after another
