@@ -321,16 +321,17 @@ def check_path(directory: str | Path, forbidden: str = SEPARATOR + PATTERN) -> N
 
     forbidden: characters; to read, those of a pattern do no harm.
     """
-    wrong = sorted(set(forbidden).intersection(str(directory)))
+    place = str(Path(directory).absolute())
+    wrong = sorted(set(forbidden).intersection(place))
     if wrong:
         raise ValueError(
-            f"checkpoints cannot be kept in {str(directory)[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "
+            f"checkpoints cannot be kept in {place[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "
             "pattern or a separator; choose a path without, runs/lr_0.1 for instance"
         )
     try:
-        str(directory).encode()
+        place.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"checkpoints need a path in UTF-8, and {str(directory)[-100:]!r} is none") from None
+        raise ValueError(f"checkpoints need a path in UTF-8, and {place[-100:]!r} is none") from None
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -42,15 +42,15 @@ def export_model(run: TrainedRun, B: int | None = None, platforms: Sequence[str]
     ValueError for an unknown platform, or B < 1.
     """
     if not platforms or set(platforms) - set(PLATFORMS):
-        given = ", ".join(platforms) or "none"
-        raise ValueError(f"platforms={given[:100]}: name one or several of {', '.join(PLATFORMS)}.")
+        listed = ", ".join(platforms) or "none"
+        raise ValueError(f"platforms={listed[:100]}: name one or several of {', '.join(PLATFORMS)}.")
     if B is not None and B < 1:
         raise ValueError(f"A program for B={B} rows computes nothing; use B >= 1.")
     weights, tree = named(run.weights), jax.tree.structure(run.weights)
     names, shapes = list(weights), run.exp.data.shapes(run.exp.data.B if B is None else B)
 
     def outputs(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
-        both = tree.unflatten([weights[name] for name in names])
+        both = jax.tree.unflatten(tree, [weights[name] for name in names])
         unused = {n: jnp.zeros(s.shape, s.dtype) for n, s in shapes._asdict().items() if n not in inputs}
         batch = type(shapes)(**inputs, **unused)
         return run.exp.model.dropless().apply(both["params"], batch, Call(router=both["router"]))[0]

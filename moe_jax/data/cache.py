@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.files import sha256
+from moe_jax.files import parse_json, sha256
 
 MANIFEST = "manifest.json"
 ELSEWHERE = "choose another place, by --data_dir or the environment variable MOE_JAX_DATA."
@@ -70,7 +70,7 @@ def manifest_facts(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         return {"facts": manifest["facts"], "sha256": manifest["sha256"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(folder / MANIFEST, folder) from None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core import groups as g
+from moe_jax.core.ranges import PositiveFloat, check_ranges
 from moe_jax.core.shard import Shard, Slices, check_expert_axes
 from moe_jax.core.traffic import (
     BOTH,
@@ -34,14 +35,13 @@ class RaggedAllToAll:
         other sequences share the room, so a bound is not causal.
     """
 
-    buffer: float | None = None
+    buffer: PositiveFloat | None = None
     over: tuple[str, ...] = ("expert",)
     layouts: ClassVar = (g.Ragged,)
 
     def __post_init__(self):
+        check_ranges(self)
         check_expert_axes(self)
-        if self.buffer is not None and self.buffer <= 0:
-            raise ValueError(f"RaggedAllToAll(buffer={self.buffer}) must be positive, or None for room for everything.")
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_RD: Float[Array, "R D"], groups: g.Ragged

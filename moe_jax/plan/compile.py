@@ -164,7 +164,6 @@ def refused(error: Exception, topology: str, lowering: float, compiling: float) 
     if found is None:
         raise ValueError(f"The TPU compiler refuses this step for {topology}: {first_line(error)}") from None
     peak, limit = (int(float(n) * UNITS[unit]) for n, unit in (found.groups()[:2], found.groups()[2:]))
-    nothing = dict.fromkeys(("arguments", "temporaries", "output", "alias", "flops", "optimal_seconds"))
     return Compiled(
         fits=False,
         limit=limit,
@@ -175,7 +174,12 @@ def refused(error: Exception, topology: str, lowering: float, compiling: float) 
         lower_seconds=lowering,
         compile_seconds=compiling,
         host_bytes=host_bytes(),
-        **nothing,
+        arguments=None,
+        temporaries=None,
+        output=None,
+        alias=None,
+        flops=None,
+        optimal_seconds=None,
     )
 
 

@@ -105,7 +105,8 @@ def plan(
     if compiled is not None and compiled.scheduled is not None:
         times["as scheduled"] = compiled.scheduled + line.network
     if compiled is not None and compiled.fills is not None and compiled.fills.count:
-        times["with cheap fills"] = compiled.without_fills + line.network
+        if (seconds := compiled.without_fills) is not None:
+            times["with cheap fills"] = seconds + line.network
     return Plan(
         exp,
         on,

@@ -236,7 +236,7 @@ def used_fraction(exp: Experiment) -> float:
     moe, X = exp.model.routed, math.prod(dict(exp.mesh)[axis] for axis in exp.exchange.over)
     if moe is None or X == 1 or not isinstance(moe.exchange, RaggedAllToAll):
         return 1.0
-    return min(1.0, float(1 / moe.exchange.relative_room(X, moe.E, moe.distinct)))
+    return min(1.0, 1 / float(moe.exchange.relative_room(X, moe.E, moe.distinct)))
 
 
 def expected(c: Collective, exchange: Any, E: int, distinct: int = 1) -> float:
@@ -246,4 +246,4 @@ def expected(c: Collective, exchange: Any, E: int, distinct: int = 1) -> float:
     """
     if c.op != "ragged-all-to-all" or not isinstance(exchange, RaggedAllToAll):
         return 1.0
-    return float(min(1, 2 / (1 + exchange.relative_room(c.size, E, distinct))))  # there and back
+    return min(1.0, 2 / (1 + float(exchange.relative_room(c.size, E, distinct))))  # there and back

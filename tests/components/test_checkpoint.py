@@ -449,6 +449,14 @@ def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_above_counts_too(tmp_path, monkeypatch):
+    """The path is relative, and is refused before training all the same."""
+    (tmp_path / "[project]").mkdir()
+    monkeypatch.chdir(tmp_path / "[project]")
+    with pytest.raises(ValueError, match="cannot be kept in"):
+        checkpointing.check_path("runs/a")
+
+
 def test_a_run_that_was_moved_to_such_a_path_is_read(two_steps, tmp_path):
     moved = shutil.copytree(two_steps, tmp_path / "run [1]*?" / "checkpoints")
     assert_same(Checkpoints(moved).restore(abstract(a_state(0)))[0], a_state(20))

@@ -17,12 +17,12 @@ silent: plausible losses, no error. Each is planted here as one edit of one file
 of the audit, a test, or JAX's own check of replicas catches it.
 
     make museum
-    python -m tests.museum --only=padding
 
-Each mutant runs in a fork of one warm process, which imports the code with the edit in it; nothing on disk changes.
-An audit (`law N`) is `experiments.audit --quick --law=N` of a tiny model (`tests/museum/tiny.py`), a test is run by
-pytest, and only a failed assertion counts. Each check is also run on the code as it is, where it must hold. Threads
-are issues and pull requests on GitHub; `log` is a commit's title. `python -m tests.mutations` runs further bugs, see
+plants all; `python -m tests.museum --only=padding` plants those of a name. Each mutant runs in a fork of one warm
+process, which imports the code with the edit in it; nothing on disk changes. An audit (`law N`) is
+`experiments.audit --quick --law=N` of a tiny model (`tests/museum/tiny.py`), a test is run by pytest, and only a failed
+assertion counts. Each check is also run on the code as it is, where it must hold. Threads are issues and pull requests
+on GitHub; `log` is a commit's title. `python -m tests.mutations` runs further bugs, see
 [parallelism.md](parallelism.md#does-it-see-every-bug).
 
 This page is written by `python -m tests.museum --out=docs/museum.md`.

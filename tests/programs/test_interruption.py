@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -12,6 +13,7 @@ import pytest
 from experiments import train
 from experiments.launch import interruption, join
 from experiments.launch.interruption import Interrupted, Interruption
+from experiments.sweep import __main__ as sweep
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.reporting.metrics import read
 from tests import programs
@@ -150,3 +152,17 @@ def test_an_interruption_before_anything_promises_nothing(monkeypatch):
     monkeypatch.setattr(train, "on_devices", interrupted)
     outcome = programs.call(train, "--config=configs/glam_nano.py", "--workdir=unused")
     assert (outcome.code, outcome.err) == (130, "\nInterrupted.\n")
+
+
+def test_a_sweep_lets_its_run_save(tmp_path):
+    """It passes the signal on, once, and waits for the run that it has started."""
+    child = (
+        "import pathlib, sys, time\n"
+        "try:\n  pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n  time.sleep(0.3); pathlib.Path(sys.argv[1], 'saved').touch()\n"
+    )
+    thread = signalled(signal.SIGINT, (tmp_path / "ready").exists)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.train([sys.executable, "-c", child, str(tmp_path)])
+    thread.join()
+    assert (tmp_path / "saved").exists()
