@@ -93,7 +93,7 @@ def _map_rows_jvp(f, primals, tangents):
     forward = lambda fixed, dxs_RF: _elementwise(tangent, 1, *fixed, *dxs_RF)[0]  # noqa: E731
     transpose = lambda fixed, g_RF: _elementwise(pull, n, *fixed, g_RF)  # noqa: E731
     native = lambda fixed, dxs_RF: tangent(*fixed[1:], *dxs_RF)[0]  # noqa: E731
-    return map_rows(f, *primals), linear(forward, transpose, primals, tuple(tangents[1:]), native)
+    return map_rows(f, *primals), linear_map(forward, transpose, primals, tuple(tangents[1:]), native)
 
 
 class _Product(NamedTuple):
