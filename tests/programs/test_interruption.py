@@ -71,7 +71,7 @@ def test_a_run_that_is_terminated_says_from_where_it_goes_on(tmp_path, monkeypat
     assert lines[-1] == f"SIGTERM at step {step} of 1200, which is saved; the same command goes on from step {step}"
     assert "SIGTERM: finishing this step and saving it; a second signal leaves at once" in lines
     assert Checkpoints(run / "checkpoints").steps() == [step]
-    assert not (run / "run.lock").exists()
+    assert not (run / "workdir.lock").exists()
     assert train.goes_on(run, True) == f"without --overwrite, the same command goes on from step {step}"
 
 
