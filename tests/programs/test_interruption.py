@@ -152,7 +152,7 @@ def test_an_interruption_before_anything_promises_nothing(monkeypatch):
 
 
 def test_a_sweep_lets_its_run_save(tmp_path):
-    """It passes the signal on, once, and waits for the run that it has started."""
+    """The signal is passed on, once, and the sweep waits for the run that it has started."""
     child = (
         "import pathlib, sys, time\n"
         "try:\n  pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)\n"
