@@ -25,7 +25,7 @@ from moe_jax.data import tokenizers as tokenizing
 from moe_jax.data.documents import digest, is_held_out, pieces
 from moe_jax.data.folders import BOM
 from moe_jax.data.tokenizers import training_lines
-from moe_jax.names import printable, shortened
+from moe_jax.names import printable, without_middle
 
 
 def put(root: pathlib.Path, **contents: bytes) -> None:
@@ -146,9 +146,9 @@ def test_printable_names_are_written_everywhere_and_stay_different(names):
 
 
 def test_long_names_are_cut_in_the_middle():
-    assert shortened("abcdefghij", 10) == "abcdefghij"
-    assert shortened("abcdefghijk", 10) == "abcde…hijk"
-    assert [len(shortened("x" * 300, n)) for n in (10, 11)] == [10, 11]
+    assert without_middle("abcdefghij", 10) == "abcdefghij"
+    assert without_middle("abcdefghijk", 10) == "abcde…hijk"
+    assert [len(without_middle("x" * 300, n)) for n in (10, 11)] == [10, 11]
 
 
 # ---------------------------------------------------------------- byte-order marks and splits
