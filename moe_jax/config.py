@@ -141,6 +141,8 @@ class RunConfig:
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
     watts: power of a chip or a CPU core in W, for the energy in the run's last record (`costs.energy`); None takes what
         is published. pue: power usage effectiveness of the data centre. carbon: kg of CO2e per kWh.
+    xla: options of the compiler on TPU, separated by commas: sets (async_collectives, scoped_vmem) and xla_name=value;
+        docs/planning.md has them.
     """
 
     steps: PositiveInt = 1000

@@ -23,7 +23,7 @@ class Counted(NamedTuple):
     kept: float
 
 
-def counts(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
+def routing_counts(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
     """Counts a layer's choices and drops: its statistics, its drop rate and its losses must be of these numbers.
 
     A quarter of the tokens is padding. Of routers whose experts choose, the recorded assignments are counted.

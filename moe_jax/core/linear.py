@@ -26,7 +26,7 @@ class _Rule:
     n_fixed: int
 
 
-def linear(forward: Callable, transpose: Callable, fixed: Any, x: Any, native: Callable | None = None) -> Any:
+def linear_map(forward: Callable, transpose: Callable, fixed: Any, x: Any, native: Callable | None = None) -> Any:
     """Returns forward(fixed, x), which is linear in x, and whose gradient is transpose(fixed, g).
 
     Further derivatives, and those by `fixed`, are of `native`.

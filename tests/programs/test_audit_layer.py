@@ -13,7 +13,7 @@ import pytest
 
 from experiments import laws
 from moe_jax import audit
-from moe_jax.audit.counts import counts
+from moe_jax.audit.counts import routing_counts
 from moe_jax.core.capacity import CAPACITY_CONVENTIONS, capacity
 from moe_jax.core.routing import token_choice
 from moe_jax.core.stats import stats
@@ -219,7 +219,7 @@ def test_a_gradient_in_another_direction_is_found():
 )
 def test_choices_and_drops_are_counted(cfg):
     """Law 8: of null experts, of experts that choose and of soft slots too."""
-    verdict = counts(cfg, **SIZES)
+    verdict = routing_counts(cfg, **SIZES)
     assert verdict.holds, verdict
     assert re.fullmatch(r"\d+ of \d+ choices dropped, all counted", verdict.detail)
     assert verdict.detail.startswith("0 ") == (cfg.dispatch.capacity_factor is None)
@@ -248,12 +248,12 @@ def test_counts_that_are_wrong_are_named(monkeypatch, broken, said):
     cfg = layer(TopK(), losses=(LoadBalance(0.01),))
     if "stats" in broken:
         monkeypatch.setattr("moe_jax.moe.stats", broken["stats"])
-        verdict = counts(cfg, **SIZES)
+        verdict = routing_counts(cfg, **SIZES)
     else:
         tried = iter([broken["part"]])  # the layer's own call comes first
         usual = LoadBalance.__call__
         monkeypatch.setattr(LoadBalance, "__call__", lambda self, *given: next(tried, partial(usual, self))(*given))
-        verdict = counts(cfg, **SIZES)
+        verdict = routing_counts(cfg, **SIZES)
     assert not verdict.holds
     assert re.fullmatch(said, verdict.detail), verdict.detail
 

@@ -114,7 +114,7 @@ def test_a_run_is_opened_with_arrays_of_jax(run, tmp_path):
 
 
 def test_the_program(run, tmp_path, monkeypatch):
-    """It writes the folder and says what is in it; a second export replaces the first."""
+    """The folder is written and its contents are said; a second export replaces the first."""
     monkeypatch.setattr(program, "open_run", lambda folder, step: run)
     flags = "--workdir=runs/none", f"--out={tmp_path / 'out'}", "--rows=1"
     said = [call(*flags).out for _ in range(2)]
