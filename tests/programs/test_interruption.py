@@ -71,7 +71,7 @@ def test_a_run_that_is_terminated_says_from_where_it_goes_on(tmp_path, monkeypat
     assert lines[-1] == f"SIGTERM at step {step} of 1200, which is saved; the same command goes on from step {step}"
     assert "SIGTERM: finishing this step and saving it; a second signal leaves at once" in lines
     assert Checkpoints(run / "checkpoints").steps() == [step]
-    assert not (run / "workdir.lock").exists()
+    assert not (run / "run.lock").exists()
     assert train.goes_on(run, True) == f"without --overwrite, the same command goes on from step {step}"
 
 
@@ -152,7 +152,7 @@ def test_an_interruption_before_anything_promises_nothing(monkeypatch):
 
 
 def test_a_sweep_lets_its_run_save(tmp_path):
-    """The signal is passed on, once, and the sweep waits for the run that it has started."""
+    """The program passes the signal on, once, and waits for the run that it has started."""
     child = (
         "import pathlib, sys, time\n"
         "try:\n  pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)\n"
