@@ -14,6 +14,7 @@ step and its checkpoint; a second one ends it at once. For several processes see
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import shutil
@@ -39,7 +40,7 @@ from moe_jax.costs import flops, parameters
 from moe_jax.costs.fit import check_fits, device_memory
 from moe_jax.costs.headline import headline, mesh_words
 from moe_jax.data.identity import TOKENIZERS, kept_file
-from moe_jax.files import write_file
+from moe_jax.files import unfinished_of, write_file
 from moe_jax.lock import FILE as LOCK
 from moe_jax.lock import WorkdirLock
 from moe_jax.reporting.metrics import FILE, KEPT, Logger, read, summary_table
@@ -59,6 +60,7 @@ COMPARE = cli.compare()
 INIT_FROM = flags.DEFINE_string("init_from", None, "RUN or RUN@STEP whose parameters a new run begins with.")
 
 BEGUN = (FILE, "checkpoints")  # what a run has once it has begun
+FOLDERS, SINGLE = ("checkpoints", "tensorboard"), (FILE, "report.html", LOCK)  # SINGLE: files
 PROCESSES = "processes"  # what the processes under a supervisor print; it may be there before the run
 TOKENIZER_FILES = [kept_file(pathlib.Path(), name).name for name in TOKENIZERS]
 FILES = (*BEGUN, KEPT, "tensorboard", "report.html", PROCESSES, *TOKENIZER_FILES, CONFIG)  # or patterns of their names
@@ -113,17 +115,18 @@ def run(
             prepare_data(exp, workdir, data_dir)
         join.meet("claimed")
         say(describe(exp))
-        records = train(exp, workdir, data_dir, init_from, interruption, lock)
-        try:
-            first = next(records)
-        except ValueError:
-            if before is not None:  # the run that is there is another
-                write_file(workdir / CONFIG, before)
-            raise
-        join.agree("data", json.dumps([first.get(name) for name in ("data", "held_out", *TOKENIZERS)]))
-        for line in beginning(first, exp.run.steps):
-            say(line)
-        last, diverged = logged(records, first, workdir, exp.run.steps)
+        # closed here: of an error in between, a save under way has its end, and its error, before this one is told
+        with contextlib.closing(train(exp, workdir, data_dir, init_from, interruption, lock)) as records:
+            try:
+                first = next(records)
+            except ValueError:
+                if before is not None:  # the run that is there is another
+                    write_file(workdir / CONFIG, before)
+                raise
+            join.agree("data", json.dumps([first.get(name) for name in ("data", "held_out", *TOKENIZERS)]))
+            for line in beginning(first, exp.run.steps):
+                say(line)
+            last, diverged = logged(records, first, workdir, exp.run.steps)
     if last["kind"] == "interrupted":
         number = interruption.heard or signal.SIGTERM  # which another process has got
         where = f"{signal.Signals(number).name} at step {last['step']} of {exp.run.steps}"
@@ -202,11 +205,33 @@ def check_claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False)
     check_path(workdir)
     if (workdir / CONFIG).is_file():
         if not overwrite and any((workdir / name).exists() for name in BEGUN):
+            check_kinds(workdir)
             check_config(checked_config(workdir), exp, workdir)
-    elif workdir.is_dir() and (others := sorted({path.name for path in workdir.iterdir()} - {PROCESSES, LOCK})):
+    elif workdir.is_dir() and (others := sorted(strange(workdir))):
         raise ValueError(
             f"{workdir} holds files that are not a run's ({', '.join(others[:3])}); choose an empty or a new --workdir."
         )
+
+
+def strange(workdir: pathlib.Path) -> set[str]:
+    """Names of what is in a workdir without a run, and is not of one that was killed as it began."""
+    there = {path.name for path in workdir.iterdir()} - {PROCESSES}
+    return {name for name in there if not name.startswith(LOCK)} - {path.name for path in remains(workdir)}
+
+
+def remains(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Files of a run that a process was killed over while it wrote them; they belong to whoever holds the lock."""
+    there = [(path, unfinished_of(path)) for path in workdir.iterdir()]
+    return [path for path, name in there if name and any(fnmatch.fnmatch(name, known) for known in FILES)]
+
+
+def check_kinds(workdir: pathlib.Path) -> None:
+    """ValueError where a run has a file for a folder, or a folder for a file."""
+    for name in (*FOLDERS, *SINGLE):
+        path = workdir / name
+        if path.exists() and path.is_dir() != (name in FOLDERS):
+            found, wanted = ("file", "folder") if name in FOLDERS else ("folder", "file")
+            raise ValueError(f"{path} is a {found}, and of a run it is a {wanted}; move it away, or restore it.")
 
 
 def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> str | None:
@@ -220,6 +245,8 @@ def claim(workdir: pathlib.Path, exp: Experiment, overwrite: bool = False) -> st
     try:
         if overwrite and saved.is_file():
             delete_run(workdir)
+        for path in remains(workdir):
+            path.unlink(missing_ok=True)
         write_file(saved, exp.to_json())
     except OSError as error:
         raise not_writable(workdir, error) from error

@@ -5,11 +5,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 SEAL = "sha256"  # the key of a sealed file's own checksum
+UNFINISHED = re.compile(r"(.+)\.\d+\.part")  # name of a file, process
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = ("no space left on device", "disk quota exceeded")  # of libraries that keep no error number
 
@@ -29,6 +31,12 @@ def write_file(path: Path, content: str | bytes) -> Path:
             unfinished.unlink()
         raise
     return path
+
+
+def unfinished_of(path: Path) -> str | None:
+    """Name of the file that `write_file` was to write through this one; None for any other file."""
+    found = UNFINISHED.fullmatch(path.name)
+    return found and found[1]
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ def train(
     init_from: transfer.RunCheckpoint | None = None,
     stop: Callable[[int], bool] = lambda step: False,
     lock: WorkdirLock | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Trains, and yields a record when it starts, every `log_every` steps, at every evaluation, and at the end.
 
     With a workdir, checkpoints are kept there, and training goes on from the newest valid one, with the same data and

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.files import is_disk_full, parse_json, read_sealed, sha256, write_file, write_sealed
+from moe_jax.files import is_disk_full, parse_json, read_sealed, sha256, unfinished_of, write_file, write_sealed
 
 
 def test_text_and_bytes(tmp_path):
@@ -31,6 +31,14 @@ def test_who_is_interrupted_leaves_the_older_one(tmp_path, monkeypatch, problem)
         write_file(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_leaves_is_known_by_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Path, "write_bytes", lambda path, _: seen.append(path) or path.touch())
+    write_file(tmp_path / "metrics.1.jsonl", "new")
+    assert [unfinished_of(path) for path in seen] == ["metrics.1.jsonl"]
+    assert [unfinished_of(Path(name)) for name in ("a.txt", "a.part", "a.7.part.txt", ".7.part")] == [None] * 4
 
 
 def test_nobody_sees_half_of_it(tmp_path, monkeypatch):
