@@ -39,7 +39,7 @@ SILENCE = 1.0  # seconds, after which an owner that cannot be seen is taken for 
 
 
 class Trial(NamedTuple):
-    """What was injected, what came of it, and what did not hold; "" where all did."""
+    """A fault that was injected, what came of it, and what is wrong with that; "" where nothing is."""
 
     injected: str
     came: str
@@ -200,7 +200,7 @@ def files(run: pathlib.Path) -> list[pathlib.Path]:
 
 
 class Opened(NamedTuple):
-    """What was read of a run, and what was said."""
+    """Values that were read of a run, and warnings and errors."""
 
     values: list[Any]
     said: list[str]
