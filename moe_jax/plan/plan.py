@@ -105,8 +105,8 @@ def plan(
     if compiled is not None and compiled.scheduled is not None:
         network = network_seconds(compiled.collectives, exp, on)
         times["as scheduled"] = compiled.scheduled + network
-        if compiled.without_fills is not None and compiled.fills.count:
-            times["with cheap fills"] = compiled.without_fills + network
+        if (cheap := compiled.without_fills) is not None:
+            times["with cheap fills"] = cheap + network
     return Plan(
         exp,
         on,
