@@ -17,7 +17,7 @@ ASSERTED = ("AssertionError", "assert ", "Failed: DID NOT RAISE")
 
 
 class Outcome(NamedTuple):
-    """Outcome of a check: holds, broken, refused (before it runs), or failed (for other reasons); and a line about it."""
+    """Outcome of a check: holds, broken, refused (before it runs) or failed (otherwise); and a line about it."""
 
     verdict: str
     line: str = ""
