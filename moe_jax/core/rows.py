@@ -27,6 +27,11 @@ class RowMap(NamedTuple):
         """Token of each row; T for a row without one."""
         return self.choice_R // self.row_TK.shape[1]
 
+    def restrict(self, kept_GSK: Bool[Array, "G S K"]) -> "RowMap":
+        """Leaves only these choices a row: what is in the rows of others is not read."""
+        R = self.choice_R.shape[0]
+        return self._replace(row_TK=jnp.where(kept_GSK.reshape(self.row_TK.shape), self.row_TK, R))
+
 
 class LazyRows(NamedTuple):
     """Rows of tokens that are not gathered yet: some kernels fetch them from the tokens."""

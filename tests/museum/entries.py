@@ -9,7 +9,7 @@ from tests.museum.mutant import Mutant
 
 class Entry(NamedTuple):
     """A public bug. threads: "name #number" of issues and pull requests on GitHub,
-    or "name log: title" of a commit. refused: JAX is to say no, before anything is computed."""
+    or "name log: title" of a commit. refused: it is to be refused before anything is computed."""
 
     threads: tuple[str, ...]
     essence: str
@@ -25,11 +25,14 @@ def on_mesh(dispatch: str = "", **sizes: int) -> tuple[str, ...]:
     return (*flags, f"--config.model.moe.dispatch={dispatch}") if dispatch else flags
 
 
+def layer_on_mesh(layer: str, mesh: str) -> Test:
+    """The test of law 1 for a layer and a mesh of `tests/cases.py`."""
+    return Test("tests/laws/test_layers.py", f"test_one_model_every_mesh and {layer} and {mesh} and drops")
+
+
 LAYER = on_mesh()  # laws of a layer need no mesh
 SMALL = "Einsum(capacity_factor=1.0)"  # compiles fastest
 DATA, EXPERT, TENSOR = on_mesh(SMALL, data=2), on_mesh(SMALL, expert=2), on_mesh(SMALL, tensor=2)
-SLOTS = on_mesh(expert=2)
-RAGGED = (*on_mesh("Sort()", expert=2), "--config.model.moe.exchange=RaggedAllToAll()")
 DROPLESS = on_mesh("Scatter(capacity_factor=None)")
 LONG = (*LAYER, "--config.data.L=1024")
 
@@ -46,6 +49,7 @@ SHARDINGS, NNX, CHECKPOINT = (f"tests/components/test_{name}.py" for name in ("s
 SLOPES = Test(GRADIENTS, "test_gradients_are_slopes_of_the_losses")
 UPDATE = Test(GRADIENTS, "test_an_update_takes_all_gradients")
 COUNTED = Audit(8, LAYER)
+ON_EXPERTS, ON_TENSOR = layer_on_mesh("einsum", "d2e4"), layer_on_mesh("einsum", "f2e2t2")
 
 REDUCED = "return lax.psum(g, tuple(a for a in self.tokens if a in left)) if left else g"
 ENTERED = "return jax.tree.map(lambda a: _varying(a, self.tensor), x)"
@@ -87,7 +91,7 @@ MUSEUM = (
             "import jax\n        twice = lambda y: 2 * y - jax.lax.stop_gradient(y)  # noqa: E731\n        "
             "back = [twice(shard.all_to_all(part, shard.experts, split=1, concat=0)) for part in done]",
         ),
-        Audit(1, EXPERT),
+        ON_EXPERTS,
     ),
     Entry(
         ("transformers #48205",),
@@ -109,7 +113,7 @@ MUSEUM = (
             "there = lambda maps, x_TD: gather_rows(x_TD, maps.token_R)",
             'there = lambda maps, x_TD: x_TD.at[maps.token_R].get(mode="fill", fill_value=jnp.nan)',
         ),
-        Audit(1, SLOTS),
+        layer_on_mesh("scatter", "d2e4"),
     ),
     Entry(
         ("transformers #48687", "transformers #48689"),
@@ -137,7 +141,7 @@ MUSEUM = (
                 "here.pvary(params.router))",
             ),
         ),
-        Audit(1, EXPERT),
+        ON_EXPERTS,
     ),
     Entry(
         ("torchtitan #4054",),
@@ -149,7 +153,7 @@ MUSEUM = (
             "if not self.tensor:\n            return x\n        mine = lax.axis_index(self.tensor) == 0\n        "
             "return jax.tree.map(lambda a: jnp.where(mine, b := _varying(a, self.tensor), lax.stop_gradient(b)), x)",
         ),
-        Audit(1, TENSOR),
+        ON_TENSOR,
     ),
     Entry(
         ("Megatron-LM #1628", "Megatron-LM #1622"),
@@ -161,7 +165,7 @@ MUSEUM = (
             "return jax.tree.map(lambda a: (b := _varying(a, self.tensor)) * (n := self.axis_size(self.tensor)) "
             "- (n - 1) * lax.stop_gradient(b), x)",
         ),
-        Audit(1, TENSOR),
+        ON_TENSOR,
     ),
     Entry(
         ("marin #8077",),
@@ -172,7 +176,7 @@ MUSEUM = (
             "lambda slices, g: sent(slices.reverse(), g, n)",
             "lambda slices, g: sent(slices, g, n)",
         ),
-        Audit(1, RAGGED),
+        layer_on_mesh("sort", "d2e4"),
     ),
     Entry(
         ("Megatron-LM #619", "Megatron-LM #599"),
@@ -300,7 +304,7 @@ MUSEUM = (
         ("Megatron-LM #5047",),
         "The strength of auxiliary losses depends on the number of tensor-parallel shards.",
         Mutant("auxiliary_loss_by_tensor_size", MOE, WEIGHED, f"{WEIGHED} * here.axis_size(here.tensor)"),
-        Audit(1, TENSOR),
+        ON_TENSOR,
     ),
     Entry(
         ("Megatron-LM #1498",),
@@ -312,7 +316,7 @@ MUSEUM = (
             f"own = stats(routing, kept, B, ctx.task_GS, cfg.tasks)\n    total = here.sum(own)\n    "
             f"{WEIGHED.replace('part(total', 'part(own')}\n    loss = here.sum(loss) / here.axis_size(here.tokens)",
         ),
-        Audit(1, DATA),
+        ON_EXPERTS,
     ),
     Entry(
         ("Megatron-LM #3768", "Megatron-LM #3672"),
@@ -436,7 +440,7 @@ MUSEUM = (
             "total = here.sum(jax.tree.map(lambda a: jnp.where(here.batch_shard_index == 0, a, 0), "
             "stats(routing, kept, B, ctx.task_GS, cfg.tasks)))",
         ),
-        Audit(1, EXPERT),
+        ON_EXPERTS,
     ),
     Entry(
         ("Megatron-LM #7081",),
@@ -543,7 +547,7 @@ MUSEUM = (
         ("tpu-inference #2248",),
         "A sum over shards adds outputs of different tokens.",
         Mutant("sum_of_different_tokens", MOE, EXITED, "y_GSO = here.sum(here.tensor_exit(y_GSO))"),
-        Audit(1, EXPERT),
+        ON_EXPERTS,
     ),
     Entry(
         ("tpu-inference #1625",),
@@ -556,7 +560,7 @@ MUSEUM = (
         ("vllm #47528",),
         "Outputs are wrong under tensor parallelism, and right under data and expert parallelism.",
         Mutant("tensor_shards_averaged", SHARD, LEFT, LEFT.replace("lax.psum", "lax.pmean")),
-        Audit(1, TENSOR),
+        ON_TENSOR,
     ),
     Entry(
         ("torchtitan #4245",),
@@ -567,7 +571,7 @@ MUSEUM = (
             "return jnp.where(lax.axis_index(self.tensor) == 0, w, 0)",
             "return w",
         ),
-        Audit(1, TENSOR),
+        layer_on_mesh("scatter", "f2e2t2"),
     ),
     Entry(
         ("vllm #53411",),

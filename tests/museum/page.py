@@ -14,15 +14,15 @@ INTRO = """# The museum
 
 Would this code have had the bugs of others? These are public numerical bugs of codebases for sparse models. Most were
 silent: plausible losses, no error. Each is planted here as one edit of one file (`tests/museum/entries.py`), and a law
-of the audit, a test, or JAX's own check of replicas catches it.
+of the audit or a test catches it, or it is refused before it runs (replicas that differ).
 
     make museum
-    python -m tests.museum --only=padding
 
-Each mutant runs in a fork of one warm process, which imports the code with the edit in it; nothing on disk changes.
-An audit (`law N`) is `experiments.audit --quick --law=N` of a tiny model (`tests/museum/tiny.py`), a test is run by
-pytest, and only a failed assertion counts. Each check is also run on the code as it is, where it must hold. Threads
-are issues and pull requests on GitHub; `log` is a commit's title. `python -m tests.mutations` runs further bugs, see
+plants all; `python -m tests.museum --only=padding` plants those of a name. Each mutant runs in a fork of one warm
+process, which imports the code with the edit in it; nothing on disk changes. An audit (`law N`) is
+`experiments.audit --quick --law=N` of a tiny model (`tests/museum/tiny.py`), a test is run by pytest, and only a failed
+assertion counts. Each check is also run on the code as it is, where it must hold. Threads are issues and pull requests
+on GitHub; `log` is a commit's title. `python -m tests.mutations` runs further bugs, see
 [parallelism.md](parallelism.md#does-it-see-every-bug).
 
 This page is written by `python -m tests.museum --out=docs/museum.md`.

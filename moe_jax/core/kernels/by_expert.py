@@ -181,6 +181,9 @@ class _SingleExpert:
     def bias(self, x_CO: Array, b_O: Array) -> Array:
         return x_CO + jnp.broadcast_to(b_O.astype(x_CO.dtype), x_CO.shape)
 
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        return f(*xs)
+
     def apply(self, expert: Callable, params: Any, x_CI: Array) -> Array:
         return expert(params, x_CI, self)
 
@@ -196,6 +199,9 @@ class _AllExperts:
 
     def bias(self, x_RO: Array, b_EO: Array) -> Array:
         return x_RO + jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=len(x_RO)).astype(x_RO.dtype)
+
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        return f(*xs)
 
     def apply(self, expert: Callable, params: Any, x_RI: Array) -> Array:
         return expert(params, x_RI, self)
