@@ -27,6 +27,7 @@ from experiments.launch.interruption import Interrupted
 from experiments.launch.supervisor import MISTAKE
 from moe_jax.config import SECTIONS, Experiment, build, typed
 from moe_jax.core.quoted import brief, quoted
+from moe_jax.costs.fit import check_size
 from moe_jax.files import is_disk_full, write_file
 from moe_jax.overrides import known_fields, override
 from moe_jax.reporting.metrics import to_json
@@ -341,14 +342,18 @@ def stdout_for_json() -> Iterator[None]:
 # ---------------------------------------------------------------- configs
 
 
-def experiment(default: str | None = None, *more: str) -> Experiment:
+def experiment(default: str | None = None, *more: str, any_size: bool = False) -> Experiment:
     """The experiment of --config, with every --config.a.b=VALUE set in it, in any order; built once, after all of them.
 
     default: the file without --config. more: overrides of the program's own, which win over those of the command line.
+    any_size: whether it may be larger than all that could hold it; the program then looks at its size itself.
     """
     if not (file := FLAGS["config"].value or default):
         raise ValueError("No experiment was given; say --config=configs/glam_nano.py, for instance.")
-    return build(overridden(load(file), [*split(sys.argv)[1], *more]))
+    exp = build(overridden(load(file), [*split(sys.argv)[1], *more]))
+    if not any_size:
+        check_size(exp)
+    return exp
 
 
 def overridden(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.files import sha256
-from moe_jax.manifest import MANIFEST, STATE, present_steps, read_manifest, step_problem, write_manifest
+from moe_jax.manifest import MANIFEST, STATE, present_steps, read_step, step_problem, write_manifest
 from moe_jax.room import room_told
 
 TRASH = "deleted-"
@@ -205,7 +205,7 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return read_manifest(self.directory / str(step))
+            return read_step(self.directory / str(step))
         except ValueError as problem:
             raise ValueError(f"checkpoint {self.directory / str(step)} is damaged ({problem})") from None
 

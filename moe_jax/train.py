@@ -155,7 +155,7 @@ def train(
             if refused:
                 good = checkpoints.discard_after(health.last_good) if checkpoints else None
                 yield {"kind": "end", "step": step, "seconds": tally.seconds(), "diverged": True, "good": good}
-                raise TrainingDiverged(f"{refused}; stopped at step {step}. {advice(good, workdir)}")
+                raise TrainingDiverged(f"{refused}; stopped at step {step}. {way_on(good, workdir)}")
             if stopping:
                 if checkpoints is not None:
                     checkpoints.wait()
@@ -174,7 +174,7 @@ def train(
             checkpoints.close()
 
 
-def advice(good: int | None, workdir: pathlib.Path | None) -> str:
+def way_on(good: int | None, workdir: pathlib.Path | None) -> str:
     """The way to go on after a divergence. good: the newest checkpoint that is known to be good, if there is one."""
     how = "a lower config.optim.schedule.peak or config.optim.clip"
     if workdir is None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_tpu
 from moe_jax.core.kernels.dense import dense_matmul
 from moe_jax.core.kernels.triton import on_gpu
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from moe_jax.core.platforms import by_platform
 from moe_jax.core.rows import LazyRows, RowMap, gather_grad, gather_rows
 
@@ -93,7 +93,7 @@ def _map_rows_jvp(f, primals, tangents):
     forward = lambda fixed, dxs_RF: _elementwise(tangent, 1, *fixed, *dxs_RF)[0]  # noqa: E731
     transpose = lambda fixed, g_RF: _elementwise(pull, n, *fixed, g_RF, in_place=True)  # noqa: E731
     native = lambda fixed, dxs_RF: tangent(*fixed[1:], *dxs_RF)[0]  # noqa: E731
-    return map_rows(f, *primals), linear(forward, transpose, primals, tuple(tangents[1:]), native)
+    return map_rows(f, *primals), linear_map(forward, transpose, primals, tuple(tangents[1:]), native)
 
 
 class _Product(NamedTuple):
@@ -107,7 +107,7 @@ class _Product(NamedTuple):
         """The product with a tangent; 0.0 without one."""
         if isinstance(tangent, SymbolicZero):
             return 0.0
-        return linear(self.forward, self.transpose, fixed, tangent, self.native)
+        return linear_map(self.forward, self.transpose, fixed, tangent, self.native)
 
 
 # ---------------------------------------------------------------- by platform; under vmap one after another

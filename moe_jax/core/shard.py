@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
@@ -247,7 +247,7 @@ def _send_slices(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> 
         return lax.platform_dependent(x, slices, **ways)
 
     forward, n = partial(sent, rows=rows), len(x)
-    return linear(forward, lambda slices, g: sent(slices.reverse(), g, n), slices, x)
+    return linear_map(forward, lambda slices, g: sent(slices.reverse(), g, n), slices, x)
 
 
 def _ragged(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:

@@ -1,8 +1,9 @@
 """The log of a run: `metrics.jsonl` is the truth, TensorBoard files and a line in the terminal follow it.
 
-A record is one dict per line with at least `kind` ("start", "train", "eval" or "end"), `step` and `seconds`. Losses
-are nats per token, rates fractions; `moe` holds lists with an entry per MoE layer, `moe.layer` their numbers. A start
-has the fingerprint of the data and, where they are known, the question and the command; an end may be `diverged`.
+A record is one dict per line with at least `kind` ("start", "train", "eval", "interrupted" or "end"), `step` and
+`seconds`. Losses are nats per token, rates fractions; `moe` holds lists with an entry per MoE layer, `moe.layer` their
+numbers. A start has the fingerprint of the data and, where they are known, the question, the command and what has
+`changed` of the config; an end may be `diverged`.
 
 Every checkpoint keeps the length and the digest of the log as it was then (`log_state`), so that a continuation can say
 where the log differs (`log_difference`).

@@ -394,7 +394,7 @@ def test_a_full_disk_says_what_is_whole_and_what_a_step_takes(copied, monkeypatc
 
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
-    """What a step takes is then what its arrays have: 2,000 float32 and 3 bfloat16."""
+    """A step then takes what its arrays have: 200,000 float32 and 3 bfloat16."""
     state = {"x": jnp.zeros((2, 100, 1000)), "y": jnp.zeros(3, jnp.bfloat16)}
 
     def disk_full(*_, **__):

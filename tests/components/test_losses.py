@@ -195,7 +195,7 @@ def test_what_is_additive_is_the_same_in_any_microbatches(loss):
 
 
 def test_load_balance_of_microbatches_differs_by_a_covariance():
-    """It is larger than the batch's by E sum_e cov(f_e, P_e) over microbatches, as docs/routing.md says."""
+    """The loss exceeds the batch's by E sum_e cov(f_e, P_e) over microbatches, as docs/routing.md says."""
     (*parts, _), whole = parts_of_example()
     tokens = np.array([s.tokens for s in parts])
     f, P = (np.stack([s.choices_E / (K * s.tokens) for s in parts]), np.stack([s.probs_E / s.tokens for s in parts]))

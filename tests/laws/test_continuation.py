@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import pathlib
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import tensorflow_datasets as tfds
 
 from experiments import train as program
 from experiments.inspect import same_tokens
 from moe_jax.attention import MHA
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
 from moe_jax.continuation import ELSEWHERE, MAY_CHANGE, changes, check_config, check_data
-from moe_jax.data import Folder, SentencePiece, Translation
+from moe_jax.data import Folder, SentencePiece, Tfds, Translation
 from moe_jax.data.identity import data_identity, keep_tokenizers, with_kept_tokenizers
 from moe_jax.data.translation import ToyTranslation
 from moe_jax.experts import MLP
@@ -121,8 +124,8 @@ def test_only_some_fields_may_change():
 def test_a_point_of_a_sweep_keeps_its_rate(exp):
     """Led by hand it would not be what its folder says; it may move to another mesh."""
     saved = json.loads(exp.to_json())
-    moved = dataclasses.replace(exp, mesh=(("data", 4), ("tensor", 2)))
-    assert {change.path for change in check_config(saved, moved, "sweep/a", ELSEWHERE)} == {"mesh.data", "mesh.tensor"}
+    moved = dataclasses.replace(exp, mesh=(("data", 4), ("fsdp", 2)))
+    assert {change.path for change in check_config(saved, moved, "sweep/a", ELSEWHERE)} == {"mesh.data", "mesh.fsdp"}
     other = dataclasses.replace(exp, optim=OptimConfig(schedule=Constant(0.02)))
     with pytest.raises(ValueError, match="sweep/a holds another run"):
         check_config(saved, other, "sweep/a", ELSEWHERE)
@@ -165,6 +168,24 @@ def test_what_differs_is_named():
         check_data(then, {**then, "tokenizer": "d" * 64}, "runs/a")
     with pytest.raises(ValueError, match="tokenizer was 'cccccccccccccccc', is 'nothing'"):
         check_data(then, {"train": then["train"], "held_out": then["held_out"]}, "runs/a")
+
+
+def test_another_version_of_a_data_set_is_other_data(monkeypatch):
+    """By what TFDS says of it: the digests of a run's data follow its version, and are compared."""
+    found = {"version": "1.0.0"}
+
+    def builder(source):
+        splits = {"train": SimpleNamespace(num_bytes=10, shard_lengths=[1])}
+        name, features = f"lm/{found['version']}", {"text": tfds.features.Text()}
+        made = mock.Mock(spec=tfds.core.DatasetBuilder)
+        made.info = SimpleNamespace(full_name=name, features=features, splits=splits)
+        return made
+
+    monkeypatch.setattr("moe_jax.data.records.builder", builder)
+    before = Tfds(name="lm").fingerprint(pathlib.Path())
+    assert Tfds(name="lm").fingerprint(pathlib.Path()) == before
+    found["version"] = "1.0.1"
+    assert Tfds(name="lm").fingerprint(pathlib.Path()) != before
 
 
 def test_a_tokenizer_belongs_to_its_run(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a run leaves behind when something breaks: no state from a streak, no record of what was not saved.
+"""A run that breaks leaves no state from a streak, and no record of a save that failed.
 
 The model is a toy with the functions of a compiled program: what is tried is the loop around it.
 """

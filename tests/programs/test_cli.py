@@ -404,7 +404,7 @@ def test_a_damaged_log_is_not_written_over(tiny, copied):
 
 
 def test_a_full_disk_is_no_mistake(tiny, copied, monkeypatch):
-    """What is whole and what a step takes is said, and the exit code lets a supervisor try again."""
+    """The error says which step is whole and how much one takes; the exit code lets a supervisor try again."""
 
     def full(self, record):
         raise OSError(28, "No space left on device")

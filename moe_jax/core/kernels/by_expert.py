@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.dense import dense_matmul
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 
 SMALLEST_BUCKET = 2**18  # numbers in all rows
 
@@ -37,7 +37,7 @@ def _by_expert_jvp(expert, primals, tangents):
     y_RO, saved = _with_residuals(expert, *primals)
     tangent = partial(_tangent, partial(by_expert_at_once, expert))
     fixed, moving = (*primals, saved), tangents[:2]
-    return y_RO, linear(tangent, partial(_gradient, expert), fixed, moving)
+    return y_RO, linear_map(tangent, partial(_gradient, expert), fixed, moving)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
