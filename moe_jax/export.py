@@ -17,7 +17,7 @@ from moe_jax.files import sha256, write_file, write_sealed
 from moe_jax.inspect.run import TrainedRun
 from moe_jax.models import Call
 
-PROGRAM, STABLEHLO, WEIGHTS, MANIFEST = "model.jax", "model.stablehlo", "weights.safetensors", "manifest.json"
+PROGRAM, STABLEHLO, WEIGHTS, MANIFEST = "program.jax", "program.stablehlo", "weights.safetensors", "manifest.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 KERNELS = (jax_export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton"),)  # they run with the jax of the manifest
 

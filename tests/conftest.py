@@ -2,11 +2,16 @@
 
 import gc
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 PLATFORMS = os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
 if version("jaxlib") < "0.11":  # tests compile more than they compute: this halves it; later ones do not know it
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
+OWNER = "TEST_PROGRAMS" not in os.environ  # workers of xdist, and a pytest that a test starts, share one folder
+PROGRAMS = os.environ.setdefault("TEST_PROGRAMS", tempfile.mkdtemp(prefix="moe_jax_tests_") if OWNER else "")
 
 import jax
 import pytest
@@ -20,6 +25,9 @@ gc.set_threshold(20_000, 20, 50)  # programs are traced all the time: an eighth 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", PLATFORMS == "cpu")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS)  # many tests compile the same program: a third of the time
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser):
@@ -30,6 +38,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if unknown := set(config.getoption("law")) - {law.number for law in LAWS}:
         raise pytest.UsageError(f"--law {min(unknown)} is no law; the laws are 1 to {len(LAWS)} (docs/laws.md).")
+
+
+def pytest_unconfigure():
+    if OWNER:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -5,8 +5,8 @@
 
 Every mutation is one edit of one file. The audit of its law (`experiments.audit --stop --quick --law=N`, of a tiny
 model on at most four simulated devices) must break and say where. The same audit of the code as it is must hold. What
-JAX's own check of replicas (`check_vma`) does not let through is counted apart. The exit code is 1 where a mutation
-survives or the code as it is does not hold. About 15 CPU minutes.
+is refused before it runs, by JAX's check of replicas (`check_vma`) or by a layer, is counted apart. The exit code is 1
+where a mutation survives or the code as it is does not hold. About 15 CPU minutes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.museum.mutant import Mutant
 class Mutation(NamedTuple):
     """One edit, the law that it breaks, and flags of the audit that bring it into play.
 
-    refused: JAX is to say no. test: a test in place of a law, where the audit cannot see it.
+    refused: it is to be refused before it runs. test: a test in place of a law, where the audit cannot see it.
     """
 
     name: str
@@ -544,7 +544,7 @@ def main() -> int:
             bad += not right
             line = f"{outcome.verdict} | {mutation.catch.name} | {outcome.line} | {seconds:.0f}"
             print(f"| {mutation.name} | {line} |", flush=True)
-    print(f"\n{caught} of {sum(not m.refused for m in chosen)} caught; {refused} refused by JAX's own check")
+    print(f"\n{caught} of {sum(not m.refused for m in chosen)} caught; {refused} refused before they run")
     return int(bad > 0)
 
 

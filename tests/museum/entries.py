@@ -9,7 +9,7 @@ from tests.museum.mutant import Mutant
 
 class Entry(NamedTuple):
     """A public bug. threads: "name #number" of issues and pull requests on GitHub,
-    or "name log: title" of a commit. refused: JAX is to say no, before anything is computed."""
+    or "name log: title" of a commit. refused: it is to be refused before anything is computed."""
 
     threads: tuple[str, ...]
     essence: str

@@ -66,7 +66,7 @@ def test_a_manifest_says_what_there_is(run, folder):
     """Shapes and types of weights, inputs and outputs, the config and the files' checksums."""
     manifest = read_sealed(folder / "manifest.json")
     assert {name: about["sha256"] for name, about in manifest["files"].items()} == {
-        name: sha256(folder / name) for name in ("model.jax", "model.stablehlo", "weights.safetensors")
+        name: sha256(folder / name) for name in ("program.jax", "program.stablehlo", "weights.safetensors")
     }
     assert manifest["weights"]["params.embed_VD"] == {"shape": [257, 8], "dtype": "float32"}
     assert manifest["weights"]["router.bias_E"] == {"shape": list(run.router["bias_E"].shape), "dtype": "float32"}
