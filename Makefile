@@ -1,4 +1,4 @@
-# make train | make test | make notebooks | make matrix | make tpu | make gpu | make lint    everything is installed on the way, from uv.lock into .venv
+# make train | make test | make notebooks | make matrix | make faults | make tpu | make gpu | make lint    everything is installed on the way, from uv.lock into .venv
 PYTHON ?= python3
 UV     := .tools/bin/uv
 RUN    := .venv/bin/python
@@ -10,7 +10,7 @@ export UV_PYTHON_DOWNLOADS = never
 export UV_LINK_MODE = copy
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup train test notebooks matrix museum mutations tpu gpu lint format clean
+.PHONY: setup train test notebooks matrix museum mutations faults tpu gpu lint format clean
 .DELETE_ON_ERROR:
 
 train: setup
@@ -18,7 +18,7 @@ train: setup
 
 # Whole files go to a worker, those that take long first: none is left alone with one at the end.
 test: setup
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/laws tests/programs tests/components
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/laws tests/programs tests/components tests/faults
 
 matrix: setup
 	$(RUN) -m pytest -n 2 --dist loadgroup -m matrix
@@ -29,6 +29,10 @@ museum: setup
 
 mutations: setup
 	$(RUN) -m tests.mutations
+
+# Hostile input and broken machines, as a whole; tests/faults says what there is.
+faults: setup
+	$(RUN) -m pytest tests/faults -m "faults or not faults" --durations=10
 
 # Compiles for slices of TPU pods: no TPU is needed, but its compiler, which gets an environment of its own.
 tpu:

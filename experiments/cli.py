@@ -26,6 +26,8 @@ from experiments.launch import join, pulse
 from experiments.launch.interruption import Interrupted
 from experiments.launch.supervisor import MISTAKE
 from moe_jax.config import SECTIONS, Experiment, build, typed
+from moe_jax.core.quoted import brief, quoted
+from moe_jax.costs.fit import check_size
 from moe_jax.files import is_disk_full, write_file
 from moe_jax.overrides import known_fields, override
 from moe_jax.reporting.metrics import to_json
@@ -52,6 +54,7 @@ EXAMPLES = (
 TRY_AGAIN = 75  # exit code of a disk without room, EX_TEMPFAIL of sysexits.h: the same command may succeed later
 ROOT = pathlib.Path(__file__).parents[1]  # where the packages are: the repository, or site-packages
 OWN = tuple(str(ROOT / package) for package in ("moe_jax", "experiments"))
+TOO_MUCH = (RecursionError, MemoryError, OverflowError)  # what Python says to inputs that are too deep or too large
 STDOUT: contextvars.ContextVar[TextIO] = contextvars.ContextVar("STDOUT")  # for JSON, where text goes to stderr
 
 
@@ -76,7 +79,7 @@ def run(main: Callable[..., None]) -> None:
         if join.connected() and not (isinstance(interrupt, Interrupted) and interrupt.together):
             join.abandon(code)
         sys.exit(code)
-    except (ValueError, OSError, TrainingDiverged, flags.Error) as error:
+    except (*TOO_MUCH, ValueError, OSError, TrainingDiverged, flags.Error) as error:
         if "--traceback" in sys.argv and not join.connected():
             raise
         if "--traceback" in sys.argv:
@@ -339,14 +342,18 @@ def stdout_for_json() -> Iterator[None]:
 # ---------------------------------------------------------------- configs
 
 
-def experiment(default: str | None = None, *more: str) -> Experiment:
+def experiment(default: str | None = None, *more: str, any_size: bool = False) -> Experiment:
     """The experiment of --config, with every --config.a.b=VALUE set in it, in any order; built once, after all of them.
 
     default: the file without --config. more: overrides of the program's own, which win over those of the command line.
+    any_size: whether it may be larger than all that could hold it; the program then looks at its size itself.
     """
     if not (file := FLAGS["config"].value or default):
         raise ValueError("No experiment was given; say --config=configs/glam_nano.py, for instance.")
-    return build(overridden(load(file), [*split(sys.argv)[1], *more]))
+    exp = build(overridden(load(file), [*split(sys.argv)[1], *more]))
+    if not any_size:
+        check_size(exp)
+    return exp
 
 
 def overridden(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -383,17 +390,16 @@ def load(file: str) -> dict[str, Any]:
     path = config_file(name)
     try:
         config = runpy.run_path(str(path))["get_config"](*([argument] if argument else []))
+        config = config.to_dict() if isinstance(config, ConfigDict) else config
     except KeyError as error:
         missing = error.args == ("get_config",)
         reason = "it defines no get_config()" if missing else f"KeyError: {error}"
         raise ValueError(f"{name} is not a config file: {reason}.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{name} is not a config file: {reason} (--traceback shows where).") from error
-    if isinstance(config, ConfigDict):
-        config = config.to_dict()
-    if not isinstance(config, Mapping):
-        raise ValueError(f"{name} is not a config file: get_config() gave {config!r}, not a ConfigDict.")
+    if not isinstance(config, Mapping) or not all(isinstance(section, str) for section in config):
+        raise ValueError(f"{name} is not a config file: get_config() gave {quoted(config)}, not a ConfigDict.")
     return dict(config)
 
 
@@ -420,8 +426,9 @@ def question(file: pathlib.Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message without its line breaks, and with at most a hundred characters of anything given."""
+    words = [part for word in sys.argv[1:] for part in (word, word.partition("=")[2])]
+    return brief(str(error), words) or type(error).__name__
 
 
 def where(error: BaseException) -> str:

@@ -14,7 +14,6 @@ linearly in the logarithm of the steps. Without --moe and --dense, the numbers o
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.compare.runs import find, open_runs
+from moe_jax.files import parse_json
 from moe_jax.reporting import plots
 from moe_jax.reporting.plots import Curve, Plot
 
@@ -141,7 +141,7 @@ def figure(it: Losses) -> Plot:
 
 def load(path: pathlib.Path) -> Losses:
     """Reads what --json has written."""
-    values = json.loads(path.read_text())
+    values = parse_json(path.read_text())
     by_seed = lambda losses: {int(seed): loss for seed, loss in losses.items()}  # noqa: E731
     dense = {int(steps): by_seed(losses) for steps, losses in values["dense"].items()}
     return Losses(values["steps"], values["ratio"], by_seed(values["moe"]), dense)
@@ -151,7 +151,7 @@ def main() -> None:
     file, out = cli.file("json", JSON.value), cli.file("out", OUT.value, (".svg", ".png"))
     given: Sequence[Any] = (MOE.value, DENSE.value, RATIO.value)
     if None not in given:
-        if RATIO.value <= 0:
+        if not 0 < RATIO.value < math.inf:
             raise ValueError(
                 f"--ratio={RATIO.value} is no ratio of times; give the one that experiments.bench.steps prints."
             )

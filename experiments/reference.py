@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from experiments import cli
 from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
-from moe_jax.config import COMPONENTS, KINDS, LISTS, SECTIONS, in_words
+from moe_jax.config import COMPONENTS, KINDS, LISTS, SECTIONS
+from moe_jax.core.ranges import in_words
 from moe_jax.core.shard import AXES
 from moe_jax.data import OBJECTIVES, SOURCES, TOKENIZERS
 from moe_jax.dispatch import DISPATCHERS
@@ -96,6 +97,8 @@ A path goes on into a component, as the first four do, and into components insid
 - Flags may stand in any order: a component as a whole goes before its fields. Of two flags for one path the last
   counts.
 - The config is checked once, with all flags in it, so that a flag may mend what is wrong in the file.
+- Every number has a range, an interval: [0, 1) has 0, but not 1. A number outside of it, or that float32 rounds out of
+  it, is refused before anything is computed.
 - A name that is no field here, but one elsewhere (`num_experts`, `lr`, ...), is answered by the flag to type.
 
 `--print_config` of `experiments.train` shows the result. This page is written by `python -m experiments.reference
@@ -140,7 +143,7 @@ def section(path: str) -> str:
 
 def mesh() -> str:
     """The table of the mesh's axes."""
-    rows = [(f"`config.mesh.{axis}`", "a whole number, or -1 for the rest", "`1`") for axis in AXES]
+    rows = [(f"`config.mesh.{axis}`", "a whole number in [1, 2**31), or -1 for the rest", "`1`") for axis in AXES]
     return (
         f"### config.mesh\n\nDevices along each axis; see [parallelism](parallelism.md).\n\n{markdown(HEAD[:3], rows)}"
     )
@@ -170,7 +173,7 @@ def takes(cls: type, name: str) -> str:
     kinds = [
         f"[{kind.title.lower()}](#{anchor(kind.title)})" for kind in COMPONENT_KINDS if set(kind.components) & {*known}
     ]
-    hint = typing.get_type_hints(cls)[name]
+    hint = typing.get_type_hints(cls, include_extras=True)[name]
     if not kinds or (cls in COMPONENTS.values() and hint is not Any):
         return in_words(hint)
     kinds += ["the fields of `config.model.moe`"] * (MoEConfig in known) + ["None"] * (types.NoneType in known)

@@ -67,7 +67,7 @@ FILES = (*BEGUN, KEPT, "tensorboard", "report.html", PROCESSES, *TOKENIZER_FILES
 def main() -> None:
     if not PRINT_CONFIG.value:
         cli.connect()
-    exp = cli.experiment()
+    exp = cli.experiment(any_size=True)
     if PRINT_CONFIG.value:
         print(exp.to_json())
         return

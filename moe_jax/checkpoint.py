@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_jax.files import sha256
-from moe_jax.manifest import MANIFEST, STATE, present_steps, read_manifest, step_problem, write_manifest
+from moe_jax.manifest import MANIFEST, STATE, present_steps, read_step, step_problem, write_manifest
 from moe_jax.room import room_told
 
 TRASH = "deleted-"
@@ -205,7 +205,7 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return read_manifest(self.directory / str(step))
+            return read_step(self.directory / str(step))
         except ValueError as problem:
             raise ValueError(f"checkpoint {self.directory / str(step)} is damaged ({problem})") from None
 
@@ -321,16 +321,17 @@ def check_path(directory: str | Path, forbidden: str = SEPARATOR + PATTERN) -> N
 
     forbidden: characters; to read, those of a pattern do no harm.
     """
-    wrong = sorted(set(forbidden).intersection(str(directory)))
+    place = str(Path(directory).absolute())
+    wrong = sorted(set(forbidden).intersection(place))
     if wrong:
         raise ValueError(
-            f"checkpoints cannot be kept in {str(directory)[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "
+            f"checkpoints cannot be kept in {place[-100:]!r}: orbax reads {' '.join(wrong)} in a path as a "
             "pattern or a separator; choose a path without, runs/lr_0.1 for instance"
         )
     try:
-        str(directory).encode()
+        place.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"checkpoints need a path in UTF-8, and {str(directory)[-100:]!r} is none") from None
+        raise ValueError(f"checkpoints need a path in UTF-8, and {place[-100:]!r} is none") from None
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -12,11 +12,24 @@ import pathlib
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
+import numpy as np
 
 from moe_jax.attention import ATTENTION, POSITIONS, SCALINGS
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import (
+    UNIONS,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    check_ranges,
+    check_value,
+    fits,
+    without_range,
+)
 from moe_jax.core.shard import AXES, RULES, TOKEN_AXES
 from moe_jax.data import (
     OBJECTIVES,
@@ -32,6 +45,7 @@ from moe_jax.data import (
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.exchanges import EXCHANGES, AllToAll
 from moe_jax.experts import EXPERTS
+from moe_jax.files import parse_json
 from moe_jax.gating import GATING
 from moe_jax.losses import LOSSES
 from moe_jax.models import MODELS, LMConfig, Model
@@ -40,6 +54,7 @@ from moe_jax.moe import MoEConfig, check_divides, check_mesh
 from moe_jax.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from moe_jax.routers import ROUTERS
 from moe_jax.words import meant, meant_field
+from moe_jax.xla import check_options
 
 LAYERS = (ATTENTION, POSITIONS, SCALINGS, ROUTERS, GATING, EXPERTS, DISPATCHERS, EXCHANGES, LOSSES)
 REGISTERED = (*LAYERS, OPTIMIZERS, SCHEDULES, SOURCES, OBJECTIVES, TOKENIZERS)
@@ -65,8 +80,12 @@ KINDS: dict[str, tuple[type, ...]] = {
     "losses": LOSSES,
 }
 LISTS = ("attention", "gating", "losses")
-WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 NOT_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)  # what ast says to it
+LONGEST, DEEPEST = 10_000, 50  # characters, or bits of a number, and levels of a text that is parsed
+
+
+Seed = Annotated[int, Range(0, 2**32, "[)")]
+Devices = Annotated[int, Range(-1, 2**31, "[)")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +104,14 @@ class DataConfig:
 
     source: Any = Corpus()
     tokenizer: Any = Bytes()
-    L: int = 64
-    B: int = 32
-    microbatches: int = 1
+    L: PositiveInt = 64
+    B: PositiveInt = 32
+    microbatches: PositiveInt = 1
     objective: Any = NextToken()
-    documents: int | None = None
+    documents: PositiveInt | None = None
 
     def __post_init__(self):
+        check_ranges(self)
         if self.documents is not None and not {"documents", "pairs"} & set(dir(type(self.source))):
             raise ValueError(f"documents={self.documents} limits text, and {self.source} has none; set it to None.")
 
@@ -121,25 +141,26 @@ class RunConfig:
     max_bad_steps: training stops after so many steps in a row with a non-finite loss or gradient.
     watts: power of a chip or a CPU core in W, for the energy in the run's last record (`costs.energy`); None takes what
         is published. pue: power usage effectiveness of the data centre. carbon: kg of CO2e per kWh.
+    xla: options of the compiler on TPU, separated by commas: sets (async_collectives, scoped_vmem) and xla_name=value;
+        docs/planning.md has them.
     """
 
-    steps: int = 1000
-    log_every: int = 20
-    eval_every: int = 500
-    eval_sequences: int = 2048
-    save_every: int = 500
-    keep_last: int = 2
-    keep_best: int = 1
-    max_bad_steps: int = 10
-    watts: float | None = None
-    pue: float = 1.1
-    carbon: float = 0.429
+    steps: PositiveInt = 1000
+    log_every: PositiveInt = 20
+    eval_every: PositiveInt = 500
+    eval_sequences: PositiveInt = 2048
+    save_every: PositiveInt = 500
+    keep_last: PositiveInt = 2
+    keep_best: NonNegativeInt = 1
+    max_bad_steps: PositiveInt = 10
+    watts: NonNegativeFloat | None = None
+    pue: Annotated[float, Range(1, math.inf, "[)")] = 1.1
+    carbon: NonNegativeFloat = 0.429
+    xla: str = ""
 
     def __post_init__(self):
-        if not (0 <= (self.watts or 0) < math.inf and 0 <= self.carbon < math.inf):
-            raise ValueError(f"watts={self.watts} and carbon={self.carbon} must be numbers that are not negative.")
-        if not 1 <= self.pue < math.inf:
-            raise ValueError(f"pue={self.pue} must be at least 1, which is a data centre that wastes nothing.")
+        check_ranges(self)
+        check_options(self.xla)
 
     @property
     def intervals(self) -> dict[str, int]:
@@ -159,17 +180,16 @@ class Experiment:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
-    mesh: tuple[tuple[str, int], ...] = ()
-    seed: int = 0
+    mesh: tuple[tuple[str, Devices], ...] = ()
+    seed: Seed = 0
 
     def __post_init__(self):
         _check_names("config.mesh", dict(self.mesh), AXES)
         object.__setattr__(self, "mesh", tuple((axis, dict(self.mesh).get(axis, 1)) for axis in AXES))
-        _check_seed(self.seed)
+        check_value("config.seed=#", self.seed, Seed)
         _check_mesh(dict(self.mesh))
         _check_objective(self)
         _check_batch(self)
-        _check_positive(self.run, "run", zero_is_fine=("keep_best",))
         self.optim.build(self.run.steps)  # says if the schedule does not fit
 
     @property
@@ -194,7 +214,7 @@ class Experiment:
 
     @classmethod
     def from_json(cls, text: str) -> "Experiment":
-        return build(json.loads(text))
+        return build(parse_json(text))
 
 
 def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
@@ -205,10 +225,10 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     sections = ("model", "data", "optim", "run", "mesh")
     config = {**{name: {} for name in sections}, "seed": 0, **config}
     for name in sections:
-        if not isinstance(config[name], Mapping):
-            raise ValueError(f"config.{name}={config[name]!r} must be a dict of fields; set them one by one.")
+        if not isinstance(config[name], Mapping) or not all(isinstance(field, str) for field in config[name]):
+            raise ValueError(f"config.{name}={quoted(config[name])} must be a dict of fields; set them one by one.")
     check_version(config)
-    _check_seed(config["seed"])
+    check_value("config.seed=#", config["seed"], Seed)
     _check_mesh(config["mesh"])
     data = _section("data", DataConfig, config["data"])
     model = dict(config["model"])
@@ -216,7 +236,7 @@ def build(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Experiment:
     for name in data.sizes:
         if name in model:
             parts = ", ".join(f"config.data.{part}" for part in ("source", "tokenizer", "objective"))
-            raise ValueError(f"config.model.{name}={model[name]!r} is the data's to say; set {parts}.")
+            raise ValueError(f"config.model.{name}={quoted(model[name])} is the data's to say; set {parts}.")
     sizes = {name: n for name, n in data.sizes.items() if name in typing.get_type_hints(cls)}
     if isinstance(moe := model.get("moe"), Mapping):
         model["moe"] = _section("model.moe", MoEConfig, moe)
@@ -286,38 +306,67 @@ def parse(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> Any:
 
 def read_call(text: str, known: Iterable[type] = tuple(COMPONENTS.values())) -> ComponentCall:
     """A constructor call as data: its names are checked, its values are not."""
+    return _call(text, syntax(text), known)
+
+
+def _call(text: str, node: ast.expr | None, known: Iterable[type]) -> ComponentCall:
+    """The constructor call that is written at a node of the syntax of `text`."""
     names = {c.__name__: c for c in known if c.__name__ in COMPONENTS}
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except NOT_LITERAL:
-        node = None
     if isinstance(node, ast.Name) and node.id in names:
-        raise ValueError(f"{text!r} is not a call; write {node.id + '()'!r}, with its arguments.")
+        raise ValueError(f"{quoted(text)} is not a call; write {node.id + '()'!r}, with its arguments.")
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        raise ValueError(f"{text!r} is not a component; write its constructor call, like 'TopK(K=2)'.")
+        raise ValueError(f"{quoted(text)} is not a component; write its constructor call, like 'TopK(K=2)'.")
     if (name := node.func.id) not in names:
         what = "cannot stand here" if name in COMPONENTS else "is unknown"
-        raise ValueError(f"Component {name!r} {what}{suggestion(name, names)}")
+        raise ValueError(f"Component {quoted(name)} {what}{suggestion(name, names)}")
     cls = names[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     if len(node.args) > len(fields):
-        raise ValueError(f"{text!r} has {len(node.args)} arguments; {name} takes {', '.join(fields) or 'none'}.")
+        raise ValueError(f"{quoted(text)} has {len(node.args)} arguments; {name} takes {', '.join(fields) or 'none'}.")
     pairs = [*zip(fields, node.args, strict=False), *((k.arg or "**", k.value) for k in node.keywords)]
     for argument, _ in pairs:
         check_argument(cls, argument)
     if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"{text!r} gives an argument twice; give it once.")
+        raise ValueError(f"{quoted(text)} gives an argument twice; give it once.")
     return ComponentCall(cls, {argument: _argument(text, value) for argument, value in pairs})
+
+
+def syntax(text: str) -> ast.expr | None:
+    """The expression that a text writes, as Python's syntax; None where it writes none, or is too long or too deep."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body if len(text) <= LONGEST else None
+    except NOT_LITERAL:
+        return None
+    level: list[ast.AST] = [] if node is None else [node]
+    for _ in range(DEEPEST):
+        if any(_endless(part) for part in level):
+            return None
+        level = [child for parent in level for child in ast.iter_child_nodes(parent)]
+    return None if level else node
+
+
+def _endless(node: ast.AST) -> bool:
+    """Tells whether a node is a whole number that Python might not print: it writes no more than 4300 digits."""
+    value = node.value if isinstance(node, ast.Constant) else None
+    return isinstance(value, int) and value.bit_length() > LONGEST
+
+
+def literal(text: str) -> Any:
+    """The Python value that a text writes, or the text."""
+    try:
+        return text if (node := syntax(text)) is None else ast.literal_eval(node)
+    except NOT_LITERAL:
+        return text
 
 
 def _argument(text: str, node: ast.expr) -> Any:
     """A literal, or a component's constructor call; `text` is where it stands."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPONENTS:
-        return read_call(ast.unparse(node))
+        return _call(text, node, COMPONENTS.values())
     try:
         return ast.literal_eval(node)
     except NOT_LITERAL:
-        raise ValueError(f"The arguments of {text!r} must be plain values: numbers, strings, None.") from None
+        raise ValueError(f"The arguments of {quoted(text)} must be plain values: numbers, strings, None.") from None
 
 
 def _made(call: ComponentCall) -> Any:
@@ -346,7 +395,7 @@ def check_argument(cls: type, name: str, what: str = "", value: str = "VALUE", r
     takes = "" if "there are" in ending else f" {cls.__name__} takes {', '.join(fields) or 'no arguments'}."
     given = f"{what}={cls.__name__}({'...' if fields else ''})"
     here = f"{given} has no field" if what else f"{cls.__name__} has no argument"
-    raise ValueError(f"{here} {name!r}{ending}{takes}")
+    raise ValueError(f"{here} {quoted(name)}{ending}{takes}")
 
 
 def _field_names(cls: type) -> list[str]:
@@ -360,8 +409,8 @@ def kind_of(model: Model) -> str:
 
 def _kind(name: Any) -> type:
     """The model of this name."""
-    if name not in MODELS:
-        raise ValueError(f"config.model.kind={name!r} is unknown{suggestion(str(name), MODELS)}")
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(f"config.model.kind={quoted(name)} is unknown{suggestion(str(name), MODELS)}")
     return MODELS[name]
 
 
@@ -391,16 +440,14 @@ def _component(path: str, value: Any, known: tuple[type, ...]) -> Any:
     value = None if value == "None" else value
     if not isinstance(value, known):
         names = ", ".join(f"'{c.__name__}(...)'" for c in known if c.__name__ in COMPONENTS)
-        raise ValueError(f"{path}={value!r} must be one of {names}.")
+        raise ValueError(f"{path}={quoted(value)} must be one of {names}.")
     return value
 
 
 def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for name, value in values.items():
-        if not fits(value, hints[name]):
-            given = f"{what}.{name}={value!r}" if what.startswith("config") else f"{what}({name}={value!r}): it"
-            raise ValueError(f"{given} must be {in_words(hints[name])}.")
+        check_value(f"{what}.{name}=#" if what.startswith("config") else f"{what}({name}=#)", value, hints[name])
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise ValueError(f"{what} needs {', '.join(missing)}.")
@@ -410,35 +457,12 @@ def _construct(what: str, cls: type, values: Mapping[str, Any]) -> Any:
         raise ValueError(f"{what}: {error}" if what.startswith("config") else str(error)) from None
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Tells whether a plain value has the annotated type; containers are not looked into."""
-    if hint is Any:
-        return True
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(fits(value, h) for h in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    if kind in (int, float) and (isinstance(value, bool) or not _finite(value)):
-        return False
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def _number(value: Any, hint: Any) -> Any:
-    """A whole number as a float, where a float is meant, so that equal experiments print the same."""
-    wanted = typing.get_args(hint) or (hint,)
+    """Python's number of this type, so that equal experiments print the same: 2 as 2.0, where a float is meant."""
+    value = value.item() if isinstance(value, np.generic) else value
+    wanted = [without_range(h) for h in (typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,))]
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if whole and float in wanted and int not in wanted else value
-
-
-def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def in_words(hint: Any) -> str:
-    """A type, in words."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(in_words(h) for h in typing.get_args(hint))
-    kind = typing.get_origin(hint) or hint
-    return "None" if kind is types.NoneType else WORDS.get(kind, f"a {kind.__name__.lower()}")
 
 
 def _check_names(what: str, given: Iterable[str], known: Collection[str]) -> None:
@@ -455,7 +479,7 @@ def unknown(what: str, name: str, known: Collection[str], value: str = "VALUE", 
     if (new := RENAMED.get(f"{what}.{name}".removeprefix("config."))) is not None:
         flag = typed(f"{what}.{new}{rest}".removeprefix("config."), value)
         return ValueError(f"{what}.{name} is {what}.{new} since moe_jax 0.3; {flag}.")
-    return ValueError(f"{what} has no field {name!r}{advice(what, name, known, value, rest)}")
+    return ValueError(f"{what} has no field {quoted(name)}{advice(what, name, known, value, rest)}")
 
 
 def advice(what: str, name: str, known: Collection[str], value: str, rest: str) -> str:
@@ -484,23 +508,11 @@ def suggestion(name: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known) or 'none'}."
 
 
-def _check_positive(section: Any, path: str, zero_is_fine: tuple[str, ...] = ()) -> None:
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if isinstance(value, int) and value < (0 if f.name in zero_is_fine else 1):
-            raise ValueError(f"config.{path}.{f.name}={value} must be positive.")
-
-
-def _check_seed(seed: Any) -> None:
-    if not fits(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"config.seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
-
-
 def _check_mesh(mesh: Mapping[str, Any]) -> None:
     _check_names("config.mesh", mesh, AXES)
     for axis, n in mesh.items():
-        if not fits(n, int) or (n < 1 and n != -1):
-            raise ValueError(f"config.mesh.{axis}={n!r} must be a number of devices, or -1 for the rest.")
+        if not fits(n, Devices) or n == 0:
+            raise ValueError(f"config.mesh.{axis}={quoted(n)} must be a number of devices, or -1 for the rest.")
     if list(mesh.values()).count(-1) > 1:
         raise ValueError("config.mesh: only one axis can be -1, the rest of the devices.")
 
@@ -567,7 +579,6 @@ def _check_objective(exp: Experiment) -> None:
 def _check_batch(exp: Experiment) -> None:
     """Refuses a batch that does not divide over the mesh, microbatches and routing groups."""
     mesh, data, model = dict(exp.mesh), exp.data, exp.model
-    _check_positive(data, "data")
     sizes = {axis: max(n, 1) for axis, n in mesh.items()}  # the rest may turn out to be one device
     shards = math.prod(sizes[axis] for axis in TOKEN_AXES)
     if data.B % (shards * data.microbatches):

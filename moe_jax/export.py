@@ -17,7 +17,7 @@ from moe_jax.files import sha256, write_file, write_sealed
 from moe_jax.inspect.run import TrainedRun
 from moe_jax.models import Call
 
-PROGRAM, STABLEHLO, WEIGHTS, MANIFEST = "model.jax", "model.stablehlo", "weights.safetensors", "manifest.json"
+PROGRAM, STABLEHLO, WEIGHTS, MANIFEST = "program.jax", "program.stablehlo", "weights.safetensors", "manifest.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 KERNELS = (jax_export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton"),)  # they run with the jax of the manifest
 
@@ -42,15 +42,15 @@ def export_model(run: TrainedRun, B: int | None = None, platforms: Sequence[str]
     ValueError for an unknown platform, or B < 1.
     """
     if not platforms or set(platforms) - set(PLATFORMS):
-        given = ", ".join(platforms) or "none"
-        raise ValueError(f"platforms={given[:100]}: name one or several of {', '.join(PLATFORMS)}.")
+        listed = ", ".join(platforms) or "none"
+        raise ValueError(f"platforms={listed[:100]}: name one or several of {', '.join(PLATFORMS)}.")
     if B is not None and B < 1:
         raise ValueError(f"A program for B={B} rows computes nothing; use B >= 1.")
     weights, tree = named(run.weights), jax.tree.structure(run.weights)
     names, shapes = list(weights), run.exp.data.shapes(run.exp.data.B if B is None else B)
 
     def outputs(weights: Mapping[str, Array], inputs: Mapping[str, Array]) -> Array:
-        both = tree.unflatten([weights[name] for name in names])
+        both = jax.tree.unflatten(tree, [weights[name] for name in names])
         unused = {n: jnp.zeros(s.shape, s.dtype) for n, s in shapes._asdict().items() if n not in inputs}
         batch = type(shapes)(**inputs, **unused)
         return run.exp.model.dropless().apply(both["params"], batch, Call(router=both["router"]))[0]
@@ -96,15 +96,15 @@ def write_export(run: TrainedRun, program: ModelProgram, folder: Path) -> dict[s
         "jax": jax.__version__,
         "platforms": list(exported.platforms),
         "calling_convention_version": exported.calling_convention_version,
-        "weights": {name: describe(a) for name, a in program.weights.items()},
-        "inputs": {name: describe(a) for name, a in program.inputs.items()},
-        "outputs": [describe(a) for a in exported.out_avals],
+        "weights": {name: array_spec(a) for name, a in program.weights.items()},
+        "inputs": {name: array_spec(a) for name, a in program.inputs.items()},
+        "outputs": [array_spec(a) for a in exported.out_avals],
         "files": {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in files.items()},
     }
     write_sealed(folder / MANIFEST, content)
     return content
 
 
-def describe(a: Any) -> dict[str, Any]:
+def array_spec(a: Any) -> dict[str, Any]:
     """Shape and type of an array, as JSON."""
     return {"shape": list(a.shape), "dtype": str(a.dtype)}

@@ -15,7 +15,7 @@ class Health:
 
     A loss is a spike where it is at least seven standard deviations above the mean of the last 1,000, as in the spike
     score of OLMo 2 (arXiv:2501.00656, section 3). A step is in trouble where its loss is a spike or its loss or
-    gradient is not finite; so may be the parameters that it was computed from.
+    gradient is not finite; so may be the parameters that it was computed from. A continuation compares anew.
     """
 
     def __init__(self, step: int = 0, skipped_in_a_row: int = 0):

@@ -1,6 +1,6 @@
 """A lock on the workdir of a run: one run at a time writes there, from this machine or from another that sees it.
 
-<workdir>/run.lock is made with O_EXCL, says whose it is, and is touched every `BEAT` seconds. Who finds one
+<workdir>/workdir.lock is made with O_EXCL, says whose it is, and is touched every `BEAT` seconds. Who finds one
 
 - of a process of this machine is refused while that process lives, and takes the lock over when it is gone, by
   whatever end (SIGKILL, a reboot);
@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 
-FILE = "run.lock"
+FILE = "workdir.lock"
 BEAT = 10.0  # seconds between two signs of life
 SILENCE = 90.0  # seconds without one, of a process that cannot be seen: above what network file systems cache
 LOOK = 0.2  # seconds between two looks

@@ -44,7 +44,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
     write_sealed(directory / MANIFEST, {**facts, "files": sums})
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_step(directory: Path) -> dict[str, Any]:
     """The manifest of a step's folder; ValueError says in a few words what is wrong with it."""
     if directory.exists() and not directory.is_dir():
         raise ValueError("it is a file, not a folder")
@@ -66,7 +66,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def step_problem(directory: Path, hashes: bool = True) -> str | None:
     """Describes what is wrong with a step's files; None where they are what the manifest says."""
     try:
-        files = read_manifest(directory)["files"]
+        files = read_step(directory)["files"]
         for name, (size, _) in files.items():
             _check_size(directory / name, name, size)
     except ValueError as problem:
@@ -84,7 +84,7 @@ def step_problem(directory: Path, hashes: bool = True) -> str | None:
 
 def step_bytes(directory: Path) -> int:
     """Bytes of a step's files; ValueError without a manifest."""
-    return sum(size for size, _ in read_manifest(directory)["files"].values())
+    return sum(size for size, _ in read_step(directory)["files"].values())
 
 
 def _check_size(path: Path, name: str, size: int) -> None:

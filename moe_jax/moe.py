@@ -86,6 +86,8 @@ def forward(
     x_GSD, mask_GS = x_BLD.reshape(-1, S, D), mask_BL.reshape(-1, S)
     ctx = context(cfg, here, state, key, len(x_GSD), jax.tree.map(lambda a: a.reshape(-1, S, *a.shape[2:]), ids))
     routing = cfg.router(here.pvary(params.router), x_GSD, mask_GS, ctx)
+    # Choices to replay are the caller's: they may repeat an expert.
+    here = dataclasses.replace(here, distinct=1 if ids.expert_BLK is not None else cfg.distinct)
     inner_GSD = here.tensor_enter(x_GSD)
     experts = gather_params(here, here.pvary(params.experts), x_GSD.dtype, "E")
     y_GSO, kept = cfg.dispatch(inner_GSD, routing, cfg.experts, experts, here)

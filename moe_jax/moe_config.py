@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moe_jax.core import dims
+from moe_jax.core.ranges import PositiveFloat, PositiveInt, check_ranges
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.stats import Stats
 from moe_jax.core.traits import Traits, traits
@@ -39,7 +40,7 @@ class MoEConfig:
     init_scale: router and experts start with std sqrt(init_scale / fan_in); Switch found 0.1 more stable.
     """
 
-    E: int
+    E: PositiveInt
     router: Any = TopK(K=2)
     experts: Any = MLP(F=1024)
     dispatch: Any = Scatter()
@@ -47,11 +48,12 @@ class MoEConfig:
     gating: tuple[Any, ...] = ()
     shared: Any = None
     losses: tuple[Any, ...] = (LoadBalance(0.01), RouterZ(0.001))
-    S: int | None = None
-    tasks: int = 1
-    init_scale: float = 1.0
+    S: PositiveInt | None = None
+    tasks: PositiveInt = 1
+    init_scale: PositiveFloat = 1.0
 
     def __post_init__(self):
+        check_ranges(self)
         object.__setattr__(self, "gating", tuple(self.gating))  # hashable
         object.__setattr__(self, "losses", tuple(self.losses))
         router = type(self.router).__name__
@@ -83,17 +85,16 @@ class MoEConfig:
                 f"shared={self.shared} has another output width than experts={self.experts}, but both are added up; "
                 "give both the same O, or none (the width of the input)."
             )
-        if self.S is not None and self.S < 1:
-            raise ValueError(f"S={self.S} tokens per routing group; it must be positive, or None for a sequence.")
-        if self.tasks < 1:
-            raise ValueError(f"tasks={self.tasks} must be at least 1, which tells none apart.")
-        if self.init_scale <= 0:
-            raise ValueError(f"init_scale={self.init_scale} must be positive.")
 
     @property
     def traits(self) -> Traits:
         """Traits of the router."""
         return traits(self.router)
+
+    @property
+    def distinct(self) -> int:
+        """Choices of a token that are known to be different experts; 1 where nothing is known."""
+        return self.router.K if self.traits.distinct else 1
 
     @property
     def causal(self) -> bool:

@@ -14,7 +14,7 @@ def printable(name: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if _breaks(c) else c for c in name)
 
 
-def shortened(name: str, most: int) -> str:
+def without_middle(name: str, most: int) -> str:
     """Cuts the middle out of a name of more than `most` characters; its beginning and its end tell it from others."""
     if len(name) <= most:
         return name

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -10,14 +10,20 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.core import dims
+from moe_jax.core.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_ranges
+
+Decay = Annotated[float, Range(0, 1, "[)")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """Linear warm-up over `warmup` steps to `peak`, then constant."""
 
-    peak: float  # largest learning rate
-    warmup: int = 0  # steps in which the rate rises to its peak
+    peak: PositiveFloat  # largest learning rate
+    warmup: NonNegativeInt = 0  # steps in which the rate rises to its peak
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, steps: int) -> optax.Schedule:
         return _warm(self, optax.constant_schedule(self.peak))
@@ -27,8 +33,11 @@ class Constant:
 class InverseSqrt:
     """Linear warm-up to `peak`, then peak * sqrt(warmup / step) (T5's schedule)."""
 
-    peak: float
-    warmup: int = 100
+    peak: PositiveFloat
+    warmup: PositiveInt = 100
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, steps: int) -> optax.Schedule:
         return _warm(self, lambda step: self.peak * (self.warmup / (step + self.warmup)) ** 0.5)
@@ -38,9 +47,12 @@ class InverseSqrt:
 class Cosine:
     """Linear warm-up to `peak`, then half a cosine down to floor * peak at the last step (arXiv:1608.03983)."""
 
-    peak: float
-    warmup: int = 0
-    floor: float = 0.1
+    peak: PositiveFloat
+    warmup: NonNegativeInt = 0
+    floor: Annotated[float, Range(0, 1)] = 0.1
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, steps: int) -> optax.Schedule:
         return _warm(self, optax.cosine_decay_schedule(self.peak, max(steps - self.warmup, 1), self.floor))
@@ -50,10 +62,13 @@ class Cosine:
 class WSD:
     """Warm-up, stable, decay: linearly down to floor * peak over the last `decay` steps (arXiv:2404.06395)."""
 
-    peak: float
-    warmup: int = 0
-    decay: int = 0
-    floor: float = 0.0
+    peak: PositiveFloat
+    warmup: NonNegativeInt = 0
+    decay: NonNegativeInt = 0
+    floor: Annotated[float, Range(0, 1)] = 0.0
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, steps: int) -> optax.Schedule:
         stable = steps - self.warmup - self.decay
@@ -62,10 +77,7 @@ class WSD:
 
 
 def _check(schedule: Any, steps: int) -> None:
-    """Refuses a schedule that has no learning rate to give, or does not fit into a run of this many steps."""
-    least = 1 if isinstance(schedule, InverseSqrt) else 0
-    if schedule.peak <= 0 or schedule.warmup < least:
-        raise ValueError(f"{schedule}: peak must be positive and warmup at least {least}.")
+    """Refuses a schedule that does not fit into a run of this many steps."""
     if isinstance(schedule, WSD) and schedule.decay and schedule.warmup + schedule.decay > steps:
         raise ValueError(f"{schedule} does not fit into {steps} steps; shorten its warm-up or decay.")
 
@@ -82,10 +94,13 @@ def _warm(schedule: Any, after: optax.Schedule) -> optax.Schedule:
 class AdamW:
     """arXiv:1711.05101."""
 
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root of that mean
-    weight_decay: float = 0.1  # of matrices, in multiples of the learning rate
+    b1: Decay = 0.9  # decay of the mean of gradients
+    b2: Decay = 0.95  # decay of the mean of their squares
+    eps: PositiveFloat = 1e-8  # added to the root of that mean
+    weight_decay: NonNegativeFloat = 0.1  # of matrices, in multiples of the learning rate
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
         return optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=decayed)
@@ -98,11 +113,14 @@ class Adafactor:
     Updates are scaled by their parameter's size where `relative`; decay is the exponent of 1 - t^-decay.
     """
 
-    decay: float = 0.8  # exponent of the decay of second moments, 1 - t^-decay
-    momentum: float | None = None  # decay of the mean of updates; None keeps none
+    decay: Annotated[float, Range(0, 1, "(]")] = 0.8  # exponent of the decay of second moments, 1 - t^-decay
+    momentum: Decay | None = None  # decay of the mean of updates; None keeps none
     relative: bool = True  # whether updates are scaled by their parameter's size
-    weight_decay: float = 0.0  # of matrices, in each step
-    smallest: int = 128  # matrices with a smaller side are not factored
+    weight_decay: Decay = 0.0  # of matrices, in each step
+    smallest: PositiveInt = 128  # matrices with a smaller side are not factored
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, rate: optax.Schedule, decayed: Any) -> optax.GradientTransformation:
         return optax.adafactor(
@@ -133,7 +151,7 @@ class OptimConfig:
 
     optimizer: Any = AdamW()
     schedule: Any = Cosine(peak=1e-3, warmup=100)
-    clip: float | None = 1.0
+    clip: PositiveFloat | None = 1.0
     no_decay: tuple[str, ...] = (
         *("D", "F", "EF", "ED", "PH", "V", "A", "HA", "JA", "Q", "W", "H"),
         *("E", "M", "O", "EO", "LD"),
@@ -142,8 +160,7 @@ class OptimConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "no_decay", tuple(self.no_decay))
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip={self.clip} would stop all gradients; use a positive norm, or None.")
+        check_ranges(self)
 
     def build(self, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """The gradient transformation for a run of this many steps, and its learning rate by step."""

@@ -15,17 +15,18 @@ from moe_jax.config import (
     COMPONENTS,
     KINDS,
     LISTS,
-    NOT_LITERAL,
     SECTIONS,
     ComponentCall,
     check_argument,
-    fits,
-    in_words,
+    literal,
     plain,
     read_call,
+    syntax,
     typed,
     unknown,
 )
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import check_value
 from moe_jax.core.shard import AXES
 from moe_jax.models import MODELS
 from moe_jax.moe import MoEConfig
@@ -62,7 +63,7 @@ def known_fields(at: str, values: Mapping[str, Any] = {}) -> dict[str, Any]:
 def _section(at: str, values: Any, names: list[str], text: str) -> dict[str, Any]:
     """The values of a section with one of them set."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{at}={values!r} must be a dict of fields; set them one by one.")
+        raise ValueError(f"{at}={quoted(values)} must be a dict of fields; set them one by one.")
     known, (name, *rest) = known_fields(at, values), names
     if name not in known:
         raise unknown(at, name, [k for k in known if k != "V"], text, "".join(f".{n}" for n in rest))
@@ -81,7 +82,7 @@ def _section(at: str, values: Any, names: list[str], text: str) -> dict[str, Any
     if name in KINDS:
         return {**values, name: _component(where, old, KINDS[name], rest, text)}
     if rest:
-        raise ValueError(f"{where}={old!r} has no fields; set it as a whole.")
+        raise ValueError(f"{where}={quoted(old)} has no fields; set it as a whole.")
     return {**values, name: value_of(text, known[name])}
 
 
@@ -117,13 +118,10 @@ def _entries(where: str, old: Any, known: tuple[type, ...], names: list[str], te
 
 def _several(text: str) -> Any:
     """The texts of several components written in a tuple, (A(), B()); another text as it is, or the value it writes."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except NOT_LITERAL:
-        return text
+    node = syntax(text)
     if isinstance(node, ast.Tuple | ast.List) and all(isinstance(part, ast.Call) for part in node.elts):
         return tuple(map(ast.unparse, node.elts))
-    return _literal(text)
+    return literal(text)
 
 
 def _component(where: str, old: Any, known: tuple[type, ...], names: list[str], text: str) -> Any:
@@ -134,7 +132,7 @@ def _component(where: str, old: Any, known: tuple[type, ...], names: list[str], 
         old = repr(old)
     if old in NOTHING or not isinstance(old, str):
         usual = ", ".join(f"'{c.__name__}(...)'" for c in known if c.__name__ in COMPONENTS)
-        given = "not set" if old in NOTHING else repr(old)
+        given = "not set" if old in NOTHING else quoted(old)
         raise ValueError(f"{where} is {given} and has no field {names[0]!r}; set it too, to one of {usual}.")
     try:
         call = read_call(old, known)
@@ -150,15 +148,14 @@ def _edited(where: str, call: ComponentCall, names: list[str], text: str) -> Com
     at, hint = f"{where}.{name}", typing.get_type_hints(call.cls)[name]
     if not rest:
         new = _inner(at, text) if hint is Any else value_of(text, hint)
-        if not fits(new, hint):
-            raise ValueError(f"{at}={new!r} must be {in_words(hint)}.")
+        check_value(f"{at}=#", new, hint)
     else:
         default = next(f.default for f in dataclasses.fields(call.cls) if f.name == name)
         old = call.arguments.get(name, default)
         if isinstance(old, tuple(COMPONENTS.values())):
             old = read_call(repr(old))
         if not isinstance(old, ComponentCall):
-            given = "not set" if old in NOTHING else repr(old)
+            given = "not set" if old in NOTHING else quoted(old)
             raise ValueError(f"{at} is {given} and has no field {rest[0]!r}; set it as a whole too.")
         new = _edited(at, old, rest, text)
     return ComponentCall(call.cls, {**call.arguments, name: new})
@@ -166,7 +163,7 @@ def _edited(where: str, call: ComponentCall, names: list[str], text: str) -> Com
 
 def _inner(at: str, text: str) -> Any:
     """A component inside of another, or the value that a text writes, as None."""
-    value = _literal(text)
+    value = literal(text)
     if not isinstance(value, str):
         return value
     try:
@@ -178,15 +175,7 @@ def _inner(at: str, text: str) -> Any:
 def value_of(text: str, hint: Any) -> Any:
     """The value that a text writes, for a field of this type; the text itself where it writes none of this type."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    value, kinds = _literal(text), typing.get_args(hint) if union else (hint,)
+    value, kinds = literal(text), typing.get_args(hint) if union else (hint,)
     if str in kinds:
         return value if isinstance(value, str) or (value is None and types.NoneType in kinds) else text
     return BOOLEANS.get(text.strip().lower(), value) if hint is bool else value
-
-
-def _literal(text: str) -> Any:
-    """The Python value that a text writes, or the text."""
-    try:
-        return ast.literal_eval(text.strip())
-    except NOT_LITERAL:
-        return text

@@ -22,6 +22,7 @@ from moe_jax.data import AnyBatch
 from moe_jax.evaluate import evaluation_step
 from moe_jax.models import Call, layer_tokens
 from moe_jax.models import aux_loss as auxiliary
+from moe_jax.xla import compiler_options
 
 
 class State(NamedTuple):
@@ -213,13 +214,15 @@ class Program:
         replicated, rows = on_mesh(P()), P(RULES["B"])
         self.shardings = jax.tree.map(on_mesh, self.specs.state)
         self.rows = on_mesh(rows)
-        self._init = jax.jit(make, out_shardings=self.shardings)
+        self.options = compiler_options(self.mesh.devices.flat[0], exp.run.xla)
+        jit = partial(jax.jit, compiler_options=self.options or None)
+        self._init = jit(make, out_shardings=self.shardings)
         step = partial(train_step, exp, tx, rate, self.specs)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        self._step = jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
         evaluation = partial(evaluation_step, exp.data.objective, exp.model, domains)
         with jax.set_mesh(self.mesh):
             in_specs = (self.specs.params, P(), shard.token_spec(here := shard.from_mesh(exp.exchange)))
-            self._evaluate = jax.jit(shard.per_shard(evaluation, here, in_specs, P()), out_shardings=replicated)
+            self._evaluate = jit(shard.per_shard(evaluation, here, in_specs, P()), out_shardings=replicated)
 
     def init(self) -> State:
         with jax.set_mesh(self.mesh):

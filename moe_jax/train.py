@@ -120,7 +120,7 @@ def train(
         start |= {"changed": {change.path: [change.old, change.new] for change in changed}} if changed else {}
         yield start | ({"origin": origin} if origin else {})
         pending: Metrics | None = None  # fetched while the next step runs
-        owed = False  # a save that was due among steps that were not finite
+        owed = False  # a save that was due among steps in trouble
         for batch in batches(windows, data.B, exp.seed, step, **program.data_slice):
             if step >= run.steps:
                 break
@@ -139,7 +139,7 @@ def train(
             if "log" in due:
                 yield tally.record(step) | {"spikes": health.take_spikes()}
             held_out_record = evaluation() if "eval" in due else None
-            healthy = math.isfinite(held_out_record["loss"]) if held_out_record else tally.skipped_in_a_row == 0
+            healthy = math.isfinite(held_out_record["loss"]) if held_out_record else health.trouble_since is None
             owed = "save" in due and not (healthy or stopping)
             refused = None
             try:
@@ -155,7 +155,7 @@ def train(
             if refused:
                 good = checkpoints.discard_after(health.last_good) if checkpoints else None
                 yield {"kind": "end", "step": step, "seconds": tally.seconds(), "diverged": True, "good": good}
-                raise TrainingDiverged(f"{refused}; stopped at step {step}. {advice(good, workdir)}")
+                raise TrainingDiverged(f"{refused}; stopped at step {step}. {way_on(good, workdir)}")
             if stopping:
                 if checkpoints is not None:
                     checkpoints.wait()
@@ -174,7 +174,7 @@ def train(
             checkpoints.close()
 
 
-def advice(good: int | None, workdir: pathlib.Path | None) -> str:
+def way_on(good: int | None, workdir: pathlib.Path | None) -> str:
     """The way to go on after a divergence. good: the newest checkpoint that is known to be good, if there is one."""
     how = "a lower config.optim.schedule.peak or config.optim.clip"
     if workdir is None:
@@ -195,8 +195,9 @@ def energy_record(exp: Experiment, seconds: float) -> dict[str, Any]:
 
 def prepare_data(exp: Experiment, workdir: pathlib.Path | None, data_dir: pathlib.Path | None) -> tuple[Any, Any]:
     """The training and the held-out examples; with the tokenizers of the run in the workdir, if it has checkpoints."""
-    begun = workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
-    data = with_kept_tokenizers(exp.data, workdir) if begun else exp.data
+    data = exp.data
+    if workdir is not None and any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*")):
+        data = with_kept_tokenizers(data, workdir)
     return data.prepare(data_dir or default_directory())
 
 

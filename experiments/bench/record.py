@@ -1,6 +1,5 @@
 """Records of all figures, and comparison with an older record."""
 
-import json
 import os
 import pathlib
 import platform
@@ -9,6 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+
+from moe_jax.files import parse_json
 
 FORMAT = 1
 WORSE = 0.05  # larger relative growth of a ratio is reported
@@ -48,7 +49,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no record {path}; give a file that --json has written.")
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         if record["format"] != FORMAT or not isinstance(record["machine"], dict):
             raise ValueError
         for row in record["rows"]:

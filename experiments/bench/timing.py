@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax.xla import compiler_options
+
 PATIENCE = 20.0  # seconds for a pair of programs
 LEAST = 3  # repeats, however slow
 IN_A_ROW = 10  # calls on an accelerator
@@ -27,7 +29,7 @@ class Program(NamedTuple):
 def compiled(f: Any, *args: Any) -> Program:
     """Compiles a function, or an object with `lower`, with these arrays as arguments: constants would be folded."""
     jitted, began = f if hasattr(f, "lower") else jax.jit(f), time.perf_counter()
-    program = jitted.lower(*args).compile()
+    program = jitted.lower(*args).compile(compiler_options=compiler_options(jax.devices()[0]) or None)
     seconds, memory = time.perf_counter() - began, program.memory_analysis()
     return Program(program, seconds, getattr(memory, "temp_size_in_bytes", None))
 

@@ -114,7 +114,7 @@ def whose(workdir: pathlib.Path) -> None:
 
 def check_free(workdir: pathlib.Path) -> None:
     """ValueError where a process of this machine trains there, whose supervisor writes there too."""
-    if (workdir / "run.lock").is_file():
+    if (workdir / "workdir.lock").is_file():
         from moe_jax.lock import check_free  # here, since that imports jax
 
         check_free(workdir)

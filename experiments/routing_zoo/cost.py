@@ -33,6 +33,7 @@ from moe_jax.experts import MLP
 from moe_jax.losses import LoadBalance
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import ROUTERS, Hash, Hierarchical, MixtureOfDepths, SoftMoE, TopK
+from moe_jax.xla import compiler_options
 
 QUICK = cli.flag(flags.DEFINE_bool, "quick", False, "Few tokens, few experts, no layer: a smoke test.")
 LAYER = flags.DEFINE_bool("layer", True, "Also time whole layers of 8 experts.")
@@ -171,7 +172,9 @@ def layer_pass(router: Any, E: int, size: Size) -> Callable[[], Any]:
 
 def compiled(value: Callable, *inputs: Any) -> Callable[[], Any]:
     """A call that waits for the value's gradients by its first two inputs."""
-    program = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True)).lower(*inputs).compile()
+    options = compiler_options(jax.devices()[0])
+    program = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), compiler_options=options or None)
+    program = program.lower(*inputs).compile()
     return lambda: jax.block_until_ready(program(*inputs))
 
 

@@ -29,6 +29,7 @@ from absl import flags
 from experiments import cli
 from experiments.compare.__main__ import compare
 from experiments.sweep.grid import Point, points
+from moe_jax.checkpoint import check_path
 from moe_jax.config import Experiment
 from moe_jax.continuation import ELSEWHERE, check_config
 from moe_jax.reporting.metrics import FILE, duration, last, read
@@ -69,6 +70,7 @@ def main() -> None:
     if not GRID.value and SEEDS.value == 1:
         raise ValueError("There is one run only; say --grid optim.clip=0.5,1.0, for instance, or --seeds=3.")
     workdir = cli.folder("workdir", WORKDIR.value)
+    check_path(workdir)
     if (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} holds a run; choose another --workdir for the runs of a sweep.")
     common = cli.split(sys.argv)[1]

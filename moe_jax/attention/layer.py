@@ -50,7 +50,9 @@ def attention_initializer(name: str, scale: float) -> Any:
 def over_mesh(
     part: Any, here: Shard, params: Any, x_BLD: Array, sees: Sees | None, memory_BMD: Array | None
 ) -> Float[Array, "B L D"]:
-    """An attention on every shard of the current mesh; a plain call where there is none."""
+    """An attention on every shard of the current mesh; a plain call where there is none. Of no tokens it is empty."""
+    if 0 in x_BLD.shape[:2]:
+        return x_BLD
     if here.tensor and not shard.in_shard_map():
         part.check_tensor(jax.sharding.get_abstract_mesh().shape["tensor"])
     sees = causal_rows(*x_BLD.shape[:2]) if sees is None else sees

@@ -10,6 +10,8 @@ from moe_jax.attention.heads import Cache, extend, init_cache, mask_overflow, me
 from moe_jax.attention.positions import BUCKETS, POSITIONS, NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
 from moe_jax.attention.sees import Sees
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import PositiveFloat, PositiveInt, check_ranges
 from moe_jax.core.shard import Shard
 
 QK_NORMS = ("none", "head", "all")
@@ -31,34 +33,30 @@ class MHA:
     scale: of scores; None is 1 / sqrt(A).
     """
 
-    H: int
-    A: int
-    J: int | None = None
+    H: PositiveInt
+    A: PositiveInt
+    J: PositiveInt | None = None
     position: Any = Rotary()
     qk_norm: str = "none"
-    window: int | None = None
+    window: PositiveInt | None = None
     bias: bool = False
     sinks: bool = False
     gate: str = "none"
-    scale: float | None = None
+    scale: PositiveFloat | None = None
     of_memory: ClassVar[tuple[str, ...]] = ("key_DJA", "value_DJA")  # matrices applied to the tokens of keys
     entering: ClassVar[str] = "D"  # widths of the inputs of heads that are sharded
 
     def __post_init__(self):
-        for name in ("H", "A"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MHA({name}={getattr(self, name)}) must be positive.")
-        if self.J is not None and (self.J < 1 or self.H % self.J):
+        check_ranges(self)
+        if self.J is not None and self.H % self.J:
             raise ValueError(f"J={self.J} heads of keys and values do not divide H={self.H}; make H a multiple.")
         for name, known in {"qk_norm": QK_NORMS, "gate": GATES}.items():
             if getattr(self, name) not in known:
                 words = ", ".join(map(repr, known))
-                raise ValueError(f"MHA({name}={getattr(self, name)!r}) is unknown; use one of {words}.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"MHA(window={self.window}) sees nothing; make it positive, or None for all positions.")
+                raise ValueError(f"MHA({name}={quoted(getattr(self, name))}) is unknown; use one of {words}.")
         if not isinstance(self.position, POSITIONS):
             names = ", ".join(f"{c.__name__}()" for c in POSITIONS)
-            raise ValueError(f"MHA(position={self.position!r}) is no position; use one of {names}.")
+            raise ValueError(f"MHA(position={quoted(self.position)}) is no position; use one of {names}.")
         self.position.check(self.A)
 
     @property

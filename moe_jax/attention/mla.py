@@ -11,6 +11,8 @@ from moe_jax.attention.mha import GATES
 from moe_jax.attention.positions import NoPE, Rotary
 from moe_jax.attention.scores import Scores, attend
 from moe_jax.attention.sees import Sees
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import PositiveFloat, PositiveInt, check_ranges
 from moe_jax.core.shard import Shard
 
 
@@ -27,29 +29,25 @@ class MLA:
     scale: of scores; None is 1 / sqrt(A + U), under YaRN with mscale_all_dim times m^2 (DeepSeek-V3, see `YaRN`).
     """
 
-    H: int
-    A: int
-    U: int
-    O: int
-    W: int
-    Q: int | None = None
+    H: PositiveInt
+    A: PositiveInt
+    U: PositiveInt
+    O: PositiveInt
+    W: PositiveInt
+    Q: PositiveInt | None = None
     position: Any = Rotary()
-    window: int | None = None
+    window: PositiveInt | None = None
     gate: str = "none"
-    scale: float | None = None
+    scale: PositiveFloat | None = None
     stack_params: ClassVar[tuple[str, ...]] = ()
     of_memory: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
-        for name in ("H", "A", "U", "O", "W", "Q"):
-            if (n := getattr(self, name)) is not None and n < 1:
-                raise ValueError(f"MLA({name}={n}) must be positive.")
+        check_ranges(self)
         if not isinstance(self.position, (Rotary, NoPE)):
-            raise ValueError(f"MLA(position={self.position}) does not fit a latent; use Rotary() or NoPE().")
+            raise ValueError(f"MLA(position={quoted(self.position)}) does not fit a latent; use Rotary() or NoPE().")
         if self.gate not in GATES:
             raise ValueError(f"MLA(gate={self.gate!r}) is unknown; use one of {', '.join(map(repr, GATES))}.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"MLA(window={self.window}) sees nothing; make it positive, or None for all positions.")
         self.position.check(self.U)
 
     @property

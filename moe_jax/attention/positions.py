@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.attention.scaling import SCALINGS
 from moe_jax.attention.sees import Order, Sees
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import Range, check_ranges
 
 BUCKETS = 32  # of relative positions
 FURTHEST = 128  # distance beyond which T5 has one bucket
@@ -55,21 +57,18 @@ class Rotary:
     scaling: slows rotations down for contexts longer than those trained on: Linear, Llama3 or YaRN; None leaves them.
     """
 
-    base: float = 10000.0
-    fraction: float = 1.0
+    base: Annotated[float, Range(1, math.inf, "()")] = 10000.0
+    fraction: Annotated[float, Range(0, 1, "(]")] = 1.0
     scaling: Any = None
     params: ClassVar[tuple[str, ...]] = ()
     stack_params: ClassVar[tuple[str, ...]] = ()
     bias = no_bias
 
     def __post_init__(self):
-        if self.base <= 1:
-            raise ValueError(f"Rotary(base={self.base}) does not slow down; base must be above 1.")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"Rotary(fraction={self.fraction}) must lie in (0, 1].")
+        check_ranges(self)
         if self.scaling is not None and not isinstance(self.scaling, SCALINGS):
             names = ", ".join(f"{c.__name__}(...)" for c in SCALINGS)
-            raise ValueError(f"Rotary(scaling={self.scaling!r}) is no scaling; use one of {names}, or None.")
+            raise ValueError(f"Rotary(scaling={quoted(self.scaling)}) is no scaling; use one of {names}, or None.")
 
     def turned(self, width: int) -> int:
         """Numbers of a head of this width that turn."""

@@ -5,21 +5,25 @@ Each gives `frequencies`, `magnitude` (factor of cosines and sines) and `sharpne
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+
+from moe_jax.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
+
+Factor = Annotated[float, Range(1, math.inf, "[)")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
     """Position interpolation (arXiv:2306.15595): all pairs turn `factor` times more slowly."""
 
-    factor: float
+    factor: Factor
     magnitude: ClassVar[float] = 1.0
     sharpness: ClassVar[float] = 1.0
 
     def __post_init__(self):
-        check_factor(self)
+        check_ranges(self)
 
     def frequencies(self, plain: np.ndarray, base: float) -> np.ndarray:
         """Radians per position of every pair, from those without scaling."""
@@ -34,17 +38,17 @@ class Llama3:
         is `factor` times slower, one which turns more than `high` times is unchanged.
     """
 
-    factor: float  # how many times longer contexts become
-    low: float = 1.0
-    high: float = 4.0
-    original: int = 0
+    factor: Factor  # how many times longer contexts become
+    low: PositiveFloat = 1.0
+    high: PositiveFloat = 4.0
+    original: PositiveInt = 0
     magnitude: ClassVar[float] = 1.0
     sharpness: ClassVar[float] = 1.0
 
     def __post_init__(self):
-        check_factor(self)
         check_original(self)
-        if not 0 < self.low < self.high:
+        check_ranges(self)
+        if self.low >= self.high:
             raise ValueError(f"Llama3(low={self.low}, high={self.high}): turns must satisfy 0 < low < high.")
 
     def frequencies(self, plain: np.ndarray, base: float) -> np.ndarray:
@@ -66,19 +70,19 @@ class YaRN:
         multiplied with m(mscale) / m(mscale_all_dim); with the latter, the scores of `MLA` with m(mscale_all_dim)^2.
     """
 
-    factor: float  # how many times longer contexts become
-    original: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Factor  # how many times longer contexts become
+    original: PositiveInt = 0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
     truncate: bool = True  # whether slowing begins and ends at whole pairs
-    attention: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    attention: PositiveFloat | None = None
+    mscale: NonNegativeFloat | None = None
+    mscale_all_dim: NonNegativeFloat | None = None
 
     def __post_init__(self):
-        check_factor(self)
         check_original(self)
-        if not 0 < self.beta_slow < self.beta_fast:
+        check_ranges(self)
+        if self.beta_slow >= self.beta_fast:
             raise ValueError(
                 f"YaRN(beta_fast={self.beta_fast}, beta_slow={self.beta_slow}): turns must satisfy "
                 "0 < beta_slow < beta_fast."
@@ -112,18 +116,13 @@ class YaRN:
         return 0.1 * s * math.log(self.factor) + 1
 
 
-def check_factor(scaling: Any) -> None:
-    """Refuses a scaling that speeds rotations up."""
-    if scaling.factor < 1:
-        raise ValueError(f"{scaling}: factor must be 1 or more; it is how many times longer contexts become.")
-
-
 def check_original(scaling: Any) -> None:
     """Refuses a scaling without an original length."""
-    if not scaling.original or scaling.original <= 0:
+    if not scaling.original:
         name = type(scaling).__name__
         raise ValueError(
-            f"{name}(original={scaling.original}) needs the length of the contexts the model was trained on; "
+            f"{name}(original={scaling.original}) needs the length of the contexts the model was trained on, "
+            "a whole number in [1, 2**31); "
             f"give it, as {name}(factor={scaling.factor}, original=4096)."
         )
 

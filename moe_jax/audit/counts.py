@@ -23,7 +23,7 @@ class Counted(NamedTuple):
     kept: float
 
 
-def counts(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
+def routing_counts(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -> Verdict:
     """Counts a layer's choices and drops: its statistics, its drop rate and its losses must be of these numbers.
 
     A quarter of the tokens is padding. Of routers whose experts choose, the recorded assignments are counted.
@@ -43,7 +43,8 @@ def counts(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: int = 0) -
     if tokens_choose(cfg):
         found = count(aux.expert_BLK, aux.recorded.kept_BLK, mask_BL, cfg.E)
     else:
-        found = Counted(mask_BL.sum(), *2 * [aux.recorded.assignments_BLE.sum((0, 1))], float(aux.stats.kept))
+        choices_E = aux.recorded.assignments_BLE.sum((0, 1))
+        found = Counted(mask_BL.sum(), choices_E, choices_E, float(aux.stats.kept))
     return compare_counts(cfg, aux.stats, float(aux.loss), found)
 
 

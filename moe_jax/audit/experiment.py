@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax.audit import meshes, single_device
-from moe_jax.audit.counts import counts
+from moe_jax.audit.counts import routing_counts
 from moe_jax.audit.dispatchers import dispatchers
 from moe_jax.audit.laws import law
 from moe_jax.audit.routing import Verdict, batch_independent, causal, trainable
@@ -127,7 +127,7 @@ def routing_findings(exp: Experiment, small: Experiment, scope: Scope = EVERYTHI
         yield Finding(law(3).name, "training", True, trainable(cfg, **sizes))
         yield Finding(law(3).name, "gradients", True, gradients_are_slopes(cfg))
     if scope.tries(8):
-        yield Finding(law(8).name, "training", True, counts(cfg, **sizes))
+        yield Finding(law(8).name, "training", True, routing_counts(cfg, **sizes))
     modes = {"training": (cfg, True), "evaluation": (cfg, False)}
     if cfg.dropless() != cfg:
         modes["evaluation without a limit"] = (cfg.dropless(), False)

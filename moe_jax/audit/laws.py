@@ -108,7 +108,7 @@ LAWS = (
         8,
         "Nothing is dropped in silence",
         "drop rates are in every log record; evaluation is dropless.",
-        (counts.counts, single_device.drops),
+        (counts.routing_counts, single_device.drops),
         (
             ("model.moe.dispatch", "its `capacity_factor` limits the tokens of an expert; None drops nothing"),
             ("model.moe.exchange", "`RaggedAllToAll(buffer=...)` bounds the rows that a device receives"),

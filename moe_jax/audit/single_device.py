@@ -145,7 +145,8 @@ def microbatch_rows(exp: Experiment) -> list[np.ndarray]:
 def loss_of_parts(loss: Any, exp: Experiment, whole: Stats, parts: list[Stats]) -> str:
     """Says a loss as the mean over the parts of a batch by their tokens, which a step uses, and that of the batch."""
     cfg, router_state = exp.model.moe, exp.model.init_router()
-    of_batch, *of_parts = (np.asarray(loss(s, router_state, cfg.router)) for s in (whole, *parts))
+    sums = (jax.tree.map(jnp.asarray, s) for s in (whole, *parts))
+    of_batch, *of_parts = (np.asarray(loss(s, router_state, cfg.router)) for s in sums)
     tokens_PN = np.array([s.tokens for s in parts])
     mean_N = (tokens_PN * of_parts).sum(0) / np.maximum(tokens_PN.sum(0), 1)
     return f"{type(loss).__name__} {mean_N.mean():.4g} for {of_batch.mean():.4g}"

@@ -17,11 +17,11 @@ from moe_jax.core.context import Ids
 from moe_jax.core.routing import SoftSlots
 from moe_jax.moe import RECORDED, MoE, MoEConfig
 
-STEP = 0.02  # of parameters of about unit gain: long enough for float32, short enough for few choices to change
-NEAR = 0.03  # relative to the slopes; a missing term of the gradient is at least several times as large
+DISTANCE = 0.02  # of parameters of about unit gain: long enough for float32, short enough for few choices to change
+NEAR = 0.01  # relative to the slopes; a missing term of the gradient is at least several times as large
 
 
-class Task(NamedTuple):
+class TaskTrace(NamedTuple):
     """Task loss of a layer in T trials, what the choices were, and the gradients by the router's parameters."""
 
     loss_T: Float[Array, "T"]
@@ -40,13 +40,13 @@ def gradients_are_slopes(cfg: MoEConfig, trials: int = 16, seed: int = 0) -> Ver
     cfg, rng = dataclasses.replace(cfg, S=None), np.random.default_rng(seed)
     given = draw_trials(cfg, rng, trials, B=2, L=8, D=8)
     target_TBLD = rng.normal(size=given.x_TBLD.shape).astype(np.float32)
-    run = partial(task, cfg, given, key_T=trial_keys(cfg, rng, trials), target_TBLD=target_TBLD)
+    run = partial(trace_task, cfg, given, key_T=trial_keys(cfg, rng, trials), target_TBLD=target_TBLD)
     router = {name: given.params[f"router_{name}"] for name in cfg.router.params}
     way = jax.tree.map(lambda w: (rng.normal(size=w.shape) / w[0].size ** 0.5).astype(np.float32), router)
     at, ahead, behind = (
-        jax.device_get(run({n: w + step * way[n] for n, w in router.items()})) for step in (0, STEP, -STEP)
+        jax.device_get(run({n: w + step * way[n] for n, w in router.items()})) for step in (0, DISTANCE, -DISTANCE)
     )
-    slope_T = (ahead.loss_T.astype(np.float64) - behind.loss_T) / (2 * STEP)
+    slope_T = (ahead.loss_T.astype(np.float64) - behind.loss_T) / (2 * DISTANCE)
     told_T = sum((at.grads[n] * way[n]).reshape(trials, -1).sum(-1, dtype=np.float64) for n in router)
     still_T = same_choices(at.choices, ahead.choices) & same_choices(at.choices, behind.choices)
     if not still_T.any():
@@ -64,13 +64,13 @@ def same_choices(one: Any, other: Any) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=0)
-def task(
+def trace_task(
     cfg: MoEConfig,
     given: Trials,
     router: dict[str, Array],
     key_T: Key[Array, "T"] | None,
     target_TBLD: Float[Array, "T B L D"],
-) -> Task:
+) -> TaskTrace:
     """Runs a layer on all trials, with these parameters of its router; the task is that of `routing.trainable`."""
     # Soft slots are no choices: they change with every step, and smoothly.
     record = () if cfg.traits.routing is SoftSlots else ("assignments", *(["kept"] if tokens_choose(cfg) else []))
@@ -83,4 +83,4 @@ def task(
         return ((y_BLD - target_BLD) ** 2).mean(-1).sum(), choices or [jnp.zeros(())]
 
     (loss_T, choices), grads = jax.vmap(jax.value_and_grad(loss, has_aux=True))(router, *given, key_T, target_TBLD)
-    return Task(loss_T, choices, grads)
+    return TaskTrace(loss_T, choices, grads)

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
+from moe_jax.core.ranges import check_ranges
+
 PRIORITIES = ("token-major", "choice-major", "probability")
 
 
@@ -43,9 +45,8 @@ def capacity(S: int, K: int, E: int, factor: float | None, convention: str = "ex
 
 def check_capacity(dispatch) -> None:
     """Refuses a dispatcher whose capacity factor, convention or slot priority makes no sense."""
-    name, factor = type(dispatch).__name__, dispatch.capacity_factor
-    if factor is not None and not 0 < factor < math.inf:
-        raise ValueError(f"{name}(capacity_factor={factor}) leaves no slots; use 1.25, say, or None to drop nothing.")
+    check_ranges(dispatch)
+    name = type(dispatch).__name__
     if dispatch.priority not in PRIORITIES:
         raise ValueError(f"{name}(priority={dispatch.priority!r}) is unknown; use one of {', '.join(PRIORITIES)}.")
     if dispatch.convention not in CAPACITY_CONVENTIONS:

@@ -4,7 +4,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from moe_jax.core.context import Context
-from moe_jax.core.linear import linear as linear_map
+from moe_jax.core.linear import linear_map
 
 
 def linear(x_GSD: Float[Array, "G S I"], gate_DE: Float[Array, "I O"]) -> Float[Array, "G S O"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.by_expert import by_expert
 from moe_jax.core.kernels.triton import supported
-from moe_jax.core.ragged import ragged_matmul, sent_matmul
+from moe_jax.core.ragged import map_rows, ragged_matmul, sent_matmul
 from moe_jax.core.rows import LazyRows, materialize
 
 
@@ -25,6 +25,10 @@ class Groups(Protocol):
 
     def bias(self, x: Array, b_EO: Array) -> Array:
         """Every row plus its expert's vector."""
+        ...
+
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        """f of arrays of rows, number by number."""
         ...
 
     def apply(self, expert: Callable, params: Any, x: Array | LazyRows) -> Array:
@@ -44,6 +48,9 @@ class Dense:
     def bias(self, x: Float[Array, "... O"], b_O: Float[Array, "O"]) -> Float[Array, "... O"]:
         return x + jnp.broadcast_to(b_O.astype(x.dtype), x.shape)
 
+    def elementwise(self, f: Callable, *xs: Float[Array, "... F"]) -> Float[Array, "... F"]:
+        return f(*xs)
+
     def apply(self, expert: Callable, params: Any, x: Float[Array, "... D"]) -> Float[Array, "... O"]:
         return expert(params, x, self)
 
@@ -57,6 +64,9 @@ class Padded:
 
     def bias(self, x_ECO: Float[Array, "E C O"], b_EO: Float[Array, "E O"]) -> Float[Array, "E C O"]:
         return x_ECO + b_EO[:, None, :].astype(x_ECO.dtype)
+
+    def elementwise(self, f: Callable, *xs: Float[Array, "E C F"]) -> Float[Array, "E C F"]:
+        return f(*xs)
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "E C D"]) -> Float[Array, "E C O"]:
         return expert(params, x, self)
@@ -90,6 +100,10 @@ class Ragged:
         b_RO = jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=R).astype(x_RO.dtype)
         valid_R1 = (jnp.arange(R) < self.sizes_E.sum())[:, None]  # no gradient from rows of no expert
         return x_RO + jnp.where(valid_R1, b_RO, 0)
+
+    def elementwise(self, f: Callable, *xs: Float[Array, "R F"]) -> Float[Array, "R F"]:
+        """f of the rows of experts; on a TPU others are not computed."""
+        return map_rows(f, self.sizes_E.sum(), *xs)
 
     def apply(self, expert: Callable, params: Any, x: Float[Array, "R D"] | LazyRows) -> Float[Array, "R O"]:
         """Runs grouped matmuls, or one expert after another on a CPU, whose grouped matmul does E times the work."""

@@ -26,7 +26,7 @@ class _Rule:
     n_fixed: int
 
 
-def linear(forward: Callable, transpose: Callable, fixed: Any, x: Any, native: Callable | None = None) -> Any:
+def linear_map(forward: Callable, transpose: Callable, fixed: Any, x: Any, native: Callable | None = None) -> Any:
     """Returns forward(fixed, x), which is linear in x, and whose gradient is transpose(fixed, g).
 
     Further derivatives, and those by `fixed`, are of `native`.
@@ -39,10 +39,12 @@ def linear(forward: Callable, transpose: Callable, fixed: Any, x: Any, native: C
     out_tree = jax.tree.structure(jax.eval_shape(forward, fixed, x))
 
     def flat(f: Callable, tree: Any) -> Flat:
-        return lambda fixed_L, a_L: jax.tree.leaves(f(fixed_tree.unflatten(fixed_L), tree.unflatten(a_L)))
+        return lambda fixed_L, a_L: jax.tree.leaves(
+            f(jax.tree.unflatten(fixed_tree, fixed_L), jax.tree.unflatten(tree, a_L))
+        )
 
     rule = _Rule(flat(forward, x_tree), flat(transpose, out_tree), flat(native or forward, x_tree), len(fixed_L))
-    return out_tree.unflatten(_bind(rule, fixed_L, x_L))
+    return jax.tree.unflatten(out_tree, _bind(rule, fixed_L, x_L))
 
 
 def _bind(rule: _Rule, fixed_L: list[Array], x_L: list[Array]) -> list[Array]:
@@ -90,7 +92,7 @@ def _transpose(cotangents, *args, jaxpr, rule):
 def _batch(args, axes, *, jaxpr, rule):
     size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
     args = [batching.bdim_at_front(a, axis, size) for a, axis in zip(args, axes, strict=True)]
-    each = _Rule(*(jax.vmap(f) for f in (rule.forward, rule.transpose, rule.native)), rule.n_fixed)
+    each = _Rule(jax.vmap(rule.forward), jax.vmap(rule.transpose), jax.vmap(rule.native), rule.n_fixed)
     out = _bind(each, args[: rule.n_fixed], args[rule.n_fixed :])
     return out, [0] * len(out)
 

@@ -18,10 +18,10 @@ def by_platform(*args: Any, default: Callable, **kernels: Callable) -> Any:
     own. There are no derivatives: see `core.linear`.
     """
     leaves, tree = jax.tree.flatten(args)
-    flat = lambda f: lambda *leaves: jax.tree.leaves(f(*tree.unflatten(leaves)))  # noqa: E731
+    flat = lambda f: lambda *leaves: jax.tree.leaves(f(*jax.tree.unflatten(tree, leaves)))  # noqa: E731
     jaxprs = {name: jax.make_jaxpr(flat(f))(*leaves) for name, f in {"default": default, **kernels}.items()}
     out = _by_platform_p.bind(*leaves, jaxprs=tuple(jaxprs.items()))
-    return jax.tree.structure(jax.eval_shape(default, *args)).unflatten(out)
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(default, *args)), out)
 
 
 def _evaluate(*args, jaxprs, platform):

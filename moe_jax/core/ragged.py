@@ -15,10 +15,10 @@ from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
-from moe_jax.core.kernels import ragged_gpu, ragged_tpu
+from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_tpu
 from moe_jax.core.kernels.dense import dense_matmul
 from moe_jax.core.kernels.triton import on_gpu
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from moe_jax.core.platforms import by_platform
 from moe_jax.core.rows import LazyRows, RowMap, gather_grad, gather_rows
 
@@ -71,6 +71,31 @@ def _sent_jvp(primals, tangents):
     return sent_matmul(*primals), by_tokens((to, w_EIO, sizes_E), dx_TI) + by_weights(primals, dw_EIO)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def map_rows(f: Callable, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> Float[Array, "R F"]:
+    """f of the rows of arrays, number by number; results for rows past `used` are unspecified.
+
+    f closes over no traced arrays.
+    """
+    return _elementwise(lambda *xs: (f(*xs),), 1, used, *xs_RF)[0]
+
+
+@map_rows.defjvp
+def _map_rows_jvp(f, primals, tangents):
+    n = len(primals) - 1
+
+    def tangent(*both):
+        return (jax.jvp(f, both[:n], both[n:])[1],)
+
+    def pull(*xs_and_g):
+        return jax.vjp(f, *xs_and_g[:n])[1](xs_and_g[n])
+
+    forward = lambda fixed, dxs_RF: _elementwise(tangent, 1, *fixed, *dxs_RF)[0]  # noqa: E731
+    transpose = lambda fixed, g_RF: _elementwise(pull, n, *fixed, g_RF)  # noqa: E731
+    native = lambda fixed, dxs_RF: tangent(*fixed[1:], *dxs_RF)[0]  # noqa: E731
+    return map_rows(f, *primals), linear_map(forward, transpose, primals, tuple(tangents[1:]), native)
+
+
 class _Product(NamedTuple):
     """A product as a linear function of one of its factors."""
 
@@ -82,7 +107,7 @@ class _Product(NamedTuple):
         """The product with a tangent; 0.0 without one."""
         if isinstance(tangent, SymbolicZero):
             return 0.0
-        return linear(self.forward, self.transpose, fixed, tangent, self.native)
+        return linear_map(self.forward, self.transpose, fixed, tangent, self.native)
 
 
 # ---------------------------------------------------------------- by platform; under vmap one after another
@@ -127,3 +152,14 @@ def _fetching_outer(x_TI, g_RO, w_EIO, sizes_E, token_R):
         return ragged_gpu.outer(x_TI, g_RO, sizes_E, token_R)
 
     return by_platform(x_TI, g_RO, w_EIO, sizes_E, token_R, default=gathered, **on_gpu(x_TI, kernel))
+
+
+def _elementwise(f: Callable, results: int, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> tuple[Array, ...]:
+    """f, which returns a tuple, on the used rows: all of them but on a TPU."""
+
+    @sequential_vmap
+    def run(used, *xs_RF):
+        kernel = partial(rows_tpu.elementwise, f, results=results)
+        return by_platform(used, *xs_RF, default=lambda _, *xs: tuple(f(*xs)), tpu=kernel)
+
+    return run(used, *xs_RF)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.kernels import rows_gpu
 from moe_jax.core.kernels.triton import on_gpu
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from moe_jax.core.platforms import by_platform
 from moe_jax.core.routing import TokenChoice
 
@@ -26,6 +26,11 @@ class RowMap(NamedTuple):
     def token_R(self) -> Int[Array, "R"]:
         """Token of each row; T for a row without one."""
         return self.choice_R // self.row_TK.shape[1]
+
+    def restrict(self, kept_GSK: Bool[Array, "G S K"]) -> "RowMap":
+        """Leaves only these choices a row: what is in the rows of others is not read."""
+        R = self.choice_R.shape[0]
+        return self._replace(row_TK=jnp.where(kept_GSK.reshape(self.row_TK.shape), self.row_TK, R))
 
 
 class LazyRows(NamedTuple):
@@ -99,7 +104,7 @@ def gather_grad(g_RD: Float[Array, "R D"], maps: RowMap) -> Float[Array, "T D"]:
 
 def _send(x_TD: Array, maps: RowMap) -> Array:
     there = lambda maps, x_TD: gather_rows(x_TD, maps.token_R)  # noqa: E731
-    return linear(there, lambda maps, g_RD: gather_grad(g_RD, maps), maps, x_TD)
+    return linear_map(there, lambda maps, g_RD: gather_grad(g_RD, maps), maps, x_TD)
 
 
 @jax.custom_jvp
@@ -113,9 +118,9 @@ def _combine_jvp(primals, tangents):
     """Rows are residuals only where weights have a gradient: on a mesh, making them again costs another exchange."""
     (y_RO, weight_TK, maps), (dy_RO, dweight_TK, _) = primals, tangents
     if isinstance(dweight_TK, SymbolicZero):
-        tangent = linear(_combine_rows, _combine_rows_grad, (weight_TK, maps), dy_RO)
+        tangent = linear_map(_combine_rows, _combine_rows_grad, (weight_TK, maps), dy_RO)
     else:
-        tangent = linear(_combine_both, _combine_both_grad, primals, (_instantiate(dy_RO), dweight_TK))
+        tangent = linear_map(_combine_both, _combine_both_grad, primals, (_instantiate(dy_RO), dweight_TK))
     return _combine(y_RO, weight_TK, maps), tangent
 
 

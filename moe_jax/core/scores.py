@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.core.ranges import check_ranges
 from moe_jax.core.traits import traits
 
 
@@ -61,13 +62,12 @@ def check_score(router) -> None:
 
 
 def check_choices(router) -> None:
-    """Refuses a router that chooses no expert, or one whose weights are constant and train nothing (law 3)."""
-    name = type(router).__name__
-    if router.K < 1:
-        raise ValueError(f"{name}(K={router.K}) needs at least one choice; set K >= 1.")
+    """Refuses a router with a number out of range, or whose weights are constant and train nothing (law 3)."""
+    check_ranges(router)
     if router.K == 1 and traits(router).normalize:
         raise ValueError(
-            f"{name}(K=1, normalize=True) has the constant weight 1 and never trains its router; set normalize=False."
+            f"{type(router).__name__}(K=1, normalize=True) has the constant weight 1 and never trains its router; "
+            "set normalize=False."
         )
 
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from moe_jax.core import dims
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from moe_jax.core.rows import LazyRows, materialize
 
 AXES = ("slice", "data", "fsdp", "expert", "tensor")
@@ -38,6 +38,7 @@ RULES: dims.Rules = {
     **{letter: ("tensor",) for letter in "FHJ"},
 }
 COLLECTIVES = "collectives"  # rematerialisation name of results of collectives
+UNSPECIFIED = 0.0  # rows of an emulated buffer that nothing is written to; a TPU leaves there what was in memory
 Tree = TypeVar("Tree")
 
 
@@ -92,6 +93,7 @@ class Shard:
     fsdp: tuple[str, ...] = ()  # that parameters are sharded over until they are gathered for use
     tensor: tuple[str, ...] = ()  # that hidden units and heads are sharded over
     exchange: Any = None  # how rows and experts meet
+    distinct: int = 1  # choices of a token that are known to be different experts
 
     @property
     def alone(self) -> bool:
@@ -208,7 +210,7 @@ class Shard:
         return lax.all_gather(x, axes, tiled=tiled) if axes else (x if tiled else x[None])
 
     def send_slices(self, x: Array, slices: "Slices", rows: int) -> Array:
-        """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; other rows are 0."""
+        """[R, ...] -> [rows, ...]: slices of rows travel between the shards of the experts; others are unspecified."""
         return checkpoint_name(_send_slices(x, slices, rows, self.experts), COLLECTIVES)
 
 
@@ -235,20 +237,23 @@ class Slices(NamedTuple):
 
 
 def _send_slices(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
-    """`ragged_all_to_all` on TPU; elsewhere all rows are gathered, and each shard selects its own."""
+    """`ragged_all_to_all` on TPU; elsewhere all rows are gathered, and each shard selects its own.
+
+    Rows that are in no slice are unspecified, in the gradient too.
+    """
 
     def sent(slices: Slices, x: Array, rows: int) -> Array:
         ways = {"tpu": partial(_ragged, rows=rows, axes=axes), "default": partial(_emulated, rows=rows, axes=axes)}
         return lax.platform_dependent(x, slices, **ways)
 
     forward, n = partial(sent, rows=rows), len(x)
-    return linear(forward, lambda slices, g: sent(slices.reverse(), g, n), slices, x)
+    return linear_map(forward, lambda slices, g: sent(slices.reverse(), g, n), slices, x)
 
 
 def _ragged(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Array:
     me = lax.axis_index(axes)
     bounds = (slices.at_source_XXe[me], slices.sizes_XXe[me], slices.at_destination_XXe[me], slices.sizes_XXe[:, me])
-    empty = lax.full_like(x, 0, shape=(rows, *x.shape[1:]))
+    empty = _varying(lax.empty((rows, *x.shape[1:]), x.dtype), tuple(jax.typeof(x).manual_axis_type.varying))
     y = lax.ragged_all_to_all(x, empty, *(a.reshape(-1) for a in bounds), axis_name=axes[0] if len(axes) == 1 else axes)
     return _varying(y, tuple(jax.typeof(x).manual_axis_type.varying))
 
@@ -267,7 +272,7 @@ def _emulated(x: Array, slices: Slices, rows: int, axes: tuple[str, ...]) -> Arr
     source_R = jnp.where(there_R, first[slice_R] + offset_R, -1)
     everything = lax.all_gather(x, axes, tiled=True)
     rows_of = everything[jnp.maximum(source_R, 0)]
-    return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, 0)
+    return jnp.where(there_R.reshape(-1, *[1] * (x.ndim - 1)), rows_of, UNSPECIFIED)
 
 
 def check_expert_axes(exchange: Any) -> None:

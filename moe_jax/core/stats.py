@@ -95,7 +95,7 @@ def describe(s: Stats) -> dict[str, Array]:
     choices = s.choices_E.sum(-1)
     load_E = ratio(s.choices_E, choices[..., None])
     relative_E = load_E * load_E.shape[-1]  # 1 where balanced
-    compared = {} if s.agreed is None else {"agreement": ratio(s.agreed, s.compared)}
+    compared = {} if s.agreed is None or s.compared is None else {"agreement": ratio(s.agreed, s.compared)}
     return {
         "load": load_E,
         "load_percentiles": jnp.moveaxis(jnp.percentile(relative_E, jnp.array([0, 25, 50, 75, 100]), axis=-1), 0, -1),

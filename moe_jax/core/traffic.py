@@ -114,6 +114,7 @@ class ExchangedRows(NamedTuple):
     bucketed: bool  # the capacity is one of several, chosen at run time
     depends_on: str  # what the assignments depend on
     O: int  # width of an output row
+    distinct: int = 1  # choices of a token that are known to be different experts
 
 
 def round_trip(

@@ -16,6 +16,7 @@ class Traits(NamedTuple):
     untrained: tuple[str, ...] = ()  # parameters without a gradient of the task loss (law 3)
     K: int = 1  # choices per token, at most; for slots the number per token on average, rounded up
     routing: type = TokenChoice  # kind of routing: TokenChoice, SlotChoice or SoftSlots
+    distinct: bool = False  # a token's choices are different experts, always: fewer rows can come to a shard
     random: bool = False  # draws at random in training, and needs keys for it
     causal: bool = True  # False: choices depend on later tokens
     grouped: bool = (

@@ -122,8 +122,7 @@ class RowCounts(NamedTuple):
         if cfg.dispatch.layout is not Padded:
             sent = received = T * K
             if isinstance(cfg.exchange, RaggedAllToAll) and device.experts > 1:
-                most = device.experts * sent
-                received = most if cfg.exchange.buffer is None else min(most, math.ceil(cfg.exchange.buffer * sent))
+                received = cfg.exchange.room(sent, device.experts, E, cfg.distinct)
             return cls(sent, received, 0)
         C = cfg.dispatch.slots(S, K, E)
         masks = 2 * T * E * C if type(cfg.dispatch).__name__ == "Einsum" else 0

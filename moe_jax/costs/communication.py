@@ -217,7 +217,8 @@ def moe_collectives(cfg: MoEConfig, part: ShardBatch, params: Shapes, stats: int
     if here.experts:
         rows = cfg.E * G * C if cfg.dispatch.layout is Padded else N * cfg.router.K
         experts = {n: params[n] for n in cfg.experts.params}
-        found += cfg.exchange.traffic(part, ExchangedRows(rows, cfg.E, C * G, needed, bucketed, depends_on, O), experts)
+        handed = ExchangedRows(rows, cfg.E, C * G, needed, bucketed, depends_on, O, cfg.distinct)
+        found += cfg.exchange.traffic(part, handed, experts)
     total = part.one("all-reduce", here.tokens, stats, "routing statistics", dtype="float32")
     return found + scheduled(total, FULL if trained and cfg.losses else (), depends_on)
 

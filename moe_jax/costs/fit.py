@@ -10,6 +10,7 @@ import jax
 
 from moe_jax.config import Experiment
 from moe_jax.costs.activations import FLOAT
+from moe_jax.costs.chips import CHIPS
 from moe_jax.costs.memory import activation_memory, memory
 from moe_jax.costs.parameters import parameters
 
@@ -38,6 +39,17 @@ def check_fits(exp: Experiment, sizes: Mapping[str, int], room: float) -> None:
         f"The model cannot fit: {what}, where there are {size_words(room)}; make it or its batch smaller, shard it "
         "over more devices (config.mesh.fsdp, expert, tensor), or say --force to try it."
     )
+
+
+def check_size(exp: Experiment) -> None:
+    """ValueError where the parameters alone are more than all memory of the largest slice of `CHIPS` could hold."""
+    largest = max(CHIPS, key=lambda chip: chip.largest * chip.hbm)
+    needed, room = FLOAT * parameters(exp.model).total, largest.largest * largest.hbm
+    if needed > room:
+        raise ValueError(
+            f"The model fits nowhere: its parameters alone take {size_words(needed)}, and the largest slice known, "
+            f"{largest.largest:,} chips of {largest.name}, has {size_words(room)}; make the model smaller."
+        )
 
 
 def device_memory() -> float:

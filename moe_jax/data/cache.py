@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.files import sha256
+from moe_jax.files import parse_json, sha256
+from moe_jax.names import printable
 
 MANIFEST = "manifest.json"
 ELSEWHERE = "choose another place, by --data_dir or the environment variable MOE_JAX_DATA."
@@ -27,8 +28,9 @@ def default_directory() -> pathlib.Path:
 def make_directory(directory: pathlib.Path) -> None:
     """Makes a folder for prepared data, unless it is there; ValueError where it cannot be made."""
     try:
+        str(directory).encode()  # libraries that write data sets need it
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise _unusable(directory, error) from None
 
 
@@ -70,7 +72,7 @@ def manifest_facts(folder: pathlib.Path) -> dict[str, Any]:
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         return {"facts": manifest["facts"], "sha256": manifest["sha256"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(folder / MANIFEST, folder) from None
@@ -89,9 +91,13 @@ def _files(folder: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _unusable(folder: pathlib.Path, error: OSError) -> ValueError:
-    reason = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-    return ValueError(f"Prepared data cannot be kept in {folder} ({reason}); {ELSEWHERE}")
+def _unusable(folder: pathlib.Path, error: OSError | UnicodeEncodeError) -> ValueError:
+    if isinstance(error, UnicodeEncodeError):
+        reason = "its name is not UTF-8"
+    else:
+        taken = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in its place" if taken else str(error.strerror)
+    return ValueError(f"Prepared data cannot be kept in {printable(str(folder))} ({reason}); {ELSEWHERE}")
 
 
 def _damaged(path: pathlib.Path, folder: pathlib.Path) -> ValueError:

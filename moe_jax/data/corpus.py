@@ -7,10 +7,11 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.data import cache, python_text
 from moe_jax.data.documents import Document, Split, digest, fingerprint, held_out
 
@@ -22,12 +23,11 @@ VERSION = "1.0.0"  # raise it when the same environment gives other documents
 class Corpus:
     """Text of the running Python's library and packages, at most `megabytes` (1e6 bytes) in each domain."""
 
-    megabytes: float = 2.0
+    megabytes: Annotated[float, Range(0.02, 1000)] = 2.0
     domains: ClassVar[tuple[str, ...]] = python_text.DOMAINS
 
     def __post_init__(self):
-        if not 0.02 <= self.megabytes <= 1000:
-            raise ValueError(f"Corpus(megabytes={self.megabytes}): give 0.02 to 1000 megabytes per domain")
+        check_ranges(self)
 
     def documents(self, split: Split, directory: pathlib.Path) -> Iterator[Document]:
         """The documents of a split, domains mixed; ValueError if they are not those that were written."""

@@ -66,7 +66,7 @@ def files_below(root: pathlib.Path, left_out: LeftOut) -> Iterator[tuple[tuple[s
             yield names, entry
 
 
-def read(file: os.DirEntry, names: tuple[str, ...], left_out: LeftOut) -> bytes | None:
+def file_bytes(file: os.DirEntry, names: tuple[str, ...], left_out: LeftOut) -> bytes | None:
     """The bytes of a file; None for one that is no regular file, is not ours to read, or is gone by now."""
     try:
         if file.is_file():  # a pipe would wait for ever
@@ -78,9 +78,9 @@ def read(file: os.DirEntry, names: tuple[str, ...], left_out: LeftOut) -> bytes 
     return None
 
 
-def read_text(file: os.DirEntry, names: tuple[str, ...], left_out: LeftOut) -> str:
+def text_of(file: os.DirEntry, names: tuple[str, ...], left_out: LeftOut) -> str:
     """The text in a file, without a byte-order mark; none of one that is not in UTF-8, or nothing but space."""
-    data = read(file, names, left_out) or b""
+    data = file_bytes(file, names, left_out) or b""
     try:
         text = data.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float32, Int32, UInt8
 from PIL import Image
 
+from moe_jax.core.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
 from moe_jax.data import records
 from moe_jax.data.documents import Split, digest, fingerprint, is_held_out
 from moe_jax.data.preparation import SERIAL, Preparation
@@ -117,16 +118,17 @@ class TfdsImages:
     """A data set of TensorFlow Datasets with an `image`, cut and scaled to `side` x `side`, and a `label` of V."""
 
     name: str
-    V: int
-    side: int = 224
-    channels: int = 3  # of an image
+    V: PositiveInt
+    side: PositiveInt = 224
+    channels: Annotated[int, Range(1, 3)] = 3  # of an image
     held_out: str = "validation"  # where there is no such split, images of `train` are chosen by their number
     data_dir: str | None = None  # of TFDS; None is its own default
     largest: ClassVar[int] = 255
 
     def __post_init__(self):
-        if self.V < 1 or self.side < 1 or self.channels not in (1, 3):
-            raise ValueError(f"{self}: V and side must be positive, channels 1 (grey) or 3 (colours).")
+        check_ranges(self)
+        if self.channels == 2:
+            raise ValueError(f"{self}: give channels 1 (grey) or 3 (colours).")
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -190,14 +192,13 @@ class Classification:
     shift: in training, images are moved by up to so many pixels.
     """
 
-    shift: int = 0
+    shift: NonNegativeInt = 0
     batch_kind: ClassVar = "images"
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 
     def __post_init__(self):
-        if self.shift < 0:
-            raise ValueError(f"Classification(shift={self.shift}) must be a number of pixels, 0 for none.")
+        check_ranges(self)
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
         """Sizes of the model that follow from the data."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
+from moe_jax.core.quoted import quoted
 from moe_jax.data import cache, tokenizers
 from moe_jax.data.documents import Split, fingerprint, read_once
 from moe_jax.data.objectives import check_source
@@ -80,6 +81,10 @@ class Translation:
     batch_kind: ClassVar = "pairs"
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
+
+    def __post_init__(self):
+        if self.source is not None and not (hasattr(self.source, "fit") and hasattr(self.source, "V")):
+            raise ValueError(f"Translation(source={quoted(self.source)}) is no tokenizer; use SentencePiece(), say.")
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
         """Sizes of the model that follow from the data."""

@@ -1,13 +1,15 @@
 """Span corruption: an encoder reads text with gaps, a decoder fills them (T5, arXiv:1910.10683, sec. 3.1.4)."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int, Int32
 
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.data.documents import fingerprint
 from moe_jax.data.objectives import check_source
 from moe_jax.data.pairs import Pairs, example, pair_batch, shapes
@@ -27,18 +29,15 @@ class SpanCorruption:
     Spans are drawn anew in every epoch, over whole windows: documents that share one see each other, as T5's do.
     """
 
-    density: float = 0.15
-    span: float = 3.0
-    sentinels: int = 128
+    density: Annotated[float, Range(0, 1, "()")] = 0.15
+    span: Annotated[float, Range(1, math.inf, "[)")] = 3.0
+    sentinels: Annotated[int, Range(2, 2**31, "[)")] = 128
     batch_kind: ClassVar = "pairs"
     targets: ClassVar = staticmethod(loss_mask)
     terms: ClassVar = staticmethod(predictions)
 
     def __post_init__(self):
-        if not 0 < self.density < 1:
-            raise ValueError(f"{self}: density is a fraction of the tokens; it must lie between 0 and 1.")
-        if self.span < 1 or self.sentinels < 2:
-            raise ValueError(f"{self}: span must be at least 1 token, and sentinels at least 2.")
+        check_ranges(self)
 
     def sizes(self, source: Any, tokenizer: Any) -> dict[str, Any]:
         """Sizes of the model that follow from the data."""
@@ -49,9 +48,12 @@ class SpanCorruption:
         """Tokens that make a source of at most L, and tokens of their target: 568 and 114 for T5's 512."""
         if self._source(2) > L:
             raise ValueError(f"config.data.L={L} leaves no token beside a span's sentinel; make it at least 3.")
-        n = 2
-        while self._source(n + 1) <= L:
-            n += 1
+        n = beyond = 2
+        while self._source(beyond) <= L:
+            n, beyond = beyond, 2 * beyond
+        while beyond - n > 1:
+            middle = (n + beyond) // 2
+            n, beyond = (middle, beyond) if self._source(middle) <= L else (n, middle)
         noise, spans = self.left_out(n)
         if spans >= self.sentinels:
             raise ValueError(f"{self}: sources of L={L} have {spans} spans; set sentinels to {spans + 1} or more.")

@@ -19,7 +19,7 @@ from moe_jax.data.documents import (
     is_held_out,
     pieces,
 )
-from moe_jax.data.folders import LeftOut, files_below, read_text, root_of
+from moe_jax.data.folders import LeftOut, files_below, root_of, text_of
 from moe_jax.names import printable
 
 LONGEST = 2**16  # characters of a document
@@ -63,7 +63,7 @@ class Folder:
         for names, file in files_below(root, left_out):
             domain = names[0] if len(names) > 1 else ""
             domains[domain] = None
-            text = read_text(file, names, left_out)
+            text = text_of(file, names, left_out)
             kept += bool(text)
             for piece in (piece.encode() for piece in pieces(text, LONGEST)):
                 if (key := digest(piece)) not in seen:

@@ -6,12 +6,13 @@ import io
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Protocol, SupportsInt, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.data import cache
 
 VERSION = "2"  # raise it when the same text gives another tokenizer
@@ -71,11 +72,10 @@ class Bytes:
 class SentencePiece:
     """Byte-pair encoding of V pieces, all 256 bytes among them, trained on the first 8 MB of text."""
 
-    V: int = 8192
+    V: Annotated[int, Range(300, 2**31, "[)")] = 8192  # at least 256 bytes and some pieces
 
     def __post_init__(self):
-        if self.V < 300:
-            raise ValueError(f"SentencePiece(V={self.V}): it needs V >= 300, for 256 bytes and some pieces")
+        check_ranges(self)
 
     def fit(self, texts: Iterable[bytes], folder: pathlib.Path) -> "TrainedSentencePiece":
         """The tokenizer in `folder`, trained on `texts` if there is none; ValueError if they are too few."""

@@ -4,15 +4,16 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Integer
 
+from moe_jax.core.ranges import PositiveInt, Range, check_ranges
 from moe_jax.data import records
 from moe_jax.data.documents import Snapshot, Split, digest, fingerprint, held_out, is_held_out
-from moe_jax.data.folders import BOM, WIDE, LeftOut, files_below, read, root_of
+from moe_jax.data.folders import BOM, WIDE, LeftOut, file_bytes, files_below, root_of
 from moe_jax.names import printable
 
 VERSION = "2"  # raise it when the same files give other pairs, or other splits
@@ -69,7 +70,7 @@ class Parallel:
                 continue
             if len(names) > 1:
                 left_out.add("in a subfolder", names)
-            elif (data := read(file, names, left_out)) is not None:
+            elif (data := file_bytes(file, names, left_out)) is not None:
                 n += 1
                 yield printable(names[0].removesuffix(".tsv")), file.path, data
         left_out.say(n, ())
@@ -142,17 +143,14 @@ class ToyTranslation:
     begin it with word 2, 3, ... and go round. No held-out sentence is trained on, in any language.
     """
 
-    languages: int = 4  # number of languages, each a domain
-    words: int = 40
-    sentences: int = 20000  # number of pairs
+    languages: Annotated[int, Range(1, 9)] = 4  # number of languages, each a domain
+    words: Annotated[int, Range(6, len(SYLLABLES))] = 40
+    sentences: PositiveInt = 20000  # number of pairs
     shortest: ClassVar = 3
     longest: ClassVar = 6
 
     def __post_init__(self):
-        if not self.longest <= self.words <= len(SYLLABLES):
-            raise ValueError(f"{self}: words must be from {self.longest} to {len(SYLLABLES)}.")
-        if not 1 <= self.languages <= 9 or self.sentences < 1:
-            raise ValueError(f"{self}: give 1 to 9 languages, and some sentences.")
+        check_ranges(self)
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core import routing as r
 from moe_jax.core.capacity import capacity, check_capacity
 from moe_jax.core.groups import Padded
+from moe_jax.core.ranges import PositiveFloat
 from moe_jax.core.shard import Shard
 
 
@@ -19,7 +20,7 @@ class Einsum:
     that brings its own slots (expert choice, Soft MoE) needs None.
     """
 
-    capacity_factor: float | None = 1.25
+    capacity_factor: PositiveFloat | None = 1.25
     priority: str = "token-major"  # who gets a slot first where there are too few
     convention: str = "exact"
     layout: ClassVar = Padded

@@ -12,6 +12,7 @@ from moe_jax.core import routing as r
 from moe_jax.core import rows
 from moe_jax.core.capacity import capacity, check_capacity
 from moe_jax.core.groups import OneByOne, Padded
+from moe_jax.core.ranges import PositiveFloat
 from moe_jax.core.shard import Shard
 
 
@@ -23,7 +24,7 @@ class Scatter:
     twice the last, that holds every token on every shard is chosen at run time.
     """
 
-    capacity_factor: float | None = 1.25
+    capacity_factor: PositiveFloat | None = 1.25
     priority: str = "token-major"
     convention: str = "exact"
     accepts: ClassVar = (r.TokenChoice,)

@@ -2,7 +2,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core import rows
@@ -38,6 +37,7 @@ class Sort:
         row_GSK, sizes_E = rows.ragged_rows(routing, position_in_expert(routing), kept_GSK)
         row_map = rows.row_map(row_GSK, row_GSK.size)
         y_RO, reached = shard.apply_experts(experts, params, rows.send(x_GSD, row_map), Ragged(sizes_E))
-        y_GSO = rows.weighted_sum(y_RO, shard.tensor_enter(routing.weight_GSK), row_map)
-        reached_R = jnp.broadcast_to(reached, (row_GSK.size,))
-        return y_GSO, kept_GSK & reached_R.at[row_GSK].get(mode="fill", fill_value=False)
+        if reached.ndim:
+            kept_GSK &= reached.at[row_GSK].get(mode="fill", fill_value=False)
+        y_GSO = rows.weighted_sum(y_RO, shard.tensor_enter(routing.weight_GSK), row_map.restrict(kept_GSK))
+        return y_GSO, kept_GSK

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.groups import Padded
+from moe_jax.core.ranges import PositiveInt, check_ranges
 from moe_jax.core.shard import Shard, check_expert_axes
 from moe_jax.core.traffic import EXCHANGE, ExchangedRows, Scheduled, Shapes, ShardBatch, round_trip
 
@@ -18,14 +19,13 @@ class AllToAll:
         is computed (Tutel, arXiv:2206.03382, sec. 3.2); on TPU with xla_tpu_enable_async_all_to_all=true.
     """
 
-    chunks: int = 1
+    chunks: PositiveInt = 1
     over: tuple[str, ...] = ("expert",)  # mesh axes that experts lie over
     layouts: ClassVar = (Padded,)
 
     def __post_init__(self):
+        check_ranges(self)
         check_expert_axes(self)
-        if self.chunks < 1:
-            raise ValueError(f"AllToAll(chunks={self.chunks}) must be at least 1, which is everything at once.")
 
     def __call__(
         self, shard: Shard, experts: Callable, params: Any, x_ECD: Float[Array, "E C D"], groups: Padded

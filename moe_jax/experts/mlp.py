@@ -5,20 +5,20 @@ from jaxtyping import Array, Float
 
 from moe_jax.core.activation import activation
 from moe_jax.core.groups import Groups
+from moe_jax.core.ranges import PositiveInt, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class MLP:
     """Two matrices with an activation between them, with or without biases."""
 
-    F: int  # hidden width
+    F: PositiveInt  # hidden width
     activation: str = "gelu"
     bias: bool = False  # whether both matrices have biases
 
     def __post_init__(self):
+        check_ranges(self)
         activation(self.activation)
-        if self.F < 1:
-            raise ValueError(f"MLP(F={self.F}) has no hidden units; set F >= 1.")
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -28,5 +28,5 @@ class MLP:
         h = groups.matmul(x, params["up_EDF"])
         if self.bias:
             h = groups.bias(h, params["up_EF"])
-        y = groups.matmul(activation(self.activation)(h), params["down_EFD"])
+        y = groups.matmul(groups.elementwise(activation(self.activation), h), params["down_EFD"])
         return groups.bias(y, params["down_ED"]) if self.bias else y

@@ -1,11 +1,14 @@
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from moe_jax.core.context import Context
+from moe_jax.core.ranges import NonNegativeInt, Range, check_ranges
+
+Rate = Annotated[float, Range(0, 1, "()")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +18,12 @@ class ExpertDropout:
     One draw holds for all tokens on all devices, so that others learn to replace a popular expert.
     """
 
-    rate: float = 0.1  # probability that an expert is out of reach
+    rate: Rate = 0.1  # probability that an expert is out of reach
     on: ClassVar[str] = "experts"
     random: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_rate(self)
+        check_ranges(self)
 
     def __call__(self, ctx: Context, key: Key[Array, ""]) -> Bool[Array, "G E"]:
         draw_E = jax.random.uniform(key, (ctx.E,), jnp.float32)
@@ -37,14 +40,14 @@ class GatingDropout:
     paper, where an island is a device; here it is a number, so that a model does not depend on its mesh).
     """
 
-    rate: float = 0.2  # probability that tokens do not travel in a step
-    islands: int = 0  # equal islands of experts; 0 skips the experts
+    rate: Rate = 0.2  # probability that tokens do not travel in a step
+    islands: NonNegativeInt = 0  # equal islands of experts; 0 skips the experts
     on: ClassVar[str] = "experts"
     random: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check_rate(self)
-        if self.islands < 0 or self.islands == 1:
+        check_ranges(self)
+        if self.islands == 1:
             raise ValueError(f"GatingDropout(islands={self.islands}) must be 0 or at least 2.")
 
     def check(self, E: int) -> None:
@@ -63,8 +66,3 @@ class GatingDropout:
 def _groups(ctx: Context) -> int:
     assert ctx.keys_G is not None
     return len(ctx.keys_G)
-
-
-def _check_rate(dropout) -> None:
-    if not 0 < dropout.rate < 1:
-        raise ValueError(f"{type(dropout).__name__}(rate={dropout.rate}) must lie in (0, 1); use 0.1, or leave it out.")

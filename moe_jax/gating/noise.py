@@ -1,23 +1,23 @@
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 from jaxtyping import Array, Float, Key
 
 from moe_jax.core.context import Context, draw_by_group
+from moe_jax.core.ranges import PositiveFloat, Range, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
     """Multiplies the router's input with U(1 - size, 1 + size) while training (arXiv:2101.03961 has 0.01)."""
 
-    size: float = 0.01
+    size: Annotated[float, Range(0, 1, "()")] = 0.01
     on: ClassVar[str] = "input"
     random: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not 0 < self.size < 1:
-            raise ValueError(f"Jitter(size={self.size}) must lie in (0, 1); use 0.01, or leave it out.")
+        check_ranges(self)
 
     def __call__(
         self, x_GSD: Float[Array, "G S D"], ctx: Context, keys_G: Key[Array, "G"] | None = None
@@ -32,13 +32,12 @@ class Jitter:
 class Noise:
     """Adds Gaussian noise of this standard deviation to the router's "logits" or "input" while training."""
 
-    std: float = 0.1  # standard deviation
+    std: PositiveFloat = 0.1  # standard deviation
     on: str = "logits"  # "logits", or the router\'s "input"
     random: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not self.std > 0:
-            raise ValueError(f"Noise(std={self.std}) must be positive; use 0.1, or leave it out.")
+        check_ranges(self)
         if self.on not in ("input", "logits"):
             raise ValueError(f"Noise(on={self.on!r}) is unknown; use 'input' or 'logits'.")
 

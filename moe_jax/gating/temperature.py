@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from moe_jax.core.context import Context
+from moe_jax.core.ranges import NonNegativeInt, PositiveFloat, check_ranges
 
 SHAPES = ("linear", "exponential", "cosine")
 
@@ -17,16 +18,15 @@ class Temperature:
     1.0 to 0.5), "cosine" half a cosine. Without `steps` the temperature is `start`. It holds in evaluation too.
     """
 
-    start: float = 1.0
-    end: float = 1.0
-    steps: int = 0
+    start: PositiveFloat = 1.0
+    end: PositiveFloat = 1.0
+    steps: NonNegativeInt = 0
     shape: str = "linear"
     on: ClassVar[str] = "logits"
     random: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not (self.start > 0 and self.end > 0) or self.steps < 0:
-            raise ValueError(f"{self}: temperatures must be positive, and steps not negative.")
+        check_ranges(self)
         if self.shape not in SHAPES:
             raise ValueError(f"Temperature(shape={self.shape!r}) is unknown; use one of {', '.join(SHAPES)}.")
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.files import write_file
+from moe_jax.files import parse_json, write_file
 
 FORMAT = 1
 SIGNED, PLAIN = "HMAC-SHA256", "SHA-256"
@@ -114,7 +114,7 @@ def array_fingerprint(array: Any) -> dict[str, Any]:
 
 def config_digest(config: str) -> str:
     """Digest of a config's values, whatever the format of its JSON."""
-    return hashlib.sha256(_canonical(json.loads(config)).encode()).hexdigest()
+    return hashlib.sha256(_canonical(parse_json(config)).encode()).hexdigest()
 
 
 def read_key(path: pathlib.Path) -> bytes:
@@ -129,7 +129,7 @@ def read_key(path: pathlib.Path) -> bytes:
 def read_certificate(path: pathlib.Path) -> dict[str, Any]:
     """A certificate from its file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as a certificate ({type(error).__name__}); give another file."

@@ -1,10 +1,13 @@
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import PositiveFloat, Range, check_ranges
 from moe_jax.core.stats import Stats, ratio
 
 
@@ -18,17 +21,19 @@ class Adaptive:
     """
 
     loss: Any
-    target: float = 0.01  # fraction of choices over capacity that leaves the weight as it is
-    capacity: float = 1.25  # in multiples of the mean load
-    rate: float = 0.05  # of the weight, in each step
-    most: float = 100.0  # largest factor of the weight, up and down
+    target: Annotated[float, Range(0, 1, "[)")] = 0.01  # fraction of choices over capacity that keeps the weight
+    capacity: Annotated[float, Range(1, math.inf, "[)")] = 1.25  # in multiples of the mean load
+    rate: PositiveFloat = 0.05  # of the weight, in each step
+    most: Annotated[float, Range(1, math.inf, "()")] = 100.0  # largest factor of the weight, up and down
     state: ClassVar = ("log_weight_",)
 
     def __post_init__(self):
-        if not callable(self.loss) or not hasattr(self.loss, "weight"):
-            raise ValueError(f"Adaptive(loss={self.loss!r}) wraps another loss, like Adaptive(LoadBalance(0.01)).")
-        if not 0 <= self.target < 1 or self.capacity < 1 or self.rate <= 0 or self.most <= 1:
-            raise ValueError(f"{self}: target must lie in [0, 1), capacity be at least 1, rate positive, most over 1.")
+        check_ranges(self)
+        other = callable(self.loss) and hasattr(self.loss, "weight") and not isinstance(self.loss, type | Adaptive)
+        if not other:
+            raise ValueError(
+                f"Adaptive(loss={quoted(self.loss)}) wraps another loss, like Adaptive(LoadBalance(0.01))."
+            )
 
     @property
     def weight(self) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.core.ranges import NonNegativeFloat, PositiveFloat, check_ranges
 from moe_jax.core.stats import Stats, entropy, ratio
-from moe_jax.losses.load_balance import check_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class TokenEntropy:
     by_task: the mean over tasks of their means (LIMoE's local loss, arXiv:2206.02770, eq. 2); set `tasks` of the layer.
     """
 
-    weight: float = 1e-4
+    weight: NonNegativeFloat = 1e-4
     by_task: bool = False
 
     def __post_init__(self):
-        check_weight(self)
+        check_ranges(self)
 
     @property
     def additive(self) -> bool:
@@ -43,14 +43,12 @@ class LoadEntropy:
     (LIMoE's global loss, arXiv:2206.02770, eq. 3 and sec. 3.3); set `tasks` of the layer.
     """
 
-    weight: float = 0.01
-    threshold: float | None = None
+    weight: NonNegativeFloat = 0.01
+    threshold: PositiveFloat | None = None
     by_task: bool = False
 
     def __post_init__(self):
-        check_weight(self)
-        if self.threshold is not None and self.threshold <= 0:
-            raise ValueError(f"LoadEntropy(threshold={self.threshold}) must be positive, like log(9), or None.")
+        check_ranges(self)
 
     def __call__(self, s: Stats, state: Mapping[str, Array], router: Any) -> Float[Array, "*N"]:
         def loss(p_E: Array) -> Array:
@@ -68,11 +66,11 @@ class UniformKL:
     direction "forward": KL(P || U) = log E - H(P). "reverse": KL(U || P), which grows without bound as an expert dies.
     """
 
-    weight: float = 0.01
+    weight: NonNegativeFloat = 0.01
     direction: str = "reverse"  # "forward" or "reverse"
 
     def __post_init__(self):
-        check_weight(self)
+        check_ranges(self)
         if self.direction not in ("forward", "reverse"):
             raise ValueError(f"UniformKL(direction={self.direction!r}) is unknown; use 'forward' or 'reverse'.")
 

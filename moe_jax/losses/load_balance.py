@@ -1,10 +1,10 @@
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
+from moe_jax.core.ranges import NonNegativeFloat, check_ranges
 from moe_jax.core.stats import Stats, ratio
 from moe_jax.core.traits import traits
 
@@ -40,12 +40,12 @@ class LoadBalance:
     A router's null experts, all alike, count with the mean of their loads (AdaMoE, arXiv:2406.13233, sec. 3.3).
     """
 
-    weight: float = 0.01  # coefficient in the total loss
+    weight: NonNegativeFloat = 0.01  # coefficient in the total loss
     convention: str = "switch"
     scope: str = "batch"
 
     def __post_init__(self):
-        check_weight(self)
+        check_ranges(self)
         if self.convention not in BALANCE_CONVENTIONS:
             raise ValueError(
                 f"LoadBalance(convention={self.convention!r}) is unknown; use one of {', '.join(BALANCE_CONVENTIONS)}."
@@ -115,9 +115,3 @@ def convert(
     times = {"mean": 1, "sum": layers}
     scale = balanced_value(source, E, K) * times[source_layers]
     return coefficient * scale / (balanced_value(target, E, K) * times[target_layers])
-
-
-def check_weight(loss) -> None:
-    """Refuses a coefficient that would reward what the loss penalises."""
-    if not (loss.weight >= 0 and math.isfinite(loss.weight)):
-        raise ValueError(f"{type(loss).__name__}(weight={loss.weight}) must be a number that is not negative.")

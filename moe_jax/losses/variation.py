@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moe_jax.core.ranges import NonNegativeFloat, check_ranges
 from moe_jax.core.stats import Stats
 from moe_jax.core.traits import traits
-from moe_jax.losses.load_balance import check_weight
 
 
 def cv_squared(x_E: Float[Array, "*N E"]) -> Float[Array, "*N"]:
@@ -25,11 +25,11 @@ class Importance:
     of: "weights" (Shazeer's sparse gates) or "probs" (all of the softmax, noise-free; arXiv:2106.05974, appendix A).
     """
 
-    weight: float = 0.1
+    weight: NonNegativeFloat = 0.1
     of: str = "weights"
 
     def __post_init__(self):
-        check_weight(self)
+        check_ranges(self)
         if self.of not in ("weights", "probs"):
             raise ValueError(f"Importance(of={self.of!r}) is unknown; use 'weights' or 'probs'.")
 
@@ -45,10 +45,10 @@ class Load:
     gives one (`NoisyTopK`).
     """
 
-    weight: float = 0.1
+    weight: NonNegativeFloat = 0.1
 
     def __post_init__(self):
-        check_weight(self)
+        check_ranges(self)
 
     def check(self, router: Any) -> None:
         if "load" not in traits(router).gives:

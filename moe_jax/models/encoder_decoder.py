@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.attention import Order, Sees
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import weight
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.models.blocks import RMSNorm
 from moe_jax.models.lm import embed, logits
 from moe_jax.models.pattern import StackShape
@@ -26,7 +27,7 @@ class EncoderDecoderConfig(TransformerConfig):
     V_source: the vocabulary of the source, with an embedding of its own; None shares V and its embedding.
     """
 
-    V_source: int | None = None
+    V_source: PositiveInt | None = None
     batch_kind: ClassVar = "pairs"
     STACKS: ClassVar = 2
 
@@ -39,8 +40,6 @@ class EncoderDecoderConfig(TransformerConfig):
                     "A relative position table of every layer is for causal stacks; in an encoder and a decoder use "
                     "Relative(shared=True)."
                 )
-        if self.V_source is not None and self.V_source < 1:
-            raise ValueError(f"V_source={self.V_source} must be positive, or None for one vocabulary.")
 
     def init(self, key: Key[Array, ""], batch: Any) -> Any:
         """Parameters, for batches like this one."""

@@ -1,5 +1,6 @@
 """The pattern of a stack: the parts of each layer, the repeated layers, and the paths of their parameters."""
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ class PlacedSublayer(NamedTuple):
     norm: ParamPath
 
 
+@functools.cache  # asked for by every layer
 def sparse_layers(moe_layers: str, N: int) -> Collection[int]:
     """The numbers of the sparse ones of N layers, found without going through all of them.
 

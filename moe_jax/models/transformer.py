@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from moe_jax.attention.positions import table_bias
 from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
+from moe_jax.core.quoted import quoted
+from moe_jax.core.ranges import PositiveFloat, PositiveInt, Range, check_ranges
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import ratio
 from moe_jax.experts import GLU
@@ -84,9 +86,9 @@ class TransformerConfig:
     aux_over_layers: whether the MoE layers' auxiliary losses are averaged ("mean") or added up ("sum").
     """
 
-    V: int
-    D: int
-    N: int
+    V: PositiveInt
+    D: PositiveInt
+    N: Annotated[int, Range(1, 4096)]
     attention: Any
     ffn: Any = GLU(F=1024, activation="gelu")
     moe: Any = None
@@ -95,21 +97,21 @@ class TransformerConfig:
     tied: bool = True
     remat: str = "full"
     dtype: str = "float32"
-    init_scale: float = 1.0
+    init_scale: PositiveFloat = 1.0
     causal: bool = True
     aux_over_layers: str = "mean"
     STACKS: ClassVar = 1
     norm: ClassVar[str] = "rms"  # of all layers, see `blocks.NORMS`
 
     def __post_init__(self):
+        check_ranges(self)
         several = self.attention if isinstance(self.attention, tuple | list) else (self.attention,)
         object.__setattr__(self, "attention", tuple(several))
-        for name in "VDN":
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of the model must be positive.")
         if not self.attention or not all(isinstance(part, ATTENTION) for part in self.attention):
             names = ", ".join(f"{c.__name__}(...)" for c in ATTENTION)
-            raise ValueError(f"attention={self.attention!r} must be one of {names}, or several for layers in turn.")
+            raise ValueError(
+                f"attention={quoted(self.attention)} must be one of {names}, or several for layers in turn."
+            )
         choices = {"dtype": ("float32", "bfloat16"), "remat": tuple(REMAT), "aux_over_layers": ("mean", "sum")}
         for name, known in choices.items():
             if getattr(self, name) not in known:

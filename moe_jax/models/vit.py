@@ -12,6 +12,7 @@ from moe_jax.attention import NoPE, Order, Sees
 from moe_jax.core import dims
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter, weight
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.models.blocks import LayerNorm
 from moe_jax.models.pattern import StackShape
 from moe_jax.models.transformer import Call, StackInputs, TransformerConfig, stack, stack_aux
@@ -27,8 +28,8 @@ class ViTConfig(TransformerConfig):
     Positions are learned, one for each patch; routing may depend on the whole batch, since nothing is generated.
     """
 
-    patch: int = 16
-    image: tuple[int, ...] = (224, 224, 3)
+    patch: PositiveInt = 16
+    image: tuple[PositiveInt, ...] = (224, 224, 3)
     representation: bool = False
     causal: bool = False
     batch_kind: ClassVar = "images"
@@ -36,9 +37,9 @@ class ViTConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.image) != 3 or min(self.image) < 1:
+        if len(self.image) != 3:
             raise ValueError(f"image={self.image} must be height, width and channels.")
-        if self.patch < 1 or self.image[0] % self.patch or self.image[1] % self.patch:
+        if self.image[0] % self.patch or self.image[1] % self.patch:
             raise ValueError(f"Patches of {self.patch} do not cut {self.image[0]} x {self.image[1]} images evenly.")
         if self.causal:
             raise ValueError("An image has no order: leave causal=False.")

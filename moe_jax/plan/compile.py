@@ -18,8 +18,11 @@ from moe_jax.audit.hlo import collectives
 from moe_jax.config import Experiment
 from moe_jax.core.traffic import Collective
 from moe_jax.costs.chips import by_device_kind
+from moe_jax.plan.kernels import Fills, Kernels, kernels, odd_fills
 from moe_jax.plan.overlap import CLOCKS, Overlap, overlaps
+from moe_jax.plan.roofline import used_fraction
 from moe_jax.plan.schedule import Schedule
+from moe_jax.plan.topology import topology as parse_topology
 
 # Read by libtpu when it is loaded: no lock between processes, no queries to a cloud's metadata server.
 ENVIRONMENT = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -49,6 +52,22 @@ class Compiled(NamedTuple):
     lower_seconds: float  # to trace
     compile_seconds: float
     host_bytes: int  # peak memory of this process
+    kernels: tuple[Kernels, ...] = ()  # without an estimate: not in optimal_seconds
+    fills: Fills | None = None  # of memory, whose estimate is odd: in optimal_seconds
+
+    @property
+    def scheduled(self) -> float | None:
+        """Seconds of compute and memory: the compiler's estimate of its schedule, and ours of its kernels."""
+        if self.optimal_seconds is None:
+            return None
+        return self.optimal_seconds + sum(k.seconds for k in self.kernels)
+
+    @property
+    def without_fills(self) -> float | None:
+        """`scheduled`, with oddly priced fills at the memory's bandwidth instead."""
+        if self.scheduled is None or self.fills is None:
+            return None
+        return self.scheduled - self.fills.seconds + self.fills.at_bandwidth
 
 
 def available() -> str | None:
@@ -71,13 +90,25 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
     if not jax.config.jax_platforms:  # type: ignore[attr-defined] # with libtpu, JAX would look for a TPU here
         jax.config.update("jax_platforms", "cpu")
     many, _, name = topology.rpartition("*")
-    given: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-    given |= {"num_slices": int(many)} if many else {}
+    given = slice_options(name) | ({"num_slices": int(many)} if many else {})
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **given)
     except Exception as error:
         raise ValueError(f"libtpu knows no slice {topology!r}: {first_line(error)}") from None
     return tuple(found.devices)
+
+
+def slice_options(name: str) -> dict[str, Any]:
+    """Options of libtpu for one slice, `v5p:4x4x4`: two cores of a v4 are one device, and sides close that do.
+
+    libtpu takes a 3D slice to be open unless told so; 2D slices close as they are sold.
+    """
+    found: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    try:
+        on = parse_topology(name)
+    except ValueError:  # libtpu may know others
+        return found
+    return found | ({"wrap": on.closed} if len(on.shape) == 3 and all(on.closed) else {})
 
 
 def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | None = None) -> Compiled:
@@ -94,11 +125,13 @@ def compile_step(exp: Experiment, topology: str, options: Mapping[str, Any] | No
         made = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
         return refused(error, topology, lowering, time.monotonic() - began)
-    return read_report(made, program.mesh, lowering, time.monotonic() - began)
+    return read_report(made, program.mesh, lowering, time.monotonic() - began, used_fraction(exp))
 
 
-def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float) -> Compiled:
-    """Reads the report of a compiled step."""
+def read_report(
+    made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: float, compiling: float, used: float = 1.0
+) -> Compiled:
+    """Reads the report of a compiled step; used: fraction of the rows of MoE layers that hold a token."""
     text, kind = made.as_text() or "", mesh.devices.flat[0].device_kind
     memory: Any = made.memory_analysis()
     schedule, clock, known = Schedule.of(text), CLOCKS.get(kind), by_device_kind(kind)
@@ -120,6 +153,8 @@ def read_report(made: jax.stages.Compiled, mesh: jax.sharding.Mesh, lowering: fl
         lower_seconds=lowering,
         compile_seconds=compiling,
         host_bytes=host_bytes(),
+        kernels=tuple(kernels(schedule, known, used)) if known else (),
+        fills=odd_fills(schedule, known, clock) if known and clock else None,
     )
 
 
@@ -129,7 +164,6 @@ def refused(error: Exception, topology: str, lowering: float, compiling: float) 
     if found is None:
         raise ValueError(f"The TPU compiler refuses this step for {topology}: {first_line(error)}") from None
     peak, limit = (int(float(n) * UNITS[unit]) for n, unit in (found.groups()[:2], found.groups()[2:]))
-    nothing = dict.fromkeys(("arguments", "temporaries", "output", "alias", "flops", "optimal_seconds"))
     return Compiled(
         fits=False,
         limit=limit,
@@ -140,7 +174,12 @@ def refused(error: Exception, topology: str, lowering: float, compiling: float) 
         lower_seconds=lowering,
         compile_seconds=compiling,
         host_bytes=host_bytes(),
-        **nothing,
+        arguments=None,
+        temporaries=None,
+        output=None,
+        alias=None,
+        flops=None,
+        optimal_seconds=None,
     )
 
 

@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     published: Mapping[str, Any]  # of the model, by its authors; {} where its config has none
     memory: Memory
     roofline: Roofline
-    runs: dict[str, RunCost]  # all overlapped, nothing overlapped, and as scheduled plus the network
+    runs: dict[str, RunCost]  # all overlapped, nothing overlapped; as scheduled, and with cheap fills, plus the network
     compiled: Any  # compile.Compiled, or None
     rows: list[ComparedCollective]  # collectives, predicted and compiled
     missing: str  # reason why nothing was compiled
@@ -102,8 +102,11 @@ def plan(
     compiled = None if missing else compiler.compile_step(exp, on.name)
     total = float(exp.run.steps * line.tokens) if tokens is None else tokens
     times = {"all overlapped": line.best, "nothing overlapped": line.worst}
-    if compiled is not None and compiled.optimal_seconds is not None:
-        times["as scheduled"] = compiled.optimal_seconds + line.network
+    if compiled is not None and compiled.scheduled is not None:
+        times["as scheduled"] = compiled.scheduled + line.network
+    if compiled is not None and compiled.fills is not None and compiled.fills.count:
+        if (seconds := compiled.without_fills) is not None:
+            times["with cheap fills"] = seconds + line.network
     return Plan(
         exp,
         on,

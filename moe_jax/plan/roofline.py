@@ -215,7 +215,8 @@ def timed_collectives(exp: Experiment, on: Topology) -> list[Timed]:
 
 def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -> Timed:
     """Times one kind of collective, without other traffic on the network."""
-    wire = c.wire * expected(c, exp.exchange)
+    moe = exp.model.routed
+    wire = c.wire * (expected(c, moe.exchange, moe.E, moe.distinct) if moe else 1.0)
     inside = tuple(axis for axis in c.axes if axis != "slice")
     here = rings(on, sizes, inside) if inside else ()
     took = torus.collective_seconds(c.op, wire * on.chip.devices, here, on.chip.link)
@@ -230,9 +231,19 @@ def across(c: Collective, wire: float, on: Topology, inside: int) -> float:
     return wire * part * on.chip.devices / (1 if c.op.endswith("all-to-all") else inside)
 
 
-def expected(c: Collective, exchange: Any) -> float:
-    """Fraction of the reserved bytes that travel: a ragged exchange reserves far more than balanced rows."""
+def used_fraction(exp: Experiment) -> float:
+    """Fraction of the rows of MoE layers that hold a token where loads are balanced: the rest is room."""
+    moe, X = exp.model.routed, math.prod(dict(exp.mesh)[axis] for axis in exp.exchange.over)
+    if moe is None or X == 1 or not isinstance(moe.exchange, RaggedAllToAll):
+        return 1.0
+    return min(1.0, 1 / float(moe.exchange.relative_room(X, moe.E, moe.distinct)))
+
+
+def expected(c: Collective, exchange: Any, E: int, distinct: int = 1) -> float:
+    """Fraction of the reserved bytes that travel: a ragged exchange reserves far more than balanced rows.
+
+    E, distinct: see `RaggedAllToAll.room`.
+    """
     if c.op != "ragged-all-to-all" or not isinstance(exchange, RaggedAllToAll):
         return 1.0
-    room = c.size if exchange.buffer is None else min(c.size, exchange.buffer)
-    return min(1.0, 2 / (1 + room))  # there and back
+    return min(1.0, 2 / (1 + float(exchange.relative_room(c.size, E, distinct))))  # there and back

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.costs.headline import headline, mesh_words
+from moe_jax.plan.compile import Compiled
+from moe_jax.plan.kernels import REACHED
 from moe_jax.plan.plan import Plan, RunCost, Site, run_cost
 from moe_jax.plan.search import Found, Option
 from moe_jax.plan.topology import Topology
@@ -175,7 +177,10 @@ def compiled(plan: Plan) -> list[PlanSection]:
         ]
     if c.optimal_seconds is not None:
         predicted = plan.roofline.compute + plan.roofline.hbm
-        rows += [("compute and memory, estimated", seconds(c.optimal_seconds)), ("both, predicted", seconds(predicted))]
+        rows += [("compute and memory, estimated", seconds(c.optimal_seconds))]
+        rows += [("kernels without an estimate", seconds(sum(k.seconds for k in c.kernels)))] * bool(c.kernels)
+        rows += odd_fill_rows(c)
+        rows += [("compute and memory, predicted", seconds(predicted))]
     rows += [("to trace, to compile", f"{c.lower_seconds:.0f} s, {c.compile_seconds:.0f} s")]
     rows += [("memory of this host", size(c.host_bytes))]
     found = [PlanSection("Compiled", "of a device, by the TPU compiler", ("", ""), rows)]
@@ -189,6 +194,7 @@ def compiled(plan: Plan) -> list[PlanSection]:
         )
         for r in plan.rows
     ]
+    found += [kernel_section(c)] * bool(c.kernels)
     head = ("collective", "count", "compiled", "predicted", "as predicted")
     found += [PlanSection("Collectives, compiled against predicted", "", head, sent)] * bool(sent)
     hidden: Rows = [
@@ -198,6 +204,23 @@ def compiled(plan: Plan) -> list[PlanSection]:
     note = "what is computed while they travel, by the compiler's estimate"
     titles = ("collective", "count", "bytes", "computed meanwhile")
     return found + [PlanSection("Overlap", note, titles, hidden)] * bool(hidden)
+
+
+def odd_fill_rows(c: Compiled) -> Rows:
+    """Rows about fills whose estimate is odd, and the sum without it; none where there are none."""
+    if c.fills is None or not c.fills.count:
+        return []
+    said = f"{size(c.fills.bytes)} in {seconds(c.fills.seconds)}, {seconds(c.fills.at_bandwidth)} at HBM's bandwidth"
+    return [("of it fills, oddly priced", said), ("all, fills at HBM's bandwidth", seconds(c.without_fills or 0.0))]
+
+
+def kernel_section(c: Compiled) -> PlanSection:
+    """Kernels by name, and how they are priced."""
+    rows: Rows = [
+        (k.name, f"{k.count:,}", f"{k.flops:.2e}", size(k.bytes), seconds(k.seconds), k.where) for k in c.kernels
+    ]
+    note = f"the compiler gives no estimate: used rows at {REACHED:.0%} of the chip's peak or at HBM's bandwidth"
+    return PlanSection("Kernels", note, ("kernel", "count", "FLOPs", "bytes", "seconds", "for"), rows)
 
 
 def sources(plan: Plan) -> PlanSection:

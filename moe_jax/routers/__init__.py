@@ -1,7 +1,8 @@
 """Routers: (params, x_GSD, mask_GS, ctx) -> Routing. One line here registers one.
 
 A router declares its `params`, the number K of choices per token (at most), and other traits of `core.traits.Traits`
-where they differ from the defaults. A router with `state` has update(state, stats) -> new values. A router that needs
+where they differ from the defaults: `distinct` where a token's K choices are always different experts, so that an
+exchange needs room for fewer rows. A router with `state` has update(state, stats) -> new values. A router that needs
 certain numbers of experts has check(E), which raises ValueError. A router that makes no TokenChoice has slots(S, E),
 the slots of each of E experts for a group of S tokens.
 """

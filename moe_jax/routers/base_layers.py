@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import take_experts
 
@@ -24,15 +25,14 @@ class BASELayer:
     (Bertsekas 1992) takes about 1 / epsilon rounds.
     """
 
-    epsilon: float = 0.05
+    epsilon: Annotated[float, Range(1e-4, 1)] = 0.05
     K: ClassVar[int] = 1
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = True
     causal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not 0 < self.epsilon <= 1:
-            raise ValueError(f"BASELayer(epsilon={self.epsilon}) must lie in (0, 1]; use 0.05.")
+        check_ranges(self)
 
     def __call__(
         self,

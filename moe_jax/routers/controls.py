@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context, draw_by_group
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.core.routing import TokenChoice
 from moe_jax.core.scores import check_choices
 from moe_jax.routers.hashed import mix, unlearned
@@ -22,8 +23,9 @@ class Random:
     Without keys (evaluation) the draw is a hash of the token's position in its group, and always the same.
     """
 
-    K: int = 2
+    K: PositiveInt = 2
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = True
     grouped: ClassVar[bool] = True
 
@@ -50,8 +52,9 @@ class Random:
 class RoundRobin:
     """Perfect balance: a group's i-th real token goes to experts iK, iK + 1, ... (mod E), each of weight 1/K."""
 
-    K: int = 2
+    K: PositiveInt = 2
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
     grouped: ClassVar[bool] = True
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, l2_normalize, softmax_at, take_experts
 
@@ -20,16 +21,15 @@ class CosineTopK:
     resist the collapse of tokens onto expert vectors.
     """
 
-    K: int = 2
-    A: int = 8
+    K: PositiveInt = 2
+    A: PositiveInt = 8
     normalize: bool = False
     params: ClassVar = ("project_DA", "embed_AE", "scale_")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choices(self)
-        if self.A < 1:
-            raise ValueError(f"CosineTopK(A={self.A}) compares in no dimension; set A >= 1.")
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.capacity import capacity
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import PositiveFloat, check_ranges
 from moe_jax.core.routing import SlotChoice
 
 
@@ -22,15 +23,14 @@ class ExpertChoice:
     model refuses it.
     """
 
-    capacity_factor: float = 2.0
+    capacity_factor: PositiveFloat = 2.0
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     routing: ClassVar = SlotChoice
 
     def __post_init__(self):
-        if not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"ExpertChoice(capacity_factor={self.capacity_factor}) takes no tokens; use 2.0, say.")
+        check_ranges(self)
 
     @property
     def K(self) -> int:

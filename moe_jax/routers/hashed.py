@@ -1,11 +1,12 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.core.context import Context
+from moe_jax.core.ranges import PositiveInt, Range
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices
 
@@ -17,9 +18,10 @@ class Hash:
     The hash is MurmurHash3's finaliser of id XOR seed * 0x9E3779B9; a token's K experts are neighbours.
     """
 
-    K: int = 1
-    seed: int = 0  # of the hash
+    K: PositiveInt = 1
+    seed: Annotated[int, Range(0, 2**32, "[)")] = 0  # of the hash
     params: ClassVar = ()
+    distinct: ClassVar[bool] = True
     needs: ClassVar = ("token",)
     random: ClassVar[bool] = False
 

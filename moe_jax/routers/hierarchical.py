@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
+from moe_jax.core.ranges import PositiveInt, check_ranges
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import softmax_at, take_experts
 
@@ -22,16 +23,18 @@ class Hierarchical:
     mixture of experts (Jordan and Jacobs 1994, eqs. 1-5).
     """
 
-    M: int = 2
-    outer: int = 1
-    inner: int = 2
+    M: PositiveInt = 2
+    outer: PositiveInt = 1
+    inner: PositiveInt = 2
     normalize: bool = False
     params: ClassVar = ("group_DM", "gate_DE")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not 1 <= self.outer <= self.M or self.inner < 1:
-            raise ValueError(f"{self} must choose 1 to M={self.M} groups and at least one expert in each.")
+        check_ranges(self)
+        if self.outer > self.M:
+            raise ValueError(f"Hierarchical(M={self.M}, outer={self.outer}) must choose 1 to M={self.M} groups.")
         if self.normalize and 1 in (self.outer, self.inner):
             raise ValueError(
                 f"Hierarchical(outer={self.outer}, inner={self.inner}, normalize=True) has a constant weight 1 at one "

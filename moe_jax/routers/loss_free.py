@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_weights, take_experts
 from moe_jax.core.stats import Stats
@@ -25,26 +26,23 @@ class LossFree:
     sum of its `best` largest (V3: 8 groups, limit 4, best 2; V2, with rate 0 and "softmax": best 1).
     """
 
-    K: int = 2
+    K: PositiveInt = 2
     score: str = "sigmoid"
     normalize: bool = True
-    scale: float = 1.0
-    rate: float = 0.001  # of the bias, in each step
-    groups: int = 1
-    limit: int = 1
-    best: int = 2
+    scale: PositiveFloat = 1.0
+    rate: NonNegativeFloat = 0.001  # of the bias, in each step
+    groups: PositiveInt = 1
+    limit: PositiveInt = 1
+    best: PositiveInt = 2
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("bias_E",)
     random: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choices(self)
         check_score(self)
-        if self.rate < 0 or self.scale <= 0:
-            raise ValueError(f"{self}: rate must not be negative, and scale must be positive.")
-        if self.best < 1:
-            raise ValueError(f"LossFree(best={self.best}) scores groups by nothing; set best >= 1.")
-        if not 1 <= self.limit <= self.groups:
+        if self.limit > self.groups:
             raise ValueError(f"LossFree(groups={self.groups}, limit={self.limit}) must keep 1 to {self.groups} groups.")
 
     def check(self, E: int) -> None:

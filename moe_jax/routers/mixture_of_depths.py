@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from moe_jax.core.capacity import capacity
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.core.routing import SlotChoice
 from moe_jax.routers.expert_choice import slot_choice
 
@@ -20,7 +21,7 @@ class MixtureOfDepths:
     layer alone (the paper skips attention too). As choices depend on later tokens, a causal model refuses it.
     """
 
-    fraction: float = 0.125
+    fraction: Annotated[float, Range(0, 1, "(]")] = 0.125
     K: ClassVar[int] = 1
     params: ClassVar = ("gate_DE",)
     random: ClassVar[bool] = False
@@ -28,8 +29,7 @@ class MixtureOfDepths:
     routing: ClassVar = SlotChoice
 
     def __post_init__(self):
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"MixtureOfDepths(fraction={self.fraction}) must lie in (0, 1]; the paper has 0.125.")
+        check_ranges(self)
 
     def check(self, E: int) -> None:
         if E != 1:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.gate import gate, linear
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
@@ -23,10 +24,11 @@ class NoisyTopK:
     normalize: softmax over the K noisy logits kept (Shazeer), rather than over all (V-MoE).
     """
 
-    K: int = 2
+    K: PositiveInt = 2
     learned: bool = True
     normalize: bool = True
     random: ClassVar[bool] = True
+    distinct: ClassVar[bool] = True
     gives: ClassVar = ("load",)
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, normalize_weights, take_experts
 
@@ -21,16 +22,15 @@ class NullExperts:
     only a `LoadBalance` loss trains them.
     """
 
-    K: int = 4
-    M: int = 8
+    K: PositiveInt = 4
+    M: PositiveInt = 8
     normalize: bool = False  # weights are shares of the true experts alone
     params: ClassVar = ("gate_DE", "null_DM")
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choices(self)
-        if self.M < 1:
-            raise ValueError(f"NullExperts(M={self.M}) has no null experts; set M >= 1, or use TopK.")
 
     @property
     def nulls(self) -> int:

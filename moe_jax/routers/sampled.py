@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import PositiveFloat, PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
@@ -18,16 +19,15 @@ class Sampled:
     While training only; without keys, the K best. Weights are those of the deterministic router.
     """
 
-    K: int = 2
-    temperature: float = 1.0
+    K: PositiveInt = 2
+    temperature: PositiveFloat = 1.0
     normalize: bool = True
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = True
 
     def __post_init__(self):
         check_choices(self)
-        if self.temperature <= 0:
-            raise ValueError(f"Sampled(temperature={self.temperature}) must be positive; TopK is the limit at 0.")
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import PositiveInt, Range
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, take_experts
 from moe_jax.core.stats import Stats, ratio
@@ -24,17 +25,16 @@ class Sinkhorn:
     them unchanged. Balancing needs the whole group, so that training is not causal.
     """
 
-    K: int = 1
-    iterations: int = 8  # of Sinkhorn's algorithm
+    K: PositiveInt = 1
+    iterations: Annotated[int, Range(1, 10_000)] = 8  # of Sinkhorn's algorithm
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     state: ClassVar = ("potential_E",)
     random: ClassVar[bool] = True
     causal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choices(self)
-        if self.iterations < 1:
-            raise ValueError(f"Sinkhorn(iterations={self.iterations}) balances nothing; set iterations >= 1.")
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import FAR, Context
+from moe_jax.core.ranges import PositiveInt, check_ranges
 from moe_jax.core.routing import SoftSlots
 from moe_jax.core.scores import l2_normalize
 
@@ -20,7 +21,7 @@ class SoftMoE:
     combine the one over all E * C slots. Fully differentiable, nothing is dropped, and nothing is causal.
     """
 
-    C: int = 1
+    C: PositiveInt = 1
     K: ClassVar[int] = 1
     params: ClassVar = ("phi_DEC", "scale_")
     random: ClassVar[bool] = False
@@ -28,8 +29,7 @@ class SoftMoE:
     routing: ClassVar = SoftSlots
 
     def __post_init__(self):
-        if self.C < 1:
-            raise ValueError(f"SoftMoE(C={self.C}) has no slots; set C >= 1.")
+        check_ranges(self)
 
     def slots(self, S: int, E: int) -> int:
         """Slots of each of E experts for a group of S tokens."""

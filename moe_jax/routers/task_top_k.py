@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import linear
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, softmax_at, take_experts
 
@@ -19,17 +20,16 @@ class TaskTopK:
     served without the others (Task-MoE, arXiv:2110.03742, sec. 3).
     """
 
-    K: int = 2
-    M: int = 8
+    K: PositiveInt = 2
+    M: PositiveInt = 8
     token: bool = True  # whether the token is seen besides its task
     normalize: bool = True
     needs: ClassVar = ("task",)
     random: ClassVar[bool] = False
+    distinct: ClassVar[bool] = True
 
     def __post_init__(self):
         check_choices(self)
-        if self.M < 1:
-            raise ValueError(f"TaskTopK(M={self.M}) has no tasks; set M to their number.")
 
     @property
     def params(self) -> tuple[str, ...]:

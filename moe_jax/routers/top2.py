@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context, draw_by_group
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import Range, check_ranges
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import normalize_weights, take_experts
 
@@ -22,15 +23,15 @@ class Top2:
     """
 
     second: str = "random"  # "random" or "always"
-    threshold: float = 0.5
+    threshold: Annotated[float, Range(0, 1, "(]")] = 0.5
     K: ClassVar[int] = 2
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_ranges(self)
         if self.second not in ("random", "always"):
             raise ValueError(f"Top2(second={self.second!r}) is unknown; use 'random' or 'always'.")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"Top2(threshold={self.threshold}) must lie in (0, 1]; GShard has 0.5, ST-MoE 0.2.")
 
     @property
     def random(self) -> bool:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import PositiveInt
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import SCORES, check_choices, check_score, normalize_weights, softmax_at, take_experts
 
@@ -21,10 +22,11 @@ class TopK:
     sec. 2.1: a softmax over the K selected logits is the same). Without, they sum to less (V-MoE, OLMoE).
     """
 
-    K: int = 2  # experts per token, at most
+    K: PositiveInt = 2  # experts per token, at most
     score: str = "softmax"
     normalize: bool = True
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):

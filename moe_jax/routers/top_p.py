@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_jax.core.context import Context
 from moe_jax.core.gate import gate
+from moe_jax.core.ranges import PositiveInt, Range
 from moe_jax.core.routing import TokenChoice, token_choice
 from moe_jax.core.scores import check_choices, take_experts
 
@@ -20,15 +21,14 @@ class TopP:
     `TokenEntropy(1e-4)`, without which tokens use more and more experts.
     """
 
-    p: float = 0.4
-    K: int = 4
+    p: Annotated[float, Range(0, 1, "(]")] = 0.4
+    K: PositiveInt = 4
     params: ClassVar = ("gate_DE",)
+    distinct: ClassVar[bool] = True
     random: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choices(self)
-        if not 0 < self.p <= 1:
-            raise ValueError(f"TopP(p={self.p}) is not a probability to reach; it must lie in (0, 1].")
 
     def __call__(
         self,

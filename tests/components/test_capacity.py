@@ -72,9 +72,6 @@ def test_every_convention_has_its_oracle():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"capacity_factor": 0.0}, "(capacity_factor=0.0) leaves no slots; use 1.25"),
-        ({"capacity_factor": -1.0}, "(capacity_factor=-1.0) leaves no slots"),
-        ({"capacity_factor": float("nan")}, "(capacity_factor=nan) leaves no slots"),
         ({"convention": "maxtext"}, "(convention='maxtext') is unknown; use one of exact, switch, flaxformer, "),
         ({"convention": "exact", "priority": "fifo"}, "(priority='fifo') is unknown; use one of token-major, choice-"),
         ({"capacity_factor": None, "convention": "Exact"}, "(convention='Exact') is unknown"),

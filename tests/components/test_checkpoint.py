@@ -394,7 +394,7 @@ def test_a_full_disk_says_what_is_whole_and_what_a_step_takes(copied, monkeypatc
 
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
-    """What a step takes is then what its arrays have: 2,000 float32 and 3 bfloat16."""
+    """A step then takes what its arrays have: 200,000 float32 and 3 bfloat16."""
     state = {"x": jnp.zeros((2, 100, 1000)), "y": jnp.zeros(3, jnp.bfloat16)}
 
     def disk_full(*_, **__):
@@ -447,6 +447,14 @@ def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"^checkpoints (cannot be kept in|need a path in UTF-8)"):
         Checkpoints(tmp_path / name / "checkpoints").save(1, {"x": jnp.arange(3.0)}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_above_counts_too(tmp_path, monkeypatch):
+    """The path is relative, and is refused before training all the same."""
+    (tmp_path / "[project]").mkdir()
+    monkeypatch.chdir(tmp_path / "[project]")
+    with pytest.raises(ValueError, match="cannot be kept in"):
+        checkpointing.check_path("runs/a")
 
 
 def test_a_run_that_was_moved_to_such_a_path_is_read(two_steps, tmp_path):

@@ -108,6 +108,7 @@ def test_routings_are_valid(router):
         assert ((expert >= 0) & (expert <= E)).all()
         used = np.sort(expert, axis=-1)
         assert ((np.diff(used, axis=-1) > 0) | (used[..., 1:] == E)).all()
+        assert traits(router).distinct or router.K == 1  # said, so that exchanges have no room for more
         assert ((weight > 0) == (expert < E)).all()
         most = router.K if traits(router).score == "sigmoid" and not router.normalize else 1
         assert (weight.sum(-1) <= most + 1e-6).all()

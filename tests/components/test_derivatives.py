@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import MLP, Einsum, MoE, RaggedAllToAll, Scatter, Sort, TopK
 from moe_jax.core import rows
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 from tests.cases import close, context, normal
 
 X, EXPERT = jnp.asarray(normal(0, 8, 2, 4)), MLP(F=3, bias=True)
@@ -18,7 +18,7 @@ ALL = "jvp", "forward over reverse", "reverse over reverse"
 
 @functools.cache
 def derivatives(dispatch, kinds=ALL, mesh=None, **fields):
-    """Of a layer's loss along a direction: the first by forward mode, the second in both orders."""
+    """Derivatives of a layer's loss along a direction: the first by forward mode, the second in both orders."""
     layer = MoE.of(E=4, router=TopK(K=2), experts=EXPERT, dispatch=dispatch, **fields)
     leaves, tree = jax.tree.flatten(jax.eval_shape(layer.init, jax.random.key(0), X))
     p, along = (tree.unflatten([normal(i + n, *s.shape) for i, s in enumerate(leaves)]) for n in (1, 50))
@@ -40,7 +40,7 @@ def derivatives(dispatch, kinds=ALL, mesh=None, **fields):
     ids=["Sort", "Scatter"],
 )
 def test_derivatives_of_every_dispatcher(dispatch, dense, kinds):
-    """They are those of `Einsum`, which has JAX's own rules; and both orders of second derivatives agree."""
+    """`Einsum`, which has JAX's own rules, gives the same; and both orders of second derivatives agree."""
     found = derivatives(dispatch, kinds)
     close(found, derivatives(dense, kinds), rel=1e-4)
     for kind in kinds[2:]:
@@ -76,10 +76,10 @@ def test_rows_of_tokens_under_every_transformation():
 
 
 def test_a_linear_function_has_the_transpose_that_it_is_given():
-    """It is used in gradients, also under vmap, and JAX's own rules in all further derivatives."""
+    """Gradients use it, also under vmap, and all further derivatives JAX's own rules."""
     twice = lambda a, x: 2 * a * x  # noqa: E731
     marked = lambda a, g: 2 * a * g + 100  # noqa: E731
-    f = lambda a, x: linear(twice, marked, a, x)  # noqa: E731
+    f = lambda a, x: linear_map(twice, marked, a, x)  # noqa: E731
     a, x = jnp.array([3.0, 5.0]), jnp.array([1.0, 2.0])
     total = lambda a, x: f(a, x).sum()  # noqa: E731
     close(jax.jvp(f, (a, x), (a, x)), (2 * a * x, 4 * a * x))

@@ -37,6 +37,15 @@ def test_no_tokens_have_an_empty_output(params, shape, mesh):
     assert not any(np.asarray(a).any() for a in jax.tree.leaves((aux.stats, grads)))
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 4), (2, 0, 4)], ids=str)
+def test_no_tokens_attend_to_nothing(shape):
+    attention = Attention(MHA(1, 4))
+    params = attention.init(jax.random.key(0), jnp.ones((1, 1, 4)))
+    grads = jax.grad(lambda params: attention.apply(params, jnp.ones(shape)).sum())(params)
+    assert not any(np.asarray(a).any() for a in jax.tree.leaves(grads))
+    assert attention.apply(params, jnp.ones(shape)).shape == shape
+
+
 @pytest.mark.parametrize(
     ("x", "mask", "message"),
     [

@@ -236,7 +236,6 @@ def test_what_routers_remember_is_the_encoders_first(params):
     ("change", "message"),
     [
         ({"attention": MHA(2, 8, position=Relative())}, "Relative\\(shared=True\\)"),
-        ({"V_source": 0}, "V_source=0 must be positive"),
         ({"moe": dataclasses.replace(MOE, dispatch=Scatter(1.0, "choice-major"))}, "token-major"),
     ],
 )

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from configs import glam_nano
-from experiments import cli, train
+from experiments import cli, plan, train
 from moe_jax.config import Experiment, build
 from moe_jax.costs import fit, flops, parameters
 from moe_jax.costs.memory import memory
@@ -45,6 +45,14 @@ def test_absurd_sizes_are_refused_at_once(override, words):
     assert "where there are 3.0 GiB; make it" in str(caught.value)
     assert "say --force to try it" in str(caught.value)
     assert time.process_time() - began < 10
+
+
+def test_what_fits_nowhere_is_refused_by_every_program():
+    """The largest slice has 9,216 chips of 192 GiB; published models are far below."""
+    error = programs.call(plan, "--config=glam_pod", "--topology=v5e:4x4", "--config.model.N=1000000000").error
+    assert "The model fits nowhere: its parameters alone take" in error
+    assert "9,216 chips of tpu7x, has 1.7 PiB" in error
+    fit.check_size(changed("model.moe.E=100000"))
 
 
 def test_the_figures_are_those_of_the_arithmetic():

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import GLU, MLP, MoE, Scatter, Sort, TopK
 from moe_jax.core.groups import Ragged
-from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_gpu, triton
+from moe_jax.core.kernels import ragged_gpu, ragged_tpu, rows_gpu, rows_tpu, triton
 from moe_jax.core.kernels.by_expert import _row_blocks, by_expert, size_buckets
 from tests import oracle
 from tests.cases import close, normal
@@ -270,3 +270,20 @@ def test_what_would_be_slow_is_not_in_the_program(programs):
         assert 'custom_call_target="TopK"' in text
         assert not re.search(r"\[2,64,32\]\S* sort\(", text)
         assert not re.search(r"f32\[\d+,8\]\S* scatter\(", text)
+
+
+def test_elementwise_functions_of_used_rows(monkeypatch):
+    """Used rows are numpy's, in bfloat16 rounded once; tiles past them are not written, and NaN there stays there."""
+    monkeypatch.setattr(rows_tpu, "ROWS", 16)
+    rows, width = 40, 6
+    x, y = (normal(i, rows, width).astype(jnp.bfloat16) for i in (0, 1))
+    both = lambda x, y: (x * y, jnp.tanh(x) + y)  # noqa: E731
+    run = jax.jit(functools.partial(rows_tpu.elementwise, both, results=2, interpret=True))
+    for used in (0, 1, 16, 17, 40):
+        kept = (np.arange(rows) < used)[:, None]
+        product, total = (np.asarray(a, np.float32) for a in run(used, *(jnp.where(kept, a, jnp.nan) for a in (x, y))))
+        wide = [np.asarray(a, np.float32)[:used] for a in (x, y)]
+        expected = wide[0] * wide[1], np.tanh(wide[0]) + wide[1]
+        np.testing.assert_allclose(product[:used], expected[0], rtol=2**-8)
+        np.testing.assert_allclose(total[:used], expected[1], rtol=2**-7, atol=2**-9)
+        assert np.isnan(product[max(16, -(-used // 16) * 16) :]).all(), "nobody writes there"

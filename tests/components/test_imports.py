@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moe_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    ("core", "files", "lock", "names", "words"),
+    ("core", "files", "lock", "names", "words", "xla"),
     ("attention", "routers", "gating", "experts", "losses", "dispatch", "exchanges", "manifest"),
     ("moe_config", "room"),
     ("moe",),

@@ -18,7 +18,6 @@ from moe_jax.core.stats import Stats, describe
 from moe_jax.core.stats import stats as count
 from moe_jax.dispatch import Einsum, Scatter
 from moe_jax.experts import GLU, MLP
-from moe_jax.gating import Jitter
 from moe_jax.losses import LoadBalance, RouterZ
 from moe_jax.moe import MoE, MoEConfig
 from moe_jax.routers import Switch, Top2, TopK
@@ -193,24 +192,14 @@ def test_a_layer_by_hand():
     ("make", "message"),
     [
         (lambda: TopK(K=1), "TopK(K=1, normalize=True) has the constant weight 1 and never trains its router; set"),
-        (lambda: TopK(K=0), "TopK(K=0) needs at least one choice; set K >= 1"),
         (lambda: TopK(score="some"), "TopK(score='some') is unknown; use one of softmax, sigmoid, sparsemax, entmax15"),
         (lambda: Top2(second="never"), "Top2(second='never') is unknown; use 'random' or 'always'"),
-        (lambda: Top2(threshold=0.0), "Top2(threshold=0.0) must lie in (0, 1]"),
-        (lambda: Jitter(1.0), "Jitter(size=1.0) must lie in (0, 1)"),
         (lambda: MoEConfig(E=2, router=TopK(K=3)), "TopK() picks K=3 of E=2 experts; K must lie between 1 and E"),
         (lambda: MoEConfig(E=2, losses=("z",)), "losses has 'z', which is none; give a tuple of LoadBalance(0.01)"),
-        (lambda: MoEConfig(E=2, S=0), "S=0 tokens per routing group; it must be positive"),
-        (lambda: MoEConfig(E=2, init_scale=0.0), "init_scale=0.0 must be positive"),
-        (lambda: Einsum(0.0), "Einsum(capacity_factor=0.0) leaves no slots"),
-        (lambda: Scatter(-1.0), "Scatter(capacity_factor=-1.0) leaves no slots"),
-        (lambda: Scatter(float("nan")), "Scatter(capacity_factor=nan) leaves no slots"),
         (
             lambda: Scatter(priority="fifo"),
             "Scatter(priority='fifo') is unknown; use one of token-major, choice-",
         ),
-        (lambda: MLP(F=0), "MLP(F=0) has no hidden units; set F >= 1"),
-        (lambda: GLU(F=-1), "GLU(F=-1) has no hidden units"),
         (lambda: MLP(F=4, activation="swish"), "Activation 'swish' is unknown; use one of relu, gelu, silu"),
         (lambda: GLU(F=4, activation="glu"), "Activation 'glu' is unknown"),
         (lambda: activation("Relu"), "Activation 'Relu' is unknown"),

@@ -195,7 +195,7 @@ def test_what_is_additive_is_the_same_in_any_microbatches(loss):
 
 
 def test_load_balance_of_microbatches_differs_by_a_covariance():
-    """It is larger than the batch's by E sum_e cov(f_e, P_e) over microbatches, as docs/routing.md says."""
+    """The loss exceeds the batch's by E sum_e cov(f_e, P_e) over microbatches, as docs/routing.md says."""
     (*parts, _), whole = parts_of_example()
     tokens = np.array([s.tokens for s in parts])
     f, P = (np.stack([s.choices_E / (K * s.tokens) for s in parts]), np.stack([s.probs_E / s.tokens for s in parts]))
@@ -459,16 +459,9 @@ def test_what_is_logged():
         (lambda: LoadBalance(convention="hf"), "LoadBalance(convention='hf') is unknown; use one of switch, first,"),
         (lambda: LoadBalance(scope="token"), "LoadBalance(scope='token') is unknown; use one of batch, group, seq"),
         (lambda: LoadBalance(convention="first", scope="group"), "would need first choices of every group; use"),
-        *((lambda c=c: c(weight=-1.0), f"{c.__name__}(weight=-1.0) must be a number") for c in LOSSES if c != Adaptive),
-        (lambda: RouterZ(weight=float("nan")), "RouterZ(weight=nan) must be a number that is not negative"),
         (lambda: Importance(of="gates"), "Importance(of='gates') is unknown; use 'weights' or 'probs'"),
         (lambda: UniformKL(direction="both"), "UniformKL(direction='both') is unknown; use 'forward' or 'reverse'"),
-        (lambda: LoadEntropy(threshold=0.0), "LoadEntropy(threshold=0.0) must be positive"),
         (lambda: Adaptive("LoadBalance"), "wraps another loss, like Adaptive(LoadBalance(0.01))"),
-        (lambda: Adaptive(LoadBalance(), target=1.0), "target must lie in [0, 1)"),
-        (lambda: Adaptive(LoadBalance(), capacity=0.5), "capacity be at least 1"),
-        (lambda: Adaptive(LoadBalance(), rate=0.0), "rate positive"),
-        (lambda: Adaptive(LoadBalance(), most=1.0), "most over 1"),
         (lambda: convert(0.1, "hf", "switch", 8, 2), "Convention 'hf' is unknown; use one of switch, first, gshard,"),
         (lambda: convert(0.1, "switch", "hf", 8, 2), "Convention 'hf' is unknown"),
         (lambda: convert(0.1, "sum", "mean", 8, 2, 4, "max"), "Losses of layers are reduced by 'mean' or 'sum', not"),

@@ -240,15 +240,6 @@ def test_toy_languages_are_the_same_everywhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
-    [({"words": 5}, "from 6 to 100"), ({"words": 101}, "from 6 to 100"), ({"languages": 0}, "1 to 9")],
-)
-def test_toy_languages_that_cannot_be_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        ToyTranslation(**fields)
-
-
-@pytest.mark.parametrize(
     ("objective", "source", "kind", "message"),
     [
         (Translation(), Corpus(), "EncoderDecoder", r"needs a source of pairs, which Corpus.*set.*to ToyTranslation"),

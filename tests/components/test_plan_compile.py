@@ -10,10 +10,12 @@ from moe_jax import GLU, MLP, AllToAll, LMConfig, LoadBalance, MoEConfig, Ragged
 from moe_jax.attention import MHA
 from moe_jax.audit.communication import compare_collectives
 from moe_jax.config import DataConfig, Experiment, OptimConfig
+from moe_jax.costs.chips import chip
 from moe_jax.costs.communication import step
 from moe_jax.costs.memory import memory
 from moe_jax.optim import Adafactor, Constant
 from moe_jax.plan import compile as compiler
+from moe_jax.plan.kernels import Fills, kernels, odd_fills
 from moe_jax.plan.overlap import Overlap, overlaps
 from moe_jax.plan.schedule import Schedule
 from tests.programs.test_parallelism_page import GLAM
@@ -174,6 +176,85 @@ def test_matrix_multiplications(name):
         f"  %b = {right}{{0}} parameter(1)\n  ROOT %c = {result}{{0}} convolution(%a, %b), {how}\n}}\n"
     )
     assert Schedule.of(text).flops == 2 * products
+
+
+# Lines of Mixtral's step for v5p:4x4x4 (libtpu 0.0.50.1): kernels of a layer whose buffers hold four times its rows.
+KERNELS = """HloModule kernels, is_scheduled=true
+
+%body (p: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %p = (s32[]{:T(128)}, bf16[64,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %sizes = s32[1]{0:T(128)} constant({16})
+  %w = bf16[1,128,512]{2,1,0:T(8,128)(2,1)} custom-call(), custom_call_target="AllocateBuffer"
+  %g = bf16[64,512]{1,0:T(8,128)(2,1)} broadcast(%i), dimensions={}, backend_config={"estimated_cycles":"6000"}
+  %small = bf16[64,512]{1,0:T(8,128)(2,1)} broadcast(%i), dimensions={}, backend_config={"estimated_cycles":"20"}
+  %up = bf16[64,512]{1,0:T(8,128)(2,1)} custom-call(%sizes, %x, %w), custom_call_target="tpu_custom_call", metadata={op_name="jit(train_step)/jvp(LM)/while/body/stack_0/moe_0/ragged_dot_general"}, backend_config={"custom_call_config":{"body":"TUw="}}
+  %back = bf16[64,128]{1,0:T(8,128)(2,1)} custom-call(%sizes, %g, %w), custom_call_target="tpu_custom_call", metadata={op_name="jit(train_step)/jvp(LM)/while/body/stack_0/moe_0/ragged_dot_general"}
+  %dw = bf16[1,128,512]{2,1,0:T(8,128)(2,1)} custom-call(%sizes, %x, %g), custom_call_target="tpu_custom_call", metadata={op_name="jit(train_step)/transpose(jvp(LM))/while/body/stack_0/moe_0/outer"}
+  %act = (bf16[64,512]{1,0:T(8,128)(2,1)}) custom-call(%sizes, %up, %g), custom_call_target="tpu_custom_call", metadata={op_name="jit(train_step)/jvp(LM)/while/body/stack_0/attention_0/act"}
+  ROOT %out = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%i, %back)
+}
+
+%yes (q: (s32[], bf16[64,128])) -> pred[] {
+  %q = (s32[]{:T(128)}, bf16[64,128]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (t: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %t = (s32[]{:T(128)}, bf16[64,128]{1,0}) parameter(0)
+  ROOT %v = (s32[]{:T(128)}, bf16[64,128]{1,0}) while(%t), condition=%yes, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""  # noqa: E501
+
+
+def test_kernels_without_an_estimate_are_named_and_priced():
+    """FLOPs of grouped matmuls and of their gradients, on used rows; bytes of others; the rates are the chip's."""
+    v5p = chip("v5p")._replace(flops=1e9 / 0.86, hbm_rate=1e9)
+    found = {(k.name, k.where): k for k in kernels(Schedule.of(KERNELS), v5p, used=0.25)}
+    flops, rows, matrices = 2 * 16 * 128 * 512, 2 * 16 * (128 + 512), 2 * 128 * 512
+    layer = "LM/stack_0/moe_0"
+    for name, where in (
+        ("grouped matmul [64, 128] x [1, 128, 512]", layer),
+        ("grouped matmul [64, 512] x [1, 128, 512]", layer),
+        ("gradient of matrices [64, 128] x [64, 512]", f"{layer} backward"),
+    ):
+        kernel = found.pop((name, where))
+        assert (kernel.count, kernel.flops, kernel.bytes) == (3, 3 * flops, 3 * (rows + matrices))
+        assert kernel.seconds == pytest.approx(3 * flops / 1e9)
+    ((name, _), other) = found.popitem()
+    assert (name, other.flops, other.bytes) == ("kernel for [64, 512]", 0, 3 * 3 * 2 * 64 * 512)
+    assert other.seconds == pytest.approx(other.bytes / 1e9)
+    assert not found
+
+
+def test_fills_of_an_odd_price_are_flagged():
+    """One of two is estimated to take more than four times its bytes at the memory's bandwidth."""
+    v5p, size = chip("v5p")._replace(hbm_rate=1e9), 3 * 2 * 64 * 512
+    fills = odd_fills(Schedule.of(KERNELS), v5p, clock=1e7)
+    assert fills == Fills(3, size, pytest.approx(3 * 6000 / 1e7), pytest.approx(size / 1e9))
+    found = compiler.refused(RuntimeError(TOO_MUCH), "v4:8x8x16", 4.0, 5.0)
+    assert (found.scheduled, found.without_fills) == (None, None)
+    made = found._replace(
+        optimal_seconds=10.0, fills=Fills(3, size, 4.0, 1.0), kernels=kernels(Schedule.of(KERNELS), v5p)
+    )
+    priced = sum(k.seconds for k in made.kernels)
+    assert (made.scheduled, made.without_fills) == (10.0 + priced, 7.0 + priced)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("v5p:4x4x4", {"wrap": (True, True, True)}),
+        ("v4:4x4x8", {"chip_config_name": "megacore", "wrap": (True, True, True)}),
+        ("v4:2x2x4", {"chip_config_name": "megacore"}),
+        ("tpu7x:2x2x1", {}),
+        ("v6e:16x16", {}),
+        ("v5litepod:4x4", {}),
+    ],
+)
+def test_slices_are_compiled_for_with_the_links_that_they_have(name, options):
+    assert compiler.slice_options(name) == options
 
 
 @pytest.mark.parametrize(("text", "peak"), [(TOO_MUCH, 69.25), (OLDER, 35.25)])

@@ -25,7 +25,7 @@ from moe_jax.data import tokenizers as tokenizing
 from moe_jax.data.documents import digest, is_held_out, pieces
 from moe_jax.data.folders import BOM
 from moe_jax.data.tokenizers import training_lines
-from moe_jax.names import printable, shortened
+from moe_jax.names import printable, without_middle
 
 
 def put(root: pathlib.Path, **contents: bytes) -> None:
@@ -146,9 +146,9 @@ def test_printable_names_are_written_everywhere_and_stay_different(names):
 
 
 def test_long_names_are_cut_in_the_middle():
-    assert shortened("abcdefghij", 10) == "abcdefghij"
-    assert shortened("abcdefghijk", 10) == "abcde…hijk"
-    assert [len(shortened("x" * 300, n)) for n in (10, 11)] == [10, 11]
+    assert without_middle("abcdefghij", 10) == "abcdefghij"
+    assert without_middle("abcdefghijk", 10) == "abcde…hijk"
+    assert [len(without_middle("x" * 300, n)) for n in (10, 11)] == [10, 11]
 
 
 # ---------------------------------------------------------------- byte-order marks and splits
@@ -322,6 +322,11 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(cache.tempfile, "mkdtemp", refuse)
     with pytest.raises(ValueError, match=r"cannot be kept in .* \(Read-only file system\); choose another place"):
         cache.ensure(tmp_path / "made", never_read)
+
+
+def test_a_place_whose_name_is_not_utf8_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be kept in .*/caf\\udce9 \(its name is not UTF-8\)"):
+        prepare(Folder(str(tmp_path)), Bytes(), 8, tmp_path / "caf\udce9")
 
 
 def test_nobody_without_a_home_is_asked_for_one(monkeypatch):

@@ -1,19 +1,25 @@
 """A run goes on with its own config, its own data and its own tokenizer, or not at all; stopped, it has saved."""
 
 import dataclasses
+import json
 import pathlib
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import tensorflow_datasets as tfds
 
+from experiments import train as program
+from experiments.inspect import same_tokens
 from moe_jax.attention import MHA
 from moe_jax.config import DataConfig, Experiment, OptimConfig, RunConfig
-from moe_jax.continuation import MAY_CHANGE, changes, check_data
-from moe_jax.data import Folder, SentencePiece, Translation
+from moe_jax.continuation import ELSEWHERE, MAY_CHANGE, changes, check_config, check_data
+from moe_jax.data import Folder, SentencePiece, Tfds, Translation
 from moe_jax.data.identity import data_identity, keep_tokenizers, with_kept_tokenizers
 from moe_jax.data.translation import ToyTranslation
 from moe_jax.experts import MLP
 from moe_jax.inspect.recorder import record_run
-from moe_jax.inspect.run import examples, open_run
+from moe_jax.inspect.run import TrainedRun, examples, open_run
 from moe_jax.lock import WorkdirLock
 from moe_jax.models import LMConfig
 from moe_jax.optim import AdamW, Constant, Cosine
@@ -115,6 +121,16 @@ def test_only_some_fields_may_change():
     assert len(str(long)) < 150
 
 
+def test_a_point_of_a_sweep_keeps_its_rate(exp):
+    """Led by hand it would not be what its folder says; it may move to another mesh."""
+    saved = json.loads(exp.to_json())
+    moved = dataclasses.replace(exp, mesh=(("data", 4), ("fsdp", 2)))
+    assert {change.path for change in check_config(saved, moved, "sweep/a", ELSEWHERE)} == {"mesh.data", "mesh.fsdp"}
+    other = dataclasses.replace(exp, optim=OptimConfig(schedule=Constant(0.02)))
+    with pytest.raises(ValueError, match="sweep/a holds another run"):
+        check_config(saved, other, "sweep/a", ELSEWHERE)
+
+
 @pytest.mark.law(9)
 def test_other_text_is_refused(exp, begun, data_dir):
     """A file more, and training, held-out examples of the run and recordings are refused until it is gone."""
@@ -125,12 +141,14 @@ def test_other_text_is_refused(exp, begun, data_dir):
             lambda: start(exp, begun, data_dir),
             lambda: examples(open_run(begun), data_dir),
             lambda: record_run(begun, begun.parent / "recording", data_dir=data_dir),
+            lambda: program.run(dataclasses.replace(exp, run=dataclasses.replace(RUN, steps=20)), begun, data_dir),
         ):
             with pytest.raises(ValueError, match=rf"data is not that of the run in {begun} \(train was '\w{{16}}', is"):
                 use()
     finally:
         more.unlink()
     assert start(exp, begun, data_dir)["step"] == 2
+    assert (begun / "config.json").read_text() == exp.to_json(), "the config of the run that is there"
 
 
 @pytest.mark.law(9)
@@ -150,6 +168,24 @@ def test_what_differs_is_named():
         check_data(then, {**then, "tokenizer": "d" * 64}, "runs/a")
     with pytest.raises(ValueError, match="tokenizer was 'cccccccccccccccc', is 'nothing'"):
         check_data(then, {"train": then["train"], "held_out": then["held_out"]}, "runs/a")
+
+
+def test_another_version_of_a_data_set_is_other_data(monkeypatch):
+    """By what TFDS says of it: the digests of a run's data follow its version, and are compared."""
+    found = {"version": "1.0.0"}
+
+    def builder(source):
+        splits = {"train": SimpleNamespace(num_bytes=10, shard_lengths=[1])}
+        name, features = f"lm/{found['version']}", {"text": tfds.features.Text()}
+        made = mock.Mock(spec=tfds.core.DatasetBuilder)
+        made.info = SimpleNamespace(full_name=name, features=features, splits=splits)
+        return made
+
+    monkeypatch.setattr("moe_jax.data.records.builder", builder)
+    before = Tfds(name="lm").fingerprint(pathlib.Path())
+    assert Tfds(name="lm").fingerprint(pathlib.Path()) == before
+    found["version"] = "1.0.1"
+    assert Tfds(name="lm").fingerprint(pathlib.Path()) != before
 
 
 def test_a_tokenizer_belongs_to_its_run(tmp_path, monkeypatch):
@@ -177,3 +213,12 @@ def test_a_tokenizer_belongs_to_its_run(tmp_path, monkeypatch):
         with_kept_tokenizers(data, workdir).prepare(tmp_path / "elsewhere")
     keep_tokenizers(object(), workdir)
     assert list(workdir.iterdir()) == [], "another run's"
+
+
+def test_runs_with_tokenizers_of_their_own_are_not_compared(exp):
+    """The same config, trained on other text: the same ids mean other text."""
+    one, other = (TrainedRun(exp, 1, {}, {}, None, {"train": i, "tokenizer": i}) for i in "ab")
+    assert not same_tokens(one, other)
+    assert same_tokens(one, other._replace(data={"train": "b", "tokenizer": "a"}))
+    assert same_tokens(one, other._replace(data={})), "an earlier version did not say"
+    assert not same_tokens(one, one._replace(exp=dataclasses.replace(exp, data=dataclasses.replace(exp.data, L=16))))

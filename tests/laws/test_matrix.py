@@ -294,6 +294,45 @@ def apart(tree, expected) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(whole))
 
 
+# ---------------------------------------------------------------- room to receive
+
+
+@pytest.mark.parametrize(
+    ("exchange", "X", "E", "distinct", "room"),
+    [
+        (RaggedAllToAll(), 8, 8, 2, 4 * 120),  # Mixtral: every token can choose an expert once
+        (RaggedAllToAll(), 8, 8, 1, 8 * 120),
+        (RaggedAllToAll(), 4, 8, 3, 320),
+        (RaggedAllToAll(), 16, 128, 8, 16 * 120),  # Qwen3: all of a token's experts can be on one shard
+        (RaggedAllToAll(1.1), 8, 8, 2, 132),
+        (RaggedAllToAll(6.0), 8, 8, 2, 4 * 120),
+    ],
+)
+def test_there_is_room_for_what_can_come(exchange, X, E, distinct, room):
+    """Rows of a shard that gets 120 balanced ones."""
+    assert exchange.room(120, X, E, distinct) == room
+
+
+POPULAR = jnp.broadcast_to(jnp.array([5, 3]), (B, L, 2))
+
+
+@pytest.mark.law(1, 8)
+@pytest.mark.parametrize("replayed", [False, True])
+def test_the_worst_routing_fits(monkeypatch, replayed):
+    """Laws 1 and 8: all tokens choose the same two of eight experts, which are on two of eight shards.
+
+    Replayed choices may name an expert twice; then all rows go to one shard. What is in unused rows is not read.
+    """
+    monkeypatch.setattr(shard, "UNSPECIFIED", jnp.nan)
+    chosen = jnp.full_like(POPULAR, 5) if replayed else POPULAR
+    gate = np.zeros((8, 8), np.float32)
+    gate[0, [5, 3]] = 20, 19
+    found, true = (layer(RaggedAllToAll(), mesh, chosen if replayed else None, gate_DE=gate) for mesh in ("e8", None))
+    np.testing.assert_array_equal(found[1], chosen)
+    assert found[2].kept == true[2].kept == 2 * B * L
+    close((found[0], found[3]), (true[0], true[3]))
+
+
 # ---------------------------------------------------------------- a bounded buffer
 
 
@@ -338,8 +377,8 @@ def test_slices_lie_back_to_back(sizes_XXe):
             next_row += sizes_XXe[source, to, expert]
 
 
-def layer(exchange: RaggedAllToAll, mesh: str | None = None, expert_BLK=None):
-    """Output, choices and counts of a layer, and all its gradients; choices may be told."""
+def layer(exchange: RaggedAllToAll, mesh: str | None = None, expert_BLK=None, gate_DE=None):
+    """Output, choices and counts of a layer, and all its gradients; choices and the gate's matrix may be told."""
     cfg = MoEConfig(E=8, router=TopK(normalize=False), experts=MLP(F=4, bias=True), dispatch=Sort(), exchange=exchange)
     module = MoE(dataclasses.replace(cfg, losses=()))
     normal = lambda i, shape: np.random.default_rng(i).standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -348,6 +387,8 @@ def layer(exchange: RaggedAllToAll, mesh: str | None = None, expert_BLK=None):
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
     params = {n: 0.5 * normal(i, a.shape) for i, (n, a) in enumerate(sorted(shapes.items()))}
     params["router_gate_DE"][0, ::3] += 1  # a third of the experts are more popular
+    if gate_DE is not None:
+        params["router_gate_DE"] = gate_DE
 
     def loss(params, x):
         y, aux = module.apply({"params": params}, x, ids=Ids(expert_BLK=expert_BLK))
@@ -378,8 +419,12 @@ def reached(chosen_BLK: np.ndarray, mesh: str, exchange: RaggedAllToAll) -> np.n
 @pytest.mark.law(1, 8)
 @matrix
 @pytest.mark.parametrize(("mesh", "over", "buffer"), [("d2e4", ("expert",), 0.7), ("s2e4", EVERYWHERE, 1.2)])
-def test_what_does_not_fit_is_told_and_nothing_else_breaks(mesh, over, buffer):
-    """Laws 1 and 8: output and gradients are those of one device where the choices that did not fit go nowhere."""
+def test_what_does_not_fit_is_told_and_nothing_else_breaks(monkeypatch, mesh, over, buffer):
+    """Laws 1 and 8: output and gradients are those of one device where the choices that did not fit go nowhere.
+
+    What is in unused rows is not read.
+    """
+    monkeypatch.setattr(shard, "UNSPECIFIED", jnp.nan)
     exchange = RaggedAllToAll(buffer, over)
     y, chosen, stats, gradients = layer(exchange, mesh)
     there = reached(chosen, mesh, exchange)

@@ -1,4 +1,4 @@
-"""What a run leaves behind when something breaks: no state from a streak, no record of what was not saved.
+"""A run that breaks leaves no state from a streak, and no record of a save that failed.
 
 The model is a toy with the functions of a compiled program: what is tried is the loop around it.
 """
@@ -129,7 +129,6 @@ def losses(records) -> dict[int, float]:
 )
 def test_what_broke_a_run_is_not_restored(go, tmp_path, monkeypatch, step, good, save_every):
     """1e30 in a parameter: the newest good step is named, is the newest on disk, and the run goes on from it."""
-    whole = go(tmp_path / "whole", steps=12, save_every=save_every)
     monkeypatch.setattr(Toy, "spoil", at(step, w=[1e30, 1, 1]))
     with pytest.raises(TrainingDiverged, match="3 steps in a row had no finite loss") as error:
         go(steps=12, save_every=save_every)
@@ -142,8 +141,9 @@ def test_what_broke_a_run_is_not_restored(go, tmp_path, monkeypatch, step, good,
     monkeypatch.setattr(loop, "Program", Toy)
     rest = go(steps=12, save_every=save_every)
     assert rest[0]["step"] == (good or 0)
-    assert losses(rest) == {n: loss for n, loss in losses(whole).items() if n > (good or 0)}
-    assert losses(read(tmp_path / "run")) == losses(whole)
+    expected = {n: 14 / 3 * 0.81 ** (n - 1) for n in range(1, 13)}
+    assert losses(rest) == pytest.approx({n: loss for n, loss in expected.items() if n > (good or 0)})
+    assert losses(read(tmp_path / "run")) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -177,22 +177,29 @@ def test_a_save_that_was_due_among_bad_steps_comes_after_them(go, tmp_path, monk
     assert steps(tmp_path / "longer") == [6, 8, 9]
 
 
-def test_a_spike_is_in_the_records(go, monkeypatch, capsys):
+def test_a_spike_is_in_the_records_and_in_no_checkpoint(go, tmp_path, monkeypatch):
+    """The save that was due in the step of the spike comes with the next one."""
     monkeypatch.setattr(Toy, "loss", lambda self, state: 50.0 if int(state.step) == 150 else 2.0 + int(state.step) % 2)
-    records = go(steps=160, log_every=20, save_every=1000)
+    records = go(steps=160, log_every=20, save_every=151, keep_last=9)
     assert {r["step"]: r["spikes"] for r in records if r["kind"] == "train" and r["spikes"]} == {160: 1}
+    assert steps(tmp_path / "run") == [152, 160]
 
 
 # ---- the log and the checkpoints
 
 
-def test_the_held_out_record_comes_before_its_checkpoint(go, tmp_path):
+def test_the_held_out_record_comes_before_its_checkpoint(go, tmp_path, monkeypatch):
     """A kill between the two costs a checkpoint, and not the record, which no continuation would make again."""
-    seen = []
-    go(steps=6, eval_every=2, every=lambda r: seen.append((r["kind"], r["step"], steps(tmp_path / "run"))))
-    held_out = [(step, there) for kind, step, there in seen if kind == "eval"]
-    assert [step for step, there in held_out if step not in there] == [2, 4, 6]
-    assert steps(tmp_path / "run") == [4, 6]
+    seen, save = [], Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *of: (seen.append(("save", step)), save(self, step, *of))
+    )
+    go(steps=6, eval_every=2, every=lambda record: seen.append((record["kind"], record["step"])))
+    assert [event for event in seen if event[0] != "train"] == [
+        *[(what, step) for step in (2, 4, 6) for what in ("eval", "save")],
+        ("end", 6),
+    ]
+    assert [r["step"] for r in read(tmp_path / "run") if r["kind"] == "eval"] == [2, 4, 6]
 
 
 def test_who_stops_at_a_held_out_record_has_its_checkpoint(go, tmp_path):

@@ -235,8 +235,9 @@ MUSEUM = (
         Mutant(
             "gate_of_experts_untrained",
             GLU,
-            'groups.matmul(x, params["gate_EDF"])',
-            'groups.matmul(x, __import__("jax").lax.stop_gradient(params["gate_EDF"]))',
+            "gate, up = (groups.matmul(x, params[name]) for name in",
+            'params = {**params, "gate_EDF": __import__("jax").lax.stop_gradient(params["gate_EDF"])}\n        '
+            "gate, up = (groups.matmul(x, params[name]) for name in",
         ),
         SLOPES,
     ),

@@ -21,9 +21,13 @@ from moe_jax.audit import meshes
 from moe_jax.audit.dispatchers import dispatchers, fitting_dispatchers
 from moe_jax.audit.placement import placement
 from moe_jax.audit.shrink import fold, kinds, narrow, shrink
+from moe_jax.audit.single_device import loss_of_parts, microbatch_rows
 from moe_jax.config import DataConfig, Experiment, OptimConfig
 from moe_jax.core.shard import AXES, Shard, hybrid_device_mesh
+from moe_jax.core.stats import Stats
+from moe_jax.losses import LoadBalance
 from moe_jax.optim import Adafactor, Constant
+from moe_jax.step import split_microbatches
 from tests import programs
 from tests.pages import stands_alone
 
@@ -166,6 +170,22 @@ def test_the_meshes_have_all_pairs_of_axes():
 
 
 # ---- comparing
+
+
+def test_losses_of_microbatches_are_told():
+    """Their rows are those of a step's microbatches; the mean over them by tokens stands beside the batch's value."""
+    model = LMConfig(V=257, D=8, N=1, attention=MHA(1, 4), moe=MoEConfig(E=2, router=TopK(K=2)), moe_layers="all")
+    exp = Experiment(model=model, data=DataConfig(L=8, B=6, microbatches=3))
+    split_AB = split_microbatches(3, jax.numpy.arange(6))
+    assert [np.flatnonzero(rows_B1).tolist() for rows_B1 in microbatch_rows(exp)] == split_AB.tolist()
+    shapes = ((1,), (1,), *[(1, 2)] * 5, (1,), (1,), (1,), (1,), (1, 1), (1, 1, 2), (1, 1))
+    nothing = Stats(*(np.zeros(shape, np.float32) for shape in shapes))
+    collapsed, balanced, whole = (
+        nothing._replace(tokens=np.array([n]), choices_E=2 * np.array([[n - b, b]]), probs_E=np.array([[n - b, b]]))
+        for n, b in ((30.0, 0.0), (10.0, 5.0), (40.0, 5.0))
+    )
+    # (30 * 2 + 10 * 1) / 40; 2 * ((35 / 40)^2 + (5 / 40)^2)
+    assert loss_of_parts(LoadBalance(), exp, whole, [collapsed, balanced, nothing]) == "LoadBalance 1.75 for 1.562"
 
 
 def test_the_worst_difference_is_named():

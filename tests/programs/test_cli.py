@@ -116,14 +116,14 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ("model.moe.router=Sort()", "config.model.moe.router: Component 'Sort' cannot stand here"),
         ("model.moe.router=None", "must be one of 'Switch(...)'"),
         ("model.moe.router=TopK(k=2)", "TopK has no argument 'k'; did you mean 'K'?"),
-        ("model.moe.router=TopK(K='2')", "TopK(K='2'): it must be a whole number"),
+        ("model.moe.router=TopK(K='2')", "TopK(K='2') must be a whole number"),
         ("model.moe.router=TopK(K=2", "is not a component; write its constructor call"),
         ("model.moe.router=__import__('os')", "Component '__import__' is unknown"),
         ("run.steps=abc", "config.run.steps='abc' must be a whole number"),
         ("run.steps=", "config.run.steps='' must be a whole number"),
         ("run.steps=1e3", "config.run.steps=1000.0 must be a whole number"),
-        ("run.steps=0", "config.run.steps=0 must be positive"),
-        ("optim.clip=abc", "config.optim.clip='abc' must be a number or None"),
+        ("run.steps=0", "config.run.steps=0 must be a whole number in [1, 2**31)."),
+        ("optim.clip=abc", "config.optim.clip='abc' must be a number in (0, inf) or None"),
         ("model.attention=None", "config.model.attention=None must be one of 'MHA(...)'"),
         ("model.moe_layers=None", "moe_layers='None' is not a choice of layers"),
         ("model.tied=no", "config.model.tied='no' must be True or False"),
@@ -141,7 +141,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
             "model.moe.dispatch=Sort()",
             "does not carry the rows of Sort() between shards, but config.mesh.expert=4; use",
         ),
-        ("data.tokenizer=SentencePiece(V=5)", "it needs V >= 300"),
+        ("data.tokenizer=SentencePiece(V=5)", "SentencePiece(V=5) must be a whole number in [300, 2**31)"),
         ("model.moe.exchange=RaggedAllToAll(buffer=2.0)", "shares its room with later tokens; in a language"),
         ("model.moe.exchange=AllToAll(over=('tensor',))", "experts are sharded over the mesh axes ('expert',)"),
         # routing: conventions, shares, groups, and who may not stand in a causal model
@@ -151,7 +151,7 @@ def test_a_wrong_command_line(argv, words, tmp_path):
             "model.moe.dispatch=Scatter(1.25, convention='vmo')",
             "Scatter(convention='vmo') is unknown; use one of exact",
         ),
-        ("model.moe.router=TopP(p=1.5)", "TopP(p=1.5) is not a probability to reach; it must lie in (0, 1]"),
+        ("model.moe.router=TopP(p=1.5)", "TopP(p=1.5) must be a number in (0, 1]"),
         ("model.moe.router=LossFree(groups=5, limit=2)", "needs E=32 experts in equal groups"),
         ("model.moe.router=Hierarchical(M=5)", "Hierarchical(M=5, inner=2) needs E=32 experts in equal groups"),
         (
@@ -160,7 +160,20 @@ def test_a_wrong_command_line(argv, words, tmp_path):
         ),
         ("model.moe.router=Sinkhorn()", "Sinkhorn() decides about a token by later ones; in a language model use"),
         ("model.moe.gating=(\"Temperature(shape='log')\",)", "Temperature(shape='log') is unknown; use one of linear"),
-        ("model.moe.gating=Jitter(1.5)", "Jitter(size=1.5) must lie in (0, 1)"),
+        ("model.moe.gating=Jitter(1.5)", "Jitter(size=1.5) must be a number in (0, 1)"),
+        # numbers that no optimizer, schedule or loss means, as a whole and by their paths
+        ("optim.optimizer=AdamW(b1=1.0)", "AdamW(b1=1.0) must be a number in [0, 1)"),
+        ("optim.optimizer=AdamW(b2=-0.1)", "AdamW(b2=-0.1) must be a number in [0, 1)"),
+        ("optim.optimizer.b2=1.5", "config.optim.optimizer: AdamW(b2=1.5) must be a number in [0, 1)"),
+        ("optim.optimizer.eps=-1e-8", "config.optim.optimizer: AdamW(eps=-1e-08) must be a number in (0, inf)"),
+        ("optim.optimizer.weight_decay=-0.1", "AdamW(weight_decay=-0.1) must be a number in [0, inf)"),
+        ("optim.schedule.floor=1.5", "config.optim.schedule: Cosine(floor=1.5) must be a number in [0, 1]"),
+        ("optim.schedule=WSD(0.01, floor=-0.5)", "WSD(floor=-0.5) must be a number in [0, 1]"),
+        ("optim.optimizer=Adafactor(decay=-0.8)", "Adafactor(decay=-0.8) must be a number in (0, 1]"),
+        ("model.moe.losses=Adaptive(Adaptive(LoadBalance()))", "wraps another loss, like Adaptive(LoadBalance(0.01))"),
+        ("data.objective=Translation(source=TopK())", "is no tokenizer; use SentencePiece()"),
+        ("model.N=1_000_000_000", "config.model.N=1000000000 must be a whole number in [1, 4096]"),
+        ("mesh.data=2_147_483_648", "config.mesh.data=2147483648 must be a number of devices, or -1"),
         ("model.aux_over_layers=total", "aux_over_layers='total' is unknown; use one of 'mean', 'sum'"),
     ],
 )
@@ -171,6 +184,38 @@ def test_a_wrong_value(override, words, tmp_path):
     assert words in error
     assert not workdir.exists()
     assert "--traceback" not in error, "our own error needs none"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("run.steps", "9" * 309, "config.run.steps=99999"),
+        ("run.steps", "9" * 5000, "must be a whole number in [1, 2**31)"),
+        ("run.steps", "-" * 5000 + "1", "must be a whole number in [1, 2**31)"),
+        ("optim.clip", "9" * 309, "must be a number in (0, inf) or None"),
+        (
+            "optim.optimizer.b1",
+            "0x" + "f" * 9000,
+            "config.optim.optimizer.b1='0xffff",
+        ),
+        ("model.moe.router", "TopK(K=" + "-" * 5000 + "1)", "is not a component"),
+        ("model.moe.router", "TopK(" * 99 + ")" * 99, "is not a component"),
+        ("model.moe.losses", "Adaptive(" * 20 + "RouterZ()" + ")" * 20, "wraps another loss"),
+        ("model.moe.losses", "[" * 190 + "]" * 190, "is not a component"),
+        ("model.moe_layers", "{1:" * 150 + "2" + "}" * 150, "is not a choice of layers"),
+        ("model.attention.position", "Rotary(scaling=" * 90 + "1" + ")" * 90, "config.model.attention.position"),
+        ("x" * 5000, "1", "config has no field 'xxxxx"),
+        (".".join("x" * 2000), "1", "config has no field 'x'"),
+        ("run.steps.K", "word " * 2000, "config.run.steps=1200 has no fields"),
+        ("data.source", "Folder(path='" + "a/" * 3000 + "')", "a/a/a/"),
+    ],
+    ids=map(str, range(15)),
+)
+def test_an_endless_value(path, text, words, tmp_path):
+    """Numbers of any length, any nesting: the same sentences, which repeat at most a hundred characters of it."""
+    error = call(f"--config.{path}={text}", GLAM, f"--workdir={tmp_path / 'run'}").error
+    assert words in error
+    assert not any(error[i : i + 101] in f"{path}={text}" for i in range(len(error) - 100))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +404,7 @@ def test_a_damaged_log_is_not_written_over(tiny, copied):
 
 
 def test_a_full_disk_is_no_mistake(tiny, copied, monkeypatch):
-    """What is whole and what a step takes is said, and the exit code lets a supervisor try again."""
+    """The error says which step is whole and how much one takes; the exit code lets a supervisor try again."""
 
     def full(self, record):
         raise OSError(28, "No space left on device")

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import cli, reference
 from moe_jax.config import COMPONENTS, SECTIONS, build, parse
+from moe_jax.core.ranges import in_words, ranged_fields
 from moe_jax.models import MODELS
 from moe_jax.overrides import override
 
@@ -48,6 +49,21 @@ def test_every_component_is_on_the_page_with_its_fields(cls):
     assert type(parse(call)) is cls
     values = {"model": {"attention": "MHA(H=2, A=4)"}}
     assert override(values, [(path, call)]) != values
+
+
+def test_every_range_is_on_the_page():
+    """In the row of its field: the interval that a component is checked against."""
+    sections = {cls: f"config.{path}".rstrip(".") for path, cls in SECTIONS.items()} | dict.fromkeys(
+        MODELS.values(), "config.model"
+    )
+    for cls in (*COMPONENTS.values(), *sections):
+        text = PAGE if cls in sections else PAGE.partition(f"#### {cls.__name__}\n")[2].partition("\n###")[0]
+        for name, hint in ranged_fields(cls).items():
+            path = f"{sections[cls]}.{name}" if cls in sections else name
+            if path not in ("config.mesh", "config.model.V"):
+                assert f"| `{path}` | {in_words(hint)} |" in text
+    assert "| `config.mesh.expert` | a whole number in [1, 2**31), or -1 for the rest |" in PAGE
+    assert "| `b1` | a number in [0, 1) | `0.9` |" in PAGE
 
 
 def test_the_first_flags_can_be_typed():

@@ -66,7 +66,7 @@ def test_a_manifest_says_what_there_is(run, folder):
     """Shapes and types of weights, inputs and outputs, the config and the files' checksums."""
     manifest = read_sealed(folder / "manifest.json")
     assert {name: about["sha256"] for name, about in manifest["files"].items()} == {
-        name: sha256(folder / name) for name in ("model.jax", "model.stablehlo", "weights.safetensors")
+        name: sha256(folder / name) for name in ("program.jax", "program.stablehlo", "weights.safetensors")
     }
     assert manifest["weights"]["params.embed_VD"] == {"shape": [257, 8], "dtype": "float32"}
     assert manifest["weights"]["router.bias_E"] == {"shape": list(run.router["bias_E"].shape), "dtype": "float32"}
@@ -114,7 +114,7 @@ def test_a_run_is_opened_with_arrays_of_jax(run, tmp_path):
 
 
 def test_the_program(run, tmp_path, monkeypatch):
-    """It writes the folder and says what is in it; a second export replaces the first."""
+    """The folder is written and its contents are said; a second export replaces the first."""
     monkeypatch.setattr(program, "open_run", lambda folder, step: run)
     flags = "--workdir=runs/none", f"--out={tmp_path / 'out'}", "--rows=1"
     said = [call(*flags).out for _ in range(2)]

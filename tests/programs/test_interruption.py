@@ -4,30 +4,21 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from experiments import train
 from experiments.launch import interruption, join
 from experiments.launch.interruption import Interrupted, Interruption
+from experiments.sweep import __main__ as sweep
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.reporting.metrics import read
 from tests import programs
-
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-    config = ConfigDict()
-    config.mesh = {{"data": 8}}
-    config.model = {{"D": 8, "N": 1, "attention": "MHA(1, 4)", "ffn": "MLP(F=4)", "moe_layers": "none"}}
-    config.model.remat = "none"
-    config.data = {{"source": "Folder(path={text!r})", "L": 8, "B": 8}}
-    config.run = {{"steps": 2000, "log_every": 5, "eval_every": 2000, "save_every": 2000, "eval_sequences": 8}}
-    return config
-"""
 
 
 def signalled(number: int, when) -> threading.Thread:
@@ -44,35 +35,43 @@ def signalled(number: int, when) -> threading.Thread:
     return thread
 
 
-def test_a_run_that_is_terminated_has_saved_its_last_step(tmp_path):
-    """SIGTERM: exit code 143; the step that is named is on disk, and is the last one that was trained."""
-    (tmp_path / "text").mkdir()
-    for i in range(20):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"text number {i}, " * 20)
-    (tmp_path / "config.py").write_text(CONFIG.format(text=str(tmp_path / "text")))
+def endless(exp, workdir, data_dir, init_from, stop, lock) -> Iterator[dict]:
+    """`moe_jax.train.train` for a run without an end, whose steps take no time; it saves where it is stopped."""
+    lock.check()
+    yield {"kind": "start", "step": 0, "seconds": 0.0, "data": "d" * 64}
+    for step in itertools.count(1):
+        time.sleep(0.01)
+        if stop(step):
+            with Checkpoints(workdir / "checkpoints") as checkpoints:
+                checkpoints.save(step, {"step": np.array([step])}, {})
+            yield {"kind": "interrupted", "step": step, "seconds": 1.0}
+            return
+        yield {"kind": "train", "step": step, "seconds": 1.0, "loss": 1.0}
+
+
+def test_a_run_that_is_terminated_says_from_where_it_goes_on(tmp_path, monkeypatch):
+    """SIGTERM: exit code 143; the step that is named is on disk, and is the last one of the log."""
     run = tmp_path / "run"
 
     def midway() -> bool:
         with contextlib.suppress(ValueError, IndexError):
-            return read(run)[-1]["step"] >= 5
+            return read(run)[-1]["step"] >= 3
         return False
 
+    monkeypatch.setattr(train, "train", endless)
     before = [signal.getsignal(number) for number in interruption.SIGNALS]
     thread = signalled(signal.SIGTERM, midway)
-    flags = [f"--config={tmp_path / 'config.py'}", f"--data_dir={tmp_path / 'data'}", f"--workdir={run}"]
-    outcome = programs.call(train, *flags)
+    outcome = programs.call(train, "--config=configs/dense_nano.py", f"--workdir={run}")
     thread.join()
     assert outcome.code == 128 + signal.SIGTERM
     assert [signal.getsignal(number) for number in interruption.SIGNALS] == before
     step = read(run)[-1]["step"]
     assert [record["kind"] for record in read(run)[-2:]] == ["train", "interrupted"]
     lines = outcome.err.strip().splitlines()
-    assert lines[-1] == f"SIGTERM at step {step} of 2000, which is saved; the same command goes on from step {step}"
+    assert lines[-1] == f"SIGTERM at step {step} of 1200, which is saved; the same command goes on from step {step}"
     assert "SIGTERM: finishing this step and saving it; a second signal leaves at once" in lines
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        state, _, saved = checkpoints.restore()
-    assert saved == step == int(state["step"])
-    assert not (run / "run.lock").exists()
+    assert Checkpoints(run / "checkpoints").steps() == [step]
+    assert not (run / "workdir.lock").exists()
     assert train.goes_on(run, True) == f"without --overwrite, the same command goes on from step {step}"
 
 
@@ -150,3 +149,17 @@ def test_an_interruption_before_anything_promises_nothing(monkeypatch):
     monkeypatch.setattr(train, "on_devices", interrupted)
     outcome = programs.call(train, "--config=configs/glam_nano.py", "--workdir=unused")
     assert (outcome.code, outcome.err) == (130, "\nInterrupted.\n")
+
+
+def test_a_sweep_lets_its_run_save(tmp_path):
+    """The signal is passed on, once, and the sweep waits for the run that it has started."""
+    child = (
+        "import pathlib, sys, time\n"
+        "try:\n  pathlib.Path(sys.argv[1], 'ready').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n  time.sleep(0.3); pathlib.Path(sys.argv[1], 'saved').touch()\n"
+    )
+    thread = signalled(signal.SIGINT, (tmp_path / "ready").exists)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.train([sys.executable, "-c", child, str(tmp_path)])
+    thread.join()
+    assert (tmp_path / "saved").exists()

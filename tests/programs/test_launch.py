@@ -19,6 +19,7 @@ from experiments.launch import __main__ as launch
 from experiments.launch import join
 from experiments.launch.supervisor import Group, free_port
 from moe_jax.config import Experiment
+from moe_jax.lock import WorkdirLock
 from moe_jax.reporting import metrics
 from tests.laws.test_training_step import EXP
 
@@ -240,12 +241,45 @@ def test_a_shrunk_job_goes_on_with_fewer_processes(worker, tmp_path):
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_it_takes_all_with_it(worker, tmp_path, sent, expected):
-    program = start(worker, tmp_path / "run", rest=("--act=time.sleep(60)",))
-    pids = wait(lambda: events(tmp_path / "run"))[0]["pids"]
+    """After each has saved its step; then it says from where the run goes on."""
+    run = tmp_path / "run"
+    act = (
+        "try:\n  (workdir / f'{i}.ready').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n  time.sleep(0.5)\n"
+        "  (workdir / 'checkpoints' / '7').mkdir(parents=True, exist_ok=True)\n"
+        "  (workdir / 'checkpoints' / '7' / 'manifest.json').touch(); (workdir / f'{i}.saved').touch(); sys.exit(130)"
+    )
+    program = start(worker, run, rest=(f"--act={act}",))
+    pids = wait(lambda: events(run))[0]["pids"]
+    wait(lambda: len(list(run.glob("*.ready"))) == 2)
     program.send_signal(sent)
-    program.communicate(timeout=LONG)
+    _, said = program.communicate(timeout=LONG)
     assert program.returncode == expected
     assert not any(alive(pid) for pid in pids)
+    assert {path.name for path in run.glob("*.saved")} == {"0.saved", "1.saved"}
+    assert events(run)[-1]["event"] == "interrupted"
+    assert "interrupted without --overwrite, the same command goes on from step 7" in said
+
+
+def test_a_second_signal_waits_for_nobody(worker, tmp_path):
+    act = "signal.signal(signal.SIGINT, signal.SIG_IGN); (workdir / f'{i}.ready').touch(); time.sleep(60)"
+    program = start(worker, tmp_path / "run", rest=(f"--act={act}",))
+    wait(lambda: len(list((tmp_path / "run").glob("*.ready"))) == 2)
+    program.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    program.send_signal(signal.SIGINT)
+    program.communicate(timeout=30)
+    assert program.returncode == 130
+
+
+def test_a_workdir_in_use_is_left_alone(tmp_path):
+    """The other supervisor's logs too, with --overwrite."""
+    run = tmp_path / "run"
+    (run / "processes").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with WorkdirLock(run), pytest.raises(ValueError, match=f"{run} is in use by process {os.getpid()} on"):
+        launch.planned(launch.arguments([]), [f"--workdir={run}", "--overwrite"])
+    assert (run / "processes").is_dir()
 
 
 def test_none_outlives_it(worker, tmp_path):

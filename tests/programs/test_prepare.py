@@ -35,6 +35,7 @@ from moe_jax.data import (
     preparation,
     windows,
 )
+from moe_jax.data.documents import Snapshot
 from moe_jax.data.preparation import Limited
 from tests.programs import call
 
@@ -232,11 +233,14 @@ def test_training_finds_what_the_program_made(config, folder, tmp_path, monkeypa
         assert any(line.startswith(name) and split.fingerprint[:16] in line for line in made.out.splitlines())
     assert "there was nothing to make" in call(prepare, *flags).out
     assert call(prepare, config, "--workers=0").error == "--workers=0 must be at least 1."
+    below = call(prepare, config, f"--data_dir={tmp_path / 'tiny.py' / 'data'}", "--workers=1").error
+    assert "Prepared data cannot be kept in" in below
+    assert "tiny.py/data (a file is in its place); choose another place, by --data_dir" in below
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_an_interruption_keeps_what_is_finished(config, split, small_parts, tmp_path, monkeypatch):
-    data_dir, undisturbed = tmp_path / "data", Folder.documents
+    data_dir, undisturbed = tmp_path / "data", Snapshot.documents
     flags = (config, f"--data_dir={data_dir}", "--workers=1")
 
     def interrupted(self, which, directory):
@@ -246,7 +250,7 @@ def test_an_interruption_keeps_what_is_finished(config, split, small_parts, tmp_
         yield from itertools.islice(undisturbed(self, which, directory), 3, None)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "documents", interrupted)
+        patch.setattr(Snapshot, "documents", interrupted)
         stopped = call(prepare, *flags)
     assert stopped.code == 130
     assert f"Interrupted ({split}: " in stopped.err

@@ -195,6 +195,16 @@ def test_the_docs_have_the_formulas_of_the_pages():
     assert table == {name: metric.formula for name, metric in METRICS.items()}
 
 
+def test_compared_runs_of_one_folder_name_are_all_there(tmp_path):
+    """Each with its own column: runs/a/run and runs/b/run beside the run itself."""
+    others = {f"{name}/run": [START, train(40), held_out(40, loss), END] for name, loss in (("a", 2.25), ("b", 2.75))}
+    page = report(tmp_path, FINISHED, others)
+    for name in (f"{tmp_path.name}/run", "a/run", "b/run"):
+        assert name in page.said
+    for loss in ("2.5000", "2.2500", "2.7500"):
+        assert loss in page.said
+
+
 # ---------------------------------------------------------------- what a log is told
 
 LAYERS = ((2,), (2,), *[(2, 4)] * 5, (2,), (2,), (2,), (2,), (2, 1), (2, 1, 4), (2, 1))

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moe_jax.core.kernels.dense import dense_matmul
-from moe_jax.core.linear import linear
+from moe_jax.core.linear import linear_map
 
 SMALLEST_BUCKET = 2**18  # numbers in all rows
 
@@ -37,7 +37,7 @@ def _by_expert_jvp(expert, primals, tangents):
     y_RO, saved = _with_residuals(expert, *primals)
     tangent = partial(_tangent, partial(by_expert_at_once, expert))
     fixed, moving = (*primals, saved), tangents[:2]
-    return y_RO, linear(tangent, partial(_gradient, expert), fixed, moving)
+    return y_RO, linear_map(tangent, partial(_gradient, expert), fixed, moving)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -181,6 +181,9 @@ class _SingleExpert:
     def bias(self, x_CO: Array, b_O: Array) -> Array:
         return x_CO + jnp.broadcast_to(b_O.astype(x_CO.dtype), x_CO.shape)
 
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        return f(*xs)
+
     def apply(self, expert: Callable, params: Any, x_CI: Array) -> Array:
         return expert(params, x_CI, self)
 
@@ -196,6 +199,9 @@ class _AllExperts:
 
     def bias(self, x_RO: Array, b_EO: Array) -> Array:
         return x_RO + jnp.repeat(b_EO, self.sizes_E, axis=0, total_repeat_length=len(x_RO)).astype(x_RO.dtype)
+
+    def elementwise(self, f: Callable, *xs: Array) -> Array:
+        return f(*xs)
 
     def apply(self, expert: Callable, params: Any, x_RI: Array) -> Array:
         return expert(params, x_RI, self)

@@ -51,13 +51,21 @@ def _kernel(expert_V, tile_V, start_V, end_V, x, g, out, total):
         row = tile_V[v] * len(x) + lax.broadcasted_iota(jnp.int32, (len(x), 1), 0)
         own = (row >= start_V[v]) & (row < end_V[v])  # other rows may hold anything, NaN included
         own_rows = lambda rows: jnp.where(own, rows[...].astype(jnp.float32), 0)  # noqa: E731
-        x_IC, g_CO = own_rows(x).swapaxes(0, 1).astype(x.dtype), own_rows(g).astype(g.dtype)
+        x_IC, g_CO = own_rows(x).swapaxes(0, 1), own_rows(g)
+        if not old_chip():
+            x_IC, g_CO = x_IC.astype(x.dtype), g_CO.astype(g.dtype)
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         total[...] += jnp.dot(x_IC, g_CO, preferred_element_type=jnp.float32, precision=precision)
 
     @pl.when((v == last) | (expert_V[v] != expert_V[jnp.minimum(v + 1, last)]))
     def _():
         out[0] = total[...].astype(out.dtype)
+
+
+def old_chip() -> bool:
+    """Tells whether a program is lowered for a TPU whose kernels multiply float32 only: v2 or v3, by the mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.device_kind in ("TPU v2", "TPU v3")
 
 
 def _visits(sizes_E: Int[Array, "E"], R: int, rows: int) -> tuple[Int[Array, "V"], ...]:

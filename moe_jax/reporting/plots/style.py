@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.files import write_file
-from moe_jax.names import printable, shortened
+from moe_jax.names import printable, without_middle
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -116,7 +116,7 @@ _UNDATED: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 def fitted(name: str, most: int = LONGEST_NAME) -> str:
     """Writes somebody's name of something so that it fits beside axes and in legends."""
-    return shortened(printable(name), most)
+    return without_middle(printable(name), most)
 
 
 def colour(number: int) -> str:
