@@ -235,8 +235,9 @@ MUSEUM = (
         Mutant(
             "gate_of_experts_untrained",
             GLU,
-            'groups.matmul(x, params["gate_EDF"])',
-            'groups.matmul(x, __import__("jax").lax.stop_gradient(params["gate_EDF"]))',
+            "gate, up = (groups.matmul(x, params[name]) for name in",
+            'params = {**params, "gate_EDF": __import__("jax").lax.stop_gradient(params["gate_EDF"])}\n        '
+            "gate, up = (groups.matmul(x, params[name]) for name in",
         ),
         SLOPES,
     ),
@@ -253,13 +254,14 @@ MUSEUM = (
         UPDATE,
     ),
     Entry(
-        ("Megatron-LM #5916", "Megatron-LM #7452"),
-        "Gradients are clipped array by array, so that they keep neither their direction nor the limit of their norm.",
+        ("Megatron-LM #5916",),
+        "Clipping is too weak: the norm that it goes by leaves out the experts.",
         Mutant(
-            "clip_by_array",
+            "clip_without_experts",
             "moe_jax/optim.py",
             "optax.clip_by_global_norm(self.clip)",
-            "optax.clip_by_block_rms(self.clip)",
+            "optax.masked(optax.clip_by_global_norm(self.clip), lambda tree: "
+            'jax.tree.map_with_path(lambda p, _: "_E" not in str(p[-1].key), tree))',
         ),
         UPDATE,
     ),
@@ -391,9 +393,9 @@ MUSEUM = (
         COUNTED,
     ),
     Entry(
-        ("trl #4611",),
-        "The coefficient of the auxiliary loss is applied twice.",
-        Mutant("coefficient_twice", MOE, WEIGHED, WEIGHED.replace("part.weight * part", "part.weight**2 * part")),
+        ("Megatron-LM #1652",),
+        "The auxiliary loss, a mean already, is divided by the number of tokens a second time.",
+        Mutant("auxiliary_loss_by_tokens_again", MOE, WEIGHED, f"{WEIGHED} / jnp.maximum(total.tokens, 1)"),
         COUNTED,
     ),
     Entry(
