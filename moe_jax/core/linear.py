@@ -100,7 +100,8 @@ def _batch(args, axes, *, jaxpr, rule):
 _linear_p = Primitive("linear_with_transpose")
 _linear_p.multiple_results = True
 _linear_p.def_impl(_evaluate)
-_linear_p.to_lojax = _evaluate  # asked for by jax 0.12 where forward sorts: sorts are lowered in two steps
+# jax 0.12 asks for it where forward sorts: sorts are lowered in two steps.
+_linear_p.to_lojax = _evaluate  # type: ignore[method-assign]
 _linear_p.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose

@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import MLP, Einsum, MoE, Scatter, Sort, TopK
+from moe_jax import MLP, Einsum, MoE, RaggedAllToAll, Scatter, Sort, TopK
 from moe_jax.core import rows
 from moe_jax.core.linear import linear_map
-from tests.cases import close, normal
+from tests.cases import close, context, normal
 
 X, EXPERT = jnp.asarray(normal(0, 8, 2, 4)), MLP(F=3, bias=True)
 ALL = "jvp", "forward over reverse", "reverse over reverse"
 
 
 @functools.cache
-def derivatives(dispatch, kinds=ALL):
+def derivatives(dispatch, kinds=ALL, mesh=None, **fields):
     """Derivatives of a layer's loss along a direction: the first by forward mode, the second in both orders."""
-    layer = MoE.of(E=4, router=TopK(K=2), experts=EXPERT, dispatch=dispatch)
+    layer = MoE.of(E=4, router=TopK(K=2), experts=EXPERT, dispatch=dispatch, **fields)
     leaves, tree = jax.tree.flatten(jax.eval_shape(layer.init, jax.random.key(0), X))
     p, along = (tree.unflatten([normal(i + n, *s.shape) for i, s in enumerate(leaves)]) for n in (1, 50))
     f = lambda p: (layer.apply(p, X)[0] ** 3).sum()  # noqa: E731
@@ -29,7 +29,8 @@ def derivatives(dispatch, kinds=ALL):
         "forward over reverse": lambda p, along: jax.jvp(jax.grad(f), (p,), (along,))[1],
         "reverse over reverse": jax.grad(lambda p, along: dot(jax.grad(f)(p), along)),
     }
-    return jax.device_get(jax.jit(lambda *given: {kind: ways[kind](*given) for kind in kinds})(p, along))
+    with context(mesh):
+        return jax.device_get(jax.jit(lambda *given: {kind: ways[kind](*given) for kind in kinds})(p, along))
 
 
 @pytest.mark.law(2)
@@ -44,6 +45,12 @@ def test_derivatives_of_every_dispatcher(dispatch, dense, kinds):
     close(found, derivatives(dense, kinds), rel=1e-4)
     for kind in kinds[2:]:
         close(found[kind], found[kinds[1]], rel=1e-4)
+
+
+def test_derivatives_across_shards():
+    """Rows that travel keep their second derivatives."""
+    found = derivatives(Sort(), ALL[1:2], "d2e4", exchange=RaggedAllToAll())
+    close(found[ALL[1]], derivatives(Sort())[ALL[1]], rel=1e-4)
 
 
 def test_rows_of_tokens_under_every_transformation():

@@ -46,7 +46,12 @@ def elementwise(
         in_specs=[block] * n,
         out_specs=[block] * results,
     )
-    parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-    alias = {1 + i: i for i in range(results)} if in_place else {}
-    options = {"compiler_params": parallel, "interpret": interpret, "input_output_aliases": alias}
-    return tuple(pl.pallas_call(kernel, [shape] * results, grid_spec=grid, **options)(tiles_1, *xs))
+    call = pl.pallas_call(
+        kernel,
+        [shape] * results,
+        grid_spec=grid,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        input_output_aliases={1 + i: i for i in range(results)} if in_place else {},
+        interpret=interpret,
+    )
+    return tuple(call(tiles_1, *xs))
