@@ -52,7 +52,7 @@ class Audit(NamedTuple):
         return Outcome("failed", last_line(done))
 
 
-class Test(NamedTuple):
+class Pytest(NamedTuple):
     """Tests of a file, chosen as by `pytest -k`."""
 
     file: str
