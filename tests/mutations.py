@@ -5,8 +5,8 @@
 
 Every mutation is one edit of one file. The audit of its law (`experiments.audit --stop --quick --law=N`, of a tiny
 model on at most four simulated devices) must break and say where. The same audit of the code as it is must hold. What
-JAX's own check of replicas (`check_vma`) does not let through is counted apart. The exit code is 1 where a mutation
-survives or the code as it is does not hold. About 15 CPU minutes.
+is refused before it runs, by JAX's check of replicas (`check_vma`) or by a layer, is counted apart. The exit code is 1
+where a mutation survives or the code as it is does not hold. About 15 CPU minutes.
 """
 
 import argparse
@@ -16,14 +16,14 @@ import tempfile
 from typing import NamedTuple
 
 from tests.museum import forks
-from tests.museum.catch import Audit, Test
+from tests.museum.catch import Audit, Pytest
 from tests.museum.mutant import Mutant
 
 
 class Mutation(NamedTuple):
     """One edit, the law that it breaks, and flags of the audit that bring it into play.
 
-    refused: JAX is to say no. test: a test in place of a law, where the audit cannot see it.
+    refused: it is to be refused before it runs. test: a test in place of a law, where the audit cannot see it.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Mutation(NamedTuple):
     overrides: tuple[str, ...] = ()
     refused: bool = False
     law: int = 1
-    test: Test | None = None
+    test: Pytest | None = None
 
     @property
     def mutant(self) -> Mutant:
         return Mutant(self.name, self.file, self.old, self.new)
 
     @property
-    def catch(self) -> Audit | Test:
+    def catch(self) -> Audit | Pytest:
         """What is to catch it."""
         return self.test or Audit(self.law, self.overrides)
 
@@ -68,7 +68,7 @@ COPIES = ("--devices=2", *mesh(data=2))
 KEPT = (*TWO, "--config.model.remat=save_collectives")
 LATENTS = ("--devices=2", *mesh(tensor=2), "--config.model.attention=MLA(H=4, A=4, U=2, O=4, W=8)")
 
-NOISE = Test("tests/laws/test_training_step.py", "test_noise_is_drawn_anew_in_every_layer_microbatch_and_step")
+NOISE = Pytest("tests/laws/test_training_step.py", "test_noise_is_drawn_anew_in_every_layer_microbatch_and_step")
 
 CORE, MOE, STEP, STATS = "moe_jax/core/shard.py", "moe_jax/moe.py", "moe_jax/step.py", "moe_jax/core/stats.py"
 SCATTER, EXCHANGES, TRANSFORMER = "moe_jax/dispatch/scatter.py", "moe_jax/exchanges", "moe_jax/models/transformer.py"
@@ -323,7 +323,9 @@ MUTATIONS = (
         f"{EXCHANGES}/two_level.py",
         "x_YXeCD = shard.all_to_all(x_YXeCD, outer, split=0, concat=0)",
         "x_YXeCD = jnp.roll(shard.all_to_all(x_YXeCD, outer, split=0, concat=0)[::-1], 1, axis=0)",
-        test=Test("tests/components/test_exchanges_over_slices.py", "test_rows_reach_their_experts and TwoLevel and 3"),
+        test=Pytest(
+            "tests/components/test_exchanges_over_slices.py", "test_rows_reach_their_experts and TwoLevel and 3"
+        ),
     ),
     Mutation(
         "offsets_swapped_on_the_way_back",
@@ -544,7 +546,7 @@ def main() -> int:
             bad += not right
             line = f"{outcome.verdict} | {mutation.catch.name} | {outcome.line} | {seconds:.0f}"
             print(f"| {mutation.name} | {line} |", flush=True)
-    print(f"\n{caught} of {sum(not m.refused for m in chosen)} caught; {refused} refused by JAX's own check")
+    print(f"\n{caught} of {sum(not m.refused for m in chosen)} caught; {refused} refused before they run")
     return int(bad > 0)
 
 

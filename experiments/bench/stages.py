@@ -7,6 +7,7 @@ experts    their matmuls on precomputed rows
 combine    weighted sums of precomputed rows
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +71,7 @@ def measure(
     """
     params, x_BLD, _ = inputs
     with placement.active():
-        here = shard.from_mesh(cfg.exchange)
+        here = dataclasses.replace(shard.from_mesh(cfg.exchange), distinct=cfg.distinct)
         x_GSD = x_BLD.reshape(-1, shape.L, shape.D)
         run, gate = router(cfg, here), params["router_gate_DE"]
         routing = jax.jit(run)((gate, x_GSD))[2]

@@ -35,12 +35,11 @@ def routing_counts(cfg: MoEConfig, B: int = 4, L: int = 16, D: int = 8, seed: in
     record = ("kept",) if tokens_choose(cfg) else ("assignments",)
 
     @jax.jit
-    def run(params: Any, x_BLD: Any) -> Any:
-        key = None if keys_1 is None else keys_1[0]
-        called = (x_BLD, mask_BL, key, state, Ids(token_BL, task_BL), record)
+    def run(params: Any, x_BLD: Any, mask_BL: Any, ids: Ids) -> Any:
+        called = (x_BLD, mask_BL, None if keys_1 is None else keys_1[0], state, ids, record)
         return cast(tuple, MoE(cfg).apply({"params": params}, *called))[1]
 
-    aux = jax.device_get(run(params, x_BLD))
+    aux = jax.device_get(run(params, x_BLD, mask_BL, Ids(token_BL, task_BL)))
     if tokens_choose(cfg):
         found = count(aux.expert_BLK, aux.recorded.kept_BLK, mask_BL, cfg.E)
     else:

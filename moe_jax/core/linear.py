@@ -78,10 +78,10 @@ def _jvp(primals, tangents, *, jaxpr, rule):
 def _transpose(cotangents, *args, jaxpr, rule):
     n = rule.n_fixed
     like = [a.aval if ad.is_undefined_primal(a) else jax.typeof(a) for a in args[n:]]
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=a.manual_axis_type) for a in like]
 
     def native(fixed, g):
-        return list(jax.linear_transpose(lambda *x: rule.native(fixed, list(x)), *shapes)(g))
+        anywhere = [ad.instantiate_zeros(ad.Zero(a)) for a in like]  # `jax.linear_transpose` knows no shard_map
+        return list(jax.vjp(lambda *x: rule.native(fixed, list(x)), *anywhere)[1](g))
 
     found = _bind(
         _Rule(rule.transpose, rule.forward, native, n), list(args[:n]), [ad.instantiate_zeros(g) for g in cotangents]
@@ -100,6 +100,8 @@ def _batch(args, axes, *, jaxpr, rule):
 _linear_p = Primitive("linear_with_transpose")
 _linear_p.multiple_results = True
 _linear_p.def_impl(_evaluate)
+# jax 0.12 asks for it where forward sorts: sorts are lowered in two steps.
+_linear_p.to_lojax = _evaluate  # type: ignore[method-assign]
 _linear_p.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose

@@ -91,7 +91,7 @@ def _map_rows_jvp(f, primals, tangents):
         return jax.vjp(f, *xs_and_g[:n])[1](xs_and_g[n])
 
     forward = lambda fixed, dxs_RF: _elementwise(tangent, 1, *fixed, *dxs_RF)[0]  # noqa: E731
-    transpose = lambda fixed, g_RF: _elementwise(pull, n, *fixed, g_RF)  # noqa: E731
+    transpose = lambda fixed, g_RF: _elementwise(pull, n, *fixed, g_RF, in_place=True)  # noqa: E731
     native = lambda fixed, dxs_RF: tangent(*fixed[1:], *dxs_RF)[0]  # noqa: E731
     return map_rows(f, *primals), linear_map(forward, transpose, primals, tuple(tangents[1:]), native)
 
@@ -154,12 +154,14 @@ def _fetching_outer(x_TI, g_RO, w_EIO, sizes_E, token_R):
     return by_platform(x_TI, g_RO, w_EIO, sizes_E, token_R, default=gathered, **on_gpu(x_TI, kernel))
 
 
-def _elementwise(f: Callable, results: int, used: Int[Array, ""], *xs_RF: Float[Array, "R F"]) -> tuple[Array, ...]:
+def _elementwise(
+    f: Callable, results: int, used: Int[Array, ""], *xs_RF: Float[Array, "R F"], in_place: bool = False
+) -> tuple[Array, ...]:
     """f, which returns a tuple, on the used rows: all of them but on a TPU."""
 
     @sequential_vmap
     def run(used, *xs_RF):
-        kernel = partial(rows_tpu.elementwise, f, results=results)
+        kernel = partial(rows_tpu.elementwise, f, results=results, in_place=in_place)
         return by_platform(used, *xs_RF, default=lambda _, *xs: tuple(f(*xs)), tpu=kernel)
 
     return run(used, *xs_RF)

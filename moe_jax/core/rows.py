@@ -107,10 +107,13 @@ def _send(x_TD: Array, maps: RowMap) -> Array:
     return linear_map(there, lambda maps, g_RD: gather_grad(g_RD, maps), maps, x_TD)
 
 
-@jax.custom_jvp
-def _combine(y_RO: Array, weight_TK: Array, maps: RowMap) -> Array:
+def _sum_rows(y_RO: Array, weight_TK: Array, maps: RowMap) -> Array:
+    """The weighted sum by JAX's own operations, whose own derivatives end every chain of derivatives."""
     rows_of = lambda k: weight_TK[:, k, None] * gather_rows(y_RO, maps.row_TK[:, k])  # noqa: E731
     return _sum(rows_of, weight_TK.shape[1]).astype(y_RO.dtype)
+
+
+_combine = jax.custom_jvp(_sum_rows)
 
 
 @partial(_combine.defjvp, symbolic_zeros=True)
@@ -129,7 +132,7 @@ def _instantiate(tangent: Array | SymbolicZero) -> Array:
 
 
 def _combine_rows(fixed: tuple[Array, RowMap], dy_RO: Array) -> Array:
-    return _combine(dy_RO, *fixed)
+    return _sum_rows(dy_RO, *fixed)
 
 
 def _combine_rows_grad(fixed: tuple[Array, RowMap], g_TO: Array) -> Array:
@@ -139,7 +142,7 @@ def _combine_rows_grad(fixed: tuple[Array, RowMap], g_TO: Array) -> Array:
 
 def _combine_both(fixed: tuple[Array, Array, RowMap], tangents: tuple[Array, Array]) -> Array:
     (y_RO, weight_TK, maps), (dy_RO, dweight_TK) = fixed, tangents
-    return _combine(dy_RO, weight_TK, maps) + _combine(y_RO, dweight_TK, maps)
+    return _sum_rows(dy_RO, weight_TK, maps) + _sum_rows(y_RO, dweight_TK, maps)
 
 
 def _combine_both_grad(fixed: tuple[Array, Array, RowMap], g_TO: Array) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from moe_jax.core import dims, shard
 from moe_jax.core.context import Ids
 from moe_jax.core.parameter import parameter
 from moe_jax.core.quoted import quoted
-from moe_jax.core.ranges import PositiveFloat, PositiveInt, Range, check_ranges
+from moe_jax.core.ranges import PositiveFloat, PositiveInt, check_ranges
 from moe_jax.core.shard import Shard
 from moe_jax.core.stats import ratio
 from moe_jax.experts import GLU
@@ -88,7 +88,7 @@ class TransformerConfig:
 
     V: PositiveInt
     D: PositiveInt
-    N: Annotated[int, Range(1, 4096)]
+    N: PositiveInt
     attention: Any
     ffn: Any = GLU(F=1024, activation="gelu")
     moe: Any = None

@@ -64,8 +64,8 @@ class Compiled(NamedTuple):
 
     @property
     def without_fills(self) -> float | None:
-        """`scheduled`, with oddly priced fills at the memory's bandwidth instead."""
-        if self.scheduled is None or self.fills is None:
+        """`scheduled`, with oddly priced fills at the memory's bandwidth instead; None where there are none."""
+        if self.scheduled is None or self.fills is None or not self.fills.count:
             return None
         return self.scheduled - self.fills.seconds + self.fills.at_bandwidth
 

@@ -11,7 +11,7 @@ from moe_jax.costs.communication import step
 from moe_jax.costs.energy import CARBON, CARBON_SOURCE, PUE, PUE_SOURCE, Energy, energy
 from moe_jax.costs.memory import Memory, memory
 from moe_jax.plan import compile as compiler
-from moe_jax.plan.roofline import Roofline, roofline
+from moe_jax.plan.roofline import Roofline, network_seconds, roofline
 from moe_jax.plan.topology import Topology
 
 
@@ -103,10 +103,10 @@ def plan(
     total = float(exp.run.steps * line.tokens) if tokens is None else tokens
     times = {"all overlapped": line.best, "nothing overlapped": line.worst}
     if compiled is not None and compiled.scheduled is not None:
-        times["as scheduled"] = compiled.scheduled + line.network
-    if compiled is not None and compiled.fills is not None and compiled.fills.count:
-        if (seconds := compiled.without_fills) is not None:
-            times["with cheap fills"] = seconds + line.network
+        network = network_seconds(compiled.collectives, exp, on)
+        times["as scheduled"] = compiled.scheduled + network
+        if (cheap := compiled.without_fills) is not None:
+            times["with cheap fills"] = cheap + network
     return Plan(
         exp,
         on,

@@ -209,8 +209,13 @@ def matrix(exp: Experiment, leaf: Leaf, sizes: dict[str, int]) -> Matrix:
 def timed_collectives(exp: Experiment, on: Topology) -> list[Timed]:
     """Collectives that `communication.step` predicts, with their times on the links of their axes."""
     sizes = dict(exp.mesh)
-    found = [c for c in step(exp, sizes, "tpu") if c.axes and c.bytes]
-    return sorted((timed(c, exp, on, sizes) for c in merged(found, where=True)), key=lambda s: -s.seconds)
+    found = merged(step(exp, sizes, "tpu"), where=True)
+    return sorted((timed(c, exp, on, sizes) for c in found if c.axes and c.bytes), key=lambda s: -s.seconds)
+
+
+def network_seconds(found: list[Collective], exp: Experiment, on: Topology) -> float:
+    """Seconds of a program's collectives, one after another; the compiler may have chosen others than predicted."""
+    return sum(timed(c, exp, on, dict(exp.mesh)).seconds for c in merged(found) if c.axes and c.bytes)
 
 
 def timed(c: Collective, exp: Experiment, on: Topology, sizes: dict[str, int]) -> Timed:

@@ -25,12 +25,12 @@ def derivatives(dispatch, kinds=ALL, mesh=None, **fields):
     f = lambda p: (layer.apply(p, X)[0] ** 3).sum()  # noqa: E731
     dot = lambda a, b: sum(map(jnp.vdot, jax.tree.leaves(a), jax.tree.leaves(b)))  # noqa: E731
     ways = {
-        "jvp": lambda p: jax.jvp(f, (p,), (along,))[1],
-        "forward over reverse": lambda p: jax.jvp(jax.grad(f), (p,), (along,))[1],
-        "reverse over reverse": jax.grad(lambda p: dot(jax.grad(f)(p), along)),
+        "jvp": lambda p, along: jax.jvp(f, (p,), (along,))[1],
+        "forward over reverse": lambda p, along: jax.jvp(jax.grad(f), (p,), (along,))[1],
+        "reverse over reverse": jax.grad(lambda p, along: dot(jax.grad(f)(p), along)),
     }
     with context(mesh):
-        return jax.device_get(jax.jit(lambda p: {kind: ways[kind](p) for kind in kinds})(p))
+        return jax.device_get(jax.jit(lambda *given: {kind: ways[kind](*given) for kind in kinds})(p, along))
 
 
 @pytest.mark.law(2)

@@ -272,13 +272,14 @@ def test_what_would_be_slow_is_not_in_the_program(programs):
         assert not re.search(r"f32\[\d+,8\]\S* scatter\(", text)
 
 
-def test_elementwise_functions_of_used_rows(monkeypatch):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_elementwise_functions_of_used_rows(monkeypatch, in_place):
     """Used rows are numpy's, in bfloat16 rounded once; tiles past them are not written, and NaN there stays there."""
     monkeypatch.setattr(rows_tpu, "ROWS", 16)
     rows, width = 40, 6
     x, y = (normal(i, rows, width).astype(jnp.bfloat16) for i in (0, 1))
     both = lambda x, y: (x * y, jnp.tanh(x) + y)  # noqa: E731
-    run = jax.jit(functools.partial(rows_tpu.elementwise, both, results=2, interpret=True))
+    run = jax.jit(functools.partial(rows_tpu.elementwise, both, results=2, in_place=in_place, interpret=True))
     for used in (0, 1, 16, 17, 40):
         kept = (np.arange(rows) < used)[:, None]
         product, total = (np.asarray(a, np.float32) for a in run(used, *(jnp.where(kept, a, jnp.nan) for a in (x, y))))

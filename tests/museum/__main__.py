@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 
 from tests.museum import forks, page
-from tests.museum.catch import Audit, Outcome, Test
+from tests.museum.catch import Audit, Outcome, Pytest
 from tests.museum.entries import MUSEUM, Entry
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(survived or bad))
 
 
-def controls(checks: Sequence[Audit | Test], at_once: int, cache: pathlib.Path) -> int:
+def controls(checks: Sequence[Audit | Pytest], at_once: int, cache: pathlib.Path) -> int:
     """Runs every check on the code as it is; returns how many do not hold."""
     bad = 0
     for check, done in zip(checks, forks.run([check.job() for check in checks], at_once, cache), strict=True):

@@ -7,13 +7,17 @@ from tests.museum.forks import Done, Job, pytest_job
 from tests.museum.mutant import ROOT, Mutant
 
 TINY = ROOT / "tests" / "museum" / "tiny.py"
-REFUSALS = ("check_vma", "manual axis types do not match")  # in what jax.shard_map says of replicas that differ
+REFUSALS = {  # words of errors about replicas that differ, and who says them
+    "check_vma": "jax.shard_map",
+    "manual axis types do not match": "jax.shard_map",
+    "whose shards must all have the same tokens": "the next layer",
+}
 SAID = re.compile(r"^E +(\S.*)$", re.MULTILINE)  # what pytest says of a failure
 ASSERTED = ("AssertionError", "assert ", "Failed: DID NOT RAISE")
 
 
 class Outcome(NamedTuple):
-    """Outcome of a check: holds, broken, refused (by JAX), or failed (for another reason); and a line about it."""
+    """Outcome of a check: holds, broken, refused (before it runs) or failed (otherwise); and a line about it."""
 
     verdict: str
     line: str = ""
@@ -42,13 +46,13 @@ class Audit(NamedTuple):
             return Outcome("broken", short(broken[0]))
         if done.code == 0:
             return Outcome("holds")
-        for words in REFUSALS:
+        for words, speaker in REFUSALS.items():
             if words in done.err:
-                return Outcome("refused", f"jax.shard_map: {words}")
+                return Outcome("refused", f"{speaker}: {words}")
         return Outcome("failed", last_line(done))
 
 
-class Test(NamedTuple):
+class Pytest(NamedTuple):
     """Tests of a file, chosen as by `pytest -k`."""
 
     file: str

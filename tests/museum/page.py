@@ -14,7 +14,7 @@ INTRO = """# The museum
 
 Would this code have had the bugs of others? These are public numerical bugs of codebases for sparse models. Most were
 silent: plausible losses, no error. Each is planted here as one edit of one file (`tests/museum/entries.py`), and a law
-of the audit, a test, or JAX's own check of replicas catches it.
+of the audit or a test catches it, or it is refused before it runs (replicas that differ).
 
     make museum
 

@@ -138,6 +138,7 @@ def test_one_law_is_tried_alone(config):
     assert re.search(r"documents are apart, the whole model +yes +0 of \d+ tokens changed", out)
 
 
+@pytest.mark.law(11)
 def test_attention_across_documents_is_seen(config, monkeypatch):
     """Law 11: every token sees all before it in its row, as in packing without a mask."""
 

@@ -9,7 +9,7 @@ import pytest
 from moe_jax.audit.laws import LAWS
 from tests.museum import forks, page
 from tests.museum.absent import ABSENT
-from tests.museum.catch import Audit, Outcome, Test
+from tests.museum.catch import Audit, Outcome, Pytest
 from tests.museum.entries import MUSEUM
 from tests.museum.mutant import ROOT, Mutant
 
@@ -21,7 +21,7 @@ def test_a_mutant_changes_the_code(entry):
     """What it replaces is there once, and its check exists."""
     text = entry.mutant.path.read_text(encoding="utf-8")
     assert ast.dump(ast.parse(entry.mutant.text())) != ast.dump(ast.parse(text))
-    if isinstance(entry.catch, Test):
+    if isinstance(entry.catch, Pytest):
         assert f"def {entry.catch.name}(" in (ROOT / entry.catch.file).read_text(encoding="utf-8")
     else:
         assert LAWS[entry.catch.law - 1].audit
@@ -61,7 +61,7 @@ def test_the_page_is_of_this_museum():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_crash_is_not_a_failed_test(done, verdict):
-    assert Test("tests/test_a.py", "test_a").judge(done).verdict == verdict
+    assert Pytest("tests/test_a.py", "test_a").judge(done).verdict == verdict
 
 
 def test_a_planted_edit_is_what_is_imported(monkeypatch, tmp_path):

@@ -50,6 +50,7 @@ def test_what_is_not_there_once_is_refused(text, tmp_path):
         (Done(1, ROW.format("NO  "), "", 1), "broken"),
         (Done(2, ROW.format("yes "), "error: out_specs ... or pass check_vma=False", 1), "refused"),
         (Done(1, ROW.format("yes "), "TypeError: carry ... so the manual axis types do not match.", 1), "refused"),
+        (Done(2, "", "error: tokens vary ... whose shards must all have the same tokens; give", 1), "refused"),
         (Done(1, ROW.format("yes "), "Traceback\nTypeError: shapes differ", 1), "failed"),
         (Done(2, "", "error: B does not divide", 1), "failed"),
         (Done(-9, "", "", 240), "failed"),

@@ -14,12 +14,18 @@ ROWS, LANES = 512, 512  # of a tile
 
 
 def elementwise(
-    f: Callable, used: Int[Array, ""], *xs: Float[Array, "R F"], results: int = 1, interpret: bool = False
+    f: Callable,
+    used: Int[Array, ""],
+    *xs: Float[Array, "R F"],
+    results: int = 1,
+    in_place: bool = False,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "R F"], ...]:
     """f of the first `used` rows, number by number in float32; other rows are unspecified. A Pallas TPU kernel.
 
-    f takes len(xs) arrays and returns a tuple of `results`. Tiles without a used row are neither read nor
-    written: their block is that of the last used one, which stays where it is.
+    f takes len(xs) arrays and returns a tuple of `results`. in_place: results take the memory of the first arrays.
+    Tiles without a used row are neither read nor written: their block is that of the last used one, which stays where
+    it is.
     """
     (R, F), n = xs[0].shape, len(xs)
     rows, lanes = min(ROWS, R), next((t for t in (LANES, 256, 128) if F % t == 0), F)
@@ -40,6 +46,12 @@ def elementwise(
         in_specs=[block] * n,
         out_specs=[block] * results,
     )
-    parallel = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
-    call = pl.pallas_call(kernel, [shape] * results, grid_spec=grid, compiler_params=parallel, interpret=interpret)
+    call = pl.pallas_call(
+        kernel,
+        [shape] * results,
+        grid_spec=grid,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        input_output_aliases={1 + i: i for i in range(results)} if in_place else {},
+        interpret=interpret,
+    )
     return tuple(call(tiles_1, *xs))
