@@ -133,7 +133,8 @@ def run(
         raise Interrupted(number, f"{where}, which is saved; {again()}", together=True)
     if jax.process_index() == 0:
         rich.console.Console(stderr=True).print(summary_table(read(workdir)))
-        path = write_report(workdir, exp.to_json(), others, about=headline(exp), steps=exp.run.steps)
+        with room_told(workdir / "checkpoints"):
+            path = write_report(workdir, exp.to_json(), others, about=headline(exp), steps=exp.run.steps)
         say(f"report: {path}")
     if diverged is not None:
         raise diverged

@@ -263,7 +263,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             for remains in self.directory.glob(f"{TRASH}*"):
                 shutil.rmtree(remains, ignore_errors=True)
-        logging.getLogger("absl").addFilter(_not_of_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_of_orbax)
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
@@ -335,8 +336,9 @@ def check_path(directory: str | Path, forbidden: str = SEPARATOR + PATTERN) -> N
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out the tracebacks that orbax logs of an error, several times, before it is raised here."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """Leaves out the tracebacks that orbax, and asyncio of its tasks, log of an error that is raised here."""
+    place = record.getMessage() if record.name == "asyncio" else record.pathname
+    return record.levelno < logging.ERROR or "orbax" not in place
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: any mesh to any mesh, no wrong byte read, and no kill that costs more than the last step."""
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -391,6 +392,16 @@ def test_a_full_disk_says_what_is_whole_and_what_a_step_takes(copied, monkeypatc
     assert said.startswith(f"no space left on device for step 40: a step takes {takes / 1e6:.1f} MB, and ")
     assert said.endswith("; step 30 is whole; make room, and the same command goes on from there")
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_task_that_fails_in_orbax_is_not_told_by_asyncio(tmp_path, caplog):
+    """Its error is raised, once; tasks of others are told as ever."""
+    save_steps(tmp_path, 1)
+    asyncio = logging.getLogger("asyncio")
+    asyncio.error("Task exception was never retrieved\nfuture: <Task coro=<serialize() at /orbax/serialization.py:126>>")
+    assert caplog.records == []
+    asyncio.error("Task exception was never retrieved\nfuture: <Task coro=<mine() at /mine.py:1>>")
+    assert len(caplog.records) == 1
 
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
