@@ -9,5 +9,6 @@ under `make faults`:
     @pytest.mark.parametrize("n", SIZES)
     def test_...(n): ...
 
+Faults of whole runs are trials (`trials.py`), which `python -m tests.faults` runs too, for docs/reliability.md.
 Instance i is the same in both forms and on every machine, so that a failure is repeated by its number.
 """

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.out and given.only:
         parser.error("--out writes the page of all kinds; leave out --only.")
-    logging.getLogger("moe_jax").addHandler(logging.NullHandler())  # warnings are what trials listen for
+    logging.getLogger("moe_jax").propagate = False  # trials listen for its warnings
     with tempfile.TemporaryDirectory() as folder, Server(pathlib.Path(folder) / "campaign") as server:
         campaign = Campaign(server)
         found = {kind: trials(campaign, kind) for kind in ([given.only] if given.only else KINDS)}
