@@ -41,7 +41,8 @@ def rows(B: int = 4, L: int = 8) -> Batch:
     segment = np.ones((B, L), np.int32)
     segment[-1, -2:] = 0
     position = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
-    return Batch(tokens[:, :-1], tokens[:, 1:], segment, position, segment > 0, np.zeros(B, np.int32))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], segment, position, segment > 0, np.zeros(B, np.int32))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 @pytest.mark.law(3)
