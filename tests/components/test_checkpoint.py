@@ -398,7 +398,7 @@ def test_a_task_that_fails_in_orbax_is_not_told_by_asyncio(tmp_path, caplog):
     """Its error is raised, once; tasks of others are told as ever."""
     save_steps(tmp_path, 1)
     asyncio = logging.getLogger("asyncio")
-    asyncio.error("Task exception was never retrieved\nfuture: <Task coro=<serialize() at /orbax/serialization.py:126>>")
+    asyncio.error("Task exception was never retrieved\nfuture: <coro=<serialize() at /orbax/serialization.py:126>>")
     assert caplog.records == []
     asyncio.error("Task exception was never retrieved\nfuture: <Task coro=<mine() at /mine.py:1>>")
     assert len(caplog.records) == 1

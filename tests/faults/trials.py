@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +57,11 @@ class Campaign:
         assert ended.code == 0, ended.said
         self.moments, self.records, self.state = ended.moments, course(self.undisturbed), state(self.undisturbed)
         assert newest(self.undisturbed) == STEPS
+
+    @cached_property
+    def sound(self) -> "Opened":
+        """The undisturbed run, opened."""
+        return opened(self.undisturbed, self.folder)
 
     def place(self, *names: Any) -> pathlib.Path:
         """The workdir of a trial, in a folder of its own."""
@@ -181,7 +186,7 @@ def flip(campaign: Campaign, i: int) -> Trial:
     data[at] ^= 1 << bit
     file.write_bytes(data)
     injected = f"byte {at} of {file.relative_to(run)}"
-    sound, found = opened(campaign.undisturbed, campaign.folder), opened(run, campaign.folder)
+    sound, found = campaign.sound, opened(run, campaign.folder)
     noticed = next((said for said in found.said if said not in sound.said), "")
     if noticed:
         return Trial(injected, noticed, "")
@@ -264,7 +269,7 @@ def lock(campaign: Campaign, i: int) -> Trial:
     name, trial = list(LOCKS.items())[i]
     run = campaign.place("lock", i)
     came, wrong = trial(campaign, run)
-    return Trial(name, came, wrong or campaign.goes_on(run))
+    return Trial(name, came, wrong or (campaign.goes_on(run) if newest(run) < STEPS else ""))
 
 
 def held(campaign: Campaign, run: pathlib.Path) -> pathlib.Path:
@@ -494,11 +499,11 @@ KINDS = {
         "noticed by what opens the run, or all that is read is the same",
     ),
     "disk": Kind(
-        *(disk, 5, (1,), "a full disk, from a moment on"),
+        *(disk, 5, (0,), "a full disk, from a moment on"),
         "one line says what is whole; goes on where there is room, bit for bit",
     ),
     "lock": Kind(
-        *(lock, len(LOCKS), (1,), "two runs in one workdir; locks whose owner is killed, elsewhere, or unknown"),
+        *(lock, len(LOCKS), (0,), "two runs in one workdir; locks whose owner is killed, elsewhere, or unknown"),
         "one writes, the other is refused in one line; a lock outlives no owner",
     ),
     "folder": Kind(
