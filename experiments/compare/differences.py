@@ -18,7 +18,7 @@ def differences(configs: Sequence[dict[str, Any]], path: str = "config") -> dict
     return {name: list(map(shown, values)) for name, values in _differing(path, list(configs)).items()}
 
 
-def quoted(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it is written after `--config.PATH=`."""
     return value if isinstance(value, str) else json.dumps(value) if isinstance(value, dict) else repr(value)
 
