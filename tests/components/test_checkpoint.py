@@ -395,7 +395,7 @@ def test_a_full_disk_says_what_is_whole_and_what_a_step_takes(copied, monkeypatc
 
 
 def test_a_task_that_fails_in_orbax_is_not_told_by_asyncio(tmp_path, caplog):
-    """Its error is raised, once; tasks of others are told as ever."""
+    """Such an error is raised, once; tasks of others are told as ever."""
     save_steps(tmp_path, 1)
     asyncio = logging.getLogger("asyncio")
     asyncio.error("Task exception was never retrieved\nfuture: <coro=<serialize() at /orbax/serialization.py:126>>")

@@ -66,9 +66,9 @@ Megatron-LM's flags, its tracker file (`latest_checkpointed_iteration.txt`) and 
 LIMITS = """## What it does not say
 
 * A machine that loses power may lose what was written and not synced: nothing here cuts the power.
-* A full disk is an error of what Python opens and makes. On real ones (tmpfs of 130, 200 and 420 kB, by hand) the
-  program ended in the same line, with exit code 75, and lost nothing; TensorStore and TensorBoard's writer, which work
-  in threads of their own, may print tracebacks before it.
+* A full disk is an error of what Python opens and makes. On real ones (tmpfs of 130 and 200 kB, by hand) the program
+  ended in the same line, with exit code 75, and went on where there was room, with a record of every step; TensorStore
+  and TensorBoard's writer, which work in threads of their own, may print tracebacks before it.
 * The record that ends a log, with the time and the energy of the run, is written after the last checkpoint and has no
   checksum. `report.html` and `tensorboard/` have none: nothing reads them, and they are made from the log.
 * Kills of one of several processes are in `tests/programs/test_launch.py`, restores on other meshes in
