@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from importlib.metadata import version
 
@@ -19,6 +20,7 @@ import pytest
 from moe_jax.audit.laws import LAWS
 from moe_jax.core.shard import make_mesh
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would children
 gc.freeze()
 gc.set_threshold(20_000, 20, 50)  # programs are traced all the time: an eighth of it went into looking for garbage
 

@@ -41,7 +41,7 @@ class Mutation(NamedTuple):
 
     @property
     def catch(self) -> Audit | Pytest:
-        """What is to catch it."""
+        """Returns the check that must fail: a test, or a law of the audit."""
         return self.test or Audit(self.law, self.overrides)
 
 

@@ -1,4 +1,4 @@
-"""What catches a mutant: a law of the audit, on a tiny experiment, or a test."""
+"""Checks that catch a mutant: a law of the audit, on a tiny experiment, or a test."""
 
 import re
 from typing import NamedTuple

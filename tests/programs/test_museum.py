@@ -18,7 +18,7 @@ NAMES = [entry.mutant.name for entry in MUSEUM]
 
 @pytest.mark.parametrize("entry", MUSEUM, ids=NAMES)
 def test_a_mutant_changes_the_code(entry):
-    """What it replaces is there once, and its check exists."""
+    """The text that a mutant replaces is there once, and its check exists."""
     text = entry.mutant.path.read_text(encoding="utf-8")
     assert ast.dump(ast.parse(entry.mutant.text())) != ast.dump(ast.parse(text))
     if isinstance(entry.catch, Pytest):
