@@ -223,7 +223,12 @@ def predicted(name: str, platform: str = "cpu") -> list[Collective]:
     return step(EXPERIMENTS[name], dict(EXPERIMENTS[name].mesh), platform)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+LONG = ("branches", "heads", "ids", "images", "latents", "sharded")  # programs that no other test looks at
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.matrix] if n in LONG else []) for n in EXPERIMENTS]
+)
 def test_a_training_step_sends_what_is_predicted(name):
     assert wrong(predicted(name), compiled(name)) == []
 

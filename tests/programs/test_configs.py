@@ -53,7 +53,7 @@ def test_shrinking_keeps_the_kind_of_everything():
             assert small.model.moe.losses == exp.model.moe.losses
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *FAMILIES])
+@pytest.mark.parametrize("name", [*CONFIGS, *(pytest.param(n, marks=pytest.mark.matrix) for n in FAMILIES)])
 def test_a_config_takes_a_step(name):
     exp, _ = shrink(read(name), DEVICES)
     program, batch = Program(exp), sample(exp)

@@ -429,7 +429,10 @@ def tiny(tmp_path_factory) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ("--data_dir=/dev/null/data", "Prepared data cannot be kept in /dev/null/data (a file is in its place); choose"),
+        (
+            "--data_dir=/dev/null/data",
+            "Prepared data cannot be kept in /dev/null/data (a file is in its place); choose",
+        ),
         ("--config.seed=1", "The config of process 1 is not that of process 0"),
     ],
 )

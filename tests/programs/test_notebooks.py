@@ -100,6 +100,7 @@ def test_an_unknown_notebook_is_refused(monkeypatch, capsys):
     assert "There is no notebook 07_more; name some of 01_routing, " in capsys.readouterr().err
 
 
+@pytest.mark.matrix
 def test_the_routing_notebook_trains_eight_routers(monkeypatch):
     """Eight routers are trained; the balancing loss helps those that it can reach, and nobody else."""
     monkeypatch.setenv("MOE_JAX_STEPS", "150")
@@ -115,6 +116,7 @@ def test_the_routing_notebook_trains_eight_routers(monkeypatch):
     assert errors["Switch"][0] > errors["Random"][0]  # a collapsed router is worse than none
 
 
+@pytest.mark.matrix
 def test_the_dispatch_notebook_finds_the_causal_priorities():
     """The notebook names the causal priorities; its dispatchers agree to rounding and to every drop."""
     printed = executed("02_dispatch.ipynb", pictures=12)
@@ -132,6 +134,7 @@ def test_the_dispatch_notebook_finds_the_causal_priorities():
     assert float(difference) < 1e-6
 
 
+@pytest.mark.matrix
 def test_expert_parallelism():
     """Every mesh keeps the assignments of one device, and sends the predicted bytes."""
     printed = executed("03_expert_parallelism.ipynb", pictures=8)

@@ -56,6 +56,7 @@ def finished(runs, monkeypatch) -> Path:
     return runs
 
 
+@pytest.mark.matrix
 def test_training_results(finished):
     """Both runs are summed up side by side, and the restored model goes on with a prompt."""
     printed = executed("04_training_results.ipynb", pictures=7)
@@ -69,6 +70,7 @@ def test_training_results(finished):
     assert printed.count("def __init__(self") == 2
 
 
+@pytest.mark.matrix
 def test_the_specialisation_notebook_shows_the_run(finished):
     """The recording has the run's layers; the expert of the card is one of theirs, and its knock-out is on it."""
     printed = executed("05_specialisation.ipynb", pictures=12)
@@ -110,6 +112,7 @@ def get_config():
 """
 
 
+@pytest.mark.matrix
 def test_audit_your_config(tmp_path, monkeypatch):
     """The small config keeps its laws; of the layers that break one, each is found, and what it breaks is named."""
     (tmp_path / "small.py").write_text(CONFIG)
