@@ -257,8 +257,9 @@ def equations(jaxpr):
     """All of a jaxpr and those in it."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            yield from equations(inner)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            if hasattr(inner, "eqns"):  # jaxprs, open and closed
+                yield from equations(inner)
 
 
 # ---------------------------------------------------------------- with a cache
