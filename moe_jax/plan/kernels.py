@@ -80,13 +80,13 @@ def kernel_work(operands: list[FloatArray], results: list[FloatArray], used: flo
     FLOPs are known of grouped matmuls, [R, I] x [E, I, O] -> [R, O] with matrices transposed or not, and of their
     gradients, [R, I] x [R, O] -> [E, I, O]; other kernels count as none. used: fraction of R that is used.
     """
-    moved = sum((used if len(a.shape) == 2 else 1) * a.bytes for a in (*operands, *results))
+    moved = sum(((used if len(a.shape) == 2 else 1.0) * a.bytes for a in (*operands, *results)), 0.0)
     for a, b in itertools.permutations((x.shape for x in operands), 2):
         for out in (x.shape for x in results):
             if len(a) == 2 and len(b) == 3 and sorted((a[1], out[-1])) == sorted(b[1:]) and out[:-1] == a[:1]:
-                return f"grouped matmul {words(a)} x {words(b)}", 2 * used * math.prod(a) * out[-1], moved
+                return f"grouped matmul {words(a)} x {words(b)}", 2.0 * used * math.prod(a) * out[-1], moved
             if len(a) == len(b) == 2 and a[0] == b[0] and out[1:] == (a[1], b[1]):
-                return f"gradient of matrices {words(a)} x {words(b)}", 2 * used * math.prod(a) * b[1], moved
+                return f"gradient of matrices {words(a)} x {words(b)}", 2.0 * used * math.prod(a) * b[1], moved
     largest = max(results, key=lambda x: x.bytes, default=FloatArray((), 0))
     return f"kernel for {words(largest.shape)}" if results else "kernel for indices", 0.0, moved
 
