@@ -60,7 +60,6 @@ TWO = ("--devices=2", *mesh(expert=2))  # and few
 CHUNKS = (*TWO, *moe(exchange="AllToAll(chunks=2)"))
 LEVELS = (*moe(exchange="TwoLevel()"), *mesh(slice=2, expert=2))
 RAGGED = (*TWO, *moe(dispatch="Sort()", exchange="RaggedAllToAll()"))
-DROPLESS = (*ONE, *moe(dispatch="Scatter(capacity_factor=None)"))
 SWITCH = (*ONE, *moe(router="Switch()"))
 PIECES = (*ONE, "--config.data.microbatches=2")
 ZERO = ("--config.optim.zero1=True",)
@@ -461,8 +460,7 @@ MUTATIONS = (
         SCATTER,
         "jnp.searchsorted(np.array(counts), needed)",
         "jnp.maximum(jnp.searchsorted(np.array(counts), needed) - 1, 0)",
-        DROPLESS,
-        law=2,
+        test=Pytest("tests/laws/test_layers.py", "test_one_model_every_mesh and dropless and d2e4"),
     ),
     Mutation(
         "rows_of_a_neighbour_in_a_gradient",
