@@ -83,7 +83,7 @@ def test_every_number_has_a_range(cls):
 
 @pytest.mark.parametrize(("cls", "name"), RANGED, ids=lambda value: getattr(value, "__name__", value))
 def test_a_number_out_of_range_is_refused(cls, name):
-    """Where the component is made: in one sentence with the class, the field, the value and the range."""
+    """A component refuses the value when it is made, in one sentence with class, field, value and range."""
     hint, one = ranged_fields(cls)[name], sample(cls)
     now, (_, allowed) = getattr(one, name), range_of(hint)
     assert fits(now, hint), "the sample's own value"

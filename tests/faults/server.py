@@ -16,8 +16,9 @@ import resource
 import subprocess
 import sys
 import time
-import traceback
 from typing import Any
+
+from tests.forked import leave
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 60  # CPU seconds of a job
@@ -101,17 +102,9 @@ def mind(job: dict[str, Any]) -> None:
     files = pathlib.Path(job.pop("files"))
     process = os.fork()
     if not process:
-        code = 3
         os.dup2(os.open(files / "said", os.O_WRONLY | os.O_CREAT, 0o644), 2)
         os.dup2(2, 1)
-        try:
-            code = work(files, **job)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        leave(lambda: work(files, **job))
     _, status, used = os.wait4(process, 0)
     code = os.waitstatus_to_exitcode(status)
     (files / "writing").write_text(json.dumps([code, used.ru_utime + used.ru_stime]))

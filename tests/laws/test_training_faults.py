@@ -67,14 +67,6 @@ def toy(monkeypatch):
     monkeypatch.setattr(loop, "Program", Toy)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(60):
-        (folder / f"{i}.txt").write_text(" ".join(str((i * 7 + j) % 50) for j in range(60)))
-    return folder
-
-
 @pytest.fixture
 def go(text, tmp_path_factory, tmp_path) -> Callable[..., list[dict]]:
     """Trains in a workdir with its log, as the program does; the records are those of this call."""
@@ -150,7 +142,7 @@ def test_what_broke_a_run_is_not_restored(go, tmp_path, monkeypatch, step, good,
     ("changes", "leaf"), [({"mu": [1, np.inf, 1]}, "opt_state/mu"), ({"unused": [np.nan, 1]}, "params/unused")]
 )
 def test_a_state_that_is_not_finite_ends_the_run_at_its_save(go, tmp_path, monkeypatch, changes, leaf):
-    """Where the loss does not show it: the leaf is named, and older checkpoints stay."""
+    """A save names the leaf that is not finite though the loss does not show it, and older checkpoints stay."""
     monkeypatch.setattr(Toy, "spoil", at(5, **changes))
     with pytest.raises(TrainingDiverged, match=rf"^step 6 is not saved: {leaf} has 1 of \d values that are not finite"):
         go(steps=12)

@@ -15,14 +15,6 @@ from moe_jax.train import TrainingDiverged, train
 from tests.laws.test_training_step import EXP
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(60):
-        (folder / f"{i}.txt").write_text(" ".join(str((i * 7 + j) % 50) for j in range(60)))
-    return folder
-
-
 def experiment(text, **changes):
     run = {k: changes.pop(k) for k in list(changes) if k in RunConfig.__dataclass_fields__}
     data = dataclasses.replace(EXP.data, source=Folder(str(text)))

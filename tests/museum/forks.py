@@ -13,10 +13,10 @@ import runpy
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from tests.forked import leave
 from tests.museum.mutant import ROOT, Mutant
 
 LIMIT = 240  # CPU seconds of one job, and a quarter of its seconds
@@ -83,15 +83,7 @@ def start(job: Job, file: pathlib.Path) -> int:
     sys.stdout.flush()
     if process := os.fork():
         return process
-    code = 3
-    try:
-        code = work(job, file)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(lambda: work(job, file))
 
 
 def work(job: Job, file: pathlib.Path) -> int:
